@@ -1,0 +1,44 @@
+"""Train and ship low-rank neural networks: the public names and nothing else."""
+
+from importlib.metadata import version
+
+from spectrim.allocate import Budget, allocate
+from spectrim.checkpoint import load, save
+from spectrim.factorize import factorize, merge
+from spectrim.fit import Distillation, fit
+from spectrim.layers import named_factors
+from spectrim.measure import Measurement, compare_latency, compare_table, evaluate, measure
+from spectrim.penalties import L1, Hoyer, HoyerSquare, Orthogonality
+from spectrim.prune import prune, prune_optimizer_state
+from spectrim.ranks import Energy, Fixed, Fraction
+from spectrim.surgery import coverage, match
+
+__version__ = version("spectrim")
+
+__all__ = [
+    "L1",
+    "Budget",
+    "Distillation",
+    "Energy",
+    "Fixed",
+    "Fraction",
+    "Hoyer",
+    "HoyerSquare",
+    "Measurement",
+    "Orthogonality",
+    "allocate",
+    "compare_latency",
+    "compare_table",
+    "coverage",
+    "evaluate",
+    "factorize",
+    "fit",
+    "load",
+    "match",
+    "measure",
+    "merge",
+    "named_factors",
+    "prune",
+    "prune_optimizer_state",
+    "save",
+]

@@ -1,0 +1,68 @@
+"""Errors that take the numbers and write the sentence: which layer, the rule, what came, what to try."""
+
+
+class SpectrimError(ValueError):
+    """Base of every error that spectrim raises for bad input; a `ValueError`."""
+
+
+class RankError(SpectrimError):
+    """A rank outside ``[1, full]``, or above the number of singular values that a cut layer still holds.
+
+    Examples:
+        >>> print(RankError("layer3.0.conv1", got=80, out=64, in_=576))
+        layer 'layer3.0.conv1' (64 x 576): rank must be in [1, 64], got 80
+    """
+
+    def __init__(self, layer: str, *, got: object, out: int, in_: int, held: int | None = None) -> None:
+        full = min(out, in_)
+        least = f"[1, {full}]" if held in (None, full) else f"[1, {held}] ({held} of {full} singular values are left)"
+        super().__init__(f"layer '{layer}' ({out} x {in_}): rank must be in {least}, got {got!r}")
+
+
+class SettingError(SpectrimError):
+    """A knob of a method outside its admissible range.
+
+    Examples:
+        >>> print(SettingError("Energy", "keep", got=90, rule="a fraction in (0, 1]", hint="for 90 % write keep=0.9"))
+        Energy: keep must be a fraction in (0, 1], got 90; for 90 % write keep=0.9
+    """
+
+    def __init__(self, owner: str, field: str, *, got: object, rule: str, hint: str = "") -> None:
+        super().__init__(f"{owner}: {field} must be {rule}, got {got!r}" + (f"; {hint}" if hint else ""))
+
+
+class LayerError(SpectrimError):
+    """A layer that cannot do what was asked of it.
+
+    Examples:
+        >>> print(LayerError("head", "is not a factorized layer", hint="call factorize(model) first"))
+        layer 'head': is not a factorized layer; call factorize(model) first
+    """
+
+    def __init__(self, layer: str, problem: str, *, hint: str = "") -> None:
+        super().__init__(f"layer '{layer}': {problem}" + (f"; {hint}" if hint else ""))
+
+
+class FormatError(SpectrimError):
+    """A file or folder that is not what it should be: truncated, altered, foreign or missing."""
+
+    def __init__(self, path: object, problem: str, *, hint: str = "") -> None:
+        super().__init__(f"{path}: {problem}" + (f"; {hint}" if hint else ""))
+
+
+class RecipeError(SpectrimError):
+    """A recipe that cannot run: the key, what came, what is allowed."""
+
+    def __init__(self, key: str, problem: str, *, allowed: str = "") -> None:
+        super().__init__(f"recipe key '{key}': {problem}" + (f"; allowed: {allowed}" if allowed else ""))
+
+
+class DivergedError(RuntimeError):
+    """Training went beyond finite numbers: what did, the step, the layer with the largest gradient, the last good checkpoint."""
+
+    def __init__(self, what: str, *, epoch: int, step: int, layer: str, grad_norm: float, checkpoint: object | None) -> None:
+        where = f"last good checkpoint: {checkpoint}" if checkpoint else "no checkpoint was written (pass checkpoint=FOLDER)"
+        super().__init__(
+            f"{what} at step {step} (epoch {epoch}); the largest gradient before it was in "
+            f"'{layer}' (norm {grad_norm:.3g}); {where}; try a lower learning rate, clip=1.0 or weaker penalties"
+        )

@@ -1,0 +1,478 @@
+"""The training loop: one plain loop on accelerate, with progress, checkpoints and a log of what every penalty added."""
+
+import copy
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import convert_to_fp32, send_to_device
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from spectrim.errors import DivergedError, FormatError, SettingError
+from spectrim.layers import named_factors
+from spectrim.measure import call_model, evaluate, evaluating
+from spectrim.protocols import Penalty
+
+Loss = Callable[[Any, Any], Tensor]
+Precision = Literal["no", "bf16", "fp16"]
+
+CHECKPOINT = "checkpoint.pt"
+
+
+@runtime_checkable
+class EpochCallback(Protocol):
+    """Called at the end of each epoch, after the evaluation and before the checkpoint is written."""
+
+    def __call__(self, epoch: int, metrics: dict[str, float], model: nn.Module, /) -> None:
+        """Take the number of finished epochs, the epoch's line of the log, and the model."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Learn from a teacher's outputs: ``(1 - weight) * task + weight * T^2 * KL(softmax(teacher / T) || softmax(student / T))``.
+
+    Args:
+        teacher: the dense network; it is run without gradient, in eval mode.
+        temperature: ``T > 0``.
+        weight: in [0, 1]: the teacher's share of the loss.
+        dim: the axis of the classes.
+
+    Source: Hinton, Vinyals and Dean, arXiv 1503.02531, section 2.
+    """
+
+    teacher: nn.Module
+    temperature: float = 4.0
+    weight: float = 0.7
+    dim: int = -1
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise SettingError("Distillation", "temperature", got=self.temperature, rule="> 0")
+        if not 0 <= self.weight <= 1:
+            raise SettingError("Distillation", "weight", got=self.weight, rule="a fraction in [0, 1]")
+
+    def __call__(self, task: Tensor, inputs: Any, output: Tensor) -> Tensor:
+        """Mix the task's loss with the teacher's."""
+        with evaluating(self.teacher):
+            target = F.log_softmax(call_model(self.teacher, inputs).float() / self.temperature, self.dim)
+        student = F.log_softmax(output.float() / self.temperature, self.dim)
+        divergence = (target.exp() * (target - student)).sum(self.dim).mean()
+        return (1 - self.weight) * task + self.weight * self.temperature**2 * divergence
+
+
+@dataclass
+class History:
+    """What happened in each epoch.
+
+    Attributes:
+        epochs: one line for each: ``loss`` (the task's, with the teacher's share when distilling; mean over batches), one entry for each
+            penalty (what it added), ``mean_rank``, ``learning_rate`` of the last step, ``examples_per_s``, ``seconds``, and ``eval_*``
+            from the validation split.
+    """
+
+    epochs: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The last line; empty before the first epoch."""
+        return self.epochs[-1] if self.epochs else {}
+
+    def to_dict(self) -> dict[str, list[dict[str, float]]]:
+        """Return plain data for JSON."""
+        return {"epochs": self.epochs}
+
+
+def fit(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Loss,
+    optimizer: Optimizer,
+    epochs: int,
+    *,
+    penalties: Sequence[Penalty] = (),
+    eval_data: Iterable[Any] | None = None,
+    scheduler: LRScheduler | None = None,
+    scheduler_steps: Literal["epoch", "batch"] = "epoch",
+    distill: Distillation | None = None,
+    precision: Precision = "no",
+    accumulate: int = 1,
+    clip: float | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = True,
+    callbacks: Sequence[EpochCallback] = (),
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> History:
+    """Train `model` in place: the one verb that changes weights.
+
+    The loss of a step is ``loss(model(inputs), target) + sum of penalties``; each penalty's share is in the log.
+
+    Args:
+        model: factorized or dense.
+        data: gives batches ``(inputs, target)`` anew for each epoch: a `DataLoader` or any iterable with a length. `inputs` is a tensor,
+            a tuple of arguments or a dict of keyword arguments. When it, or its sampler, has ``set_epoch``, that is called with the epoch's
+            number.
+        loss: ``(output, target) -> scalar``.
+        optimizer: over the model's parameters.
+        epochs: passes over the data in all, those before a resume included; >= 0.
+        penalties: each is called on the model and returns what it adds.
+        eval_data: the validation split, evaluated after each epoch.
+        scheduler: a torch learning-rate schedule of `optimizer`.
+        scheduler_steps: whether the schedule advances each epoch or each batch (that is, each optimizer step).
+        distill: adds a teacher's loss.
+        precision: ``no`` for float32, ``bf16`` or ``fp16`` for automatic mixed precision (with loss scaling for fp16).
+        accumulate: batches whose gradients are averaged for one optimizer step, >= 1; the last group of an epoch may be smaller.
+        clip: largest norm of the whole gradient; None for no clipping.
+        checkpoint: folder for ``checkpoint.pt``, written atomically after each epoch; None for none. One run has it for itself.
+        resume: go on from the checkpoint when there is one. A resumed run ends with the same bits on a CPU, as long as everything random
+            draws from the global generators of torch, numpy and Python, or from the generator of the `DataLoader` or its sampler.
+        callbacks: called after each epoch.
+        accelerator: your own, for distributed training, with its own precision; one is made when omitted.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The history, earlier epochs of a resumed run included.
+
+    Raises:
+        DivergedError: when the loss, or at the end of an epoch a parameter, is not finite.
+        FormatError: for a checkpoint that is damaged or of another model or optimizer; nothing is changed then.
+        SettingError: for a setting outside its range.
+
+    Examples:
+        >>> model = nn.Linear(2, 1)
+        >>> batches = [(torch.randn(8, 2), torch.randn(8, 1))] * 3
+        >>> history = fit(model, batches, nn.MSELoss(), torch.optim.SGD(model.parameters(), 0.1), epochs=2, progress=False)
+        >>> len(history.epochs)
+        2
+    """
+    if epochs < 0:
+        raise SettingError("fit", "epochs", got=epochs, rule=">= 0")
+    if accumulate < 1:
+        raise SettingError("fit", "accumulate", got=accumulate, rule=">= 1")
+    if clip is not None and not clip > 0:
+        raise SettingError("fit", "clip", got=clip, rule="> 0, or None")
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise SettingError("fit", "scheduler", got="ReduceLROnPlateau", rule="a schedule whose step() takes no metric")
+    length = _length(data)
+    if accelerator is not None and precision not in ("no", accelerator.mixed_precision):
+        raise SettingError("fit", "precision", got=precision, rule=f"{accelerator.mixed_precision!r}, that of your accelerator")
+    accelerator = accelerator or _accelerator(precision)
+    if not {id(p) for p in model.parameters()} & {id(p) for group in optimizer.param_groups for p in group["params"]}:
+        hint = "make the optimizer after factorize, prune or load, or call prune_optimizer_state after prune"
+        raise SettingError("fit", "optimizer", got="one that holds none of them", rule="over the parameters of this very model", hint=hint)
+    history = History()
+    saver = Checkpoint(Path(checkpoint), model, optimizer, scheduler, data, accelerator.scaler) if checkpoint is not None else None
+    if saver is not None and resume:
+        history = saver.restore()
+    names = _unique([type(penalty).__name__ for penalty in penalties])
+    if distill is not None:
+        distill.teacher.to(accelerator.device)
+
+    def diverged(what: str, epoch: int, step: int) -> DivergedError:
+        layer, norm = largest_gradient(model)
+        last = saver.path if saver is not None and saver.path.exists() else None
+        return DivergedError(what, epoch=epoch, step=step, layer=layer, grad_norm=norm, checkpoint=last)
+
+    with _prepared(accelerator, model, optimizer) as (wrapped, stepper), _bar(accelerator, progress, length) as bar:
+        for epoch in range(len(history.epochs), epochs):
+            for set_epoch in (getattr(part, "set_epoch", None) for part in (data, getattr(data, "sampler", None))):
+                if set_epoch is not None:
+                    set_epoch(epoch)
+            model.train()
+            start, examples, sums, groups, rate = time.perf_counter(), 0, dict.fromkeys(("loss", *names), 0.0), 0, 0.0
+            bar.start(epoch, epochs)
+            for index, batch in enumerate(data):
+                inputs, target = send_to_device(batch, accelerator.device)
+                with accelerator.autocast():
+                    output = convert_to_fp32(call_model(wrapped, inputs))
+                    task = loss(output, target)
+                    if distill is not None:
+                        task = distill(task, inputs, output)
+                added = [penalty(model) for penalty in penalties]
+                total = task + sum(added, start=torch.zeros((), device=task.device))
+                value = float(total.detach())
+                if not math.isfinite(value):
+                    raise diverged(f"loss became {value}", epoch, epoch * length + index)
+                if index % accumulate == 0:
+                    stepper.zero_grad(set_to_none=True)
+                    groups = min(accumulate, length - index)
+                accelerator.backward(total / groups)
+                if (index + 1) % accumulate == 0 or index + 1 == length:
+                    if clip is not None:
+                        accelerator.clip_grad_norm_(model.parameters(), clip)
+                    rate = float(optimizer.param_groups[0]["lr"])
+                    stepper.step()
+                    if scheduler is not None and scheduler_steps == "batch" and not stepper.step_was_skipped:
+                        scheduler.step()
+                for name, term in zip(sums, (task, *added), strict=True):
+                    sums[name] += float(term.detach())
+                examples += _count(target)
+                bar.advance(sums, index + 1, examples / (time.perf_counter() - start), mean_rank(model))
+            if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+                raise diverged("a parameter stopped being finite", epoch, (epoch + 1) * length - 1)
+            seconds = time.perf_counter() - start
+            line = {name: value / length for name, value in sums.items()}
+            line |= {"mean_rank": mean_rank(model), "learning_rate": rate}
+            line |= {"examples_per_s": examples / seconds, "seconds": seconds}
+            if scheduler is not None and scheduler_steps == "epoch":
+                scheduler.step()
+            if eval_data is not None:
+                with accelerator.autocast():
+                    found = evaluate(model, eval_data, lambda output, target: loss(convert_to_fp32(output), target))
+                line |= {f"eval_{name}": value for name, value in found.items()}
+            history.epochs.append(line)
+            for callback in callbacks:
+                callback(epoch + 1, line, model)
+            if saver is not None and accelerator.is_main_process:
+                saver.write(history)
+            bar.finish(line)
+    return history
+
+
+def mean_rank(model: nn.Module) -> float:
+    """Return the mean rank over the factorized weights; 0 for a dense model."""
+    ranks = [factors.rank for _, factors in named_factors(model)]
+    return sum(ranks) / len(ranks) if ranks else 0.0
+
+
+def largest_gradient(model: nn.Module) -> tuple[str, float]:
+    """Return the name of the parameter with the largest gradient norm, and that norm; a norm that is not finite counts as largest."""
+    norms = {name: float(p.grad.float().norm()) for name, p in model.named_parameters() if p.grad is not None}
+    if not norms:
+        return "(no gradient yet)", 0.0
+    name = max(norms, key=lambda key: norms[key] if math.isfinite(norms[key]) else math.inf)
+    return name, norms[name]
+
+
+class Checkpoint:
+    """The state of a run in one file: weights, optimizer, schedule, random generators and history; replaced atomically."""
+
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, data: object, scaler: Any = None
+    ) -> None:
+        """Refer to what will be saved and restored, and remove what a killed run left half-written."""
+        self.path = folder / CHECKPOINT
+        self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        self.parts = {name: part for name, part in self.parts.items() if part is not None}
+        self.generators = generators_of(data)
+        for leftover in folder.glob(f"{self.path.stem}.*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+    def write(self, history: History) -> None:
+        """Write the whole state to a temporary file and rename it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(self._state() | {"kinds": self._kinds(), "history": history.epochs}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def restore(self) -> History:
+        """Load the state into model, optimizer, schedule and generators; a new history when there is no checkpoint.
+
+        Raises:
+            FormatError: for a file that is damaged or of another model, optimizer or schedule; nothing is changed then.
+        """
+        if not self.path.exists():
+            return History()
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            weights, lines = dict(state["model"]), list(state["history"])
+            sizes = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
+        except Exception as error:
+            raise FormatError(
+                self.path, f"is not a readable checkpoint ({type(error).__name__})", hint="delete it to start anew"
+            ) from error
+        anew = "delete the checkpoint or pass resume=False to start anew"
+        own = self.parts["model"].state_dict()
+        wrong = [key for key in {**own, **weights} if key not in own or key not in weights or not _alike(own[key], weights[key])]
+        if wrong:
+            problem = f"is the checkpoint of another model ({len(wrong)} of {len(own)} tensors differ)"
+            raise FormatError(self.path, problem, hint=f"first difference: '{wrong[0]}'; {anew}")
+        own_sizes = [len(group["params"]) for group in self.parts["optimizer"].param_groups]
+        if sizes != own_sizes or state.get("kinds", self._kinds()) != self._kinds():
+            raise FormatError(self.path, "is the checkpoint of another optimizer or schedule", hint=anew)
+        before = copy.deepcopy(self._state())
+        try:
+            self._load(state)
+        except Exception as error:
+            self._load(before)
+            raise FormatError(self.path, f"does not fit this run ({error})", hint=anew) from error
+        return History(lines)
+
+    def _state(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()} | {"random": random_state(self.generators)}
+
+    def _load(self, state: dict[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        restore_random_state(state["random"], self.generators)
+
+    def _kinds(self) -> dict[str, str]:
+        return {name: type(part).__name__ for name, part in self.parts.items() if name != "model"}
+
+
+def _alike(own: Any, stored: Any) -> bool:
+    if not isinstance(own, Tensor) or not isinstance(stored, Tensor):
+        return type(own) is type(stored)
+    return own.shape == stored.shape and own.dtype == stored.dtype
+
+
+def generators_of(data: Any) -> list[torch.Generator]:
+    """Return the generators of a `DataLoader` and its samplers, each once."""
+    batches = getattr(data, "batch_sampler", None)
+    places = (data, getattr(data, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = {id(generator): generator for place in places if isinstance(generator := getattr(place, "generator", None), torch.Generator)}
+    return list(found.values())
+
+
+def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:
+    """Return the state of every generator that training may draw from: torch (all devices), numpy, Python and the loader's own."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 the global generator is what users draw from
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "python": random.getstate(),
+        "loader": [generator.get_state() for generator in generators],
+    }
+
+
+def restore_random_state(state: dict[str, Any], generators: Sequence[torch.Generator] = ()) -> None:
+    """Set every generator to a state from `random_state`."""
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    random.setstate(state["python"])
+    for generator, own in zip(generators, state["loader"] or [], strict=True):
+        generator.set_state(own)
+
+
+def _length(data: Iterable[Any]) -> int:
+    """Return the number of batches."""
+    try:
+        length = len(data)  # type: ignore[arg-type]
+    except TypeError:
+        hint = "a generator can be read only once: give a list or a DataLoader"
+        raise SettingError("fit", "data", got=type(data), rule="an iterable with a length", hint=hint) from None
+    if length == 0:
+        raise SettingError("fit", "data", got="no batches", rule="at least one batch")
+    return length
+
+
+def _accelerator(precision: Precision) -> Accelerator:
+    """Make an accelerator; accelerate keeps one state for the process, which is renewed when the precision differs."""
+    if precision not in ("no", "bf16", "fp16"):
+        raise SettingError("fit", "precision", got=precision, rule="'no', 'bf16' or 'fp16'")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=precision)
+    if precision != "no" and not accelerator.native_amp:  # accelerate would go on in float32 and not say so
+        where = "a CPU" if accelerator.device.type == "cpu" else "this device"
+        raise SettingError("fit", "precision", got=precision, rule=f"'no' or 'bf16' on {where}")
+    return accelerator
+
+
+@contextmanager
+def _prepared(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[nn.Module, Any]]:
+    """Give the model and optimizer to accelerate for the time of training; afterwards the model is what it was before."""
+    had_forward = "forward" in vars(model)
+    if accelerator.num_processes > 1:
+        wrapped = accelerator.prepare_model(model)
+    else:
+        wrapped = model.to(accelerator.device)
+        for state in optimizer.state.values():
+            state.update({key: value.to(accelerator.device) for key, value in state.items() if isinstance(value, Tensor) and value.dim()})
+    stepper = accelerator.prepare_optimizer(optimizer)
+    try:
+        yield wrapped, stepper
+    finally:
+        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        if not had_forward:
+            vars(model).pop("forward", None)
+        # not free_memory(): that forgets what the user prepared too, and collects garbage for a good part of a second
+        accelerator._optimizers = [held for held in accelerator._optimizers if held is not stepper]
+        accelerator._models = [held for held in accelerator._models if held is not wrapped]
+
+
+def _count(target: Any) -> int:
+    """Return the number of examples of a batch from its target."""
+    first = target
+    while isinstance(first, dict | list | tuple) and first:
+        first = next(iter(first.values())) if isinstance(first, dict) else first[0]
+    return len(first) if isinstance(first, Tensor) and first.dim() else 1
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Number repeated names."""
+    return [name if names.count(name) == 1 else f"{name} {names[: index + 1].count(name)}" for index, name in enumerate(names)]
+
+
+class _Bar:
+    """Progress of an epoch: a bar on a terminal, a line for each epoch anywhere else."""
+
+    def __init__(self, progress: Progress | None, length: int) -> None:
+        self.progress, self.length = progress, length
+        self.task: Any = None
+        self.shown = 0.0
+
+    def start(self, epoch: int, epochs: int) -> None:
+        self.title = f"epoch {epoch + 1}/{epochs}"
+        if self.progress is not None:
+            if self.task is not None:
+                self.progress.remove_task(self.task)
+            self.task = self.progress.add_task(self.title, total=self.length, status="")
+
+    def advance(self, sums: dict[str, float], done: int, rate: float, rank: float) -> None:
+        if self.progress is None or (done < self.length and time.monotonic() - self.shown < 0.2):
+            return
+        self.shown = time.monotonic()
+        terms = "  ".join(f"{name} {value / done:.4g}" for name, value in sums.items())
+        status = f"{terms}  {f'mean rank {rank:.1f}  ' if rank else ''}{rate:,.0f} examples/s"
+        self.progress.update(self.task, completed=done, status=status)
+
+    def finish(self, line: dict[str, float]) -> None:
+        if self.progress is not None:
+            shown = {key: value for key, value in line.items() if key not in ("seconds", "learning_rate")}
+            terms = "  ".join(f"{key} {value:,.4g}" for key, value in shown.items())
+            self.progress.console.print(f"{self.title}  {terms}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _bar(accelerator: Accelerator, show: bool, length: int) -> Iterator[_Bar]:
+    """Show progress on the main process, on stderr so that standard output stays for results."""
+    if not (show and accelerator.is_main_process):
+        yield _Bar(None, length)
+        return
+    from rich.console import Console
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield _Bar(progress, length)

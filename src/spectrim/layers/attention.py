@@ -1,0 +1,79 @@
+"""Factorized `torch.nn.MultiheadAttention`, with packed or separate input projections."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectrim.layers.base import SeveralWeights, Share
+from spectrim.layers.linear import FactorizedLinear
+from spectrim.layers.plain import PlainAttention
+from spectrim.linalg import Fold
+
+PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+class FactorizedMultiheadAttention(SeveralWeights, nn.MultiheadAttention):
+    """Attention whose input projections are composed for torch's own forward; the packed one is a single ``(3 embed, embed)`` matrix.
+
+    The output projection is a layer of its own, ``out_proj``, and is factorized (or not) under that name.
+    """
+
+    dense_kinds = (nn.MultiheadAttention,)
+
+    @classmethod
+    def weights(cls, module: Any) -> tuple[str, ...]:
+        """Return the packed projection, or the three separate ones."""
+        return PROJECTIONS[:1] if module._qkv_same_embed_dim else PROJECTIONS[1:]
+
+    @classmethod
+    def work(cls, module: Any, name: str, scheme: Fold, rank: int | None, shape: Sequence[int] | None) -> float:
+        """``out * in``, or ``rank * (out + in)``, for each position."""
+        out = module.embed_dim * (3 if name == "in_proj_weight" else 1)
+        in_ = {"k_proj_weight": module.kdim, "v_proj_weight": module.vdim}.get(name, module.embed_dim)
+        rows = 1 if shape is None else math.prod(shape[:-1])
+        return float(rows * (out * in_ if rank is None else rank * (out + in_)))
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Run torch's own forward, which reads its weights several times, on weights composed once."""
+        layer: Any = self if torch.compiler.is_compiling() else self.composed()
+        return nn.MultiheadAttention.forward(layer, *arguments, **options)
+
+    def split(self, share: Share) -> nn.Module | None:
+        """A `PlainAttention` in which every projection that pays is a pair of `Linear` layers."""
+        return plain_attention(self)
+
+
+def plain_attention(attention: Any) -> nn.Module | None:
+    """Return a `PlainAttention` for a torch or factorized attention where any of its projections pays, else None."""
+    weights: dict[str, Any] = {}
+    paying = False
+    for name in FactorizedMultiheadAttention.weights(attention):
+        if isinstance(attention, FactorizedMultiheadAttention) and attention.pays(name):
+            weights[name], paying = attention.factors_of(name).balanced(), True
+        else:
+            weights[name] = getattr(attention, name).detach()
+    out = attention.out_proj
+    if isinstance(out, FactorizedLinear) and out.pays("weight"):
+        weights["out_proj.weight"], paying = out.factors_of("weight").balanced(), True
+    else:
+        weights["out_proj.weight"] = out.weight.detach()
+    if not paying:
+        return None
+    biases = {"in_proj_bias": attention.in_proj_bias, "out_proj.bias": out.bias, "bias_k": attention.bias_k, "bias_v": attention.bias_v}
+    weights |= {name: tensor.detach() for name, tensor in biases.items() if tensor is not None}
+    plain = PlainAttention(
+        attention.embed_dim,
+        attention.num_heads,
+        dropout=attention.dropout,
+        bias=attention.in_proj_bias is not None,
+        add_bias_kv=attention.bias_k is not None,
+        add_zero_attn=attention.add_zero_attn,
+        kdim=attention.kdim,
+        vdim=attention.vdim,
+        batch_first=attention.batch_first,
+        weights=weights,
+    )
+    return plain.requires_grad_(any(parameter.requires_grad for parameter in attention.parameters()))

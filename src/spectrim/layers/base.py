@@ -1,0 +1,211 @@
+"""What every factorized layer shares: taking over a dense layer, giving it back, and deciding how to run."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar, cast
+
+from torch import Tensor, nn
+
+from spectrim.errors import LayerError
+from spectrim.layers.factors import Factors
+from spectrim.linalg import Fold
+
+Self = TypeVar("Self", bound="FactorizedLayer")
+Share = Callable[[Factors, str, Tensor], nn.Parameter]
+
+
+def renew(module: nn.Module, kind: type[nn.Module], drop: Iterable[str] = ()) -> Any:
+    """Return a `kind` with `module`'s attributes, parameters, children and hooks; the containers are copied, the tensors are not."""
+    new = kind.__new__(kind)
+    for key, value in vars(module).items():
+        if key not in drop:
+            new.__dict__[key] = copy.copy(value) if isinstance(value, dict | set | list) else value
+    return new
+
+
+class FactorizedLayer(nn.Module):
+    """Base of the factorized layers: a dense torch layer whose weights are composed from `Factors`.
+
+    A sub-class names one kind of layer and adds `weights`, `fold`, `work` and `split`. Attributes of the dense layer stay what they were;
+    ``layer.weight`` gives the dense weight, composed on each access.
+    """
+
+    dense_kinds: ClassVar[tuple[type[nn.Module], ...]] = ()
+
+    factors: nn.ModuleDict
+    dense_kind: type[nn.Module]
+    scheme: Fold
+    parameter_order: tuple[str, ...]
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Whether `module` is of this kind: the torch class itself, or a sub-class that runs the torch class's forward."""
+        return any(isinstance(module, kind) and runs_forward_of(module, kind) for kind in cls.dense_kinds)
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Return why this very layer cannot be factorized, or None."""
+        return None
+
+    @classmethod
+    def schemes(cls, module: nn.Module) -> tuple[Fold, ...]:
+        """Return the schemes that differ for this layer, the default first."""
+        return ("channel",)
+
+    @classmethod
+    def weights(cls, module: nn.Module) -> tuple[str, ...]:
+        """Return the names of the weights that are factorized."""
+        return ("weight",)
+
+    @classmethod
+    def fold(cls, module: Any, name: str, weight: Tensor, scheme: Fold) -> Tensor:
+        """Return the matrix, ``(out, in)`` or ``(blocks, out, in)``, of one weight."""
+        return weight
+
+    @classmethod
+    def unfold(cls, module: Any, name: str, matrix: Tensor, scheme: Fold) -> Tensor:
+        """Return the weight, in torch's layout, of one matrix: the inverse of `fold`."""
+        return matrix
+
+    @classmethod
+    def work(cls, module: Any, name: str, scheme: Fold, rank: int | None, shape: Sequence[int] | None) -> float:
+        """Multiply-accumulates of applying one weight to an input of `shape` (the batch included).
+
+        Args:
+            module: the layer, dense or factorized: its sizes are read.
+            name: which weight.
+            scheme: how it is folded.
+            rank: two operations of this rank; None for the dense operation.
+            shape: the whole input; None for the cost per output position of a large input, up to a factor common to all ranks.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def size(cls, module: Any, name: str, scheme: Fold, shape: tuple[int, int], blocks: int, rank: int | None) -> int:
+        """Parameters of one weight at `rank`, or dense."""
+        out, in_ = shape
+        return blocks * (out * in_ if rank is None else rank * (out + in_))
+
+    @classmethod
+    def adopt(cls: type[Self], dense: nn.Module, factors: Mapping[str, Factors], scheme: Fold) -> Self:
+        """Take over a dense layer: everything but its factorized weights, which `factors` replace. `dense` stays as it is."""
+        layer: Self = renew(dense, cls, drop=("_flat_weights", "_flat_weight_refs"))
+        layer.__dict__["parameter_order"] = tuple(dense._parameters)
+        for name in factors:
+            del layer._parameters[name]
+        layer.__dict__["dense_kind"] = type(dense)
+        layer.__dict__["scheme"] = scheme
+        layer._modules["factors"] = nn.ModuleDict(dict(factors)).train(dense.training)
+        return layer
+
+    def factors_of(self, name: str) -> Factors:
+        """Return the factors of one weight."""
+        return cast(Factors, self.factors[name])
+
+    def dense_weight(self, name: str) -> Tensor:
+        """Compose one weight in torch's layout and the layer's dtype."""
+        return self.unfold(self, name, self.factors_of(name).matrix(), self.scheme)
+
+    def release(self, share: Share) -> nn.Module:
+        """Return the dense layer: the torch class that was taken over, with composed weights.
+
+        Args:
+            share: makes the parameter for a tensor, the same one for tied weights.
+        """
+        dense: nn.Module = renew(self, self.dense_kind, drop=("dense_kind", "scheme", "parameter_order"))
+        del dense._modules["factors"]
+        composed = {name: share(factors, "dense", self.dense_weight(name).detach().contiguous()) for name, factors in self.named_factors()}
+        dense._parameters = {name: composed.get(name, dense._parameters.get(name)) for name in self.parameter_order}
+        return dense
+
+    def named_factors(self) -> list[tuple[str, Factors]]:
+        """Return ``(weight name, factors)`` of this layer."""
+        return [(name, self.factors_of(name)) for name in self.factors]
+
+    def overhead(self, name: str) -> float:
+        """Return what two operations cost beyond their multiply-accumulates, in the unit of `work` without a shape."""
+        return 0.0
+
+    def break_even(self, name: str) -> int:
+        """Return the largest rank at which two operations cost less than the dense one; 0 when none does."""
+        dense, single = (self.work(self, name, self.scheme, rank, None) for rank in (None, 1))
+        return max(0, min(self.factors_of(name).full_rank, math.ceil((dense - self.overhead(name)) / single) - 1))
+
+    def pays(self, name: str) -> bool:
+        """Whether two operations cost less than the dense one at the present rank."""
+        return self.factors_of(name).rank <= self.break_even(name)
+
+    def composes(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether composing the weight and running one dense operation costs no more than two operations on this input."""
+        factors = self.factors_of(name)
+        out, in_ = factors.shape
+        compose = factors.blocks * out * in_ * factors.rank
+        dense, two = (self.work(self, name, self.scheme, rank, shape) for rank in (None, factors.rank))
+        return dense + compose <= two
+
+    def split(self, share: Share) -> nn.Module | None:
+        """Return the layer as torch layers applied one after the other, or None where the dense layer costs no more."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Return the dense layer's description."""
+        return f"{super().extra_repr()}, scheme={self.scheme}".removeprefix(", ")
+
+
+def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the class of `module` runs exactly the forward of `kind`."""
+    return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "__call__", "_conv_forward"))
+
+
+class OneWeight(FactorizedLayer):
+    """A factorized layer with the single weight called ``weight``."""
+
+    @property
+    def U(self) -> Tensor:
+        """Left factor ``(..., out, rank)``."""
+        return self.factors_of("weight").U
+
+    @property
+    def S(self) -> Tensor:
+        """Singular values ``(..., rank)``; ``|S|`` enters the weight."""
+        return self.factors_of("weight").S
+
+    @property
+    def Vh(self) -> Tensor:
+        """Right factor ``(..., rank, in)``."""
+        return self.factors_of("weight").Vh
+
+    @property
+    def rank(self) -> int:
+        """Number of singular values held."""
+        return self.factors_of("weight").rank
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight in torch's layout, composed on each access."""
+        return self.dense_weight("weight")
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        raise LayerError(type(self).__name__, "its weight is composed and cannot be set", hint="set U, S and Vh, or factorize again")
+
+
+class SeveralWeights(FactorizedLayer):
+    """A factorized layer with several weights, which go by torch's names: ``layer.weight_ih_l0`` is composed on each access."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Compose a weight when it is asked for by torch's name."""
+        factors = self.__dict__.get("_modules", {}).get("factors")
+        return self.dense_weight(name) if factors is not None and name in factors else super().__getattr__(name)
+
+    def composed(self, **more: Any) -> Any:
+        """Return this layer as torch's own forward wants it: with weights composed once, for a single call.
+
+        Args:
+            more: further attributes.
+        """
+        layer = type(self).__new__(type(self))
+        layer.__dict__.update(self.__dict__)
+        layer.__dict__.update({name: self.dense_weight(name) for name in self.factors}, **more)
+        return layer

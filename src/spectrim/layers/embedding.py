@@ -1,0 +1,58 @@
+"""Factorized `torch.nn.Embedding`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectrim.layers.base import OneWeight, Share
+from spectrim.linalg import Fold
+
+
+class FactorizedEmbedding(OneWeight, nn.Embedding):
+    """Rows of ``W = U diag(|S|) Vh``, ``(num_embeddings, embedding_dim)``; ``U`` holds one row for each entry."""
+
+    dense_kinds = (nn.Embedding,)
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Refuse what needs the dense table itself."""
+        if module.max_norm is not None:
+            return "max_norm rescales rows of the dense table in place"
+        return "sparse gradients need the dense table" if module.sparse else None
+
+    @classmethod
+    def work(cls, module: Any, name: str, scheme: Fold, rank: int | None, shape: Sequence[int] | None) -> float:
+        """A dense look-up multiplies nothing, a low-rank one ``rank * embedding_dim`` a token; without a shape: stored parameters."""
+        count, width = module.num_embeddings, module.embedding_dim
+        if shape is None:
+            return float(count * width if rank is None else rank * (count + width))
+        return 0.0 if rank is None else float(math.prod(shape) * rank * width)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map indices ``(...)`` to ``(..., embedding_dim)``."""
+        if self.scale_grad_by_freq or self.composes("weight", input.shape):
+            return F.embedding(input, self.weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+        left, right = self.factors_of("weight").pair()
+        rows = F.embedding(input, left, self.padding_idx) @ right
+        if self.padding_idx is None:
+            return rows
+        return torch.where((input == self.padding_idx).unsqueeze(-1), rows.detach(), rows)  # padding reaches no gradient, Vh's included
+
+    def split(self, share: Share) -> nn.Module | None:
+        """An `Embedding` of ``rank`` columns and a `Linear`, where that stores fewer parameters."""
+        if not self.pays("weight"):
+            return None
+        factors = self.factors_of("weight")
+        left, right = factors.balanced()
+        rank = self.rank
+        table = nn.Embedding(
+            self.num_embeddings, rank, padding_idx=self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq, device="meta"
+        )
+        table.weight = share(factors, "left", left)
+        mix = nn.Linear(rank, self.embedding_dim, bias=False, device="meta")
+        mix.weight = share(factors, "right transposed", right.T.contiguous())
+        return nn.Sequential(table, mix)

@@ -1,0 +1,153 @@
+"""The only holder of U, S and Vh."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from spectrim import linalg
+from spectrim.errors import LayerError
+
+
+class Factors(nn.Module):
+    """One weight as ``U diag(|S|) Vh``; several equal blocks for a grouped convolution.
+
+    A half-precision weight keeps its factors in float32: orthonormal columns cannot be held in half precision, and a product of
+    three rounded factors is no longer the weight. What leaves this class (`matrix`, `pair`) has the weight's own dtype.
+
+    Attributes:
+        U: ``(out, rank)``, or ``(blocks, out, rank)``.
+        S: ``(rank,)``, or ``(blocks, rank)``; unconstrained, ``|S|`` enters the weight.
+        Vh: ``(rank, in)``, or ``(blocks, rank, in)``.
+
+    Source: Yang et al., arXiv 2004.09031, section 3.1.
+    Deviation: ``|S|`` is multiplied into ``U`` instead of ``sqrt(|S|)`` into both factors: the same function, and its gradient is finite
+    at ``S = 0``. `balanced` gives the published form, for merging.
+    """
+
+    def __init__(self, U: Tensor, S: Tensor, Vh: Tensor, *, dtype: torch.dtype | None = None, requires_grad: bool = True) -> None:
+        """Copy existing tensors.
+
+        Args:
+            U: left factor ``(..., out, rank)``.
+            S: ``(..., rank)``.
+            Vh: right factor ``(..., rank, in)``.
+            dtype: the weight's dtype; `U`'s when omitted.
+            requires_grad: False for a frozen layer.
+        """
+        super().__init__()
+        dtype = dtype or U.dtype
+        stored = torch.float64 if dtype == torch.float64 else torch.float32
+        for name, tensor in (("U", U), ("S", S), ("Vh", Vh)):
+            own = tensor.detach().to(stored).clone(memory_format=torch.contiguous_format)  # a slice would keep its whole storage
+            self.register_parameter(name, nn.Parameter(own, requires_grad=requires_grad))
+        self.register_buffer("_dtype", torch.empty(0, dtype=dtype, device=U.device), persistent=False)
+
+    U: nn.Parameter
+    S: nn.Parameter
+    Vh: nn.Parameter
+    _dtype: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, matrix: Float[Tensor, "*blocks out in_"], choose: Callable[[Tensor], int] | None = None) -> "Factors":
+        """Factorize `matrix`, the folded form of `weight`, by an exact SVD.
+
+        Args:
+            weight: gives dtype, device and `requires_grad`.
+            matrix: ``(out, in)`` or ``(blocks, out, in)``.
+            choose: takes the singular values, returns the rank to keep; all of them when omitted.
+        """
+        U, S, Vh = linalg.svd(matrix.detach())
+        rank = S.shape[-1] if choose is None else choose(linalg.pooled_spectrum(S))
+        return cls(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=weight.dtype, requires_grad=weight.requires_grad)
+
+    @classmethod
+    def empty(cls, weight: Tensor, matrix: Float[Tensor, "*blocks out in_"], rank: int) -> "Factors":
+        """Zero factors of the right shapes, for loading a checkpoint into; no decomposition is computed."""
+        *blocks, out, in_ = matrix.shape
+        zeros = [torch.zeros(*blocks, *shape, device=weight.device) for shape in ((out, rank), (rank,), (rank, in_))]
+        return cls(*zeros, dtype=weight.dtype, requires_grad=weight.requires_grad)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weight; follows ``.to()``, ``.half()`` and friends."""
+        return self._dtype.dtype
+
+    @property
+    def rank(self) -> int:
+        """Number of singular values held."""
+        return self.S.shape[-1]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)`` of one block."""
+        return self.U.shape[-2], self.Vh.shape[-1]
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks: the groups of a convolution, else 1."""
+        return self.S[..., 0].numel()
+
+    @property
+    def full_rank(self) -> int:
+        """``min(out, in)``."""
+        return min(self.shape)
+
+    def matrix(self) -> Tensor:
+        """Compose ``U diag(|S|) Vh``: ``(out, in)`` or ``(blocks, out, in)``, in the weight's dtype."""
+        return ((self.U * self.S.abs().unsqueeze(-2)) @ self.Vh).to(self.dtype)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return ``U diag(|S|)`` and ``Vh`` in the weight's dtype, to be applied one after the other."""
+        return (self.U * self.S.abs().unsqueeze(-2)).to(self.dtype), self.Vh.to(self.dtype)
+
+    @torch.no_grad()
+    def balanced(self) -> tuple[Tensor, Tensor]:
+        """Return ``U diag(sqrt|S|)`` and ``diag(sqrt|S|) Vh`` in the weight's dtype, detached: what `merge` writes."""
+        root = self.S.abs().sqrt()
+        return (self.U * root.unsqueeze(-2)).to(self.dtype), (root.unsqueeze(-1) * self.Vh).to(self.dtype)
+
+    @torch.no_grad()
+    def cut(self, choose: Callable[[Tensor], int]) -> "Factors":
+        """Re-orthogonalise exactly, then keep the largest singular values.
+
+        Args:
+            choose: takes the true singular values, returns how many to keep.
+
+        Returns:
+            New factors of the chosen rank, values descending; these stay as they are. Of the two signs that a pair of singular vectors
+            can have, it takes that of the nearest column of `U`, so that averages over training steps stay meaningful.
+
+        Raises:
+            LayerError: when the factors hold values that are not finite.
+        """
+        for name, tensor in self.named_parameters(recurse=False):
+            if not torch.isfinite(tensor).all():
+                raise LayerError(name, "holds NaN or infinite values", hint="load the last good checkpoint")
+        U, S, Vh = linalg.svd_of_product(self.U, self.S, self.Vh)
+        overlap = self.U.double().mT @ U
+        signs = torch.where(overlap.gather(-2, overlap.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0)
+        U, Vh = U * signs, Vh * signs.mT
+        rank = choose(linalg.pooled_spectrum(S))
+        cut = type(self)(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=self.dtype)
+        for new, old in zip(cut.parameters(), self.parameters(), strict=True):
+            new.requires_grad_(old.requires_grad)
+        return cut.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Follow ``.to()``, ``.half()`` and friends, but keep U, S and Vh in float32 at least."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrow = tensor is not self._dtype and moved.dtype.itemsize < 4
+            return tensor.to(moved.device, torch.float32) if narrow else moved
+
+        return super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        """Shape, rank and dtype for the module's printout."""
+        out, in_ = self.shape
+        blocks = f"{self.blocks} x " if self.S.dim() > 1 else ""
+        return f"{blocks}{out} x {in_}, rank={self.rank} of {self.full_rank}, dtype={self.dtype}"

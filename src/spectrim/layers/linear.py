@@ -1,0 +1,88 @@
+"""Factorized `torch.nn.Linear`, and the transposed ``Conv1D`` that transformers uses in GPT-2."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spectrim.layers.base import OneWeight, Share
+from spectrim.layers.factors import Factors
+from spectrim.linalg import Fold
+
+
+def linear_pair(factors: Factors, bias: nn.Parameter | None, share: Share) -> nn.Sequential:
+    """Return two `Linear` layers, in → rank → out, that share tied factors."""
+    left, right = factors.balanced()
+    out, in_ = factors.shape
+    first = nn.Linear(in_, factors.rank, bias=False, device="meta")
+    second = nn.Linear(factors.rank, out, bias=bias is not None, device="meta")
+    first.weight, second.weight = share(factors, "right", right), share(factors, "left", left)
+    if bias is not None:
+        second.bias = bias
+    return nn.Sequential(first, second)
+
+
+class FactorizedLinear(OneWeight, nn.Linear):
+    """``y = x W^T + b`` with ``W = U diag(|S|) Vh`` of ``(out_features, in_features)``."""
+
+    dense_kinds = (nn.Linear,)
+
+    @classmethod
+    def work(cls, module: Any, name: str, scheme: Fold, rank: int | None, shape: Sequence[int] | None) -> float:
+        """``out * in``, or ``rank * (out + in)``, for each row of the input."""
+        out, in_ = module.out_features, module.in_features
+        rows = 1 if shape is None else math.prod(shape[:-1])
+        return float(rows * (out * in_ if rank is None else rank * (out + in_)))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ``(..., in_features)`` to ``(..., out_features)``."""
+        if self.composes("weight", input.shape):
+            return super().forward(input)
+        left, right = self.factors_of("weight").pair()
+        return F.linear(F.linear(input, right), left, self.bias)
+
+    def split(self, share: Share) -> nn.Module | None:
+        """Two `Linear` layers, in → rank → out."""
+        return linear_pair(self.factors_of("weight"), self.bias, share) if self.pays("weight") else None
+
+
+class FactorizedConv1D(OneWeight):
+    """The ``Conv1D`` of transformers: ``y = x W + b`` with ``W^T = U diag(|S|) Vh`` of ``(nf, nx)``."""
+
+    bias: nn.Parameter
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Recognise the class by name, so that transformers need not be installed."""
+        kind = type(module)
+        return kind.__name__ == "Conv1D" and kind.__module__.split(".")[0] == "transformers"
+
+    @classmethod
+    def fold(cls, module: Any, name: str, weight: Tensor, scheme: Fold) -> Tensor:
+        """Transpose to ``(out, in)``."""
+        return weight.T
+
+    @classmethod
+    def unfold(cls, module: Any, name: str, matrix: Tensor, scheme: Fold) -> Tensor:
+        """Transpose back to ``(in, out)``."""
+        return matrix.T
+
+    @classmethod
+    def work(cls, module: Any, name: str, scheme: Fold, rank: int | None, shape: Sequence[int] | None) -> float:
+        """``out * in``, or ``rank * (out + in)``, for each row of the input."""
+        out, in_ = module.nf, module.nx
+        rows = 1 if shape is None else math.prod(shape[:-1])
+        return float(rows * (out * in_ if rank is None else rank * (out + in_)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(..., nx)`` to ``(..., nf)``."""
+        if self.composes("weight", x.shape):
+            return F.linear(x, self.factors_of("weight").matrix(), self.bias)
+        left, right = self.factors_of("weight").pair()
+        return F.linear(F.linear(x, right), left, self.bias)
+
+    def split(self, share: Share) -> nn.Module | None:
+        """Two `Linear` layers, in → rank → out."""
+        return linear_pair(self.factors_of("weight"), self.bias, share) if self.pays("weight") else None

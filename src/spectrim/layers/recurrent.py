@@ -1,0 +1,105 @@
+"""Factorized `torch.nn.LSTM` and `torch.nn.GRU`: every layer, both directions, the gates of one matrix stacked."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from spectrim.layers.base import SeveralWeights, Share
+from spectrim.layers.plain import PlainRecurrent
+from spectrim.linalg import Fold
+
+# Two operations on the hidden state leave the fused kernel for a loop in Python. This is what such a loop costs for each time step,
+# in multiply-accumulates that the same core could have done: a pair has to save more than that. An estimate from one CPU thread.
+LOOP_MACS = 1e6
+
+
+class FactorizedRecurrent(SeveralWeights):
+    """A recurrent layer whose weights are composed at every call and handed to torch's fused kernel.
+
+    Factors are called as torch calls the weights: ``weight_ih_l0``, ``weight_hh_l0_reverse``, and ``weight_hr_l0`` for projections.
+    """
+
+    @classmethod
+    def weights(cls, module: Any) -> tuple[str, ...]:
+        """Return every matrix of the layer, in torch's order."""
+        return tuple(name for name in module._flat_weights_names if name.startswith("weight"))
+
+    @classmethod
+    def work(cls, module: Any, name: str, scheme: Fold, rank: int | None, shape: Sequence[int] | None) -> float:
+        """``out * in``, or ``rank * (out + in)``, for each time step of each sequence."""
+        out, in_ = weight_shape(module, name)
+        steps = 1 if shape is None else math.prod(shape[:-1])
+        return float(steps * (out * in_ if rank is None else rank * (out + in_)))
+
+    def overhead(self, name: str) -> float:
+        """A pair on the hidden state leaves the fused kernel."""
+        return 0.0 if name.startswith("weight_ih") else LOOP_MACS
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Run torch's own forward (padded, packed or unbatched sequences) on composed weights."""
+        layer = self.composed()
+        layer.__dict__["_flat_weights"] = [getattr(layer, name) for name in layer._flat_weights_names]
+        return super(FactorizedRecurrent, layer).forward(input, hx)
+
+    def release(self, share: Share) -> nn.Module:
+        """Return the dense torch layer."""
+        dense: Any = super().release(share)
+        dense._init_flat_weights()
+        return dense  # type: ignore[no-any-return]
+
+    def split(self, share: Share) -> nn.Module | None:
+        """A `PlainRecurrent` in which every matrix that pays is a pair of `Linear` layers."""
+        module: Any = self
+        paying = {name for name, _ in self.named_factors() if self.pays(name)}
+        if not paying:
+            return None
+        weights = {name: factors.balanced() if name in paying else factors.matrix().detach() for name, factors in self.named_factors()}
+        weights |= {name: getattr(self, name).detach() for name in module._flat_weights_names if name.startswith("bias")}
+        names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
+        plain = PlainRecurrent(module.mode, weights=weights, **{name: getattr(self, name) for name in names})
+        return plain.requires_grad_(any(p.requires_grad for p in self.parameters()))
+
+    # What torch's class does with its list of weights, which here exists only for the time of a call.
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        """Nothing to flatten: the weights are composed at each call."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        return nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+
+
+def weight_shape(module: Any, name: str) -> tuple[int, int]:
+    """Return ``(out, in)`` of a recurrent layer's weight by its name."""
+    gates = {"LSTM": 4, "GRU": 3}[module.mode]
+    state = module.proj_size or module.hidden_size
+    if name.startswith("weight_hr"):
+        return module.proj_size, module.hidden_size
+    if name.startswith("weight_hh"):
+        return gates * module.hidden_size, state
+    first = name.removesuffix("_reverse").endswith("_l0")
+    return gates * module.hidden_size, module.input_size if first else state * (2 if module.bidirectional else 1)
+
+
+class FactorizedLSTM(FactorizedRecurrent, nn.LSTM):
+    """Factorized `torch.nn.LSTM`."""
+
+    dense_kinds = (nn.LSTM,)
+
+
+class FactorizedGRU(FactorizedRecurrent, nn.GRU):
+    """Factorized `torch.nn.GRU`."""
+
+    dense_kinds = (nn.GRU,)

@@ -1,0 +1,48 @@
+"""The four contracts. A method is a frozen dataclass whose fields are its knobs, and which is called."""
+
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class Penalty(Protocol):
+    """What is added to the loss: a non-negative scalar of the model, differentiable in its parameters."""
+
+    def __call__(self, model: nn.Module, /) -> Tensor:
+        """Return a scalar tensor >= 0, already multiplied by the penalty's strength."""
+
+
+@runtime_checkable
+class RankRule(Protocol):
+    """Chooses a rank from one layer's singular values."""
+
+    def __call__(self, singular_values: Tensor, /) -> int:
+        """Return an integer in ``[1, len(singular_values)]`` from a 1-D tensor of non-negative values, in any order."""
+
+
+@runtime_checkable
+class Projection(Protocol):
+    """Maps a tensor to the nearest tensor of a set (in the Frobenius norm)."""
+
+    def __call__(self, tensor: Tensor, /) -> Tensor:
+        """Return a tensor of the same shape and dtype that lies in the set."""
+
+
+@runtime_checkable
+class Coder(Protocol):
+    """Entropy coder: symbols to bytes and back."""
+
+    def encode(self, symbols: Tensor, probabilities: Tensor, /) -> bytes:
+        """Return the coded bytes of 1-D integer symbols under a probability table."""
+
+    def decode(self, data: bytes, probabilities: Tensor, count: int, /) -> Tensor:
+        """Return `count` symbols; the inverse of `encode`."""
+
+
+@runtime_checkable
+class LayerFilter(Protocol):
+    """Selects layers by name and module."""
+
+    def __call__(self, name: str, module: nn.Module, /) -> bool:
+        """Return True for layers that should be factorized."""

@@ -1,0 +1,138 @@
+"""`prune` cuts ranks; `prune_optimizer_state` lets training go on with its moments."""
+
+from collections.abc import Mapping
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from spectrim.errors import LayerError
+from spectrim.factorize import check_names, chooser
+from spectrim.layers import Factors, factor_name, named_factors, named_layers
+from spectrim.protocols import RankRule
+from spectrim.surgery import duplicate
+
+SQUARED = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "variance")
+"""Optimizer states that hold squares of gradients."""
+
+MAGNITUDES = ("exp_inf", "step_size")
+"""Optimizer states that hold sizes of gradients or of steps; never negative."""
+
+
+def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex]) -> nn.Module:
+    """Return a copy of a factorized model whose factors are cut to smaller ranks; the tensors really become smaller.
+
+    Before cutting, every product ``U diag(|S|) Vh`` is re-orthogonalised exactly (QR of both factors, SVD of the core), so that what is
+    sorted and cut are true singular values: the squared error of each weight equals its discarded energy.
+
+    Args:
+        model: factorized; it is left untouched.
+        ranks: a rank rule, applied to each weight's true singular values, or a mapping ``{name: rank}`` with the names of `coverage`;
+            weights that it does not name keep their rank.
+
+    Returns:
+        The cut model. Factors have orthonormal columns and rows, values descending and positive.
+
+    Raises:
+        RankError: for a rank outside ``[1, present rank]``.
+        LayerError: for a name that is not a factorized weight, for factors that are not finite, or when nothing is factorized.
+
+    Examples:
+        >>> from spectrim.factorize import factorize
+        >>> from spectrim.ranks import Fixed
+        >>> cut = prune(factorize(nn.Linear(8, 6)), Fixed(2))
+        >>> cut.U.shape, cut.rank
+        (torch.Size([6, 2]), 2)
+
+    Source: Yang et al., arXiv 2004.09031, section 3.3.
+    Deviation: the published code sorts the trained ``S`` as it is; here it is made exact first.
+    """
+    cut = duplicate(model)
+    if next(named_factors(cut), None) is None:
+        raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
+    if isinstance(ranks, Mapping):
+        check_names(cut, ranks)
+    done: dict[int, Factors] = {}
+    for layer_name, layer in named_layers(cut):
+        for weight, factors in layer.named_factors():
+            if id(factors) not in done:
+                name = factor_name(layer_name, weight)
+                try:
+                    done[id(factors)] = factors.cut(chooser(ranks, name, factors.shape, factors.rank))
+                except LayerError as error:
+                    raise LayerError(name, str(error)) from None
+            layer.factors[weight] = done[id(factors)]
+    return cut
+
+
+def prune_optimizer_state(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> None:
+    """Make `optimizer`, which trains `old`, train `new` instead, with its moments carried over; in place.
+
+    The cut rotates and truncates each factor: with ``P = U_old^T U_new`` and ``Q = Vh_old Vh_new^T``, a gradient for ``U_new`` is
+    ``G P`` where ``G`` is one for ``U_old``, and likewise ``Q^T G`` for ``Vh``; first moments follow exactly that, second moments with the
+    entries of ``P`` and ``Q`` squared. For ``S`` the products ``P_ij Q_ij sign(S_i)`` are taken: what ``S_old`` cannot see is left out.
+    Where the cut only drops values all this is slicing. A state that holds anything else (Adafactor's rows and columns) starts anew.
+    Learning rates, schedulers and everything that refers to the optimizer stay valid.
+
+    Args:
+        optimizer: any torch optimizer over parameters of `old`.
+        old: the model before `prune`.
+        new: the model that `prune(old, ...)` returned.
+
+    Raises:
+        LayerError: when the optimizer holds a parameter that is not in both models; nothing is changed then.
+    """
+    names = {id(parameter): name for name, parameter in old.named_parameters()}
+    parameters = dict(new.named_parameters())
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        if id(parameter) not in names or names[id(parameter)] not in parameters:
+            raise LayerError(
+                names.get(id(parameter), f"tensor {tuple(parameter.shape)}"), "is trained by the optimizer but is not in both models"
+            )
+    maps = _rotations(old, new)
+    for group in optimizer.param_groups:
+        for index, parameter in enumerate(group["params"]):
+            name = names[id(parameter)]
+            group["params"][index] = parameters[name]
+            state = optimizer.state.pop(parameter, None)
+            if state is None:
+                continue
+            if name in maps and any(isinstance(v, Tensor) and v.dim() > 0 and v.shape != parameter.shape for v in state.values()):
+                continue
+            optimizer.state[parameters[name]] = {
+                key: _carry(value, key, parameters[name], maps[name])
+                if name in maps and isinstance(value, Tensor) and value.dim()
+                else value
+                for key, value in state.items()
+            }
+
+
+def _rotations(old: nn.Module, new: nn.Module) -> dict[str, tuple[str, Tensor, Tensor]]:
+    """Return for each factor parameter its role and the matrices ``P`` and ``Q``; the signs of ``S`` are in its ``Q``."""
+    after = {name: module for name, module in new.named_modules() if isinstance(module, Factors)}
+    maps: dict[str, tuple[str, Tensor, Tensor]] = {}
+    for name, factors in old.named_modules():
+        if isinstance(factors, Factors) and name in after:
+            U, S, Vh = (parameter.detach().double() for parameter in (factors.U, factors.S, factors.Vh))
+            P, Q = U.mT @ after[name].U.detach().double(), Vh @ after[name].Vh.detach().double().mT
+            signs = torch.where(S < 0, -1.0, 1.0).unsqueeze(-1)
+            maps |= {f"{name}.U": ("U", P, Q), f"{name}.S": ("S", P, Q * signs), f"{name}.Vh": ("Vh", P, Q)}
+    return maps
+
+
+def _carry(value: Tensor, key: str, new: Tensor, rotation: tuple[str, Tensor, Tensor]) -> Tensor:
+    """Carry one entry of an optimizer's state, shaped like the old parameter, over to the new one."""
+    role, P, Q = rotation
+    squared = key in SQUARED + MAGNITUDES
+    moment = value.double().square() if key in MAGNITUDES else value.double()
+    if role == "U":
+        moved = moment @ (P.square() if squared else P)
+    elif role == "Vh":
+        moved = (Q.square() if squared else Q).mT @ moment
+    else:
+        mix = (P * Q).square() if squared else P * Q
+        moved = (moment.unsqueeze(-2) @ mix).squeeze(-2)
+    if key in MAGNITUDES:
+        moved = moved.sqrt()
+    return torch.as_tensor(moved, dtype=value.dtype, device=value.device).reshape(new.shape).contiguous()

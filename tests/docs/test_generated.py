@@ -1,0 +1,39 @@
+"""Generated pages are what their generators write today."""
+
+import runpy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_supported_layers_page_is_up_to_date() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that lazy layers may change
+        render = runpy.run_path(str(ROOT / "docs" / "supported_layers.py"))["render"]
+        assert (ROOT / "docs" / "supported-layers.md").read_text() == render(), "run python docs/supported_layers.py"
+
+
+def test_results_page_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "report.py", "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_committed_result_was_written_by_the_runner_for_its_recipe() -> None:
+    yaml = pytest.importorskip("yaml")
+    import json
+
+    from spectrim.recipe import plain, read_recipe
+
+    results = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
+    assert results
+    for path in results:
+        result = json.loads(path.read_text())
+        case = yaml.safe_load((ROOT / "benchmarks" / "cases" / path.parent.name / f"{path.stem}.yaml").read_text())
+        assert result["case"] == case, path
+        for seed, run in zip(case["seeds"], result["runs"], strict=True):
+            assert run["recipe"] == plain(read_recipe(ROOT / case["recipe"], [f"seed={seed}"])), f"{path}: the recipe has changed since"

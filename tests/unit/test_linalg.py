@@ -1,0 +1,123 @@
+"""Matrices of kernels, exact decompositions, energies."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spectrim import linalg
+
+SHAPES = [(6, 4, 3), (6, 4, 3, 5), (6, 4, 1, 1), (4, 6, 2, 3, 2), (8, 4), (4, 4, 3, 3)]
+FOLDS = [(shape, fold) for shape in SHAPES for fold in ("channel", "spatial") if fold == "channel" or len(shape) == 4]
+
+
+def double(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def near(a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("shape", "fold"), FOLDS, ids=str)
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_folding_is_inverted_and_has_the_sizes_it_says(shape: Any, groups: int, transposed: bool, fold: Any) -> None:
+    weight = double(*shape)
+    matrix = linalg.to_matrix(weight, fold, groups, transposed)
+    out, in_ = (shape[1], shape[0] // groups) if transposed else (shape[0] // groups, shape[1])
+    kernel = shape[2:]
+    expected = (out * kernel[1], in_ * kernel[0]) if fold == "spatial" else (out, in_ * math.prod(kernel))
+    assert tuple(matrix.shape) == ((groups, *expected) if groups > 1 else expected)
+    assert torch.equal(linalg.from_matrix(matrix, shape, fold, groups, transposed), weight)
+
+
+def test_entries_are_where_the_design_says() -> None:
+    weight = double(4, 3, 2, 5)
+    channel, spatial = linalg.to_matrix(weight, "channel"), linalg.to_matrix(weight, "spatial")
+    for o, i, y, x in [(0, 0, 0, 0), (3, 1, 1, 2), (2, 2, 0, 4)]:
+        assert channel[o, (i * 2 + y) * 5 + x] == weight[o, i, y, x]
+        assert spatial[o * 5 + x, i * 2 + y] == weight[o, i, y, x]
+    grouped = linalg.to_matrix(weight, "channel", groups=2)
+    assert torch.equal(grouped[1], linalg.to_matrix(weight[2:], "channel"))
+    back = linalg.to_matrix(weight, "channel", transposed=True)  # (in, out, ...): the second axis is the output
+    assert back[2, (3 * 2 + 1) * 5 + 4] == weight[3, 2, 1, 4]
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5), (3, 5, 4), (1, 6)], ids=str)
+def test_svd(shape: Any) -> None:
+    matrix = torch.randn(shape)
+    U, S, Vh = linalg.svd(matrix)
+    assert U.dtype == S.dtype == Vh.dtype == torch.float64
+    near(U * S.unsqueeze(-2) @ Vh, matrix.double())
+    assert (S.diff() <= 0).all()
+
+
+@pytest.mark.parametrize(("out", "rank", "in_"), [(7, 3, 5), (5, 5, 5), (3, 6, 4), (1, 1, 1), (9, 4, 2)])
+@pytest.mark.parametrize("blocks", [(), (3,)])
+def test_svd_of_product_is_the_svd(out: int, rank: int, in_: int, blocks: tuple[int, ...]) -> None:
+    U, S, Vh = double(*blocks, out, rank), double(*blocks, rank), double(*blocks, rank, in_)
+    product = U * S.abs().unsqueeze(-2) @ Vh
+    left, values, right = linalg.svd_of_product(U.float(), S.float(), Vh.float())
+    kept = min(out, rank, in_)
+    assert (left.shape, values.shape, right.shape) == ((*blocks, out, kept), (*blocks, kept), (*blocks, kept, in_))
+    assert left.dtype == torch.float64
+    left, values, right = linalg.svd_of_product(U, S, Vh)
+    near(left * values.unsqueeze(-2) @ right, product)
+    near(values, torch.linalg.svdvals(product)[..., :kept])
+    near(left.mT @ left, torch.eye(kept, dtype=torch.float64).expand(*blocks, kept, kept))
+    near(right @ right.mT, torch.eye(kept, dtype=torch.float64).expand(*blocks, kept, kept))
+
+
+def test_svd_of_product_of_degenerate_factors() -> None:
+    U, S, Vh = double(6, 3), torch.tensor([2.0, 0.0, -1.0]).double(), double(3, 4)
+    U[:, 2] = U[:, 0]
+    left, values, right = linalg.svd_of_product(U, S, Vh)
+    near(left * values.unsqueeze(-2) @ right, U * S.abs() @ Vh)
+    assert linalg.orthogonality_defect(left) < 1e-12
+    zero = linalg.svd_of_product(U, torch.zeros(3).double(), Vh)
+    assert not zero[1].any()
+    assert linalg.orthogonality_defect(zero[0]) < 1e-12
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=20))
+def test_tail_energy_by_its_definition(values: list[float]) -> None:
+    tail = linalg.tail_energy(torch.tensor(values))
+    squares = sorted((float(value) ** 2 for value in torch.tensor(values).double()), reverse=True)
+    assert tail.dtype == torch.float64
+    assert len(tail) == len(values) + 1
+    assert tail[-1] == 0
+    for rank, left in enumerate(tail.tolist()):
+        assert left == pytest.approx(math.fsum(squares[rank:]), rel=1e-12, abs=1e-300)
+
+
+def test_a_small_tail_is_not_lost_in_a_large_total() -> None:
+    assert linalg.tail_energy(torch.tensor([1e8, 1e-8]).double())[1] == pytest.approx(1e-16, rel=1e-12)
+
+
+def test_rank_at_energy() -> None:
+    spectrum = torch.tensor([2.0, 1.0, 1.0])  # energies 4, 1, 1 of 6
+    assert [linalg.rank_at_energy(spectrum, keep) for keep in (0.01, 4 / 6, 0.67, 5 / 6, 0.84, 1.0)] == [1, 1, 2, 2, 3, 3]
+    assert linalg.rank_at_energy(torch.ones(10), 0.9) == 9
+    assert linalg.rank_at_energy(torch.zeros(4), 1.0) == 1
+
+
+def test_pooled_spectrum_has_the_tail_energies_of_all_blocks_together() -> None:
+    S = double(3, 5)
+    pooled = linalg.pooled_spectrum(S)
+    each = torch.stack([linalg.tail_energy(block) for block in S.abs()]).sum(0)
+    near(linalg.tail_energy(pooled), each)
+    assert (pooled.diff() <= 0).all()
+    assert torch.equal(linalg.pooled_spectrum(torch.tensor([1.0, -3.0, 2.0])), torch.tensor([3.0, 2.0, 1.0]).double())
+    assert not linalg.pooled_spectrum(S.requires_grad_()).requires_grad
+
+
+def test_orthogonality_defect() -> None:
+    q = torch.linalg.qr(double(7, 4)).Q
+    assert linalg.orthogonality_defect(q) < 1e-12
+    assert linalg.orthogonality_defect(2 * q) == pytest.approx(3.0)  # ||4 I - I||_F / sqrt(4)
+    assert linalg.orthogonality_defect(torch.stack([q, 2 * q])) == pytest.approx(3.0)

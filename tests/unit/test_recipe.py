@@ -1,0 +1,542 @@
+"""Recipes: what is checked before any work, what the errors say, how changes apply, and which stages run again."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import spectrim as sp
+from spectrim import cli
+from spectrim import recipe as recipes
+from spectrim.errors import FormatError, RecipeError, SettingError
+from spectrim.recipe import Run, make_data, make_loss, make_model, one_example, parse_recipe, plain, read_recipe
+
+MODULE = '''
+"""A user's own code, next to the recipe."""
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from spectrim.errors import SettingError
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 12, depth: int = 1):
+        super().__init__()
+        if width < 2:
+            raise SettingError("Net", "width", got=width, rule=">= 2")
+        self.first = nn.Linear(8, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.middle = nn.Linear(width, width)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.head(self.middle(self.norm(self.first(x))).relu())
+
+
+class Data:
+    def __init__(self, count, own_generator):
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(3 * count, 8, generator=generator)
+        y = x[:, :3].argmax(1)
+        parts = [TensorDataset(a, b) for a, b in zip(x.split(count), y.split(count))]
+        self.train = DataLoader(parts[0], 16, shuffle=True, generator=torch.Generator().manual_seed(5) if own_generator else None)
+        self.val, self.test = DataLoader(parts[1], 16), DataLoader(parts[2], 16)
+
+
+def data(count: int = 32, own_generator: bool = True) -> Data:
+    return Data(count, own_generator)
+
+
+def missing():
+    raise FileNotFoundError("data/x: no such file")
+
+
+def plain_loss(output, target):
+    return nn.functional.cross_entropy(output, target)
+
+
+def smoothed(amount: float = 0.1):
+    return nn.CrossEntropyLoss(label_smoothing=amount)
+
+
+def no_loss():
+    return 3
+
+
+class MyPenalty:
+    def __init__(self, weight: float = 0.1):
+        self.weight = weight
+
+    def __call__(self, model):
+        return self.weight * model.head.weight.square().sum()
+
+
+def keep_two(values):
+    return 2
+
+
+def rule():
+    return keep_two
+
+
+def not_a_rule():
+    return lambda values: values
+
+
+VALUE = 3
+'''
+
+BASE: dict[str, Any] = {
+    "model": "mymodule.Net",
+    "data": "mymodule.data",
+    "loss": "mymodule.plain_loss",
+    "dense": {"epochs": 1},
+    "train": [{"epochs": 1, "penalties": [{"class_path": "spectrim.Orthogonality", "init_args": {"weight": 1.0}}, "mymodule.MyPenalty"]}],
+    "prune": {"rule": {"class_path": "spectrim.Energy", "init_args": {"keep": 0.9}}},
+    "finetune": {"epochs": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with the user's module and the recipe, which is also the working directory; the import path is restored afterwards."""
+    (tmp_path / "mymodule.py").write_text(MODULE)
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(BASE))
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_num_threads(threads)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("mymodule", "broken")]:
+        del sys.modules[name]
+
+
+def changed(*changes: str) -> recipes.Recipe:
+    return read_recipe("base.yaml", changes)
+
+
+# Errors before any work
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("foo=1", "'foo': unknown key; allowed: model, data, loss, seed, precision"),
+        ("dense.epoch=3", "'dense.epoch': unknown key; allowed: epochs, optimizer, scheduler"),
+        ("train.0.foo=1", "'train.0.foo': unknown key; allowed: epochs, optimizer"),
+        ("prune.keep=1", "'prune.keep': unknown key; allowed: rule, budget, ranks, recalibrate"),
+        ("finetune.distill.temp=1", "'finetune.distill.temp': unknown key; allowed: temperature, weight, dim"),
+        ("model.foo=1", "'model': got {'class_path': 'mymodule.Net', 'foo': 1}; allowed: an import path, or {class_path"),
+        ("model.init_args.foo=1", "'model.init_args.foo': unknown argument; allowed: depth, width"),
+        ("dense.optimizer.init_args.foo=1", "'dense.optimizer.init_args.foo': unknown argument; allowed: amsgrad, betas, capturable"),
+        ("train.0.penalties.1.init_args.foo=1", "'train.0.penalties.1.init_args.foo': unknown argument; allowed: weight"),
+        ("model=null", "'model': got None; allowed: an import path"),
+        ("dense.epochs=abc", "'dense.epochs': got 'abc'; allowed: an integer"),
+        ("dense.epochs=1.5", "'dense.epochs': got 1.5; allowed: an integer"),
+        ("dense.epochs=true", "'dense.epochs': got True; allowed: an integer"),
+        ("dense.epochs=-1", "'dense.epochs': got -1; allowed: >= 0"),
+        ("train.0.accumulate=0", "'train.0.accumulate': got 0; allowed: >= 1"),
+        ("dense.clip=-1", "'dense.clip': got -1.0; allowed: > 0, or null for no clipping"),
+        ("dense.clip=abc", "'dense.clip': got 'abc'; allowed: a number"),
+        ("dense.scheduler_steps=step", "'dense.scheduler_steps': got 'step'; allowed: epoch, batch"),
+        ("precision=fp8", "'precision': got 'fp8'; allowed: no, bf16, fp16"),
+        ("seed=abc", "'seed': got 'abc'; allowed: an integer"),
+        ("threads=-1", "'threads': got -1; allowed: >= 0"),
+        ("latency_threads=0", "'latency_threads': got 0; allowed: >= 1"),
+        ("train={}", "'train': got {}; allowed: a list"),
+        ("train=[3]", "'train.0': got 3; allowed: a mapping with epochs"),
+        ("dense=3", "'dense': got 3; allowed: a mapping with epochs"),
+        ("train.0.penalties=spectrim.Hoyer", "'train.0.penalties': got 'spectrim.Hoyer'; allowed: a list"),
+        ("factorize.scheme=chanel", "'factorize.scheme': got 'chanel'; allowed: auto, channel, spatial"),
+        ("factorize.start=foo", "'factorize.start': got 'foo'; allowed: dense, initial"),
+        ("factorize.where=middle", "'factorize.where': got 'middle'; allowed: a list"),
+        ("factorize.where=[3]", "'factorize.where.0': got 3; allowed: a string"),
+        ("prune.recalibrate=maybe", "'prune.recalibrate': got 'maybe'; allowed: true or false"),
+        ("model=no.such.Thing", "'model.class_path': 'no.such.Thing' cannot be imported (ModuleNotFoundError: No module named 'no')"),
+        ("model=mymodule.Nett", "'model.class_path': 'mymodule.Nett' cannot be imported (AttributeError"),
+        ("model=Net", "'model.class_path': got 'Net'; allowed: a dotted import path"),
+        ("model=mymodule.VALUE", "'model.class_path': 'mymodule.VALUE' is a int; allowed: a class or function"),
+        ("model.class_path=3", "'model': got {'class_path': 3}; allowed: an import path"),
+        ("model.init_args.width=wide", "'model.init_args.width': got 'wide'; allowed: int"),
+        ("model.init_args=3", "'model': got {'class_path': 'mymodule.Net', 'init_args': 3}"),
+        ("train.0.penalties.0.init_args.weight=-1", "'train.0.penalties.0': Orthogonality: weight must be a finite number >= 0, got -1.0"),
+        ("train.0.penalties.0=spectrim.Hoyer", "'train.0.penalties.0.init_args.weight': is missing"),
+        ("train.0.penalties.0=mymodule.no_loss", "'train.0.penalties.0': mymodule.no_loss gives a int; allowed: a penalty"),
+        ("prune.rule.init_args.keep=90", "'prune.rule': Energy: keep must be a fraction in (0, 1], got 90.0; for 90 % write keep=0.9"),
+        ("prune.rule=mymodule.not_a_rule", "'prune.rule': mymodule.not_a_rule chooses no rank (only integer tensors"),
+        ("prune={}", "'prune': has none of rule, budget, ranks; allowed: exactly one"),
+        ("prune.budget.macs=0.4", "'prune': has rule and budget of rule, budget, ranks; allowed: exactly one"),
+        ("prune={budget: {macs: 40}}", "'prune.budget': Budget: macs must be the fraction kept, in (0, 1], got 40.0"),
+        ("prune={budget: {}}", "'prune.budget': Budget: macs or params must be given"),
+        ("prune={budget: 0.4}", "'prune.budget': got 0.4; allowed: a mapping with macs, params"),
+        ("prune={ranks: {first: x}}", "'prune.ranks.first': got 'x'; allowed: an integer"),
+        ("prune={ranks: {first: 0}}", "'prune.ranks.first': got 0; allowed: >= 1"),
+        ("dense.optimizer.init_args.lr=-1", "'dense.optimizer': Invalid learning rate: -1"),
+        ("dense.scheduler=torch.optim.lr_scheduler.OneCycleLR", "'dense.scheduler.init_args.max_lr': is missing"),
+        (
+            "dense.scheduler={class_path: torch.optim.lr_scheduler.OneCycleLR, init_args: {max_lr: 1, pct_start: 3}}",
+            "'dense.scheduler': Expected float between 0 and 1 pct_start",
+        ),
+        ("dense.scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau", "'dense.scheduler': waits for a metric"),
+        ("finetune.distill.temperature=-1", "'finetune.distill': Distillation: temperature must be > 0, got -1.0"),
+        ("finetune.distill.weight=2", "'finetune.distill': Distillation: weight must be a fraction in [0, 1], got 2.0"),
+        ("loss=mymodule.no_loss", "'loss': mymodule.no_loss gives a int; allowed: (output, target) -> scalar"),
+        ("loss=torch.nn.CrossEntropyLosss", "'loss.class_path': 'torch.nn.CrossEntropyLosss' cannot be imported"),
+        ("train.1.epochs=3", "'train.1': no such entry; allowed: 0 to 0"),
+        ("train.x.epochs=3", "'train.x': no such entry; allowed: 0 to 0"),
+        ("dense.epochs.foo=3", "'dense.epochs.foo': cannot be set inside 1"),
+        ("dense.epochs=[1", "'dense.epochs': got '[1', which is not YAML"),
+        ("dense.epochs", "'dense.epochs': is not a change; allowed: KEY=VALUE, for example train.0.epochs=3"),
+        ("=3", "'=3': is not a change; allowed: KEY=VALUE"),
+        ("a..b=3", "'a..b=3': is not a change"),
+    ],
+)
+def test_bad_recipes_name_the_key_what_came_and_what_is_allowed(change: str, message: str, folder: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        changed(change)
+    assert str(caught.value).startswith(f"recipe key {message}"), str(caught.value)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["run", "base.yaml", "--out", "out", "--set", change])
+    assert left.value.code == 2
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("factorize.where=[nothing*]", "'factorize.where': selects no layer that can be factorized; allowed: see spectrim coverage RECIPE"),
+        ("prune={ranks: {firts: 2}}", "'prune.ranks.firts': is no weight that will be factorized; allowed: first, middle"),
+        ("prune={ranks: {head: 2}}", "'prune.ranks.head': is no weight that will be factorized; allowed: first, middle"),
+        ("model.init_args.width=1", "'model.init_args': Net: width must be >= 2, got 1"),
+        ("model=mymodule.data", "'model': mymodule.data gives a Data; allowed: a torch.nn.Module"),
+        ("data=mymodule.Net", "'data': mymodule.Net gives a Net without 'val'; allowed: an object with train, val, test"),
+    ],
+)
+def test_what_needs_the_model_is_checked_before_any_work_too(change: str, message: str, folder: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        Run(changed(change), "out", progress=False)
+    assert str(caught.value) == f"recipe key {message}"
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "is a list; allowed: a mapping of keys"),
+        ("", "is a NoneType; allowed: a mapping of keys"),
+        ("a: [1", "is not YAML"),
+        ("loss: x.y", "'model': is missing; allowed: an import path"),
+        ("model: x.y\ndata: x.y\nloss: x.y", "'prune': has none of rule, budget, ranks"),
+    ],
+)
+def test_files_that_are_no_recipes(text: str, message: str, folder: Path) -> None:
+    (folder / "bad.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message.replace("(", r"\(")):
+        read_recipe("bad.yaml")
+
+
+def test_a_file_that_does_not_exist() -> None:
+    with pytest.raises(RecipeError, match=r"nothing\.yaml': no such file; allowed: a YAML recipe"):
+        read_recipe("nothing.yaml")
+
+
+def test_a_users_module_that_is_broken(folder: Path) -> None:
+    (folder / "broken.py").write_text("def f(:\n")
+    with pytest.raises(RecipeError, match=r"'model.class_path': 'broken.f' cannot be imported \(SyntaxError"):
+        changed("model=broken.f")
+
+
+# What recipes may say
+
+
+@pytest.mark.parametrize(
+    ("change", "look", "value"),
+    [
+        ("dense.epochs=7", lambda r: r.dense.epochs, 7),
+        ("train.0.penalties.0.init_args.weight=0.5", lambda r: r.train[0].penalties[0]["init_args"], {"weight": 0.5}),
+        (
+            "train.0.penalties.0=mymodule.MyPenalty",
+            lambda r: r.train[0].penalties[0],
+            {"class_path": "mymodule.MyPenalty", "init_args": {"weight": 0.1}},
+        ),
+        ("train.0.penalties.1.init_args.weight=1e-3", lambda r: r.train[0].penalties[1]["init_args"], {"weight": 0.001}),
+        ("train=[{epochs: 2}, {epochs: 3}]", lambda r: [p.epochs for p in r.train], [2, 3]),
+        ("model.init_args.width=20", lambda r: r.model["init_args"], {"width": 20, "depth": 1}),
+        ("data.init_args.count=16", lambda r: r.data["init_args"], {"count": 16, "own_generator": True}),
+        ("dense.optimizer.init_args.lr=1e-2", lambda r: r.dense.optimizer["init_args"]["lr"], 0.01),
+        ("dense.optimizer=torch.optim.RMSprop", lambda r: r.dense.optimizer["init_args"]["alpha"], 0.99),
+        ("dense.clip=1e-1", lambda r: r.dense.clip, 0.1),
+        ("dense.clip=2", lambda r: r.dense.clip, 2.0),
+        ("precision=no", lambda r: r.precision, "no"),
+        ("finetune.distill={}", lambda r: (r.finetune.distill.temperature, r.finetune.distill.weight), (4.0, 0.7)),
+        ("finetune.distill.weight=1", lambda r: r.finetune.distill.weight, 1.0),
+        ("truncated.epochs=2", lambda r: r.truncated.epochs, 2),
+        ("factorize.where=[mid*]", lambda r: r.factorize.where, ["mid*"]),
+        ("prune={ranks: {middle: 3, 0: 2}}", lambda r: r.prune.ranks, {"middle": 3, "0": 2}),
+        ("prune={budget: {params: 1}}", lambda r: r.prune.budget, sp.Budget(params=1.0)),
+        ("prune.rule=mymodule.rule", lambda r: r.prune.rule, {"class_path": "mymodule.rule", "init_args": {}}),
+        ("loss=torch.nn.CrossEntropyLoss", lambda r: r.loss["init_args"]["reduction"], "mean"),
+        (
+            "dense.scheduler=torch.optim.lr_scheduler.CosineAnnealingLR",
+            lambda r: r.dense.scheduler["init_args"],
+            {"eta_min": 0.0, "last_epoch": -1},
+        ),
+    ],
+)
+def test_changes_on_nested_keys_and_lists(change: str, look: Callable[[Any], Any], value: Any) -> None:
+    assert look(changed(change)) == value
+
+
+def test_later_changes_win_and_the_file_stays_as_it_is(folder: Path) -> None:
+    before = (folder / "base.yaml").read_bytes()
+    assert changed("dense.epochs=3", "dense.epochs=4", "prune.rule=null", "prune.budget.macs=0.3").dense.epochs == 4
+    assert (folder / "base.yaml").read_bytes() == before
+
+
+def test_every_default_is_written_out_and_read_back_the_same(folder: Path) -> None:
+    recipe = changed("finetune.distill={}", "dense.scheduler=torch.optim.lr_scheduler.CosineAnnealingLR", "truncated={}")
+    written = plain(recipe)
+    assert parse_recipe(written) == recipe
+    assert parse_recipe(yaml.safe_load(yaml.safe_dump(written))) == recipe
+    assert set(written) == set(recipes.Recipe.__dataclass_fields__)
+    assert written["dense"]["optimizer"]["init_args"]["betas"] == [0.9, 0.999]
+    assert written["model"]["init_args"] == {"width": 12, "depth": 1}
+    assert written["truncated"]["accumulate"] == 1
+    assert "T_max" not in written["dense"]["scheduler"]["init_args"], "filled in when the number of steps is known"
+
+
+@pytest.mark.parametrize(
+    ("loss", "amount"),
+    [
+        ("mymodule.plain_loss", 0.0),
+        ("torch.nn.functional.cross_entropy", 0.0),
+        ("torch.nn.CrossEntropyLoss", 0.0),
+        ("{class_path: torch.nn.CrossEntropyLoss, init_args: {label_smoothing: 0.2}}", 0.2),
+        ("mymodule.smoothed", 0.1),
+        ("{class_path: mymodule.smoothed, init_args: {amount: 0.3}}", 0.3),
+    ],
+)
+def test_a_loss_is_a_function_or_a_class_or_made_by_a_function(loss: str, amount: float) -> None:
+    output, target = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    found = make_loss(changed(f"loss={loss}").loss)(output, target)
+    assert torch.equal(found, nn.functional.cross_entropy(output, target, label_smoothing=amount))
+
+
+def test_the_model_is_seeded_and_the_example_is_one(folder: Path) -> None:
+    a, b, c = (make_model(changed(change)) for change in ("seed=1", "seed=1", "seed=2"))
+    assert torch.equal(a.first.weight, b.first.weight)
+    assert not torch.equal(a.first.weight, c.first.weight)
+    assert one_example(make_data(changed("seed=1")).val).shape == (1, 8)
+    nested = one_example([((torch.zeros(5, 2), {"a": torch.zeros(5), "b": [torch.zeros(5), "text"]}), None)])
+    assert nested[0].shape == (1, 2)
+    assert nested[1]["a"].shape == nested[1]["b"][0].shape == (1,)
+    assert nested[1]["b"][1] == "text"
+
+
+# Stages
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time models for a moment only."""
+    monkeypatch.setattr(recipes, "compare_latency", partial(recipes.compare_latency, repeats=1, min_time=1e-3))
+
+
+STAGES = ["1-dense", "2-train", "3-prune", "4-finetune", "5-merge", "b1-truncated", "b2-continued", "measure"]
+BASELINES = ("truncated.epochs=1", "continued.epochs=1")
+
+
+def stamps(out: Path) -> dict[str, int]:
+    return {name: (out / name / "stage.json").stat().st_mtime_ns for name in STAGES if (out / name / "stage.json").exists()}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_changed_setting_reruns_exactly_what_depends_on_it(folder: Path) -> None:
+    out = folder / "out"
+    result = Run(changed(*BASELINES), out, progress=False).run()
+    assert list(stamps(out)) == STAGES
+    assert json.loads((out / "result.json").read_text()) == result
+    assert not list(out.rglob("*.tmp"))
+    for changes, rerun in (
+        ([], []),
+        (["threads=1"], []),
+        (["latency_threads=2"], ["measure"]),
+        (["continued.epochs=2"], ["b2-continued", "measure"]),
+        (["continued.epochs=2", "truncated.epochs=2"], ["b1-truncated", "measure"]),
+        (["finetune.epochs=2"], [*STAGES[3:]]),
+        (["prune.rule.init_args.keep=0.8"], [*STAGES[2:6], "measure"]),
+        (["factorize.scheme=channel"], [*STAGES[1:6], "measure"]),
+        (["precision=bf16"], STAGES),
+    ):
+        before = stamps(out)
+        again = Run(changed(*BASELINES, *changes), out, progress=False).run()
+        assert [name for name in STAGES if stamps(out)[name] != before[name]] == rerun, changes
+        assert again["recipe"] == yaml.safe_load((out / "recipe.yaml").read_text()) == plain(changed(*BASELINES, *changes))
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_result(folder: Path) -> None:
+    out = folder / "out"
+    result = Run(changed(), out, progress=False).run()
+    assert set(result) == {"dense", "final", "stages", "recipe", "environment"}
+    for name in ("dense", "final"):
+        assert {"accuracy", "loss", "params", "macs", "size_bytes", "latency_s", "latency_iqr_s", "ranks", "batch", "threads"} == set(
+            result[name]
+        )
+        assert result[name]["batch"] == result[name]["threads"] == 1
+    assert result["dense"]["ranks"] == {}
+    assert result["dense"]["macs"] == 8 * 12 + 12 * 12 + 12 * 3
+    cut = sp.load(out / "4-finetune", make_model(changed()))
+    assert result["final"]["ranks"] == result["stages"]["3-prune"]["ranks"] == {name: f.rank for name, f in sp.named_factors(cut)}
+    assert result["final"]["macs"] == sp.measure(sp.merge(cut), torch.zeros(1, 8), latency=False).macs
+    test = sp.evaluate(sp.load(out / "5-merge", make_model(changed())), make_data(changed()).test, nn.functional.cross_entropy)
+    assert {key: result["final"][key] for key in test} == test
+    stages = result["stages"]
+    assert list(stages) == STAGES[:5]
+    assert len(stages["1-dense"]["epochs"]) == len(stages["4-finetune"]["epochs"]) == 1
+    assert set(stages["2-train"]["phases"][0][0]) >= {"loss", "Orthogonality", "MyPenalty", "mean_rank", "eval_loss", "eval_accuracy"}
+    assert set(stages["2-train"]["spectra"]) == {"first", "middle"}
+    assert {"python", "torch", "spectrim"} <= set(result["environment"]["versions"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_recipe_written_out_is_the_same_run(folder: Path) -> None:
+    out = folder / "out"
+    Run(changed(), out, progress=False).run()
+    before = stamps(out)
+    Run(read_recipe(out / "recipe.yaml"), out, progress=False).run()
+    assert stamps(out) == before
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("stage", ["1-dense", "2-train", "4-finetune"])
+def test_a_run_stopped_inside_a_stage_ends_with_the_same_bits(folder: Path, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader has a generator of its own: what it drew in a stage that is skipped now must not matter."""
+    twice = [f"{key}.epochs=2" for key in ("dense", "train.0", "finetune")] + ["train.0.clip=1.0"]
+    whole = Run(changed(*twice), folder / "whole", progress=False).run()
+    fit, calls = recipes.fit, 0
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == {"1-dense": 1, "2-train": 2, "4-finetune": 3}[stage]:
+            fit(*args[:4], 1, **kwargs)
+            raise KeyboardInterrupt
+        return fit(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes, "fit", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            Run(changed(*twice), folder / "stopped", progress=False).run()
+    Run(changed(*twice), folder / "stopped", progress=False).run()
+    for name in STAGES[:5]:
+        a, b = (sp.load(folder / run / name, make_model(changed())).state_dict() for run in ("whole", "stopped"))
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    resumed = json.loads((folder / "stopped" / "result.json").read_text())
+    assert {key: resumed["final"][key] for key in ("accuracy", "loss")} == {key: whole["final"][key] for key in ("accuracy", "loss")}
+
+
+@pytest.mark.usefixtures("quick")
+def test_damaged_stages(folder: Path) -> None:
+    out = folder / "out"
+    first = Run(changed(), out, progress=False).run()
+    whole = (out / "4-finetune" / "stage.json").read_text()
+    for text in (whole[: len(whole) // 2], "", "[]", "{}", json.dumps({**json.loads(whole), "finished": False})):
+        (out / "4-finetune" / "stage.json").write_text(text)
+        before = stamps(out)
+        again = Run(changed(), out, progress=False).run()
+        assert [name for name in stamps(out) if stamps(out)[name] != before[name]] == ["4-finetune"]
+        assert again["final"]["loss"] == first["final"]["loss"]
+    weights = out / "2-train" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(FormatError, match=r"2-train: the stage is finished but cannot be read \(.*model.safetensors.*delete the folder"):
+        Run(changed(), out, progress=False).run()
+
+
+@pytest.mark.usefixtures("quick")
+def test_ranks_and_budgets_are_what_the_recipe_says(folder: Path) -> None:
+    result = Run(changed("prune={ranks: {middle: 3}}"), folder / "ranks", progress=False).run()
+    assert result["final"]["ranks"] == {"first": 8, "middle": 3}
+    result = Run(changed("prune={budget: {macs: 0.7}, recalibrate: true}", "truncated.epochs=0"), folder / "budget", progress=False).run()
+    assert result["final"]["macs"] <= 0.7 * result["dense"]["macs"]
+    assert result["truncated"]["macs"] <= result["final"]["macs"]
+    assert set(result["stages"]["3-prune"]) >= {"val", "val_cut"}
+    assert result["stages"]["3-prune"]["val"] != result["stages"]["3-prune"]["val_cut"], "statistics of BatchNorm were renewed"
+    with pytest.raises(SettingError, match=r"macs must be at least 0\.\d+ for this network, got 0.01"):
+        Run(changed("prune={budget: {macs: 0.01}}"), folder / "small", progress=False).run()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_random_start_ignores_the_dense_stage(folder: Path) -> None:
+    Run(changed("factorize.start=initial", "train.0.epochs=0"), folder / "out", progress=False).run()
+    low = sp.load(folder / "out" / "2-train", make_model(changed()))
+    torch.testing.assert_close(low.middle.weight, make_model(changed()).middle.weight)
+
+
+# The command line
+
+
+def call(*args: str) -> int:
+    try:
+        cli.main(list(args))
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_exit_codes_and_output(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("run", "base.yaml", "--out", "out", "--quiet", "--json", "--set", "dense.epochs=0") == 0
+    text = capsys.readouterr()
+    assert text.err == ""
+    lines = text.out.splitlines()
+    assert [word in lines[0] for word in ("dense", "low-rank")] == [True, True]
+    last = json.loads(lines[-1])
+    assert list(last) == ["dense", "final"]
+    assert all({"accuracy", "params", "macs", "size_bytes", "latency_s"} <= set(entry) for entry in last.values())
+    assert set(last["final"]["ranks"]) == {"first", "middle"}
+    assert call("coverage", "out", "--json") == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["name"]: row["factorized"] for row in rows} == {"first": True, "norm": False, "middle": True, "head": False}
+    assert {row["name"]: row["rank"] for row in rows if row["factorized"]} == last["final"]["ranks"]
+    assert call("coverage", "base.yaml") == 0
+    assert "stays dense by default" in capsys.readouterr().out
+
+
+def test_failures_and_wrong_usage(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, code, words in (
+        ([], 2, "command"),
+        (["fly"], 2, "fly"),
+        (["run"], 2, "recipe"),
+        (["run", "base.yaml", "--nothing"], 2, "nothing"),
+        (["measure", "base.yaml", "--threads", "0"], 2, "threads"),
+        (["run", "nothing.yaml"], 2, "no such file"),
+        (["run", "base.yaml", "--set", "foo=1"], 2, "recipe key 'foo'"),
+        (["run", "base.yaml", "--out", "out", "--set", "data=mymodule.missing"], 1, "data/x: no such file"),
+        (["measure", "nothing"], 2, "no such file"),
+        (["measure", str(folder)], 1, "is not the folder of a run"),
+        (["coverage", "base.yaml", "--set", "foo=1"], 2, "set"),
+    ):
+        assert call(*arguments) == code, arguments
+        assert words in capsys.readouterr().err, arguments
+    assert not (folder / "out").exists()
+    assert call("--version") == 0
+    assert capsys.readouterr().out.split() == ["spectrim", sp.__version__]
+
+
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "run", interrupt)
+    assert call("run", "base.yaml", "--out", "out") == 1
+    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
