@@ -4,13 +4,15 @@ from importlib.metadata import version
 
 from spectrim.allocate import Budget, allocate
 from spectrim.checkpoint import load, save
+from spectrim.execution import choose_execution
 from spectrim.factorize import factorize, merge
 from spectrim.fit import Distillation, fit
 from spectrim.layers import named_factors
 from spectrim.measure import Measurement, compare_latency, compare_table, evaluate, measure
 from spectrim.penalties import L1, Hoyer, HoyerSquare, Orthogonality
-from spectrim.prune import prune, prune_optimizer_state
+from spectrim.prune import prune, prune_, prune_optimizer_state
 from spectrim.ranks import Energy, Fixed, Fraction
+from spectrim.schedule import Ramp
 from spectrim.surgery import coverage, match
 
 __version__ = version("spectrim")
@@ -26,7 +28,9 @@ __all__ = [
     "HoyerSquare",
     "Measurement",
     "Orthogonality",
+    "Ramp",
     "allocate",
+    "choose_execution",
     "compare_latency",
     "compare_table",
     "coverage",
@@ -39,6 +43,7 @@ __all__ = [
     "merge",
     "named_factors",
     "prune",
+    "prune_",
     "prune_optimizer_state",
     "save",
 ]

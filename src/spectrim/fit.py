@@ -23,12 +23,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from spectrim.errors import DivergedError, FormatError, SettingError
-from spectrim.layers import named_factors
+from spectrim.execution import choose_execution
+from spectrim.layers import Factors, named_factors, named_layers
 from spectrim.measure import call_model, evaluate, evaluating
-from spectrim.protocols import Penalty
+from spectrim.protocols import Penalty, RankSchedule
+from spectrim.prune import prune_
 
 Loss = Callable[[Any, Any], Tensor]
 Precision = Literal["no", "bf16", "fp16"]
+Execution = Literal["macs", "measured"]
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -82,18 +85,20 @@ class History:
         epochs: one line for each: ``loss`` (the task's, with the teacher's share when distilling; mean over batches), one entry for each
             penalty (what it added), ``mean_rank``, ``learning_rate`` of the last step, ``examples_per_s``, ``seconds``, and ``eval_*``
             from the validation split.
+        cuts: one entry for each cut of a schedule: ``step``, the number of steps before it, and ``ranks`` after it.
     """
 
     epochs: list[dict[str, float]] = field(default_factory=list)
+    cuts: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def last(self) -> dict[str, float]:
         """The last line; empty before the first epoch."""
         return self.epochs[-1] if self.epochs else {}
 
-    def to_dict(self) -> dict[str, list[dict[str, float]]]:
+    def to_dict(self) -> dict[str, list[dict[str, Any]]]:
         """Return plain data for JSON."""
-        return {"epochs": self.epochs}
+        return {"epochs": self.epochs, "cuts": self.cuts}
 
 
 def fit(
@@ -111,6 +116,8 @@ def fit(
     precision: Precision = "no",
     accumulate: int = 1,
     clip: float | None = None,
+    schedule: RankSchedule | None = None,
+    execution: Execution = "macs",
     checkpoint: str | Path | None = None,
     resume: bool = True,
     callbacks: Sequence[EpochCallback] = (),
@@ -137,6 +144,9 @@ def fit(
         precision: ``no`` for float32, ``bf16`` or ``fp16`` for automatic mixed precision (with loss scaling for fp16).
         accumulate: batches whose gradients are averaged for one optimizer step, >= 1; the last group of an epoch may be smaller.
         clip: largest norm of the whole gradient; None for no clipping.
+        schedule: cuts ranks as training goes, for example `Ramp`; the optimizer's moments are cut along, later steps cost less.
+        execution: whether layers compose their weight or run two operations by ``macs``, or by ``measured`` seconds (`choose_execution`, at
+            the start and after each cut; which form was faster may differ from run to run, and with it the rounding).
         checkpoint: folder for ``checkpoint.pt``, written atomically after each epoch; None for none. One run has it for itself.
         resume: go on from the checkpoint when there is one. A resumed run ends with the same bits on a CPU, as long as everything random
             draws from the global generators of torch, numpy and Python, or from the generator of the `DataLoader` or its sampler.
@@ -167,6 +177,8 @@ def fit(
         raise SettingError("fit", "clip", got=clip, rule="> 0, or None")
     if isinstance(scheduler, ReduceLROnPlateau):
         raise SettingError("fit", "scheduler", got="ReduceLROnPlateau", rule="a schedule whose step() takes no metric")
+    if execution not in ("macs", "measured"):
+        raise SettingError("fit", "execution", got=execution, rule="'macs' or 'measured'")
     length = _length(data)
     if accelerator is not None and precision not in ("no", accelerator.mixed_precision):
         raise SettingError("fit", "precision", got=precision, rule=f"{accelerator.mixed_precision!r}, that of your accelerator")
@@ -174,8 +186,13 @@ def fit(
     if not {id(p) for p in model.parameters()} & {id(p) for group in optimizer.param_groups for p in group["params"]}:
         hint = "make the optimizer after factorize, prune or load, or call prune_optimizer_state after prune"
         raise SettingError("fit", "optimizer", got="one that holds none of them", rule="over the parameters of this very model", hint=hint)
+    if schedule is not None and accelerator.num_processes > 1:
+        hint = "cut with prune between two calls of fit"
+        raise SettingError("fit", "schedule", got=schedule, rule="None with several processes", hint=hint)
     history = History()
     saver = Checkpoint(Path(checkpoint), model, optimizer, scheduler, data, accelerator.scaler) if checkpoint is not None else None
+    if saver is not None:
+        saver.resizes = schedule is not None
     if saver is not None and resume:
         history = saver.restore()
     names = _unique([type(penalty).__name__ for penalty in penalties])
@@ -197,6 +214,14 @@ def fit(
             bar.start(epoch, epochs)
             for index, batch in enumerate(data):
                 inputs, target = send_to_device(batch, accelerator.device)
+                ranks = schedule(model, inputs, epoch * length + index, epochs * length) if schedule is not None else None
+                if ranks is not None:
+                    prune_(model, ranks, optimizer)
+                    held = {name: factors.rank for name, factors in named_factors(model)}
+                    history.cuts.append({"step": epoch * length + index, "ranks": held})
+                if execution == "measured" and (ranks is not None or index == 0):
+                    with accelerator.autocast():
+                        choose_execution(model, inputs)
                 with accelerator.autocast():
                     output = convert_to_fp32(call_model(wrapped, inputs))
                     task = loss(output, target)
@@ -269,6 +294,7 @@ class Checkpoint:
         self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
         self.parts = {name: part for name, part in self.parts.items() if part is not None}
         self.generators = generators_of(data)
+        self.resizes = False
         for leftover in folder.glob(f"{self.path.stem}.*.tmp"):
             leftover.unlink(missing_ok=True)
 
@@ -278,7 +304,7 @@ class Checkpoint:
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                torch.save(self._state() | {"kinds": self._kinds(), "history": history.epochs}, file)
+                torch.save(self._state() | {"kinds": self._kinds(), "history": history.epochs, "cuts": history.cuts}, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
@@ -295,7 +321,7 @@ class Checkpoint:
             return History()
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            weights, lines = dict(state["model"]), list(state["history"])
+            weights, lines, cuts = dict(state["model"]), list(state["history"]), list(state.get("cuts", []))
             sizes = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
         except Exception as error:
             raise FormatError(
@@ -303,6 +329,9 @@ class Checkpoint:
             ) from error
         anew = "delete the checkpoint or pass resume=False to start anew"
         own = self.parts["model"].state_dict()
+        smaller = self._smaller(weights) if self.resizes else {}
+        for name, factors in smaller.items():
+            own |= {f"{name}.{part}": tensor for part, tensor in factors.state_dict().items()}
         wrong = [key for key in {**own, **weights} if key not in own or key not in weights or not _alike(own[key], weights[key])]
         if wrong:
             problem = f"is the checkpoint of another model ({len(wrong)} of {len(own)} tensors differ)"
@@ -311,19 +340,54 @@ class Checkpoint:
         if sizes != own_sizes or state.get("kinds", self._kinds()) != self._kinds():
             raise FormatError(self.path, "is the checkpoint of another optimizer or schedule", hint=anew)
         before = copy.deepcopy(self._state())
+        larger = self._resize(smaller)
         try:
             self._load(state)
         except Exception as error:
+            self._resize(larger)
             self._load(before)
             raise FormatError(self.path, f"does not fit this run ({error})", hint=anew) from error
-        return History(lines)
+        return History(lines, cuts)
+
+    def _smaller(self, weights: dict[str, Any]) -> dict[str, Factors]:
+        """Return factors of the ranks that a schedule had cut to, where they are smaller than the model's, by module."""
+        found = {}
+        for name, factors in self.parts["model"].named_modules():
+            stored = weights.get(f"{name}.S".removeprefix("."))
+            if isinstance(factors, Factors) and isinstance(stored, Tensor) and stored.dim() and stored.shape[-1] < factors.rank:
+                rank = stored.shape[-1]
+                parts = (factors.U[..., :rank], factors.S[..., :rank], factors.Vh[..., :rank, :])
+                found[name] = Factors(*parts, dtype=factors.dtype, requires_grad=factors.S.requires_grad)
+        return found
+
+    def _resize(self, sized: dict[str, Factors]) -> dict[str, Factors]:
+        """Give model and optimizer the parameters of these factors, with no state yet; return what they had."""
+        model, optimizer, had = self.parts["model"], self.parts["optimizer"], {}
+        exchanged: dict[int, Any] = {}
+        for name, factors in sized.items():
+            module = model.get_submodule(name)
+            had[name] = copy.copy(module)
+            had[name]._parameters = dict(module._parameters)
+            exchanged |= {id(module._parameters[part]): parameter for part, parameter in factors._parameters.items()}
+            module._parameters.update(factors._parameters)
+        for group in optimizer.param_groups:
+            for index, parameter in enumerate(group["params"]):
+                if id(parameter) in exchanged:
+                    group["params"][index] = exchanged[id(parameter)]
+                    optimizer.state.pop(parameter, None)
+        return had
 
     def _state(self) -> dict[str, Any]:
-        return {name: part.state_dict() for name, part in self.parts.items()} | {"random": random_state(self.generators)}
+        choices = {name: list(layer.execution.items()) for name, layer in named_layers(self.parts["model"])}
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        return states | {"random": random_state(self.generators), "execution": choices}
 
     def _load(self, state: dict[str, Any]) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
+        for name, layer in named_layers(self.parts["model"]):
+            layer.execution.clear()
+            layer.execution.update((tuple(key), choice) for key, choice in state.get("execution", {}).get(name, []))
         restore_random_state(state["random"], self.generators)
 
     def _kinds(self) -> dict[str, str]:

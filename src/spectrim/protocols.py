@@ -1,6 +1,7 @@
-"""The four contracts. A method is a frozen dataclass whose fields are its knobs, and which is called."""
+"""The contracts. A method is a frozen dataclass whose fields are its knobs, and which is called."""
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -22,6 +23,14 @@ class RankRule(Protocol):
 
 
 @runtime_checkable
+class RankSchedule(Protocol):
+    """Cuts ranks while a network trains."""
+
+    def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int, /) -> RankRule | Mapping[str, SupportsIndex] | None:
+        """Return the ranks to cut to before step `step` of `steps` (a function of these and the model alone), or None for no cut."""
+
+
+@runtime_checkable
 class Projection(Protocol):
     """Maps a tensor to the nearest tensor of a set (in the Frobenius norm)."""
 
@@ -38,6 +47,23 @@ class Coder(Protocol):
 
     def decode(self, data: bytes, probabilities: Tensor, count: int, /) -> Tensor:
         """Return `count` symbols; the inverse of `encode`."""
+
+
+@runtime_checkable
+class Latencies(Protocol):
+    """Measured seconds of each factorized weight, by the names of `coverage`; `LatencyTable` is one."""
+
+    def limits(self, model: nn.Module) -> Mapping[tuple[int, str], int]:
+        """Return, by the ``id`` of each factorized layer and the weight's name, the largest rank at which a pair is the fastest form."""
+
+    def seconds(self, name: str, rank: int | None) -> float | None:
+        """Return the seconds of one weight as a pair of `rank`, or dense for None; None where it was not timed."""
+
+    def multiple(self, name: str) -> int:
+        """Return the number that a rank of one weight should be a multiple of."""
+
+    def verdict(self, name: str, rank: int) -> str:
+        """Say what `merge` writes for one weight of `rank`, and why."""
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """`prune` cuts ranks; `prune_optimizer_state` lets training go on with its moments."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import SupportsIndex
 
 import torch
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from spectrim.errors import LayerError
 from spectrim.factorize import check_names, chooser
-from spectrim.layers import Factors, factor_name, named_factors, named_layers
+from spectrim.layers import Factors, named_factors
 from spectrim.protocols import RankRule
 from spectrim.surgery import duplicate
 
@@ -49,21 +49,64 @@ def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex]) -> nn
     Deviation: the published code sorts the trained ``S`` as it is; here it is made exact first.
     """
     cut = duplicate(model)
-    if next(named_factors(cut), None) is None:
+    for old, new in _cuts(cut, ranks).values():
+        _swap(old, new)
+    return cut
+
+
+def prune_(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], optimizer: Optimizer | None = None) -> None:
+    """Cut a factorized model to smaller ranks in place, its optimizer along with it: `prune` for use in the middle of training.
+
+    Args:
+        model: factorized; its factors get new, smaller parameters.
+        ranks: as for `prune`.
+        optimizer: trains `model`; its moments are carried over as by `prune_optimizer_state`.
+
+    Raises:
+        RankError, LayerError: as `prune`; nothing is changed then.
+
+    Examples:
+        >>> from spectrim.factorize import factorize
+        >>> from spectrim.ranks import Fixed
+        >>> low = factorize(nn.Linear(8, 6))
+        >>> prune_(low, Fixed(2), torch.optim.Adam(low.parameters()))
+        >>> low.rank
+        2
+    """
+    cuts = _cuts(model, ranks)
+    before = dict(model.named_parameters())
+    maps = _rotations((name, *pair) for name, pair in cuts.items())
+    if optimizer is not None:
+        _check_trained(optimizer, before, before)
+    for old, new in cuts.values():
+        _swap(old, new)
+    if optimizer is not None:
+        _move(optimizer, before, dict(model.named_parameters()), maps)
+
+
+def _cuts(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex]) -> dict[str, tuple[Factors, Factors]]:
+    """Return the present and the cut factors of each factorized weight, tied ones once, by the module's name; nothing is changed."""
+    if next(named_factors(model), None) is None:
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
     if isinstance(ranks, Mapping):
-        check_names(cut, ranks)
-    done: dict[int, Factors] = {}
-    for layer_name, layer in named_layers(cut):
-        for weight, factors in layer.named_factors():
-            if id(factors) not in done:
-                name = factor_name(layer_name, weight)
-                try:
-                    done[id(factors)] = factors.cut(chooser(ranks, name, factors.shape, factors.rank))
-                except LayerError as error:
-                    raise LayerError(name, str(error)) from None
-            layer.factors[weight] = done[id(factors)]
-    return cut
+        check_names(model, ranks)
+    modules = {id(module): name for name, module in model.named_modules()}
+    cuts: dict[str, tuple[Factors, Factors]] = {}
+    for name, factors in named_factors(model):
+        cuts[modules[id(factors)]] = factors, _cut(name, factors, ranks)
+    return cuts
+
+
+def _cut(name: str, factors: Factors, ranks: RankRule | Mapping[str, SupportsIndex]) -> Factors:
+    try:
+        return factors.cut(chooser(ranks, name, factors.shape, factors.rank))
+    except LayerError as error:
+        raise LayerError(name, str(error)) from None
+
+
+def _swap(factors: Factors, other: Factors) -> None:
+    """Give `factors` the parameters of `other`."""
+    factors.U, factors.S, factors.Vh = other.U, other.S, other.Vh
 
 
 def prune_optimizer_state(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> None:
@@ -83,41 +126,54 @@ def prune_optimizer_state(optimizer: Optimizer, old: nn.Module, new: nn.Module) 
     Raises:
         LayerError: when the optimizer holds a parameter that is not in both models; nothing is changed then.
     """
-    names = {id(parameter): name for name, parameter in old.named_parameters()}
-    parameters = dict(new.named_parameters())
+    before, after = dict(old.named_parameters()), dict(new.named_parameters())
+    _check_trained(optimizer, before, after)
+    modules = {name: module for name, module in new.named_modules() if isinstance(module, Factors)}
+    pairs = ((name, module, modules[name]) for name, module in old.named_modules() if isinstance(module, Factors) and name in modules)
+    _move(optimizer, before, after, _rotations(pairs))
+
+
+def _check_trained(optimizer: Optimizer, before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> None:
+    """Raise a LayerError unless everything that the optimizer holds is in both models."""
+    names = {id(parameter): name for name, parameter in before.items()}
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        if id(parameter) not in names or names[id(parameter)] not in parameters:
-            raise LayerError(
-                names.get(id(parameter), f"tensor {tuple(parameter.shape)}"), "is trained by the optimizer but is not in both models"
-            )
-    maps = _rotations(old, new)
+        if names.get(id(parameter)) not in after:
+            name = names.get(id(parameter), f"tensor {tuple(parameter.shape)}")
+            raise LayerError(name, "is trained by the optimizer but is not in both models")
+
+
+def _move(
+    optimizer: Optimizer,
+    before: Mapping[str, nn.Parameter],
+    after: Mapping[str, nn.Parameter],
+    maps: Mapping[str, tuple[str, Tensor, Tensor]],
+) -> None:
+    """Exchange the optimizer's parameters by name and carry its state over."""
+    names = {id(parameter): name for name, parameter in before.items()}
     for group in optimizer.param_groups:
         for index, parameter in enumerate(group["params"]):
             name = names[id(parameter)]
-            group["params"][index] = parameters[name]
+            group["params"][index] = after[name]
             state = optimizer.state.pop(parameter, None)
             if state is None:
                 continue
             if name in maps and any(isinstance(v, Tensor) and v.dim() > 0 and v.shape != parameter.shape for v in state.values()):
                 continue
-            optimizer.state[parameters[name]] = {
-                key: _carry(value, key, parameters[name], maps[name])
-                if name in maps and isinstance(value, Tensor) and value.dim()
-                else value
+            optimizer.state[after[name]] = {
+                key: _carry(value, key, after[name], maps[name]) if name in maps and isinstance(value, Tensor) and value.dim() else value
                 for key, value in state.items()
             }
 
 
-def _rotations(old: nn.Module, new: nn.Module) -> dict[str, tuple[str, Tensor, Tensor]]:
+def _rotations(pairs: Iterable[tuple[str, Factors, Factors]]) -> dict[str, tuple[str, Tensor, Tensor]]:
     """Return for each factor parameter its role and the matrices ``P`` and ``Q``; the signs of ``S`` are in its ``Q``."""
-    after = {name: module for name, module in new.named_modules() if isinstance(module, Factors)}
     maps: dict[str, tuple[str, Tensor, Tensor]] = {}
-    for name, factors in old.named_modules():
-        if isinstance(factors, Factors) and name in after:
-            U, S, Vh = (parameter.detach().double() for parameter in (factors.U, factors.S, factors.Vh))
-            P, Q = U.mT @ after[name].U.detach().double(), Vh @ after[name].Vh.detach().double().mT
-            signs = torch.where(S < 0, -1.0, 1.0).unsqueeze(-1)
-            maps |= {f"{name}.U": ("U", P, Q), f"{name}.S": ("S", P, Q * signs), f"{name}.Vh": ("Vh", P, Q)}
+    for name, old, new in pairs:
+        U, S, Vh = (parameter.detach().double() for parameter in (old.U, old.S, old.Vh))
+        P, Q = U.mT @ new.U.detach().double(), Vh @ new.Vh.detach().double().mT
+        signs = torch.where(S < 0, -1.0, 1.0).unsqueeze(-1)
+        prefix = f"{name}." if name else ""
+        maps |= {f"{prefix}U": ("U", P, Q), f"{prefix}S": ("S", P, Q * signs), f"{prefix}Vh": ("Vh", P, Q)}
     return maps
 
 

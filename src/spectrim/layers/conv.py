@@ -1,14 +1,16 @@
 """Factorized convolutions in one, two and three dimensions, plain and transposed."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectrim import linalg
 from spectrim.layers.base import OneWeight, Share
+from spectrim.layers.factors import Factors
 from spectrim.linalg import Fold
 
 CONVOLUTIONS: dict[type[nn.Module], Any] = {
@@ -52,6 +54,12 @@ def second_kind(module: Any, scheme: Fold) -> type[nn.Module]:
     return plain_of(module) if scheme == "channel" else base_of(module)
 
 
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Return the channels-last format of a tensor of 4 or 5 dimensions that is laid out so, else the contiguous one."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return last if last and x.is_contiguous(memory_format=last) and not x.is_contiguous() else torch.contiguous_format
+
+
 def output_size(module: Any, size: Sequence[int]) -> list[int]:
     """Return the spatial output size of a convolution, plain or transposed, for a spatial input size."""
     sizes = []
@@ -92,6 +100,15 @@ class FactorizedConv(OneWeight):
 
     Source: Yang et al., arXiv 2004.09031, section 3.1; transposed forms and groups follow from the same folding.
     """
+
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    @classmethod
+    def adopt(cls, dense: Any, factors: Mapping[str, Factors], scheme: Fold) -> Any:
+        """Take over a dense convolution, the memory format of its kernel included."""
+        layer = super().adopt(dense, factors, scheme)
+        layer.__dict__["memory_format"] = memory_format_of(dense.weight)
+        return layer
 
     @classmethod
     def refusal(cls, module: Any) -> str | None:
@@ -162,9 +179,17 @@ class FactorizedConv(OneWeight):
         """Convolve ``(batch, in, size...)`` or ``(in, size...)``; a transposed convolution takes ``output_size`` too, as torch's does."""
         module: Any = self
         wants_size = any(value is not None for value in (*output, *options.values()))
-        if wants_size or self.composes("weight", input.shape):
+        if wants_size:
             dense: Any = super()
             return cast(Tensor, dense.forward(input, *output, **options))
+        if self.composes("weight", input.shape):
+            own, _ = geometry(module, "channel")
+            mode = module.padding_mode
+
+            def dense_operation(weight: Tensor) -> Tensor:
+                return convolve(input, weight, module.bias, base_of(self), module.groups, mode, own)
+
+            return self.run_dense("weight", input.shape, dense_operation)
         first, second = self._kernels(*self.factors_of("weight").pair())
         one, two = geometry(module, self.scheme)
         middle = convolve(input, first, None, base_of(self), module.groups, module.padding_mode, one)
@@ -174,13 +199,17 @@ class FactorizedConv(OneWeight):
         module: Any = self
         return "zeros" if self.scheme == "channel" else str(module.padding_mode)
 
-    def split(self, share: Share) -> nn.Module | None:
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """Return a kernel in the memory format that the dense layer had."""
+        return weight.contiguous(memory_format=self.memory_format)
+
+    def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
         """Two convolutions, in → groups * rank → out; the second carries the bias."""
-        if not self.pays("weight"):
+        if "weight" not in paying:
             return None
         module: Any = self
         factors = self.factors_of("weight")
-        first, second = self._kernels(*factors.balanced())
+        first, second = (self.laid_out(kernel) for kernel in self._kernels(*factors.balanced()))
         one, two = geometry(module, self.scheme)
         middle, common = factors.blocks * self.rank, {"groups": module.groups, "device": "meta"}
         head: Any = base_of(self)(module.in_channels, middle, bias=False, padding_mode=module.padding_mode, **one, **common)

@@ -1,7 +1,7 @@
 """Factorized `torch.nn.Linear`, and the transposed ``Conv1D`` that transformers uses in GPT-2."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,13 +39,13 @@ class FactorizedLinear(OneWeight, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
         if self.composes("weight", input.shape):
-            return super().forward(input)
+            return self.run_dense("weight", input.shape, lambda weight: F.linear(input, weight, self.bias))
         left, right = self.factors_of("weight").pair()
         return F.linear(F.linear(input, right), left, self.bias)
 
-    def split(self, share: Share) -> nn.Module | None:
+    def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
         """Two `Linear` layers, in → rank → out."""
-        return linear_pair(self.factors_of("weight"), self.bias, share) if self.pays("weight") else None
+        return linear_pair(self.factors_of("weight"), self.bias, share) if "weight" in paying else None
 
 
 class FactorizedConv1D(OneWeight):
@@ -79,10 +79,10 @@ class FactorizedConv1D(OneWeight):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., nx)`` to ``(..., nf)``."""
         if self.composes("weight", x.shape):
-            return F.linear(x, self.factors_of("weight").matrix(), self.bias)
+            return self.run_dense("weight", x.shape, lambda weight: F.linear(x, weight.T, self.bias))
         left, right = self.factors_of("weight").pair()
         return F.linear(F.linear(x, right), left, self.bias)
 
-    def split(self, share: Share) -> nn.Module | None:
+    def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
         """Two `Linear` layers, in → rank → out."""
-        return linear_pair(self.factors_of("weight"), self.bias, share) if self.pays("weight") else None
+        return linear_pair(self.factors_of("weight"), self.bias, share) if "weight" in paying else None
