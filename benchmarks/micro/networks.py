@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spectrim.zoo import LSTMLanguageModel, resnet8, resnet20, resnet56, vgg_small
+from spectrim.zoo import LSTMLanguageModel, mlperftiny_resnet8, resnet20, resnet56, vgg_small
 
 
 class Basic(nn.Module):
@@ -107,5 +107,5 @@ INFERENCE = {
     "ViT, 6 blocks of 384": Case(ViT, images(224), 1),
     "LSTM, 2 x 512": Case(language_model, tokens, 1),
     "ResNet-20": Case(resnet20, images(32), 1),
-    "MLPerf-Tiny ResNet-8": Case(resnet8, images(32), 1),
+    "MLPerf-Tiny ResNet-8": Case(mlperftiny_resnet8, images(32), 1),
 }

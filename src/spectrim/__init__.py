@@ -7,9 +7,10 @@ from spectrim.checkpoint import load, save
 from spectrim.execution import choose_execution
 from spectrim.factorize import factorize, merge
 from spectrim.fit import Distillation, fit
+from spectrim.latency import LatencyTable, latency_table
 from spectrim.layers import named_factors
 from spectrim.measure import Measurement, compare_latency, compare_table, evaluate, measure
-from spectrim.penalties import L1, Hoyer, HoyerSquare, Orthogonality
+from spectrim.penalties import L1, Hoyer, HoyerSquare, NuclearNorm, Orthogonality, PolarHoyer
 from spectrim.prune import prune, prune_, prune_optimizer_state
 from spectrim.ranks import Energy, Fixed, Fraction
 from spectrim.schedule import Ramp
@@ -26,8 +27,11 @@ __all__ = [
     "Fraction",
     "Hoyer",
     "HoyerSquare",
+    "LatencyTable",
     "Measurement",
+    "NuclearNorm",
     "Orthogonality",
+    "PolarHoyer",
     "Ramp",
     "allocate",
     "choose_execution",
@@ -37,6 +41,7 @@ __all__ = [
     "evaluate",
     "factorize",
     "fit",
+    "latency_table",
     "load",
     "match",
     "measure",

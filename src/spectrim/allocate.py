@@ -17,6 +17,7 @@ from spectrim.factorize import merge
 from spectrim.layers import named_factors
 from spectrim.linalg import tail_energy
 from spectrim.measure import count_macs
+from spectrim.protocols import Latencies
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Budget:
                 raise SettingError("Budget", name, got=value, rule="the fraction kept, in (0, 1]", hint="Budget(macs=0.4) keeps 40 %")
 
 
-def allocate(model: nn.Module, budget: Budget, inputs: Any) -> dict[str, int]:
+def allocate(
+    model: nn.Module, budget: Budget, inputs: Any, *, latency: Latencies | None = None, multiple: int | None = None
+) -> dict[str, int]:
     """Return the rank of each factorized weight that loses the least spectral energy within a budget.
 
     The multiple-choice knapsack ``min sum_l tail_l(r_l) / tail_l(0)`` subject to ``sum_l cost_l(r_l) <= budget - fixed``, solved to a
@@ -53,13 +56,18 @@ def allocate(model: nn.Module, budget: Budget, inputs: Any) -> dict[str, int]:
         model: factorized, at any rank.
         budget: fractions of the dense network.
         inputs: one batch of inputs, for the layers' sizes.
+        latency: a `LatencyTable` of the model. Ranks above a layer's measured break-even rank then cost what the dense layer costs, so that
+            a layer for which no rank is faster stays dense; give `merge` the same table.
+        multiple: ranks are multiples of it, at least 1, or the rank that a weight has now. When omitted, the multiples of the table
+            (8, less for small layers); 1 without a table.
 
     Returns:
         ``{name: rank}`` for `prune`.
 
     Raises:
         LayerError: when nothing is factorized.
-        SettingError: when the budget is below the smallest network that ranks can reach; the fraction of that is named.
+        SettingError: when the budget is below the smallest network that ranks can reach (the fraction of that is named), or for a
+            `multiple` below 1.
 
     Examples:
         >>> from spectrim.factorize import factorize
@@ -73,18 +81,24 @@ def allocate(model: nn.Module, budget: Budget, inputs: Any) -> dict[str, int]:
     names = [name for name, _ in named_factors(model)]
     if not names:
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
-    by_name, values = rank_costs(model, inputs), spectra(model)
+    if multiple is not None and multiple < 1:
+        raise SettingError("allocate", "multiple", got=multiple, rule="at least 1")
+    by_name, values = rank_costs(model, inputs, latency), spectra(model)
     costs = [by_name[name] for name in names]
+    steps = [multiple or (latency.multiple(name) if latency else 1) for name in names]
+    choices = [[*range(step, len(cost.macs), step), len(cost.macs)] for step, cost in zip(steps, costs, strict=True)]
     tails = [tail_energy(values[name]) for name in names]
-    losses = [tail[1 : len(cost.macs) + 1] / tail[0].clamp(min=1e-300) for tail, cost in zip(tails, costs, strict=True)]
-    merged, limits = merge(model), []
+    losses = [tail[ranks] / tail[0].clamp(min=1e-300) for tail, ranks in zip(tails, choices, strict=True)]
+    merged, limits = merge(model, latency=latency), []
     if budget.macs is not None:
-        tables, dense = [cost.macs for cost in costs], sum(cost.dense_macs for cost in costs)
+        tables = [[cost.macs[rank - 1] for rank in ranks] for cost, ranks in zip(costs, choices, strict=True)]
+        dense = sum(cost.dense_macs for cost in costs)
         limits.append(_limit("macs", budget.macs, tables, dense, float(count_macs(merged, inputs))))
     if budget.params is not None:
-        tables, dense = [tuple(map(float, cost.params)) for cost in costs], float(sum(cost.dense_params for cost in costs))
+        tables = [[float(cost.params[rank - 1]) for rank in ranks] for cost, ranks in zip(costs, choices, strict=True)]
+        dense = float(sum(cost.dense_params for cost in costs))
         limits.append(_limit("params", budget.params, tables, dense, float(sum(p.numel() for p in merged.parameters()))))
-    return dict(zip(names, _knapsack(losses, limits), strict=True))
+    return {name: ranks[index] for name, ranks, index in zip(names, choices, _knapsack(losses, limits), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -102,7 +116,7 @@ def _limit(kind: str, fraction: float, tables: Sequence[Sequence[float]], dense:
     Args:
         kind: the field of the budget.
         fraction: of the dense network.
-        tables: what each weight costs at each rank up to the present one.
+        tables: what each weight costs at each rank to choose from, the present one last.
         dense: what all of them cost dense.
         present: what the whole network costs at the present ranks.
     """
@@ -117,7 +131,7 @@ def _limit(kind: str, fraction: float, tables: Sequence[Sequence[float]], dense:
 
 
 def _knapsack(losses: Sequence[Tensor], limits: Sequence[_Limit]) -> list[int]:
-    """Choose one rank for each weight; `losses` holds what each of its ranks loses."""
+    """Choose one rank for each weight: its place in `losses`, which holds what each of the ranks loses."""
     from scipy.optimize import Bounds, LinearConstraint, milp  # here, because it takes long to import and few commands need it
     from scipy.sparse import csr_array
 
@@ -142,7 +156,7 @@ def _knapsack(losses: Sequence[Tensor], limits: Sequence[_Limit]) -> list[int]:
         picked = [int(np.argmax(solution.x[start:end])) for start, end in itertools.pairwise(starts)]
         excess = [float(limit.row[starts[:-1] + picked].sum() - limit.most) for limit in limits]
         if max(excess) <= 1e-6:
-            return [index + 1 for index in picked]
+            return picked
         # the solver's tolerance lets through about a millionth more than the limit: ask for as much less
         slack = [less + max(over, 0.0) for less, over in zip(slack, excess, strict=True)]
     raise SettingError("Budget", "macs and params", got="limits that no ranks meet together", rule="looser", hint=str(solution.message))

@@ -1,25 +1,35 @@
 """`factorize` and its inverse `merge`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import partial
 from operator import index
+from threading import Timer
 from typing import Any, Literal, SupportsIndex
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch import Tensor, nn
 
 from spectrim import linalg
+from spectrim.batchnorm import fold_batchnorms
 from spectrim.errors import LayerError, RankError, SettingError
 from spectrim.layers import FactorizedLayer, Factors, factor_name, kind_of, named_factors, plain_attention
 from spectrim.linalg import Fold
-from spectrim.protocols import LayerFilter, RankRule
-from spectrim.surgery import carry_hooks, decide, duplicate, replace
+from spectrim.protocols import Latencies, LayerFilter, RankRule
+from spectrim.surgery import break_evens, carry_hooks, decide, duplicate, replace
 
 Scheme = Literal["auto", "channel", "spatial"]
+Method = Literal["exact", "randomized", "auto"]
 Ranks = SupportsIndex | RankRule | Mapping[str, SupportsIndex]
 
 AUTO_ENERGY = 0.95
 """Spectral energy at which ``scheme="auto"`` compares the two schemes."""
+
+PATIENCE_S = 2.0
+"""Seconds before a progress bar appears."""
 
 
 def chooser(ranks: Ranks | None, name: str, shape: tuple[int, int], held: int) -> Callable[[Tensor], int]:
@@ -59,15 +69,29 @@ def pick_scheme(module: Any, scheme: Scheme) -> Fold:
     offered = kind.schemes(module)
     if scheme != "auto":
         return scheme if scheme in offered else offered[0]
-    if len(offered) == 1:
+    if len(offered) == 1 or module.weight.is_meta:
         return offered[0]
 
     def macs(fold: Fold) -> float:
-        matrix = kind.fold(module, "weight", module.weight.detach(), fold).double()
-        rank = linalg.rank_at_energy(linalg.pooled_spectrum(torch.linalg.svdvals(matrix)), AUTO_ENERGY)
+        spectrum = linalg.spectrum(kind.fold(module, "weight", module.weight.detach(), fold))
+        rank = linalg.rank_at_energy(linalg.pooled_spectrum(spectrum), AUTO_ENERGY)
         return kind.work(module, "weight", fold, rank, None)
 
     return min(offered, key=macs)
+
+
+def decomposition(method: Method, rank: int | None, full: int) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Return the SVD for one weight: randomized where `method` asks for it, or where ``auto`` finds it several times faster.
+
+    Args:
+        method: as for `factorize`.
+        rank: the rank to keep; None when the spectrum has to be known first.
+        full: the full rank. A sketch as wide as that saves nothing, so the exact SVD is taken.
+    """
+    if rank is None or method == "exact":
+        return linalg.svd
+    widest = full // 4 if method == "auto" else full - 1
+    return partial(linalg.randomized_svd, rank=rank) if rank + linalg.OVERSAMPLE <= widest else linalg.svd
 
 
 def factorize(
@@ -76,23 +100,33 @@ def factorize(
     where: LayerFilter | None = None,
     *,
     rank: Ranks | None = None,
+    method: Method = "exact",
+    progress: bool = False,
 ) -> nn.Module:
     """Return a copy of `model` in which dense layers hold ``U diag(|S|) Vh``; the function is preserved at full rank.
+
+    Takes memory for the factors, a copy of what stays dense, and the decomposition of one weight at a time. On the meta device nothing is
+    computed: factors of the right shapes are made there.
 
     Args:
         model: any module; it is left untouched.
         scheme: how 2-D convolution kernels are folded: ``channel``, ``spatial``, or ``auto``, which takes for each layer the one with fewer
-            MACs at 95 % of the spectral energy. Other layers have one scheme only.
+            MACs at 95 % of the spectral energy (``channel`` on the meta device). Other layers have one scheme only.
         where: selects layers by name and module, see `match`; everything but the classifier head when omitted.
         rank: how many singular values to keep from the start: a number (capped at each layer's full rank), a rank rule, or a mapping
             ``{layer: rank}`` (layers it does not name keep all). All when omitted.
+        method: ``exact``, the SVD in float64; ``randomized``, a sketch of ``rank + 16`` columns with four power iterations in the weight's
+            precision (float32 at least), whose error is within 1 % of the best possible one, see `linalg.randomized_svd`; ``auto``, that
+            where ``rank + 16`` is at most a quarter of the full rank. A sketch needs a number or a mapping; otherwise ``auto`` is exact.
+        progress: whether to show a progress bar, on stderr and on a terminal only, once it has taken two seconds.
 
     Returns:
         The factorized model. Tied weights share their factors, shared modules stay shared; dtype, device, hooks, `requires_grad` and
         training mode are kept. `coverage` says what became of each layer.
 
     Raises:
-        SettingError: for an unknown scheme.
+        SettingError: for an unknown scheme or method, for ``randomized`` without a `rank` that is a number or a mapping, and for a rank
+            rule on the meta device.
         RankError: for a rank outside ``[1, full]``.
         LayerError: when nothing can be factorized, when `rank` names a layer that is not, or when a weight is not finite.
 
@@ -107,22 +141,57 @@ def factorize(
     """
     if scheme not in ("auto", "channel", "spatial"):
         raise SettingError("factorize", "scheme", got=scheme, rule="'auto', 'channel' or 'spatial'")
+    if method not in ("exact", "randomized", "auto"):
+        raise SettingError("factorize", "method", got=method, rule="'exact', 'randomized' or 'auto'")
+    stated = isinstance(rank, Mapping | SupportsIndex)
+    if method == "randomized" and not stated:
+        rule = "a number or a mapping {layer: rank} with method='randomized'"
+        raise SettingError("factorize", "rank", got=rank, rule=rule, hint="rules need the whole spectrum: method='exact'")
 
     def of(name: str, weight: Tensor, matrix: Tensor) -> Factors:
+        tick(name)
+        shape = (matrix.shape[-2], matrix.shape[-1])
+        choose = chooser(rank, name, shape, min(shape))
+        if weight.is_meta:
+            if not (stated or rank is None):
+                raise SettingError("factorize", "rank", got=rank, rule="a number or a mapping on the meta device, which has no spectra")
+            return Factors.empty(weight, matrix, choose(matrix))
         if not torch.isfinite(weight).all():
             raise LayerError(name, "its weight holds NaN or infinite values", hint="load a sound checkpoint")
-        shape = (matrix.shape[-2], matrix.shape[-1])
-        return Factors.of(weight, matrix, chooser(rank, name, shape, min(shape)))
+        return Factors.of(weight, matrix, choose, decomposition(method, choose(matrix) if stated else None, min(shape)))
 
     reasons = decide(model, where)
     chosen = {name: None for name, reason in reasons.items() if reason is None}
     if not chosen:
         listed = "; ".join(f"'{name}': {reason}" for name, reason in list(reasons.items())[:5]) or "it has no parameters"
         raise LayerError(type(model).__name__, "nothing to factorize", hint=listed)
-    low = build(model, lambda name, module: pick_scheme(module, scheme) if name in chosen else None, of)
+    modules = dict(model.named_modules())
+    count = sum(len(kind.weights(modules[name])) for name in chosen if (kind := kind_of(modules[name])))
+    with _ticker(progress, count) as tick:
+        low = build(model, lambda name, module: pick_scheme(module, scheme) if name in chosen else None, of)
     if isinstance(rank, Mapping):
         check_names(low, rank)
     return low
+
+
+@contextmanager
+def _ticker(progress: bool, total: int) -> Iterator[Callable[[str], None]]:
+    """Yield what is called with the name of the weight at hand; it shows names on stderr once `PATIENCE_S` have passed."""
+    console = Console(stderr=True)
+    if not progress or not console.is_terminal:
+        yield lambda name: None
+        return
+    bar = Progress(console=console, transient=True)
+    task = bar.add_task("factorize", total=total, completed=-1)  # the first tick starts the first weight
+    timer = Timer(PATIENCE_S, bar.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda name: bar.update(task, advance=1, description=f"factorize {name}")
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()
 
 
 def check_names(model: nn.Module, ranks: Mapping[str, SupportsIndex]) -> None:
@@ -138,15 +207,17 @@ def check_names(model: nn.Module, ranks: Mapping[str, SupportsIndex]) -> None:
 def build(model: nn.Module, choose: Callable[[str, nn.Module], Fold | None], make: Callable[[str, Tensor, Tensor], Factors]) -> nn.Module:
     """Return a copy of `model` with chosen layers factorized: the one place where dense layers are exchanged.
 
+    Weights that are exchanged are read from `model` and never copied.
+
     Args:
         model: left untouched.
         choose: layer name, module → scheme, or None to leave the layer.
         make: weight name, weight, folded matrix → factors; called once for tied weights.
     """
-    clone = duplicate(model)
     made: dict[int, tuple[Fold, Factors]] = {}
-    replacements: dict[int, nn.Module] = {}
-    for name, module in list(clone.named_modules()):
+    chosen: dict[str, tuple[Fold, dict[str, Factors]]] = {}
+    exchanged: dict[int, Tensor] = {}
+    for name, module in model.named_modules():
         kind = kind_of(module)
         scheme = choose(name, module) if kind else None
         if kind is None or scheme is None:
@@ -160,23 +231,45 @@ def build(model: nn.Module, choose: Callable[[str, nn.Module], Fold | None], mak
             matrix = kind.fold(module, weight_name, weight.detach(), scheme)
             factors[weight_name] = make(factor_name(name, weight_name), weight, matrix)
             made[id(weight)] = (scheme, factors[weight_name])
-        replacements[id(module)] = kind.adopt(module, factors, scheme)
+            exchanged[id(weight)] = weight
+        chosen[name] = (scheme, factors)
+    for name, module in model.named_modules():  # a weight that stays somewhere, too, is needed
+        for key, parameter in module._parameters.items():
+            if name not in chosen or key not in chosen[name][1]:
+                exchanged.pop(id(parameter), None)
+    clone = duplicate(model, without=exchanged.values())
+    modules = dict(clone.named_modules())
+    replacements: dict[int, nn.Module] = {}
+    for name, (scheme, factors) in chosen.items():
+        adopting = kind_of(modules[name])
+        assert adopting is not None
+        replacements[id(modules[name])] = adopting.adopt(modules[name], factors, scheme)
     return replace(clone, replacements)
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm: bool = False) -> nn.Module:
     """Return a copy of `model` with ordinary layers only: two small ones below a layer's break-even rank, one dense one above it.
+
+    The break-even rank is where two operations take as many multiply-accumulates as the dense one, or with `latency` as many seconds.
 
     The result holds `torch.nn` layers and needs nothing of this package; LSTM, GRU and MultiheadAttention, whose fused kernels take
     dense weights only, become the small modules of `spectrim.layers.plain` (a single file that imports torch alone) where that costs
-    fewer MACs. What will be written for each layer is in `coverage(model)`. Two things a pair of layers cannot do: take the ``output_size``
+    less. What will be written for each layer is in `coverage(model, latency=...)`. Hooks, training flags and the memory format of
+    convolutions are kept. Two things a pair of layers cannot do: take the ``output_size``
     of a transposed convolution, and tie an embedding to a head by more than their larger factor.
 
     Args:
         model: factorized, wholly or in part; it is left untouched. A dense model comes back as a copy.
+        latency: a `LatencyTable` of this model, before or after a cut: each layer is written in the form that is faster on that machine.
+        fold_batchnorm: multiply each BatchNorm in eval mode that follows a convolution or a linear layer, and nothing else, into that
+            layer, see `spectrim.batchnorm.fold_batchnorms`; an `Identity` takes its place. For shipping: such a network should not be
+            trained any further, and `load` cannot rebuild it.
 
     Returns:
         A model with the same function, up to rounding.
+
+    Raises:
+        LayerError: when `latency` is of another model; with `fold_batchnorm`, when the model is in training mode or cannot be traced.
 
     Examples:
         >>> low = factorize(nn.Sequential(nn.Linear(64, 64)), rank=8)
@@ -192,18 +285,27 @@ def merge(model: nn.Module) -> nn.Module:
             shared[key] = nn.Parameter(tensor.detach(), requires_grad=factors.S.requires_grad)
         return shared[key]
 
+    limits = break_evens(clone, latency)
+
+    def paying(layer: nn.Module) -> list[str]:
+        held = layer.named_factors() if isinstance(layer, FactorizedLayer) else []
+        return [weight for weight, factors in held if factors.rank <= limits[id(layer), weight]]
+
     replacements: dict[int, nn.Module] = {}
     belongs: set[int] = set()
     for module in clone.modules():
         if isinstance(module, nn.MultiheadAttention):
             belongs.add(id(module.out_proj))
-            plain = plain_attention(module)
+            plain = plain_attention(module, [*paying(module), *(f"out_proj.{weight}" for weight in paying(module.out_proj))])
             if plain is not None:
                 replacements[id(module)] = carry_hooks(module, plain)
                 continue
             if isinstance(module.out_proj, FactorizedLayer):
                 replacements[id(module.out_proj)] = module.out_proj.release(share)
         if isinstance(module, FactorizedLayer) and id(module) not in belongs:
-            pair = module.split(share)
+            pair = module.split(share, paying(module))
             replacements[id(module)] = module.release(share) if pair is None else carry_hooks(module, pair)
-    return replace(clone, replacements)
+    merged = replace(clone, replacements)
+    if fold_batchnorm:
+        fold_batchnorms(merged)
+    return merged

@@ -116,7 +116,7 @@ def fit(
     precision: Precision = "no",
     accumulate: int = 1,
     clip: float | None = None,
-    schedule: RankSchedule | None = None,
+    rank_schedule: RankSchedule | None = None,
     execution: Execution = "macs",
     checkpoint: str | Path | None = None,
     resume: bool = True,
@@ -144,7 +144,7 @@ def fit(
         precision: ``no`` for float32, ``bf16`` or ``fp16`` for automatic mixed precision (with loss scaling for fp16).
         accumulate: batches whose gradients are averaged for one optimizer step, >= 1; the last group of an epoch may be smaller.
         clip: largest norm of the whole gradient; None for no clipping.
-        schedule: cuts ranks as training goes, for example `Ramp`; the optimizer's moments are cut along, later steps cost less.
+        rank_schedule: cuts ranks as training goes, for example `Ramp`; the optimizer's moments are cut along, later steps cost less.
         execution: whether layers compose their weight or run two operations by ``macs``, or by ``measured`` seconds (`choose_execution`, at
             the start and after each cut; which form was faster may differ from run to run, and with it the rounding).
         checkpoint: folder for ``checkpoint.pt``, written atomically after each epoch; None for none. One run has it for itself.
@@ -186,13 +186,13 @@ def fit(
     if not {id(p) for p in model.parameters()} & {id(p) for group in optimizer.param_groups for p in group["params"]}:
         hint = "make the optimizer after factorize, prune or load, or call prune_optimizer_state after prune"
         raise SettingError("fit", "optimizer", got="one that holds none of them", rule="over the parameters of this very model", hint=hint)
-    if schedule is not None and accelerator.num_processes > 1:
+    if rank_schedule is not None and accelerator.num_processes > 1:
         hint = "cut with prune between two calls of fit"
-        raise SettingError("fit", "schedule", got=schedule, rule="None with several processes", hint=hint)
+        raise SettingError("fit", "rank_schedule", got=rank_schedule, rule="None with several processes", hint=hint)
     history = History()
     saver = Checkpoint(Path(checkpoint), model, optimizer, scheduler, data, accelerator.scaler) if checkpoint is not None else None
     if saver is not None:
-        saver.resizes = schedule is not None
+        saver.resizes = rank_schedule is not None
     if saver is not None and resume:
         history = saver.restore()
     names = _unique([type(penalty).__name__ for penalty in penalties])
@@ -214,11 +214,12 @@ def fit(
             bar.start(epoch, epochs)
             for index, batch in enumerate(data):
                 inputs, target = send_to_device(batch, accelerator.device)
-                ranks = schedule(model, inputs, epoch * length + index, epochs * length) if schedule is not None else None
+                step = epoch * length + index
+                ranks = rank_schedule(model, inputs, step, epochs * length) if rank_schedule is not None else None
                 if ranks is not None:
                     prune_(model, ranks, optimizer)
                     held = {name: factors.rank for name, factors in named_factors(model)}
-                    history.cuts.append({"step": epoch * length + index, "ranks": held})
+                    history.cuts.append({"step": step, "ranks": held})
                 if execution == "measured" and (ranks is not None or index == 0):
                     with accelerator.autocast():
                         choose_execution(model, inputs)
@@ -231,7 +232,7 @@ def fit(
                 total = task + sum(added, start=torch.zeros((), device=task.device))
                 value = float(total.detach())
                 if not math.isfinite(value):
-                    raise diverged(f"loss became {value}", epoch, epoch * length + index)
+                    raise diverged(f"loss became {value}", epoch, step)
                 if index % accumulate == 0:
                     stepper.zero_grad(set_to_none=True)
                     groups = min(accumulate, length - index)

@@ -3,7 +3,7 @@
 import copy
 import io
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import cast
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from spectrim.layers import KINDS, FactorizedLayer, Factors, factor_name, kind_of
+from spectrim.layers import KINDS, FactorizedLayer, Factors, factor_name, kind_of, named_layers
 from spectrim.layers.linear import FactorizedLinear
-from spectrim.protocols import LayerFilter
+from spectrim.protocols import Latencies, LayerFilter
 
 HEAD = "the classifier head stays dense by default; name it in where= to include it"
 
@@ -181,10 +181,17 @@ def _key(tied: list[tuple[str, str]], name: str) -> str:
     return next(key for holder, key in tied if holder == name)
 
 
-def duplicate(model: nn.Module) -> nn.Module:
-    """Return a deep copy; tensors that hooks compute (old weight norm, pruning), which torch refuses to copy, are detached."""
+def duplicate(model: nn.Module, without: Iterable[Tensor] = ()) -> nn.Module:
+    """Return a deep copy; tensors that hooks compute (old weight norm, pruning), which torch refuses to copy, are detached.
+
+    Args:
+        model: left untouched.
+        without: parameters that the copy does not need; it holds empty ones, on the meta device, in their place.
+    """
     held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in held})
+    memo: dict[int, object] = {id(tensor): tensor.detach().clone() for tensor in held}
+    memo.update({id(weight): nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad) for weight in without})
+    return copy.deepcopy(model, memo)
 
 
 def carry_hooks(old: nn.Module, new: nn.Module) -> nn.Module:
@@ -229,6 +236,18 @@ def _fused_activation(layer: nn.TransformerEncoderLayer) -> int:
     return 2 if activation is F.gelu or isinstance(activation, nn.GELU) else 0
 
 
+def break_evens(model: nn.Module, latency: Latencies | None = None) -> Mapping[tuple[int, str], int]:
+    """Return the largest rank at which `merge` writes two operations, by the ``id`` of each factorized layer and the weight's name.
+
+    Args:
+        model: factorized.
+        latency: measured seconds decide; multiply-accumulates when omitted.
+    """
+    if latency is not None:
+        return latency.limits(model)
+    return {(id(layer), weight): layer.break_even(weight) for _, layer in named_layers(model) for weight, _ in layer.named_factors()}
+
+
 @dataclass(frozen=True)
 class LayerCoverage:
     """One line of `coverage`: what became of one parameterised layer or weight.
@@ -242,7 +261,7 @@ class LayerCoverage:
         shape: ``(out, in)`` of one block.
         blocks: groups of a convolution.
         rank: the present rank.
-        break_even: the largest rank at which two operations cost less than the dense one.
+        break_even: the largest rank at which two operations cost less than the dense one, by measured seconds where a table was given.
     """
 
     name: str
@@ -274,18 +293,19 @@ class Coverage(tuple[LayerCoverage, ...]):
         return text.getvalue()
 
 
-def coverage(model: nn.Module, where: LayerFilter | None = None) -> Coverage:
+def coverage(model: nn.Module, where: LayerFilter | None = None, *, latency: Latencies | None = None) -> Coverage:
     """List every parameterised layer of a model: factorized, or why not.
 
     Args:
         model: dense, factorized or merged. For a dense model the reason of a layer that could be factorized is empty.
         where: the filter that was given to `factorize`, so that the reasons are the same.
+        latency: the table that `merge` will be given, so that it says what that writes.
 
     Examples:
         >>> [line.reason for line in coverage(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))]
         ['can be factorized', 'LayerNorm has vectors only']
     """
-    reasons = decide(model, where)
+    reasons, limits = decide(model, where), break_evens(model, latency)
     lines: list[LayerCoverage] = []
     inside: set[int] = set()
     for name, module in model.named_modules():
@@ -293,19 +313,22 @@ def coverage(model: nn.Module, where: LayerFilter | None = None) -> Coverage:
             continue
         if isinstance(module, FactorizedLayer):
             inside.update(id(child) for child in module.factors.modules())
-            lines.extend(_factorized_line(name, module, weight, factors) for weight, factors in module.named_factors())
+            for weight, factors in module.named_factors():
+                lines.append(_factorized_line(name, module, weight, factors, limits[id(module), weight], latency))
         elif name in reasons:
             lines.append(LayerCoverage(name, type(module).__name__, False, reasons[name] or "can be factorized"))
     return Coverage(lines)
 
 
-def _factorized_line(name: str, layer: FactorizedLayer, weight: str, factors: Factors) -> LayerCoverage:
-    limit = layer.break_even(weight)
-    verdict = (
-        f"merges to two layers (rank {factors.rank} <= {limit})"
-        if layer.pays(weight)
-        else f"merges to one dense layer (rank {factors.rank} > {limit})"
-    )
+def _factorized_line(
+    name: str, layer: FactorizedLayer, weight: str, factors: Factors, limit: int, latency: Latencies | None
+) -> LayerCoverage:
+    if latency is not None:
+        verdict = latency.verdict(factor_name(name, weight), factors.rank)
+    elif factors.rank <= limit:
+        verdict = f"merges to two layers (rank {factors.rank} <= {limit})"
+    else:
+        verdict = f"merges to one dense layer (rank {factors.rank} > {limit})"
     return LayerCoverage(
         factor_name(name, weight),
         layer.dense_kind.__name__,

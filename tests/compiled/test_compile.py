@@ -90,3 +90,18 @@ def test_a_merged_network_exports_for_any_batch(scheme: Any, rank: int | None) -
 def test_a_factorized_network_exports() -> None:
     low, x = sp.factorize(network(), rank=2).eval(), torch.randn(4, 6, 8, 8)
     torch.testing.assert_close(torch.export.export(low, (x,)).module()(x), low(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")  # dynamo does
+@pytest.mark.parametrize("penalty", [sp.Orthogonality(1.0), sp.Hoyer(0.1)], ids=str)
+def test_penalties_compile_in_one_graph(penalty: Any) -> None:
+    torch._dynamo.reset()
+    low = sp.factorize(network())
+    gradients = []
+    for call in (penalty, torch.compile(lambda model: penalty(model), fullgraph=True, backend="aot_eager")):
+        low.zero_grad()
+        value = call(low)
+        value.backward()
+        gradients.append([value.detach(), *(p.grad.clone() for p in low.parameters() if p.grad is not None)])
+    assert len(gradients[0]) > 4
+    torch.testing.assert_close(gradients[1], gradients[0])

@@ -1,5 +1,6 @@
 """The laws of a penalty, over `spectrim.penalties.METHODS`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,15 +8,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import spectrim as sp
+from spectrim.errors import SettingError
 from spectrim.layers import Factors, named_factors
-from spectrim.penalties import METHODS
+from spectrim.penalties import METHODS, sums
 from spectrim.protocols import Penalty
 
 EVERYTHING = sp.match("*")
+DENSE = [sp.PolarHoyer, sp.NuclearNorm]
 SPARSITY = [method for method in METHODS if method is not sp.Orthogonality]
-SCALE_FREE = [sp.Hoyer, sp.HoyerSquare]
+SCALE_FREE = [sp.Hoyer, sp.HoyerSquare, sp.PolarHoyer]
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -24,13 +28,24 @@ def orthogonality(U: NDArray[Any], S: NDArray[Any], Vh: NDArray[Any]) -> float:
     return float((np.sum((U.T @ U - np.eye(r)) ** 2) + np.sum((Vh @ Vh.T - np.eye(r)) ** 2)) / r**2)
 
 
+def spectrum(U: NDArray[Any], S: NDArray[Any], Vh: NDArray[Any]) -> NDArray[Any]:
+    return np.linalg.svd(U * np.abs(S) @ Vh, compute_uv=False)
+
+
 # The formulas of shared/specs/svd-training.md, of one block, in numpy float64.
 FORMULAS = {
     sp.Orthogonality: orthogonality,
     sp.Hoyer: lambda U, S, Vh: np.abs(S).sum() / np.sqrt((S**2).sum()) - 1,
     sp.HoyerSquare: lambda U, S, Vh: np.abs(S).sum() ** 2 / (S**2).sum() - 1,
     sp.L1: lambda U, S, Vh: np.abs(S).sum(),
+    sp.PolarHoyer: lambda U, S, Vh: spectrum(U, S, Vh).sum() ** 2 / (spectrum(U, S, Vh) ** 2).sum() - 1,
+    sp.NuclearNorm: lambda U, S, Vh: spectrum(U, S, Vh).sum(),
 }
+
+
+def exact(method: type) -> float:
+    """Relative accuracy of a value in float64: that of seven steps for the polar factor, rounding for the others."""
+    return 1e-7 if method in DENSE else 1e-12
 
 
 def network(dtype: torch.dtype = torch.float64, rank: int | None = None) -> nn.Module:
@@ -83,7 +98,7 @@ def test_value_equals_the_formula_and_is_not_negative(method: type) -> None:
     value = method(0.7)(model)
     assert value.shape == ()
     assert value.dtype == torch.float64
-    assert float(value.detach()) == pytest.approx(0.7 * by_formula(method, model), rel=1e-12)
+    assert float(value.detach()) == pytest.approx(0.7 * by_formula(method, model), rel=exact(method))
     assert float(value.detach()) > 0
     assert float(method(0.0)(model).detach()) == 0
 
@@ -104,13 +119,13 @@ def test_low_precision_layers_are_judged_in_float32(method: type, dtype: torch.d
 @every_method
 def test_zero_at_the_ideal_point(method: type) -> None:
     low = sp.factorize(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Linear(7, 5)).double(), where=EVERYTHING)
-    if method is sp.L1:
+    if method in (sp.L1, sp.NuclearNorm):
         set_spectra(low, torch.zeros_like)
     elif method is not sp.Orthogonality:
         set_spectra(low, only_rank_one)
-    assert 0 <= float(method(1.0)(low).detach()) < 1e-12
+    assert 0 <= float(method(1.0)(low).detach()) < exact(method)
     low = sp.factorize(nn.Linear(6, 5).double(), rank=1)
-    assert 0 <= float(method(1.0)(low).detach()) < (1e-12 if method is not sp.L1 else 10.0)
+    assert 0 <= float(method(1.0)(low).detach()) < (exact(method) if method not in (sp.L1, sp.NuclearNorm) else 10.0)
 
 
 @pytest.mark.parametrize("method", SPARSITY)
@@ -174,8 +189,8 @@ def test_value_and_gradient_are_finite_at_extreme_factors(method: type, scale: f
 def test_gradient_agrees_with_finite_differences(method: type) -> None:
     model = network(rank=3)
     parameters = [p for _, factors in named_factors(model) for p in factors.parameters()]
-    value = method(0.7)(model)
-    found = torch.autograd.grad(value, parameters, allow_unused=True)
+    penalty = method(0.7, steps=10) if method in DENSE else method(0.7)
+    found = torch.autograd.grad(penalty(model), parameters, allow_unused=True)
     step = 1e-6
     checked = 0
     for parameter, gradient in zip(parameters, found, strict=True):
@@ -184,7 +199,7 @@ def test_gradient_agrees_with_finite_differences(method: type) -> None:
             ends = []
             for sign in (1, -1):
                 parameter.add_(sign * step * direction)
-                ends.append(float(method(0.7)(model)))
+                ends.append(float(penalty(model)))
                 parameter.sub_(sign * step * direction)
         expected = 0.0 if gradient is None else float((gradient * direction).sum())
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx(expected, rel=1e-7, abs=1e-8)  # central differences with a step of 1e-6
@@ -194,7 +209,7 @@ def test_gradient_agrees_with_finite_differences(method: type) -> None:
 
 @every_method
 def test_a_model_without_factors_costs_nothing(method: type) -> None:
-    for model in (nn.Linear(3, 3), nn.Identity()):
+    for model in (nn.LayerNorm(3) if method in DENSE else nn.Linear(3, 3), nn.Identity()):
         assert float(method(1.0)(model)) == 0
 
 
@@ -216,3 +231,264 @@ def test_frozen_as_a_value(method: type) -> None:
 def test_factors_are_found_wherever_they_are() -> None:
     names = [name for name, factors in named_factors(network()) if isinstance(factors, Factors)]
     assert names == ["0", "1", "2.weight_ih_l0", "2.weight_hh_l0", "3"]
+
+
+# ---- grouped sums
+
+
+def plain_orthogonality(model: nn.Module) -> Tensor:
+    """The formula, by autograd, layer by layer."""
+    grams = [gram for _, factors in named_factors(model) for gram in (factors.U.mT @ factors.U, factors.Vh @ factors.Vh.mT)]
+    return torch.stack([(gram - torch.eye(gram.shape[-1], dtype=gram.dtype)).square().sum() / gram.shape[-1] ** 2 for gram in grams]).sum()
+
+
+def towers() -> nn.Module:
+    """Equal shapes across layers and across the two sides, blocks beside plain matrices, a frozen layer and a tied one."""
+    layers = [nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(9, 6), nn.Linear(6, 9), nn.Conv2d(4, 12, (1, 3), groups=2), nn.LSTM(6, 4)]
+    model = nn.Sequential(*layers, nn.Linear(6, 6)).double()
+    model[6].weight = model[0].weight
+    model[1].requires_grad_(False)
+    low = sp.factorize(model, "channel", EVERYTHING)
+    with torch.no_grad():
+        for parameter in low.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return low
+
+
+@pytest.mark.parametrize("stacked", [1, 100, sums.STACKED])
+def test_orthogonality_and_its_gradient_equal_the_plain_formula(stacked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sums, "STACKED", stacked)
+    low = towers()
+    parameters = [p for p in low.parameters() if p.requires_grad]
+    found, expected = (
+        (value, *torch.autograd.grad(value, parameters, allow_unused=True)) for value in (sp.Orthogonality()(low), plain_orthogonality(low))
+    )
+    assert sum(gradient is not None for gradient in expected) == 13  # U and Vh of 1 + 1 + 1 + 1 + 2 trained weights, and the value
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    frozen = low.requires_grad_(False)
+    assert not sp.Orthogonality()(frozen).requires_grad
+
+
+def test_orthogonality_passes_gradcheck_to_the_second_derivative() -> None:
+    low = sp.factorize(nn.Conv2d(4, 6, 3, groups=2).double())
+    factors = next(factors for _, factors in named_factors(low))
+
+    def penalty(U: Tensor, Vh: Tensor) -> Tensor:
+        return torch.func.functional_call(Wrapped(low), {"low.factors.weight.U": U, "low.factors.weight.Vh": Vh}, ())
+
+    class Wrapped(nn.Module):
+        def __init__(self, low: nn.Module) -> None:
+            super().__init__()
+            self.low = low
+
+        def forward(self) -> Tensor:
+            return sp.Orthogonality(0.7)(self.low)
+
+    inputs = tuple((p.detach() + 0.3 * torch.randn_like(p)).requires_grad_() for p in (factors.U, factors.Vh))
+    assert torch.autograd.gradcheck(penalty, inputs)
+    assert torch.autograd.gradgradcheck(penalty, inputs)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm)
+        return func(*args, **(kwargs or {}))
+
+
+def test_equal_shapes_share_one_product() -> None:
+    low = sp.factorize(nn.Sequential(*[nn.Linear(6, 6) for _ in range(5)], nn.Linear(6, 9), nn.Linear(9, 6)), where=EVERYTHING)
+    with Products() as forward:
+        value = sp.Orthogonality()(low)
+    with Products() as backward:
+        value.backward()
+    assert (forward.count, backward.count) == (2, 2)  # (6 x 6) and (9 x 6)
+
+
+@every_method
+def test_only_what_is_trained_gets_a_gradient(method: type) -> None:
+    low = sp.factorize(nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)]), where=EVERYTHING)
+    low[1].requires_grad_(False)
+    method(1.0)(low).backward()
+    assert all(p.grad is None for p in low[1].parameters())
+    for index in (0, 2):
+        assert (low[index].S if method in SPARSITY else low[index].U).grad is not None
+
+
+@every_method
+def test_each_layer_gets_its_own_gradient(method: type) -> None:
+    """Grouping must not mix up layers: the sum's gradients are those of each layer alone."""
+    low = towers().requires_grad_(True)
+    together = torch.autograd.grad(method(1.0)(low), list(low.parameters()), allow_unused=True)
+    by_name = dict(zip([name for name, _ in low.named_parameters()], together, strict=True))
+    for index in range(6):
+        for name, parameter in low[index].named_parameters():
+            alone = torch.autograd.grad(method(1.0)(low[index]), parameter, allow_unused=True)[0]
+            assert (alone is None) == (by_name[f"{index}.{name}"] is None)
+            if alone is not None:
+                torch.testing.assert_close(by_name[f"{index}.{name}"], alone, rtol=1e-9, atol=1e-9)
+
+
+# ---- the dense weight
+
+
+def exact_value_and_gradient(method: type, W: Tensor) -> tuple[Tensor, Tensor]:
+    """By the singular value decomposition, in float64."""
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    if method is sp.NuclearNorm:
+        return S.sum(), U @ Vh
+    n, squares = S.sum(), S.square().sum()
+    return n**2 / squares - 1, 2 * n / squares * (U @ Vh) - 2 * n**2 / squares**2 * W.double()
+
+
+def conditioned(out: int, in_: int, condition: float) -> Tensor:
+    U, S, Vh = torch.linalg.svd(torch.randn(out, in_, dtype=torch.float64), full_matrices=False)
+    return U * torch.logspace(0, -float(np.log10(condition)), len(S), dtype=torch.float64) @ Vh
+
+
+def linear(W: Tensor) -> nn.Linear:
+    layer = nn.Linear(W.shape[1], W.shape[0], dtype=W.dtype)
+    layer.weight = nn.Parameter(W.clone())
+    return layer
+
+
+def value_and_gradient(penalty: Callable[[nn.Module], Tensor], layer: nn.Module) -> tuple[Tensor, Tensor]:
+    value = penalty(layer)
+    return value.detach(), torch.autograd.grad(value, layer.weight)[0]
+
+
+@pytest.mark.parametrize("method", DENSE)
+@pytest.mark.parametrize("condition", [1, 10, 100, 400])
+@pytest.mark.parametrize("shape", [(24, 24), (16, 60), (60, 16), (5, 2)], ids=str)
+def test_dense_value_and_gradient_are_as_accurate_as_stated(method: type, condition: float, shape: tuple[int, int]) -> None:
+    W = conditioned(*shape, condition)
+    expected, slope = exact_value_and_gradient(method, W)
+    for dtype, value_rtol, gradient_rtol in ((torch.float64, 1e-8, 1e-8), (torch.float32, 1e-6, 5e-5)):
+        value, gradient = value_and_gradient(method(1.0), linear(W.to(dtype)))
+        assert (value.dtype, gradient.dtype) == (dtype, dtype)
+        torch.testing.assert_close(value.double(), expected, rtol=value_rtol, atol=2 * value_rtol)  # PolarHoyer subtracts one
+        first_term = 1.0 if method is sp.NuclearNorm else float(2 * torch.linalg.svdvals(W).sum() / W.square().sum())
+        assert float(torch.linalg.matrix_norm(gradient.double() - slope, 2)) <= gradient_rtol * first_term
+
+
+def test_small_singular_values_are_pushed_less_never_wrongly() -> None:
+    W = conditioned(20, 30, 1e7)
+    value, gradient = value_and_gradient(sp.NuclearNorm(1.0), linear(W))
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    pushes = (U.T @ gradient @ Vh.T).diagonal()
+    assert float(pushes.max()) <= 1 + 1e-8
+    assert float(pushes.min()) > 0
+    assert float(value) == pytest.approx(float(S.sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_dense_gradient_is_that_of_the_value(method: type) -> None:
+    W, penalty = torch.randn(6, 4, dtype=torch.float64), method(0.7, steps=9)
+    _, gradient = value_and_gradient(penalty, linear(W))
+    for _ in range(5):
+        direction = torch.randn_like(W)
+        ends = [float(penalty(linear(W + sign * 1e-5 * direction)).detach()) for sign in (1, -1)]
+        assert (ends[0] - ends[1]) / 2e-5 == pytest.approx(float((gradient * direction).sum()), rel=1e-7, abs=1e-9)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(penalty(layer := linear(W)), layer.weight, create_graph=True)
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_dense_invariances(method: type) -> None:
+    W = torch.randn(12, 7, dtype=torch.float64)
+    value, gradient = value_and_gradient(method(1.0), linear(W))
+    mirrored, transposed = value_and_gradient(method(1.0), linear(W.T.contiguous()))
+    torch.testing.assert_close(mirrored, value, rtol=1e-12, atol=0)
+    torch.testing.assert_close(transposed, gradient.T, rtol=1e-10, atol=1e-12)
+    for scale in (1e-20, 1e20):
+        for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+            scaled, slope = value_and_gradient(method(1.0), linear((W * scale).to(dtype)))
+            power = 0 if method is sp.PolarHoyer else 1
+            torch.testing.assert_close(scaled.double(), value * scale**power, rtol=rtol, atol=0)
+            torch.testing.assert_close(slope.double() * scale ** (1 - power), gradient, rtol=10 * rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("method", DENSE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dense_weights_of_zeros_and_of_rank_one(method: type, dtype: torch.dtype) -> None:
+    value, gradient = value_and_gradient(method(1.0), linear(torch.zeros(5, 4, dtype=dtype)))
+    assert float(value) == 0
+    assert not gradient.any()
+    one = torch.outer(torch.tensor([1.0, -2.0, 2.0]), torch.tensor([2.0, 0.0, -1.0, 2.0])).to(dtype)  # norms 3 and 3
+    value, gradient = value_and_gradient(method(1.0), linear(one))
+    assert gradient.dtype == dtype
+    assert torch.isfinite(gradient).all()
+    tolerance = 1e-2 if dtype.itemsize == 2 else 1e-5  # of the gradient's own dtype
+    if method is sp.NuclearNorm:
+        assert float(value) == pytest.approx(9.0, rel=1e-6)
+        torch.testing.assert_close(gradient.double(), one.double() / 9, rtol=tolerance, atol=1e-4)
+    else:
+        assert float(value) == pytest.approx(0.0, abs=1e-6)
+        assert float(gradient.double().norm()) < 1e-4
+
+
+@pytest.mark.parametrize("method", DENSE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_weights_are_judged_in_float32(method: type, dtype: torch.dtype) -> None:
+    layer = linear(torch.randn(9, 7).to(dtype))
+    expected, slope = exact_value_and_gradient(method, layer.weight.detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        value, gradient = value_and_gradient(method(1.0), layer)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), slope, rtol=1e-2, atol=1e-3)  # the gradient is in half precision
+
+
+@pytest.mark.parametrize("method", DENSE)
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+def test_dense_convolutions_are_folded_like_factorized_ones(method: type, scheme: Any) -> None:
+    for layer in (nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, (2, 3)), nn.Conv1d(4, 6, 3), nn.LSTM(5, 3)):
+        dense = float(method(1.0, scheme=scheme)(layer.double()).detach())
+        assert dense > 0.1
+        assert dense == pytest.approx(float(method(1.0)(sp.factorize(layer, scheme)).detach()), rel=1e-8)
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_dense_layers_are_chosen_as_factorize_does(method: type) -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 6), nn.Linear(6, 4)).double()
+    each = [float(method(1.0)(layer).detach()) for layer in model if isinstance(layer, nn.Linear)]
+
+    def value(where: Any = None, of: nn.Module = model) -> float:
+        return float(method(1.0, where)(of).detach())
+
+    assert value() == pytest.approx(each[0] + each[1], rel=1e-9)
+    assert value(EVERYTHING) == pytest.approx(sum(each), rel=1e-9)
+    assert value(sp.match("2")) == pytest.approx(each[1], rel=1e-9)
+    part = sp.factorize(model, where=sp.match("0"))
+    assert value(of=part) == pytest.approx(each[0] + each[1], rel=1e-7)
+    assert value(sp.match("!0"), part) == pytest.approx(each[1] + each[2], rel=1e-9)
+    model[2].weight = nn.Parameter(model[0].weight.detach().T.contiguous())
+    tied = nn.Sequential(nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(5, 2)).double()
+    tied[1].weight = tied[0].weight
+    assert value(of=tied) == pytest.approx(value(of=tied[0]), rel=1e-9)
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_knobs_of_dense_penalties_are_validated(method: type) -> None:
+    for steps in (0, -1, True):
+        with pytest.raises(SettingError, match=f"{method.__name__}: steps must be an integer >= 1, got {steps}"):
+            method(1.0, steps=steps)
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_descent_lowers_the_rank_of_a_dense_weight(method: type) -> None:
+    layer = nn.Linear(12, 8)
+    before = torch.linalg.svdvals(layer.weight.detach())
+    optimizer = torch.optim.SGD([layer.weight], lr=0.02 if method is sp.NuclearNorm else 0.01)
+    for _ in range(20):
+        optimizer.zero_grad()
+        method(1.0)(layer).backward()
+        optimizer.step()
+    after = torch.linalg.svdvals(layer.weight.detach())
+    assert after.sum() / after[0] < 0.9 * before.sum() / before[0]

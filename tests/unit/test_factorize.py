@@ -2,18 +2,21 @@
 
 import re
 import sys
+import time
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import spectrim as sp
 from spectrim import linalg
 from spectrim.errors import LayerError, RankError, SettingError
-from spectrim.factorize import pick_scheme
-from spectrim.layers import FactorizedLayer, named_factors
+from spectrim.factorize import build, pick_scheme
+from spectrim.layers import FactorizedLayer, Factors, named_factors
 
 EVERYTHING = sp.match("*")
 
@@ -159,6 +162,178 @@ def test_names_that_are_not_factorized_are_refused_with_a_suggestion(name: str, 
         sp.factorize(model, rank={name: 1})
     with pytest.raises(LayerError, match=re.escape(f"layer '{name}': is not a factorized weight of this model; {hint}")):
         sp.prune(sp.factorize(model), {name: 1})
+
+
+# ---- fast decompositions
+
+
+def wide() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(150, 120), nn.Conv2d(30, 40, 3), nn.Linear(12, 12), nn.Linear(120, 150))
+
+
+def error_of(low: nn.Module, model: nn.Module, name: str) -> float:
+    return float((low.get_submodule(name).weight - model.get_submodule(name).weight).detach().double().norm())
+
+
+@pytest.mark.parametrize("method", ["randomized", "auto"])
+@pytest.mark.parametrize("rank", [8, {"0": 8, "1": 4, "3": 100}], ids=str)
+def test_randomized_factors_are_nearly_the_best(method: Any, rank: Any) -> None:
+    model = wide()
+    state = torch.get_rng_state()
+    exact, sketched, again = (sp.factorize(model, "channel", EVERYTHING, rank=rank, method=m) for m in ("exact", method, method))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert ranks_of(exact) == ranks_of(sketched)
+    assert all(torch.equal(a, b) for a, b in zip(sketched.parameters(), again.parameters(), strict=True))
+    for name in ranks_of(exact):
+        best = error_of(exact, model, name)
+        assert best * (1 - 1e-6) <= error_of(sketched, model, name) <= 1.01 * best + 1e-5  # float32 factors of full rank
+
+
+def test_where_the_sketch_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[int, ...]] = []
+    sketch = linalg.randomized_svd
+    monkeypatch.setattr(linalg, "randomized_svd", lambda matrix, rank: taken.append(tuple(matrix.shape)) or sketch(matrix, rank))
+    shapes = {"0": (120, 150), "1": (40, 270), "2": (12, 12), "3": (150, 120)}
+    for method, rank, expected in [
+        ("auto", 14, "03"),  # 14 + 16 is a quarter of 120
+        ("auto", 15, ""),
+        ("auto", sp.Fixed(2), ""),
+        ("auto", None, ""),
+        ("auto", {"3": 2}, "3"),
+        ("exact", 2, ""),
+        ("randomized", 2, "013"),  # 2 + 16 columns are more than the 12 of the small layer
+        ("randomized", 23, "013"),
+        ("randomized", 24, "03"),
+    ]:
+        taken.clear()
+        sp.factorize(wide(), "channel", EVERYTHING, rank=rank, method=method)
+        assert taken == [shapes[name] for name in expected]
+
+
+@pytest.mark.parametrize("rank", [None, sp.Energy(0.9), sp.Fixed(3)], ids=str)
+def test_a_sketch_needs_to_know_the_rank(rank: Any) -> None:
+    message = r"factorize: rank must be a number or a mapping .*, got .*; rules need the whole spectrum: method='exact'"
+    with pytest.raises(SettingError, match=message):
+        sp.factorize(network(), rank=rank, method="randomized")
+    with pytest.raises(RankError, match=re.escape("layer '0' (8 x 54): rank must be in [1, 8], got 0")):
+        sp.factorize(network(), "channel", rank=0, method="randomized")
+    with pytest.raises(SettingError, match=r"factorize: method must be 'exact', 'randomized' or 'auto', got 'fast'"):
+        getattr(sp.factorize, "__wrapped__", sp.factorize)(network(), method="fast")
+
+
+# ---- progress
+
+
+def test_progress_is_shown_only_when_it_lasts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    sp.factorize(network(), progress=True)
+    assert capsys.readouterr() == ("", "")  # no terminal
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+    sp.factorize(network(), progress=True)
+    assert capsys.readouterr() == ("", "")  # too short
+    monkeypatch.setattr(sys.modules["spectrim.factorize"], "PATIENCE_S", 0.0)
+    sp.factorize(network())
+    assert capsys.readouterr() == ("", "")
+    slow = linalg.svd
+    monkeypatch.setattr(linalg, "svd", lambda matrix: time.sleep(0.1) or slow(matrix))
+    sp.factorize(network(), progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "factorize" in shown.err
+    broken = network()
+    broken[4].weight.data.fill_(float("nan"))
+    with pytest.raises(LayerError, match="layer '4'"):
+        sp.factorize(broken, progress=True)
+
+
+# ---- memory
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of living storages that operations made, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = {
+            tensor.untyped_storage()._cdata for tensor in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)
+        }
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) and not tensor.is_meta else None
+            if storage is not None and storage._cdata not in self.seen | inputs:
+                self.seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        return result
+
+    def forget(self, key: int, size: int) -> None:
+        self.seen.discard(key)
+        self.live -= size
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+def test_memory_is_that_of_the_factors_and_of_one_layer(method: Any) -> None:
+    size, count, rank = 96, 30, 4
+    model = nn.Sequential(*[nn.Linear(size, size, bias=False) for _ in range(count)])
+    one, factors = 4 * size * size, 4 * rank * (2 * size + 1)
+    with LiveBytes() as memory:
+        low = sp.factorize(model, where=EVERYTHING, rank=rank, method=method)
+    assert len(ranks_of(low)) == count
+    assert count * factors <= memory.live <= 1.01 * count * factors  # what is left: the factors
+    assert memory.peak <= count * factors + 12 * one  # of one layer: its float64 copy, U, S and Vh of twice its size, and what SVD needs
+    assert count * one > 2 * (memory.peak - count * factors)  # the bound would notice a copy of the model
+
+
+def test_weights_that_are_exchanged_are_not_copied_and_others_are() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.LSTM(6, 5), nn.MultiheadAttention(6, 2), nn.Embedding(7, 6), nn.Linear(6, 3))
+    before = {name: (id(p), p._version, p.clone()) for name, p in model.named_parameters()}
+    low = sp.factorize(model)
+    assert not any(p.is_meta for p in [*low.parameters(), *low.buffers()])
+    assert not any(value.is_meta for m in low.modules() for value in vars(m).values() if isinstance(value, Tensor))
+    held = {p.data_ptr() for p in low.parameters()}
+    for name, parameter in model.named_parameters():
+        assert (id(parameter), parameter._version) == before[name][:2]
+        assert torch.equal(parameter, before[name][2])
+        assert parameter.data_ptr() not in held
+
+
+def test_a_weight_that_an_unchosen_layer_holds_as_well_is_copied() -> None:
+    """`build` is also called with plans from files, which may know nothing of a tie."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    built = build(model, lambda name, module: "channel" if name == "0" else None, lambda name, weight, matrix: Factors.of(weight, matrix))
+    assert torch.equal(built[1].weight, model[1].weight)
+    assert built[1].weight is not model[1].weight
+
+
+def test_a_model_on_the_meta_device_is_factorized_without_computing() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(
+            nn.Linear(4096, 4096), nn.Conv2d(512, 512, 3), nn.LSTM(4096, 4096), nn.Embedding(32000, 4096), nn.Linear(4096, 10)
+        )
+    model = model.bfloat16()
+    start = time.perf_counter()
+    low = sp.factorize(model, rank=64)
+    full = sp.factorize(model, method="auto")
+    assert time.perf_counter() - start < 5  # exact decompositions of these 300 million weights take minutes
+    assert all(p.is_meta for p in low.parameters())
+    assert ranks_of(low) == {"0": 64, "1": 64, "2.weight_ih_l0": 64, "2.weight_hh_l0": 64, "3": 64}
+    assert ranks_of(full) == {"0": 4096, "1": 512, "2.weight_ih_l0": 4096, "2.weight_hh_l0": 4096, "3": 4096}
+    assert low[1].scheme == "channel"
+    assert low[0].factors["weight"].dtype == torch.bfloat16
+    with pytest.raises(SettingError, match="rank must be a number or a mapping on the meta device, which has no spectra, got Energy"):
+        sp.factorize(model, rank=sp.Energy(0.9))
+
+
+def test_factors_on_meta_have_the_state_dict_of_real_ones() -> None:
+    with torch.device("meta"):
+        hollow = sp.factorize(network(), "channel", rank=3)
+    real = sp.factorize(network(), "channel", rank=3)
+    assert {k: v.shape for k, v in hollow.state_dict().items()} == {k: v.shape for k, v in real.state_dict().items()}
 
 
 # ---- what cannot be done

@@ -121,3 +121,86 @@ def test_orthogonality_defect() -> None:
     assert linalg.orthogonality_defect(q) < 1e-12
     assert linalg.orthogonality_defect(2 * q) == pytest.approx(3.0)  # ||4 I - I||_F / sqrt(4)
     assert linalg.orthogonality_defect(torch.stack([q, 2 * q])) == pytest.approx(3.0)
+
+
+# ---- polar factors
+
+
+def conditioned(out: int, in_: int, condition: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix with a logarithmic spectrum, and its polar factor."""
+    U, S, Vh = torch.linalg.svd(double(out, in_), full_matrices=False)
+    spectrum = torch.logspace(0, -math.log10(condition), len(S), dtype=torch.float64)
+    return U * spectrum @ Vh, U @ Vh
+
+
+@pytest.mark.parametrize(
+    ("steps", "dtype", "tolerance"), [(6, torch.float64, 2e-3), (7, torch.float64, 2e-9), (7, torch.float32, 5e-5)], ids=str
+)
+@pytest.mark.parametrize("condition", [1, 30, 400])
+@pytest.mark.parametrize("shape", [(20, 20), (16, 50), (50, 16), (64, 3), (1, 7)], ids=str)
+def test_polar_factor_is_as_accurate_as_stated(shape: Any, condition: float, steps: int, dtype: torch.dtype, tolerance: float) -> None:
+    matrix, polar = conditioned(*shape, condition)
+    for scale in (1.0, 1e-20, 1e20):
+        found = linalg.polar_factor((scale * matrix).to(dtype), steps)
+        assert found.dtype == dtype
+        assert float(torch.linalg.matrix_norm(found.double() - polar, 2)) < tolerance
+
+
+def test_polar_factors_of_a_stack_are_those_of_each() -> None:
+    stack = double(3, 2, 5, 4)
+    near(linalg.polar_factor(stack)[1, 1], linalg.polar_factor(stack[1, 1]))
+    near(linalg.polar_factor(stack.mT), linalg.polar_factor(stack).mT)
+
+
+def test_polar_factor_of_zeros_and_of_low_rank() -> None:
+    assert not linalg.polar_factor(torch.zeros(2, 4, 3)).any()
+    left, right = torch.linalg.qr(double(9, 2)).Q, torch.linalg.qr(double(6, 2)).Q
+    error = linalg.polar_factor(left * torch.tensor([2.0, 0.5]).double() @ right.mT) - left @ right.mT
+    assert float(torch.linalg.matrix_norm(error, 2)) < 2e-9
+
+
+@pytest.mark.parametrize(("steps", "error"), [(1, 0.992), (6, 1e-3), (7, 2e-9), (9, 1e-14)])
+def test_polar_schedule_brings_its_interval_to_one(steps: int, error: float) -> None:
+    x = torch.logspace(math.log10(linalg.POLAR_FLOOR), 0, 20001, dtype=torch.float64)
+    for a, b, c in linalg.polar_schedule(steps):
+        x = a * x + b * x**3 + c * x**5
+    assert float((x - 1).abs().max()) <= error
+
+
+# ---- fast decompositions
+
+
+@pytest.mark.parametrize("shape", [(5, 9), (9, 5), (3, 4, 4)], ids=str)
+def test_spectrum(shape: Any) -> None:
+    matrix = double(*shape)
+    near(linalg.spectrum(matrix).flip(-1), torch.linalg.svdvals(matrix))
+    assert linalg.spectrum(torch.zeros(shape)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("shape", [(200, 260), (260, 200), (2, 150, 200)], ids=str)
+@pytest.mark.parametrize("rank", [1, 10, 40])
+@pytest.mark.parametrize("decay", [0.0, 1.0], ids=["flat", "decaying"])
+def test_randomized_svd_is_within_one_percent_of_the_best(shape: Any, rank: int, decay: float) -> None:
+    U, S, Vh = torch.linalg.svd(double(*shape), full_matrices=False)
+    S = S * torch.arange(1, S.shape[-1] + 1) ** -decay
+    matrix = U * S.unsqueeze(-2) @ Vh
+    left, values, right = linalg.randomized_svd(matrix, rank)
+    assert (left.shape[-1], values.shape[-1], right.shape[-2]) == (rank, rank, rank)
+    best = S[..., rank:].square().sum().sqrt()
+    error = (matrix - left * values.unsqueeze(-2) @ right).norm()
+    assert best * (1 - 1e-12) <= error <= 1.01 * best
+    assert (values.diff() <= 0).all()
+    assert linalg.orthogonality_defect(left) < 1e-12
+    assert linalg.orthogonality_defect(right.mT) < 1e-12
+
+
+def test_randomized_svd_of_low_rank_is_exact_and_repeats() -> None:
+    matrix = double(60, 5) @ double(5, 40)
+    U, S, Vh = linalg.randomized_svd(matrix, 5)
+    torch.testing.assert_close(U * S @ Vh, matrix, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(S, torch.linalg.svdvals(matrix)[:5], rtol=1e-10, atol=0)
+    before = torch.get_rng_state()
+    assert all(torch.equal(a, b) for a, b in zip(linalg.randomized_svd(matrix, 5), (U, S, Vh), strict=True))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert linalg.randomized_svd(matrix.half(), 5)[0].dtype == torch.float32
+    assert linalg.randomized_svd(matrix, 40)[1].shape == (40,)

@@ -112,7 +112,7 @@ def test_fit_cuts_as_it_goes() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     ramp = sp.Ramp(sp.Budget(macs=0.5), end=0.6, cuts=3)
     assert isinstance(ramp, RankSchedule)
-    history = sp.fit(model, batches(), nn.MSELoss(), optimizer, 4, schedule=ramp, progress=False)
+    history = sp.fit(model, batches(), nn.MSELoss(), optimizer, 4, rank_schedule=ramp, progress=False)
     assert [cut["step"] for cut in history.cuts] == [4, 8, 12]
     assert history.cuts[-1]["ranks"] == ranks(model)
     means = [sum(cut["ranks"].values()) / 3 for cut in history.cuts]
@@ -125,7 +125,7 @@ def test_fit_cuts_as_it_goes() -> None:
 def session(folder: Path, epochs: int, execution: Any = "macs", schedule: Any = None) -> tuple[nn.Module, History]:
     model = low()
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    settings = {"schedule": schedule or Until4(), "execution": execution, "checkpoint": folder, "progress": False}
+    settings = {"rank_schedule": schedule or Until4(), "execution": execution, "checkpoint": folder, "progress": False}
     return model, sp.fit(model, batches(), nn.MSELoss(), optimizer, epochs, **settings)
 
 
@@ -185,6 +185,6 @@ def test_a_damaged_cut_checkpoint_changes_nothing(tmp_path: Path) -> None:
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     before, held = copy.deepcopy(model.state_dict()), list(model.parameters())
     with pytest.raises(FormatError):
-        sp.fit(model, batches(), nn.MSELoss(), optimizer, 4, schedule=Until4(), checkpoint=tmp_path, progress=False)
+        sp.fit(model, batches(), nn.MSELoss(), optimizer, 4, rank_schedule=Until4(), checkpoint=tmp_path, progress=False)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert [id(p) for p in model.parameters()] == [id(p) for p in held] == [id(p) for p in optimizer.param_groups[0]["params"]]

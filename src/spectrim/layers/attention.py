@@ -1,14 +1,13 @@
 """Factorized `torch.nn.MultiheadAttention`, with packed or separate input projections."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from spectrim.layers.base import SeveralWeights, Share
-from spectrim.layers.linear import FactorizedLinear
 from spectrim.layers.plain import PlainAttention
 from spectrim.linalg import Fold
 
@@ -41,23 +40,27 @@ class FactorizedMultiheadAttention(SeveralWeights, nn.MultiheadAttention):
         layer: Any = self if torch.compiler.is_compiling() else self.composed()
         return nn.MultiheadAttention.forward(layer, *arguments, **options)
 
-    def split(self, share: Share) -> nn.Module | None:
+    def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
         """A `PlainAttention` in which every projection that pays is a pair of `Linear` layers."""
-        return plain_attention(self)
+        return plain_attention(self, paying)
 
 
-def plain_attention(attention: Any) -> nn.Module | None:
-    """Return a `PlainAttention` for a torch or factorized attention where any of its projections pays, else None."""
+def plain_attention(attention: Any, paying: Collection[str]) -> nn.Module | None:
+    """Return a `PlainAttention` for a torch or factorized attention where any of its projections pays, else None.
+
+    Args:
+        attention: left untouched.
+        paying: names of the weights to write as two operations, ``out_proj.weight`` among them.
+    """
     weights: dict[str, Any] = {}
-    paying = False
     for name in FactorizedMultiheadAttention.weights(attention):
-        if isinstance(attention, FactorizedMultiheadAttention) and attention.pays(name):
-            weights[name], paying = attention.factors_of(name).balanced(), True
+        if name in paying:
+            weights[name] = attention.factors_of(name).balanced()
         else:
             weights[name] = getattr(attention, name).detach()
     out = attention.out_proj
-    if isinstance(out, FactorizedLinear) and out.pays("weight"):
-        weights["out_proj.weight"], paying = out.factors_of("weight").balanced(), True
+    if "out_proj.weight" in paying:
+        weights["out_proj.weight"] = out.factors_of("weight").balanced()
     else:
         weights["out_proj.weight"] = out.weight.detach()
     if not paying:

@@ -2,14 +2,21 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from spectrim.errors import LayerError
 from spectrim.layers.factors import Factors
 from spectrim.linalg import Fold
+
+RECOMPUTE_SHARE = 0.02
+"""A composed weight is forgotten after the forward pass when composing it again costs at most this share of the layer's step."""
+
+RECOMPUTE_SIZE = 2**16
+"""Weights with fewer elements are kept: they take less memory than the bookkeeping is worth."""
 
 Self = TypeVar("Self", bound="FactorizedLayer")
 Share = Callable[[Factors, str, Tensor], nn.Parameter]
@@ -37,6 +44,7 @@ class FactorizedLayer(nn.Module):
     dense_kind: type[nn.Module]
     scheme: Fold
     parameter_order: tuple[str, ...]
+    execution: dict[tuple[str, int, tuple[int, ...]], bool]
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
@@ -96,6 +104,7 @@ class FactorizedLayer(nn.Module):
             del layer._parameters[name]
         layer.__dict__["dense_kind"] = type(dense)
         layer.__dict__["scheme"] = scheme
+        layer.__dict__["execution"] = {}
         layer._modules["factors"] = nn.ModuleDict(dict(factors)).train(dense.training)
         return layer
 
@@ -113,11 +122,16 @@ class FactorizedLayer(nn.Module):
         Args:
             share: makes the parameter for a tensor, the same one for tied weights.
         """
-        dense: nn.Module = renew(self, self.dense_kind, drop=("dense_kind", "scheme", "parameter_order"))
+        dense: nn.Module = renew(self, self.dense_kind, drop=("dense_kind", "scheme", "parameter_order", "execution", "memory_format"))
         del dense._modules["factors"]
-        composed = {name: share(factors, "dense", self.dense_weight(name).detach().contiguous()) for name, factors in self.named_factors()}
+        weights = {name: self.laid_out(self.dense_weight(name).detach()) for name in self.factors}
+        composed = {name: share(self.factors_of(name), "dense", weight) for name, weight in weights.items()}
         dense._parameters = {name: composed.get(name, dense._parameters.get(name)) for name in self.parameter_order}
         return dense
+
+    def laid_out(self, weight: Tensor) -> Tensor:
+        """Return a weight in the memory format that the dense layer had."""
+        return weight.contiguous()
 
     def named_factors(self) -> list[tuple[str, Factors]]:
         """Return ``(weight name, factors)`` of this layer."""
@@ -133,19 +147,57 @@ class FactorizedLayer(nn.Module):
         return max(0, min(self.factors_of(name).full_rank, math.ceil((dense - self.overhead(name)) / single) - 1))
 
     def pays(self, name: str) -> bool:
-        """Whether two operations cost less than the dense one at the present rank."""
+        """Whether two operations take fewer multiply-accumulates than the dense one at the present rank."""
         return self.factors_of(name).rank <= self.break_even(name)
 
     def composes(self, name: str, shape: Sequence[int]) -> bool:
-        """Whether composing the weight and running one dense operation costs no more than two operations on this input."""
-        factors = self.factors_of(name)
-        out, in_ = factors.shape
-        compose = factors.blocks * out * in_ * factors.rank
-        dense, two = (self.work(self, name, self.scheme, rank, shape) for rank in (None, factors.rank))
-        return dense + compose <= two
+        """Whether composing the weight and running one dense operation costs no more than two operations on this input.
 
-    def split(self, share: Share) -> nn.Module | None:
-        """Return the layer as torch layers applied one after the other, or None where the dense layer costs no more."""
+        By measured seconds where `choose_execution` has timed this weight at its present rank, else by multiply-accumulates.
+        """
+        factors = self.factors_of(name)
+        if self.execution:
+            measured = self.execution.get((name, factors.rank, tuple(shape[1:])))
+            if measured is not None:
+                return measured
+        dense, two = (self.work(self, name, self.scheme, rank, shape) for rank in (None, factors.rank))
+        return dense + factors.compose_macs <= two
+
+    def run_dense(self, name: str, shape: Sequence[int], operation: Callable[[Tensor], Tensor]) -> Tensor:
+        """Run ``operation(weight)`` on one composed weight; backward composes it anew where that is cheap, instead of keeping it.
+
+        Args:
+            name: which weight.
+            shape: of the layer's input.
+            operation: uses the weight; what it returns is returned.
+        """
+        factors = self.factors_of(name)
+        weight = self.unfold(self, name, factors.product(), self.scheme)
+        cheap = factors.compose_macs <= RECOMPUTE_SHARE * 3 * self.work(self, name, self.scheme, None, shape)
+        if not (cheap and weight.numel() >= RECOMPUTE_SIZE and weight.requires_grad) or torch.compiler.is_compiling():
+            return operation(weight)  # a compiler decides by itself what it keeps
+        storage, device, dtype = weight.untyped_storage().data_ptr(), weight.device.type, weight.dtype
+
+        def forget(saved: Tensor) -> Any:
+            own = saved.untyped_storage().data_ptr() == storage
+            return (saved.shape, saved.stride(), saved.storage_offset()) if own else saved
+
+        def recall(kept: Any) -> Tensor:
+            if isinstance(kept, Tensor):
+                return kept
+            with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != factors.dtype):
+                return self.unfold(self, name, factors.product(), self.scheme).as_strided(*kept)
+
+        with torch.autograd.graph.saved_tensors_hooks(forget, recall):
+            return operation(weight)
+
+    def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
+        """Return the layer as torch layers applied one after the other, or None where no weight pays.
+
+        Args:
+            share: makes the parameter for a tensor, the same one for tied weights.
+            paying: names of the weights to write as two operations.
+        """
         raise NotImplementedError
 
     def extra_repr(self) -> str:

@@ -1,7 +1,7 @@
 """Factorized `torch.nn.Embedding`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -42,9 +42,9 @@ class FactorizedEmbedding(OneWeight, nn.Embedding):
             return rows
         return torch.where((input == self.padding_idx).unsqueeze(-1), rows.detach(), rows)  # padding reaches no gradient, Vh's included
 
-    def split(self, share: Share) -> nn.Module | None:
-        """An `Embedding` of ``rank`` columns and a `Linear`, where that stores fewer parameters."""
-        if not self.pays("weight"):
+    def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
+        """An `Embedding` of ``rank`` columns and a `Linear`."""
+        if "weight" not in paying:
             return None
         factors = self.factors_of("weight")
         left, right = factors.balanced()

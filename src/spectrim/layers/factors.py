@@ -11,6 +11,31 @@ from spectrim import linalg
 from spectrim.errors import LayerError
 
 
+class _Compose(torch.autograd.Function):
+    """``U diag(|S|) Vh``; keeps the factors alone for the backward pass, no scaled copy of them, and is one node of the graph.
+
+    ``dU = G Vh^T diag(|S|)``, ``dS = sign(S) * sum_rows(U * G Vh^T)``, ``dVh = diag(|S|) U^T G`` for the gradient ``G`` of the product.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
+        return (U * S.abs().unsqueeze(-2)) @ Vh
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        U, S, Vh = ctx.saved_tensors
+        magnitude = S.abs()
+        left = (grad @ Vh.mT.to(grad.dtype)).to(U.dtype)  # under autocast the product, and so `grad`, is in half precision
+        right = (U.mT.to(grad.dtype) @ grad).to(Vh.dtype)
+        return left * magnitude.unsqueeze(-2), (U * left).sum(-2) * S.sign(), magnitude.unsqueeze(-1) * right
+
+
 class Factors(nn.Module):
     """One weight as ``U diag(|S|) Vh``; several equal blocks for a grouped convolution.
 
@@ -51,15 +76,22 @@ class Factors(nn.Module):
     _dtype: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, matrix: Float[Tensor, "*blocks out in_"], choose: Callable[[Tensor], int] | None = None) -> "Factors":
-        """Factorize `matrix`, the folded form of `weight`, by an exact SVD.
+    def of(
+        cls,
+        weight: Tensor,
+        matrix: Float[Tensor, "*blocks out in_"],
+        choose: Callable[[Tensor], int] | None = None,
+        decompose: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = linalg.svd,
+    ) -> "Factors":
+        """Factorize `matrix`, the folded form of `weight`.
 
         Args:
             weight: gives dtype, device and `requires_grad`.
             matrix: ``(out, in)`` or ``(blocks, out, in)``.
             choose: takes the singular values, returns the rank to keep; all of them when omitted.
+            decompose: matrix → ``U, S, Vh``; the exact SVD when omitted.
         """
-        U, S, Vh = linalg.svd(matrix.detach())
+        U, S, Vh = decompose(matrix.detach())
         rank = S.shape[-1] if choose is None else choose(linalg.pooled_spectrum(S))
         return cls(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=weight.dtype, requires_grad=weight.requires_grad)
 
@@ -95,9 +127,20 @@ class Factors(nn.Module):
         """``min(out, in)``."""
         return min(self.shape)
 
+    @property
+    def compose_macs(self) -> int:
+        """Multiply-accumulates of composing the matrix."""
+        out, in_ = self.shape
+        return self.blocks * out * in_ * self.rank
+
     def matrix(self) -> Tensor:
         """Compose ``U diag(|S|) Vh``: ``(out, in)`` or ``(blocks, out, in)``, in the weight's dtype."""
-        return ((self.U * self.S.abs().unsqueeze(-2)) @ self.Vh).to(self.dtype)
+        return self.product().to(self.dtype)
+
+    def product(self) -> Tensor:
+        """Compose the matrix in the dtype that is computed in: that of autocast where it is on, else the weight's."""
+        product: Tensor = _Compose.apply(self.U, self.S, self.Vh)  # type: ignore[no-untyped-call]
+        return product if torch.is_autocast_enabled(product.device.type) else product.to(self.dtype)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return ``U diag(|S|)`` and ``Vh`` in the weight's dtype, to be applied one after the other."""

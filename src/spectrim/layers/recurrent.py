@@ -1,7 +1,7 @@
 """Factorized `torch.nn.LSTM` and `torch.nn.GRU`: every layer, both directions, the gates of one matrix stacked."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,10 +49,9 @@ class FactorizedRecurrent(SeveralWeights):
         dense._init_flat_weights()
         return dense  # type: ignore[no-any-return]
 
-    def split(self, share: Share) -> nn.Module | None:
+    def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
         """A `PlainRecurrent` in which every matrix that pays is a pair of `Linear` layers."""
         module: Any = self
-        paying = {name for name, _ in self.named_factors() if self.pays(name)}
         if not paying:
             return None
         weights = {name: factors.balanced() if name in paying else factors.matrix().detach() for name, factors in self.named_factors()}

@@ -1,31 +1,57 @@
 """The penalty that keeps singular vectors orthonormal."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import SettingError
 from spectrim.layers import named_factors
+from spectrim.penalties.sums import batches, check_weight, stack, total, unstack
 
 
-def check_weight(owner: object, weight: float) -> None:
-    """Raise a SettingError unless `weight` is a finite number >= 0."""
-    if not 0 <= weight < float("inf"):
-        raise SettingError(type(owner).__name__, "weight", got=weight, rule="a finite number >= 0")
+def gram_defect(A: Tensor) -> Tensor:
+    """Return ``A^T A - I`` of matrices ``(..., rows, rank)``."""
+    gram = A.mT @ A
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return gram
 
 
-def total(model: nn.Module, terms: list[Tensor]) -> Tensor:
-    """Sum terms; zero, on the model's device, for a model without factors."""
-    if terms:
-        return torch.stack(terms).sum()
-    parameter = next(model.parameters(), torch.zeros(()))
-    return torch.zeros((), device=parameter.device)
+class _Defect(torch.autograd.Function):
+    """``sum ||A^T A - I||_F^2`` over matrices of one shape, with the gradient ``4 A (A^T A - I)``; keeps ``A^T A - I`` alone."""
+
+    @staticmethod
+    def forward(*matrices: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(matrices[0].device.type, enabled=False):
+            defect = gram_defect(stack(matrices))
+        return defect.square().sum(), defect
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+        *matrices, defect = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            if torch.is_grad_enabled():  # this gradient is to be differentiated again
+                defect = gram_defect(stack(matrices))
+            return unstack(stack(matrices) @ (4 * grad * defect), [matrix.shape for matrix in matrices])
+
+
+def defect_of(group: Sequence[Tensor]) -> Tensor:
+    """Return ``sum ||A^T A - I||_F^2 / rank^2`` over matrices ``(..., rows, rank)`` of one shape."""
+    value: Tensor = _Defect.apply(*group)[0]  # type: ignore[no-untyped-call]
+    return value / group[0].shape[-1] ** 2
 
 
 @dataclass(frozen=True)
 class Orthogonality:
     """``weight * sum_l (||U^T U - I||_F^2 + ||Vh Vh^T - I||_F^2) / r_l^2``, over layers and their blocks; in float32 at least.
+
+    Factors of equal shape share one product, and the gradient is in closed form.
 
     Args:
         weight: strength, >= 0. The paper takes 1.0 on CIFAR-10 and for the LSTM, 2.0 on ImageNet.
@@ -48,11 +74,5 @@ class Orthogonality:
 
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the weighted penalty of all factorized layers, a scalar."""
-        terms = []
-        for _, factors in named_factors(model):
-            eye = torch.eye(factors.rank, device=factors.U.device)
-            with torch.autocast(factors.U.device.type, enabled=False):
-                grams = (factors.U.mT @ factors.U, factors.Vh @ factors.Vh.mT)
-                defects = ((gram - eye).square().sum() for gram in grams)
-                terms.append(sum(defects, start=torch.zeros((), device=eye.device)) / factors.rank**2)
-        return self.weight * total(model, terms)
+        matrices = [matrix for _, factors in named_factors(model) for matrix in (factors.U, factors.Vh.mT)]
+        return self.weight * total(model, [defect_of(group) for group in batches(matrices)])

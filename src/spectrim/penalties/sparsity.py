@@ -8,12 +8,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectrim.layers import named_factors
-from spectrim.penalties.orthogonality import check_weight, total
+from spectrim.penalties.sums import batches, check_weight, stack, total
 
 
 def over_spectra(model: nn.Module, measure: Callable[[Tensor], Tensor]) -> Tensor:
-    """Sum a measure, ``(blocks, rank) -> (blocks,)``, of every spectrum."""
-    return total(model, [measure(factors.S.reshape(-1, factors.rank).abs()).sum() for _, factors in named_factors(model)])
+    """Sum a measure, ``(blocks, rank) -> (blocks,)``, of every spectrum; those of equal rank together."""
+    groups = batches((factors.S for _, factors in named_factors(model)), axes=1)
+    return total(model, [measure(stack(group, axes=1).abs()).sum() for group in groups])
 
 
 def ratio_of_norms(S: Float[Tensor, "blocks rank"]) -> Float[Tensor, " blocks"]:
