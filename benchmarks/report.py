@@ -19,9 +19,8 @@ HEAD = """# Results
 This page is written by `python benchmarks/report.py` from the files in `benchmarks/results`, which the runner wrote. Accuracies and losses
 are those of the test split, which is read once, at the end of a run; seconds are medians at batch 1 measured side by side in one process,
 so that their ratios mean something and the seconds themselves do not. `±` is the sample standard deviation over seeds; with one seed there
-is none, and differences below about 0.3 point mean nothing. Pretrained CIFAR-10 networks have seen our validation images;
-the learning rate of `cifar10_resnet20` was therefore picked in trials of 60 batches that looked at 2,048 test images: its accuracies are
-that much too kind.
+is none, and differences below about 0.3 point mean nothing. The pretrained CIFAR-10 network has seen our
+validation images, so that they choose nothing in `cifar10_resnet20`: its numbers on the way look better than they are.
 """
 
 

@@ -182,7 +182,7 @@ def test_channels_last_is_kept(scheme: Any, rank: int | None) -> None:
     for merged in (sp.merge(low), sp.merge(sp.prune(low, sp.Fixed(2))), sp.merge(low, fold_batchnorm=True)):
         kernels = [p for p in merged.parameters() if p.dim() == 4]
         assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
-        assert not any(hasattr(module, "memory_format") for module in merged.modules())
+        assert not any(hasattr(module, "channels_last") for module in merged.modules())
         assert merged(x).is_contiguous(memory_format=torch.channels_last)
     assert all(p.is_contiguous() for p in sp.merge(sp.factorize(model.to(memory_format=torch.contiguous_format), rank=rank)).parameters())
 

@@ -122,7 +122,7 @@ class FactorizedLayer(nn.Module):
         Args:
             share: makes the parameter for a tensor, the same one for tied weights.
         """
-        dense: nn.Module = renew(self, self.dense_kind, drop=("dense_kind", "scheme", "parameter_order", "execution", "memory_format"))
+        dense: nn.Module = renew(self, self.dense_kind, drop=("dense_kind", "scheme", "parameter_order", "execution", "channels_last"))
         del dense._modules["factors"]
         weights = {name: self.laid_out(self.dense_weight(name).detach()) for name in self.factors}
         composed = {name: share(self.factors_of(name), "dense", weight) for name, weight in weights.items()}

@@ -54,9 +54,12 @@ def second_kind(module: Any, scheme: Fold) -> type[nn.Module]:
     return plain_of(module) if scheme == "channel" else base_of(module)
 
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """Return the channels-last format of a tensor of 4 or 5 dimensions that is laid out so, else the contiguous one."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    last = CHANNELS_LAST.get(x.dim())
     return last if last and x.is_contiguous(memory_format=last) and not x.is_contiguous() else torch.contiguous_format
 
 
@@ -101,13 +104,13 @@ class FactorizedConv(OneWeight):
     Source: Yang et al., arXiv 2004.09031, section 3.1; transposed forms and groups follow from the same folding.
     """
 
-    memory_format: torch.memory_format = torch.contiguous_format
+    channels_last: bool = False
 
     @classmethod
     def adopt(cls, dense: Any, factors: Mapping[str, Factors], scheme: Fold) -> Any:
         """Take over a dense convolution, the memory format of its kernel included."""
         layer = super().adopt(dense, factors, scheme)
-        layer.__dict__["memory_format"] = memory_format_of(dense.weight)
+        layer.__dict__["channels_last"] = memory_format_of(dense.weight) is not torch.contiguous_format  # the format itself cannot be pickled
         return layer
 
     @classmethod
@@ -201,7 +204,7 @@ class FactorizedConv(OneWeight):
 
     def laid_out(self, weight: Tensor) -> Tensor:
         """Return a kernel in the memory format that the dense layer had."""
-        return weight.contiguous(memory_format=self.memory_format)
+        return weight.contiguous(memory_format=CHANNELS_LAST[weight.dim()] if self.channels_last else torch.contiguous_format)
 
     def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
         """Two convolutions, in → groups * rank → out; the second carries the bias."""

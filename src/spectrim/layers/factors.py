@@ -140,7 +140,8 @@ class Factors(nn.Module):
     def product(self) -> Tensor:
         """Compose the matrix in the dtype that is computed in: that of autocast where it is on, else the weight's."""
         product: Tensor = _Compose.apply(self.U, self.S, self.Vh)  # type: ignore[no-untyped-call]
-        return product if torch.is_autocast_enabled(product.device.type) else product.to(self.dtype)
+        half = not product.is_meta and torch.is_autocast_enabled(product.device.type)
+        return product if half else product.to(self.dtype)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return ``U diag(|S|)`` and ``Vh`` in the weight's dtype, to be applied one after the other."""
