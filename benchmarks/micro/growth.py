@@ -1,6 +1,6 @@
 """How cost grows with width, depth and rank, for one kind of layer at a time: ``python benchmarks/micro/growth.py [training|factorize]``.
 
-Beside each measured ratio stands what multiply-accumulates alone would give: the limit that no implementation can beat.
+The page draws what multiply-accumulates alone would give beside it.
 """
 
 import copy
@@ -14,7 +14,6 @@ from torch import nn
 
 import spectrim as sp
 from harness import in_turns, ratios, write
-from spectrim.layers import named_factors
 from step import always, layer_by_layer, step_of
 
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)
@@ -22,14 +21,14 @@ ROWS, SIDE, BATCH = 1024, 16, 8
 EVERYTHING = sp.match("*")
 
 
-def linear(width: int, depth: int = 1) -> tuple[nn.Module, torch.Tensor, float]:
-    """A stack of square layers, its input, and how often each weight is used in a step."""
-    return nn.Sequential(*(nn.Linear(width, width) for _ in range(depth))), torch.randn(ROWS, width), float(ROWS)
+def linear(width: int, depth: int = 1) -> tuple[nn.Module, torch.Tensor]:
+    """Return a stack of square layers and its input."""
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(depth))), torch.randn(ROWS, width)
 
 
-def conv(width: int, depth: int = 1) -> tuple[nn.Module, torch.Tensor, float]:
+def conv(width: int, depth: int = 1) -> tuple[nn.Module, torch.Tensor]:
     layers = nn.Sequential(*(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth)))
-    return layers, torch.randn(BATCH, width, SIDE, SIDE).contiguous(memory_format=torch.channels_last), float(BATCH * SIDE * SIDE)
+    return layers, torch.randn(BATCH, width, SIDE, SIDE).contiguous(memory_format=torch.channels_last)
 
 
 def random_factors(dense: nn.Module, rank: int) -> nn.Module:
@@ -40,16 +39,6 @@ def random_factors(dense: nn.Module, rank: int) -> nn.Module:
     return low
 
 
-def limit(low: nn.Module, uses: float) -> float:
-    """Multiply-accumulates of the cheaper form over those of the dense layer; both have three products of each kind in a step."""
-    total = dense = 0.0
-    for _, factors in named_factors(low):
-        out, in_ = factors.shape
-        dense += uses * out * in_
-        total += min(uses * out * in_ + factors.compose_macs, uses * factors.rank * (out + in_))
-    return total / dense
-
-
 def training() -> None:
     rows: list[dict[str, Any]] = []
     cases: list[tuple[str, Callable[..., Any], int, int]] = [("linear", linear, width, 1) for width in (64, 256, 1024, 4096)]
@@ -57,16 +46,15 @@ def training() -> None:
     cases += [("linear", linear, 256, depth) for depth in (4, 16)]
     for kind, make, width, depth in cases:
         torch.manual_seed(0)
-        dense, x, uses = make(width, depth)
-        steps, limits = {"dense": step_of(dense, x, [])}, {}
+        dense, x = make(width, depth)
+        steps = {"dense": step_of(dense, x, [])}
         for fraction in FRACTIONS:
             rank = round(fraction * width)
             low = random_factors(dense, rank)
-            limits[f"auto {fraction}"] = limit(low, uses)
             steps[f"auto {fraction}"] = step_of(low, x, [sp.Orthogonality(1.0), sp.Hoyer(0.01)])
             steps[f"factored {fraction}"] = step_of(always(low, False), x, [layer_by_layer])
         table = ratios(in_turns(steps, rounds=5, min_time=0.05), "dense")
-        rows.append({"kind": kind, "width": width, "depth": depth, "ratios": table, "limits": limits})
+        rows.append({"kind": kind, "width": width, "depth": depth, "ratios": table})
         print(kind, width, depth, {key: round(entry["median"], 3) for key, entry in table.items()}, flush=True)
     write("growth-training", {"kind": "growth", "rows": ROWS, "positions": BATCH * SIDE * SIDE, "points": rows})
 

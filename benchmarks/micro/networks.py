@@ -76,6 +76,7 @@ class Case:
     inputs: Callable[[int], Tensor]
     batch: int
     scheme: Any = "auto"
+    rounds: int = 5
 
 
 def images(size: int) -> Callable[[int], Tensor]:
@@ -93,10 +94,11 @@ def tokens(batch: int) -> Tensor:
 TRAINING = {
     "resnet20-channel": Case(resnet20, images(32), 128, "channel"),
     "resnet20-spatial": Case(resnet20, images(32), 128, "spatial"),
+    "resnet20-spatial-bf16": Case(resnet20, images(32), 16, "spatial", rounds=3),  # few images: not every CPU has units for it
     "resnet56-spatial": Case(resnet56, images(32), 64, "spatial"),
     "resnet18-224-channel": Case(resnet18, images(224), 4, "channel"),
     "gpt2-small, 2 blocks": Case(
-        lambda: nn.Sequential(*(Block(768, 12, causal=True) for _ in range(2))), lambda batch: torch.randn(batch, 1024, 768), 4
+        lambda: nn.Sequential(*(Block(768, 12, causal=True) for _ in range(2))), lambda batch: torch.randn(batch, 1024, 768), 2, rounds=3
     ),
     "lstm 2 x 512": Case(language_model, tokens, 40),
 }

@@ -91,6 +91,7 @@ class Phase:
         scheduler_steps: whether the schedule advances each epoch or each batch.
         penalties: values that are called on the model.
         distill: learn from the dense network too.
+        rank_schedule: cuts ranks in the course of this phase, for example `Ramp`; for the phases of a factorized network only.
         accumulate: batches for one optimizer step.
         clip: largest norm of the gradient.
     """
@@ -101,6 +102,7 @@ class Phase:
     scheduler_steps: Literal["epoch", "batch"] = "epoch"
     penalties: list[Component] = field(default_factory=list)
     distill: Teacher | None = None
+    rank_schedule: Component | None = None
     accumulate: int = 1
     clip: float | None = None
 
@@ -356,6 +358,14 @@ def _complete(recipe: Recipe) -> Recipe:
             if not callable(value):
                 problem = f"{penalty['class_path']} gives a {type(value).__name__}"
                 raise RecipeError(f"{key}.penalties.{i}", problem, allowed="a penalty: model -> scalar tensor")
+        if phase.rank_schedule is not None:
+            if not key.startswith(("train", "finetune")):
+                raise RecipeError(f"{key}.rank_schedule", "given where nothing is left to cut", allowed="train and finetune phases")
+            phase.rank_schedule = _filled(phase.rank_schedule, f"{key}.rank_schedule")
+            schedule = _guard(f"{key}.rank_schedule", partial(make, phase.rank_schedule, f"{key}.rank_schedule"))
+            if not callable(schedule):
+                problem = f"{phase.rank_schedule['class_path']} gives a {type(schedule).__name__}"
+                raise RecipeError(f"{key}.rank_schedule", problem, allowed="a schedule: (model, inputs, step, steps) -> ranks or None")
     return recipe
 
 
@@ -629,8 +639,9 @@ class Run:
             scheduler = _scheduler(phase.scheduler, optimizer, steps)
         penalties = [make(penalty, "penalties") for penalty in phase.penalties]
         distill = Distillation(copy.deepcopy(teacher), **asdict(phase.distill)) if phase.distill and teacher is not None else None
+        schedule = make(phase.rank_schedule, "rank_schedule") if phase.rank_schedule is not None else None
         history = fit(
-            model, self.data.train, self.loss, optimizer, phase.epochs,
+            model, self.data.train, self.loss, optimizer, phase.epochs, rank_schedule=schedule,
             penalties=penalties, eval_data=self.data.val, scheduler=scheduler, scheduler_steps=phase.scheduler_steps, distill=distill,
             precision=self.recipe.precision, accumulate=phase.accumulate, clip=phase.clip, checkpoint=folder, progress=self.progress,
         )  # fmt: skip

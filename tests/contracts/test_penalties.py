@@ -492,3 +492,24 @@ def test_descent_lowers_the_rank_of_a_dense_weight(method: type) -> None:
         optimizer.step()
     after = torch.linalg.svdvals(layer.weight.detach())
     assert after.sum() / after[0] < 0.9 * before.sum() / before[0]
+
+
+def test_a_sampled_orthogonality_is_right_on_average() -> None:
+    low = sp.factorize(nn.Sequential(nn.Linear(9, 8), nn.Linear(8, 8), nn.Conv2d(8, 8, 3, groups=2)).double(), "channel", sp.match("*"))
+    with torch.no_grad():
+        for parameter in low.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def measured(penalty: sp.Orthogonality) -> torch.Tensor:
+        factors = [p for name, p in low.named_parameters() if name.endswith((".U", ".Vh"))]
+        value = penalty(low)
+        return torch.cat([value.reshape(1), *(g.flatten() for g in torch.autograd.grad(value, factors))])
+
+    exact, count = measured(sp.Orthogonality(0.5)), 600
+    draws = torch.stack([measured(sp.Orthogonality(0.5, sample=0.25)) for _ in range(count)])
+    error = (draws.mean(0) - exact).abs()
+    assert (error <= 5 * draws.std(0) / count**0.5 + 1e-12).all()  # five standard errors
+    assert draws[:, 0].std() > 0
+    torch.testing.assert_close(measured(sp.Orthogonality(0.5, sample=0.999)), exact)
+    with pytest.raises(SettingError, match=r"Orthogonality: sample must be a fraction in \(0, 1\]"):
+        sp.Orthogonality(1.0, sample=0.0)

@@ -262,7 +262,7 @@ def test_a_users_module_that_is_broken(folder: Path) -> None:
     ("change", "look", "value"),
     [
         ("dense.epochs=7", lambda r: r.dense.epochs, 7),
-        ("train.0.penalties.0.init_args.weight=0.5", lambda r: r.train[0].penalties[0]["init_args"], {"weight": 0.5}),
+        ("train.0.penalties.0.init_args.weight=0.5", lambda r: r.train[0].penalties[0]["init_args"], {"weight": 0.5, "sample": None}),
         (
             "train.0.penalties.0=mymodule.MyPenalty",
             lambda r: r.train[0].penalties[0],
@@ -473,6 +473,21 @@ def test_ranks_and_budgets_are_what_the_recipe_says(folder: Path) -> None:
     assert result["stages"]["3-prune"]["val"] != result["stages"]["3-prune"]["val_cut"], "statistics of BatchNorm were renewed"
     with pytest.raises(SettingError, match=r"macs must be at least 0\.\d+ for this network, got 0.01"):
         Run(changed("prune={budget: {macs: 0.01}}"), folder / "small", progress=False).run()
+
+
+@pytest.mark.usefixtures("quick")
+def test_ranks_fall_in_the_course_of_a_phase(folder: Path) -> None:
+    ramp = "train.0.rank_schedule={class_path: spectrim.Ramp, init_args: {target: {macs: 0.7}, end: 1.0, cuts: 2}}"
+    recipe = changed(ramp, "train.0.epochs=2", "prune={rule: {class_path: spectrim.Energy, init_args: {keep: 1.0}}}")
+    assert recipe.train[0].rank_schedule["init_args"]["begin"] == 0.0
+    result = Run(recipe, folder / "ramp", progress=False).run()
+    ranks = [line["mean_rank"] for line in result["stages"]["2-train"]["phases"][0]]
+    assert ranks[0] > ranks[1] or result["final"]["macs"] < result["dense"]["macs"]
+    assert all(len(spectrum) <= 12 for spectrum in result["stages"]["2-train"]["spectra"].values())
+    with pytest.raises(RecipeError, match=r"'dense\.rank_schedule': given where nothing is left to cut"):
+        changed(ramp.replace("train.0", "dense"))
+    with pytest.raises(RecipeError, match=r"rank_schedule.*end"):
+        changed(ramp.replace("end: 1.0", "end: 7.0"))
 
 
 @pytest.mark.usefixtures("quick")

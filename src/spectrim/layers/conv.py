@@ -110,7 +110,9 @@ class FactorizedConv(OneWeight):
     def adopt(cls, dense: Any, factors: Mapping[str, Factors], scheme: Fold) -> Any:
         """Take over a dense convolution, the memory format of its kernel included."""
         layer = super().adopt(dense, factors, scheme)
-        layer.__dict__["channels_last"] = memory_format_of(dense.weight) is not torch.contiguous_format  # the format itself cannot be pickled
+        layer.__dict__["channels_last"] = (
+            memory_format_of(dense.weight) is not torch.contiguous_format
+        )  # the format itself cannot be pickled
         return layer
 
     @classmethod

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.errors import SettingError
 from spectrim.layers import named_factors
 from spectrim.penalties.sums import batches, check_weight, stack, total, unstack
 
@@ -47,6 +48,16 @@ def defect_of(group: Sequence[Tensor]) -> Tensor:
     return value / group[0].shape[-1] ** 2
 
 
+def sampled_defect_of(group: Sequence[Tensor], sample: float) -> Tensor:
+    """Return an unbiased estimate of `defect_of` from a random share of the columns of ``A^T A - I``."""
+    A, rank = stack(group), group[0].shape[-1]
+    count = max(1, round(sample * rank))
+    columns = torch.randperm(rank)[:count].to(A.device)
+    with torch.autocast(A.device.type, enabled=False):
+        defect = A.mT @ A[..., columns] - torch.eye(rank, dtype=A.dtype, device=A.device)[:, columns]
+    return defect.square().sum() * (rank / count) / rank**2
+
+
 @dataclass(frozen=True)
 class Orthogonality:
     """``weight * sum_l (||U^T U - I||_F^2 + ||Vh Vh^T - I||_F^2) / r_l^2``, over layers and their blocks; in float32 at least.
@@ -55,9 +66,12 @@ class Orthogonality:
 
     Args:
         weight: strength, >= 0. The paper takes 1.0 on CIFAR-10 and for the LSTM, 2.0 on ImageNet.
+        sample: None for the exact penalty; or the share in (0, 1] of the columns of ``A^T A - I`` that is drawn at each call (from torch's
+            global generator) for an unbiased estimate. Where a layer is wide and a batch has few rows the exact penalty costs as
+            much as the layer; a sample of 1/8 costs about a fifth of that. Not the paper's.
 
     Raises:
-        SettingError: for a negative or infinite strength.
+        SettingError: for a negative or infinite strength, or a share outside (0, 1].
 
     Examples:
         >>> from spectrim.factorize import factorize
@@ -68,11 +82,16 @@ class Orthogonality:
     """
 
     weight: float = 1.0
+    sample: float | None = None
 
     def __post_init__(self) -> None:
         check_weight(self, self.weight)
+        if self.sample is not None and not 0 < self.sample <= 1:
+            raise SettingError("Orthogonality", "sample", got=self.sample, rule="a fraction in (0, 1], or None")
 
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the weighted penalty of all factorized layers, a scalar."""
         matrices = [matrix for _, factors in named_factors(model) for matrix in (factors.U, factors.Vh.mT)]
-        return self.weight * total(model, [defect_of(group) for group in batches(matrices)])
+        groups = batches(matrices)
+        terms = [defect_of(group) if self.sample is None else sampled_defect_of(group, self.sample) for group in groups]
+        return self.weight * total(model, terms)
