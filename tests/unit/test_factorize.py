@@ -99,7 +99,7 @@ def test_an_unknown_scheme_is_refused() -> None:
         (sp.Fraction(0.5), {"0": 4, "2": 4, "4": 6}),
         (lambda spectrum: len(spectrum) - 1, {"0": 7, "2": 7, "4": 11}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # the same in every process
 )
 def test_rank(rank: Any, expected: dict[str, int]) -> None:
     low = sp.factorize(network(), "channel", rank=rank)

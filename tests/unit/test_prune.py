@@ -137,7 +137,7 @@ def test_singular_vectors_keep_their_direction() -> None:
         ({"norm": 1}, LayerError, "layer 'norm': is not a factorized weight of this model; "),
         (lambda spectrum: 99, RankError, "layer 'conv' (3 x 18): rank must be in [1, 3], got 99"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # the same in every process
 )
 def test_bad_ranks_are_refused(ranks: Any, error: type, message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):

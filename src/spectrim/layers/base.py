@@ -12,6 +12,12 @@ from spectrim.errors import LayerError
 from spectrim.layers.factors import Factors
 from spectrim.linalg import Fold
 
+TRAFFIC = 0.15
+"""Two operations also write and read what is between them: they have to save this share of the multiply-accumulates to be faster.
+
+From the step times of ResNet-20 in the spatial scheme (benchmarks/micro/results): at equal multiply-accumulates they took 1.2 times as long.
+"""
+
 RECOMPUTE_SHARE = 0.02
 """A composed weight is forgotten after the forward pass when composing it again costs at most this share of the layer's step."""
 
@@ -153,7 +159,8 @@ class FactorizedLayer(nn.Module):
     def composes(self, name: str, shape: Sequence[int]) -> bool:
         """Whether composing the weight and running one dense operation costs no more than two operations on this input.
 
-        By measured seconds where `choose_execution` has timed this weight at its present rank, else by multiply-accumulates.
+        By measured seconds where `choose_execution` has timed this weight at its present rank, else by multiply-accumulates, of which two
+        operations must save the share `TRAFFIC`.
         """
         factors = self.factors_of(name)
         if self.execution:
@@ -161,7 +168,7 @@ class FactorizedLayer(nn.Module):
             if measured is not None:
                 return measured
         dense, two = (self.work(self, name, self.scheme, rank, shape) for rank in (None, factors.rank))
-        return dense + factors.compose_macs <= two
+        return dense + factors.compose_macs <= (1 + TRAFFIC) * two
 
     def run_dense(self, name: str, shape: Sequence[int], operation: Callable[[Tensor], Tensor]) -> Tensor:
         """Run ``operation(weight)`` on one composed weight; backward composes it anew where that is cheap, instead of keeping it.
