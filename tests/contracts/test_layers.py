@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import spectrim as sp
 from spectrim import linalg
 from spectrim.layers import KINDS, FactorizedLayer, Factors, kind_of, named_factors
-from spectrim.layers.base import OneWeight
+from spectrim.layers.base import TRAFFIC, OneWeight
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
@@ -346,7 +346,7 @@ def test_work_is_what_torch_counts_and_the_cheaper_execution_runs(case: Case, sc
     assert counts[0] == 2 * (low.work(low, "weight", scheme, None, shape) + compose)
     if not getattr(low, "scale_grad_by_freq", False):  # composes always
         assert counts[1] == 2 * low.work(low, "weight", scheme, low.rank, shape)
-    assert flops(lambda: low(*arguments)) == min(counts)
+    assert flops(lambda: low(*arguments)) == counts[0 if counts[0] <= (1 + TRAFFIC) * counts[1] else 1]
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not issubclass(kind_of(c.make()) or nn.Module, OneWeight)], ids=lambda c: c.id)
