@@ -13,10 +13,14 @@ from torch import nn
 import spectrim as sp
 from spectrim.layers import FactorizedLayer
 
-pytestmark = pytest.mark.skipif(
-    not os.environ.get("JAXTYPING_DISABLE"),
-    reason="needs JAXTYPING_DISABLE=1 and no jaxtyping hook: it does not go through torch.compile(fullgraph=True)",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not os.environ.get("JAXTYPING_DISABLE"),
+        reason="needs JAXTYPING_DISABLE=1 and no jaxtyping hook: it does not go through torch.compile(fullgraph=True)",
+    ),
+    # dynamo itself instantiates every autograd function that it meets
+    pytest.mark.filterwarnings("ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning"),
+]
 
 
 def network() -> nn.Module:
@@ -92,7 +96,6 @@ def test_a_factorized_network_exports() -> None:
     torch.testing.assert_close(torch.export.export(low, (x,)).module()(x), low(x))
 
 
-@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")  # dynamo does
 @pytest.mark.parametrize("penalty", [sp.Orthogonality(1.0), sp.Hoyer(0.1)], ids=str)
 def test_penalties_compile_in_one_graph(penalty: Any) -> None:
     torch._dynamo.reset()
