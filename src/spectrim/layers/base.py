@@ -15,7 +15,7 @@ from spectrim.linalg import Fold
 TRAFFIC = 0.15
 """Two operations also write and read what is between them: they have to save this share of the multiply-accumulates to be faster.
 
-From the step times of ResNet-20 in the spatial scheme (benchmarks/micro/results): at equal multiply-accumulates they took 1.2 times as long.
+From the step times of ResNet-20 in the spatial scheme at half the ranks: at equal multiply-accumulates they took 1.2 times as long.
 """
 
 RECOMPUTE_SHARE = 0.02

@@ -87,17 +87,33 @@ def over_weights(model: nn.Module, measure: Measure, where: LayerFilter | None, 
     return total(model, [_Spectral.apply(measure, steps, *group) for group in groups])  # type: ignore[no-untyped-call]
 
 
-def check_knobs(owner: object, weight: float, scheme: object, steps: object) -> None:
-    """Raise a SettingError for a knob outside its range."""
-    check_weight(owner, weight)
-    if scheme not in ("channel", "spatial"):
-        raise SettingError(type(owner).__name__, "scheme", got=scheme, rule="'channel' or 'spatial'")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise SettingError(type(owner).__name__, "steps", got=steps, rule="an integer >= 1")
+@dataclass(frozen=True)
+class OfWeights:
+    """What the two penalties share: their knobs and the sum over weights; ``measure`` says what is summed."""
+
+    weight: float
+    where: LayerFilter | None = None
+    scheme: Fold = "channel"
+    steps: int = 7
+
+    def __post_init__(self) -> None:
+        check_weight(self, self.weight)
+        if self.scheme not in ("channel", "spatial"):
+            raise SettingError(type(self).__name__, "scheme", got=self.scheme, rule="'channel' or 'spatial'")
+        if isinstance(self.steps, bool) or self.steps < 1:
+            raise SettingError(type(self).__name__, "steps", got=self.steps, rule="an integer >= 1")
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """Return the weighted penalty of all weights that can be factorized, or are; a scalar."""
+        return self.weight * over_weights(model, self.measure, self.where, self.scheme, self.steps)
+
+    def measure(self, W: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """Return values ``(...)`` and gradients ``(..., out, in)`` of matrices ``(..., out, in)``."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class PolarHoyer:
+class PolarHoyer(OfWeights):
     """``weight * sum_l (||W_l||_*^2 / ||W_l||_F^2 - 1)``: scale-free, zero at rank one; `HoyerSquare` of the dense weight's spectrum.
 
     Its gradient, ``2 n / f^2 P - 2 n^2 / f^4 W`` with ``n = <P, W>``, ``f = ||W||_F`` and the polar factor ``P = U Vh``, comes from
@@ -125,21 +141,13 @@ class PolarHoyer:
     Deviation: another iteration, scaled and accurate to rounding; blocks of grouped convolutions are matrices of their own.
     """
 
-    weight: float
-    where: LayerFilter | None = None
-    scheme: Fold = "channel"
-    steps: int = 7
-
-    def __post_init__(self) -> None:
-        check_knobs(self, self.weight, self.scheme, self.steps)
-
-    def __call__(self, model: nn.Module) -> Tensor:
-        """Return the weighted penalty of all weights that can be factorized, or are; a scalar."""
-        return self.weight * over_weights(model, polar_hoyer, self.where, self.scheme, self.steps)
+    def measure(self, W: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """See `polar_hoyer`."""
+        return polar_hoyer(W, steps)
 
 
 @dataclass(frozen=True)
-class NuclearNorm:
+class NuclearNorm(OfWeights):
     """``weight * sum_l ||W_l||_*``: shrinks all singular values of the dense weight at the same speed; its gradient is the polar factor.
 
     Matrix products alone, in float32 at least; zero, with a zero gradient, for a weight of zeros. With 7 steps and a condition up to 400
@@ -166,14 +174,6 @@ class NuclearNorm:
     Deviation: another iteration, scaled and accurate to rounding; blocks of grouped convolutions are matrices of their own.
     """
 
-    weight: float
-    where: LayerFilter | None = None
-    scheme: Fold = "channel"
-    steps: int = 7
-
-    def __post_init__(self) -> None:
-        check_knobs(self, self.weight, self.scheme, self.steps)
-
-    def __call__(self, model: nn.Module) -> Tensor:
-        """Return the weighted penalty of all weights that can be factorized, or are; a scalar."""
-        return self.weight * over_weights(model, nuclear_norm, self.where, self.scheme, self.steps)
+    def measure(self, W: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+        """See `nuclear_norm`."""
+        return nuclear_norm(W, steps)
