@@ -195,7 +195,7 @@ def fit(
         saver.resizes = rank_schedule is not None
     if saver is not None and resume:
         history = saver.restore()
-    names = _unique([type(penalty).__name__ for penalty in penalties])
+    names, timed = _unique([type(penalty).__name__ for penalty in penalties]), False
     if distill is not None:
         distill.teacher.to(accelerator.device)
 
@@ -220,9 +220,10 @@ def fit(
                     prune_(model, ranks, optimizer)
                     held = {name: factors.rank for name, factors in named_factors(model)}
                     history.cuts.append({"step": step, "ranks": held})
-                if execution == "measured" and (ranks is not None or index == 0):
+                if execution == "measured" and (ranks is not None or not timed):
                     with accelerator.autocast():
                         choose_execution(model, inputs)
+                    timed = True
                 with accelerator.autocast():
                     output = convert_to_fp32(call_model(wrapped, inputs))
                     task = loss(output, target)

@@ -22,7 +22,8 @@ class Ramp:
     Args:
         target: what the network keeps in the end: a `Budget`, or a fraction in (0, 1] of each weight's spectral energy.
         begin: when the ramp begins, as a fraction of training in [0, 1).
-        end: when the last cut is made, in (begin, 1]. What is left of training is fine-tuning at the final ranks.
+        end: when the last cut is made, in (begin, 1]; before the last step at the latest. What is left of training is fine-tuning at the
+            final ranks.
         cuts: number of cuts, >= 1.
 
     Raises:
@@ -85,7 +86,8 @@ class Ramp:
 
     def _due(self, steps: int) -> list[int]:
         """Return the step before which each cut is made."""
-        return [round(steps * (self.begin + (self.end - self.begin) * cut / self.cuts)) for cut in range(1, self.cuts + 1)]
+        shares = (self.begin + (self.end - self.begin) * cut / self.cuts for cut in range(1, self.cuts + 1))
+        return [min(round(steps * share), steps - 1) for share in shares]
 
     def _left(self, due: list[int], step: int) -> float:
         """Return how much of the way down is left after the cuts up to `step`: 1 before the first one, 0 after the last."""

@@ -482,8 +482,8 @@ def test_ranks_fall_in_the_course_of_a_phase(folder: Path) -> None:
     assert recipe.train[0].rank_schedule["init_args"]["begin"] == 0.0
     result = Run(recipe, folder / "ramp", progress=False).run()
     ranks = [line["mean_rank"] for line in result["stages"]["2-train"]["phases"][0]]
-    assert ranks[0] > ranks[1] or result["final"]["macs"] < result["dense"]["macs"]
-    assert all(len(spectrum) <= 12 for spectrum in result["stages"]["2-train"]["spectra"].values())
+    assert (8 + 12) / 2 == ranks[0] > ranks[1]  # both cuts fall into the second epoch
+    assert result["final"]["macs"] <= 0.7 * result["dense"]["macs"]
     with pytest.raises(RecipeError, match=r"'dense\.rank_schedule': given where nothing is left to cut"):
         changed(ramp.replace("train.0", "dense"))
     with pytest.raises(RecipeError, match=r"rank_schedule.*end"):
