@@ -3,17 +3,30 @@
 from importlib.metadata import version
 
 from spectrim.allocate import Budget, allocate
+from spectrim.calibration import calibrate
 from spectrim.checkpoint import load, save
+from spectrim.compress import compress
+from spectrim.correction import correct, recalibrate
 from spectrim.execution import choose_execution
 from spectrim.factorize import factorize, merge
 from spectrim.fit import Distillation, fit
+from spectrim.importance import (
+    LossSensitivity,
+    MeasuredLoss,
+    NormalizedEnergy,
+    SpectralEnergy,
+    WhitenedEnergy,
+    compare_importances,
+)
 from spectrim.latency import LatencyTable, latency_table
 from spectrim.layers import named_factors
 from spectrim.measure import Measurement, compare_latency, compare_table, evaluate, measure
-from spectrim.penalties import L1, Hoyer, HoyerSquare, NuclearNorm, Orthogonality, PolarHoyer
+from spectrim.penalties import L1, FrobeniusDecay, Hoyer, HoyerSquare, NuclearNorm, Orthogonality, PolarHoyer
+from spectrim.plan import plan
 from spectrim.prune import prune, prune_, prune_optimizer_state
 from spectrim.ranks import Energy, Fixed, Fraction
-from spectrim.schedule import Ramp
+from spectrim.report import write_report
+from spectrim.schedule import Ramp, Squeeze
 from spectrim.surgery import coverage, match
 
 __version__ = version("spectrim")
@@ -25,18 +38,29 @@ __all__ = [
     "Energy",
     "Fixed",
     "Fraction",
+    "FrobeniusDecay",
     "Hoyer",
     "HoyerSquare",
     "LatencyTable",
+    "LossSensitivity",
+    "MeasuredLoss",
     "Measurement",
+    "NormalizedEnergy",
     "NuclearNorm",
     "Orthogonality",
     "PolarHoyer",
     "Ramp",
+    "SpectralEnergy",
+    "Squeeze",
+    "WhitenedEnergy",
     "allocate",
+    "calibrate",
     "choose_execution",
+    "compare_importances",
     "compare_latency",
     "compare_table",
+    "compress",
+    "correct",
     "coverage",
     "evaluate",
     "factorize",
@@ -47,8 +71,11 @@ __all__ = [
     "measure",
     "merge",
     "named_factors",
+    "plan",
     "prune",
     "prune_",
     "prune_optimizer_state",
+    "recalibrate",
     "save",
+    "write_report",
 ]

@@ -3,24 +3,32 @@
 import json
 import logging
 import sys
+import webbrowser
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from torch import nn
 
+from spectrim.allocate import Budget
 from spectrim.checkpoint import load
+from spectrim.compress import compress
 from spectrim.errors import FormatError, RecipeError
 from spectrim.factorize import factorize
-from spectrim.measure import Measurement, compare_table, measure
-from spectrim.recipe import RECIPE, Run, make_data, make_loss, make_model, one_example, read_recipe
+from spectrim.latency import latency_table
+from spectrim.measure import Measurement, compare_table, evaluate, measure, one_example
+from spectrim.plan import BUDGETS, plan
+from spectrim.recipe import RECIPE, Run, make_data, make_loss, make_model, read_recipe
+from spectrim.report import PLAN, text_report, write_report
 from spectrim.surgery import coverage, match
 
+LIMITS = ("macs", "params", "size", "size_bytes")
 NAMES = {"final": "low-rank", "truncated": "truncated SVD", "continued": "dense, trained on"}
 
 
@@ -34,6 +42,29 @@ def run(args: Namespace) -> None:
     print(f"written to {out}")
     if args.json:
         print(json.dumps({name: result[name] for name in ("dense", "final")}))
+
+
+def compress_(args: Namespace) -> None:
+    """Compress a recipe's dense network to a budget; only its model, data, loss, dense and factorize keys are read."""
+    recipe = read_recipe(args.recipe, args.set or [], cut=False)
+    limits = {name: getattr(args, name) for name in LIMITS if getattr(args, name) is not None}
+    if not limits:
+        raise RecipeError("compress", "no budget", allowed=", ".join(f"--{name}" for name in LIMITS) + "; --macs 0.4 keeps 40 %")
+    out = Path(args.out or Path("runs") / f"{Path(args.recipe).stem}-compress")
+    job = Run(recipe, out, progress=not args.quiet)
+    dense = job.dense()
+    made = compress(
+        dense, job.data.train, job.loss, Budget(**limits), args.epochs, example_inputs=job.example, eval_data=job.data.val,
+        scheme=recipe.factorize.scheme, where=job.where(), cut=args.cut, squeeze=args.squeeze, examples=args.examples,
+        precision=recipe.precision, folder=out / "compress", progress=not args.quiet,
+    )  # fmt: skip
+    tested = {name: evaluate(model, job.data.test, job.loss) for name, model in (("dense", dense), ("final", made.model))}
+    measured = {name: replace(made.measured[name], accuracy=found.get("accuracy"), loss=found["loss"]) for name, found in tested.items()}
+    print(made.stages())
+    print(compare_table({NAMES.get(name, name): entry for name, entry in measured.items()}))
+    print(f"written to {out}")
+    if args.json:
+        print(json.dumps({name: entry.to_dict() for name, entry in measured.items()}))
 
 
 def measure_(args: Namespace) -> None:
@@ -57,6 +88,67 @@ def coverage_(args: Namespace) -> None:
     print(lines)
     if args.json:
         print(json.dumps([vars(line) for line in lines]))
+
+
+def plan_(args: Namespace) -> None:
+    """Say what each budget would give, without training: ranks, costs, and the error right after the cut."""
+    budgets = _fractions(args.budgets) if args.budgets else BUDGETS
+    model, recipe, folder = _network(args.target, "1-dense")
+    if folder is None and recipe.dense.epochs:
+        note = f"the recipe trains its dense network first; planned is the untrained one. spectrim run {args.target}, then plan its folder"
+        Console(stderr=True).print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    data, where = make_data(recipe), None if recipe.factorize.where is None else match(*recipe.factorize.where)
+    scheme, inputs, table = recipe.factorize.scheme, one_example(data.val), None
+    if args.latency:
+        model = factorize(model, scheme, where)
+        table = latency_table(model, inputs, backend=args.latency, threads=args.threads, progress=not args.quiet)
+    calibrating, loss = (None, None) if args.weights_only else (data.train, make_loss(recipe.loss))
+    found = plan(
+        model, inputs, calibrating, loss, budgets=budgets, scheme=scheme, where=where, latency=table,
+        eval_data=None if args.weights_only else data.val, examples=args.examples, progress=not args.quiet,
+    )  # fmt: skip
+    print(found)
+    if args.out:
+        found.save(args.out)
+        print(f"written to {args.out} and {write_report(args.out)}")
+    if args.json:
+        print(json.dumps(found.to_dict()))
+
+
+def report_(args: Namespace) -> None:
+    """Write the HTML page of a run's folder or of a plan; it needs no server and no network."""
+    folder = Path(args.target)
+    if folder.is_dir():
+        _plan_of_run(folder)
+    if args.text:
+        print(text_report(folder))
+        return
+    path = write_report(folder, args.out)
+    print(f"written to {path}")
+    if args.open:
+        webbrowser.open(path.resolve().as_uri())
+
+
+def _plan_of_run(folder: Path) -> None:
+    """Write the plan of the network that a run cut, where there is none or the network is newer."""
+    stage, path = folder / "2-train", folder / PLAN
+    weights = stage / "model.safetensors"
+    if not weights.is_file() or (path.is_file() and path.stat().st_mtime >= weights.stat().st_mtime):
+        return
+    model, recipe, _ = _network(str(folder), stage.name)
+    where = None if recipe.factorize.where is None else match(*recipe.factorize.where)
+    plan(model, one_example(make_data(recipe).val), where=where).save(path)
+
+
+def _fractions(text: str) -> list[float]:
+    """Return the numbers of a list with commas."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value <= 1 for value in values):
+        raise RecipeError("--budgets", f"got {text!r}", allowed="fractions kept, in (0, 1], with commas: 0.5,0.33")
+    return values
 
 
 def _network(target: str, stage: str) -> tuple[nn.Module, Any, Path | None]:
@@ -84,6 +176,22 @@ def parser() -> ArgumentParser:
     sub.add_argument("--quiet", action="store_true", help="no progress")
     commands.add_subcommand("run", sub)
 
+    sub = ArgumentParser(description=compress_.__doc__)
+    sub.add_argument("recipe", type=str, help="a YAML recipe; model, data and loss are enough")
+    sub.add_argument("--macs", type=float, help="share of the multiply-accumulates to keep, in (0, 1]")
+    sub.add_argument("--params", type=float, help="share of the parameters to keep, in (0, 1]")
+    sub.add_argument("--size", type=float, help="share of the bytes to keep, in (0, 1]")
+    sub.add_argument("--size_bytes", type=PositiveInt, help="bytes to keep")
+    sub.add_argument("--epochs", type=NonNegativeInt, default=0, help="of fine-tuning (default: none, calibration only)")
+    sub.add_argument("--examples", type=PositiveInt, default=1024, help="training examples that calibrate")
+    sub.add_argument("--cut", choices=["auto", "plain", "whitened", "sensitive"], default="auto", help="how the cut is made")
+    sub.add_argument("--squeeze", type=float, default=0.0, help="share of the epochs spent training toward the budget before the cut")
+    sub.add_argument("--out", type=str, help="folder (default: runs/NAME-compress)")
+    sub.add_argument("--set", type=str, action="append", metavar="KEY=VALUE", help="change a key of the recipe")
+    sub.add_argument("--json", action="store_true", help="end with one line of JSON: {dense: ..., final: ...}")
+    sub.add_argument("--quiet", action="store_true", help="no progress")
+    commands.add_subcommand("compress", sub)
+
     sub = ArgumentParser(description=measure_.__doc__)
     sub.add_argument("target", type=str, help="a recipe (its dense network) or the folder of a run (its final one)")
     sub.add_argument("--split", choices=["train", "val", "test"], default="val", help="what accuracy and loss are measured on")
@@ -95,10 +203,38 @@ def parser() -> ArgumentParser:
     sub.add_argument("target", type=str, help="a recipe (factorized at full rank) or the folder of a run (after the cut)")
     sub.add_argument("--json", action="store_true", help="end with one line of JSON")
     commands.add_subcommand("coverage", sub)
+
+    sub = ArgumentParser(description=plan_.__doc__)
+    sub.add_argument(
+        "target", type=str, help="a recipe (its dense network, as it is before training) or the folder of a run (its dense one)"
+    )
+    sub.add_argument("--budgets", type=str, help="fractions of the MACs kept: 0.5,0.33")
+    sub.add_argument("--examples", type=PositiveInt, default=512, help="training examples that calibrate, validation ones that judge")
+    sub.add_argument("--weights-only", action="store_true", help="no data: ranks and cuts by the weights alone")
+    sub.add_argument("--latency", choices=["eager", "compile", "onnx"], help="time the layers, and predict seconds")
+    sub.add_argument("--threads", type=PositiveInt, default=1, help="CPU threads of that timing")
+    sub.add_argument("--out", type=str, help="a JSON file; its page is written beside it")
+    sub.add_argument("--json", action="store_true", help="end with one line of JSON: the whole plan")
+    sub.add_argument("--quiet", action="store_true", help="no progress")
+    commands.add_subcommand("plan", sub)
+
+    sub = ArgumentParser(description=report_.__doc__)
+    sub.add_argument("target", type=str, help="the folder of a run, or what spectrim plan --out wrote")
+    sub.add_argument("--out", type=str, help="the page (default: report.html in the folder, or beside the plan)")
+    sub.add_argument("--open", action="store_true", help="show it in the browser")
+    sub.add_argument("--text", action="store_true", help="print the essentials instead")
+    commands.add_subcommand("report", sub)
     return top
 
 
-BODIES: dict[str, Callable[[Namespace], None]] = {"run": run, "measure": measure_, "coverage": coverage_}
+BODIES: dict[str, Callable[[Namespace], None]] = {
+    "run": run,
+    "compress": compress_,
+    "measure": measure_,
+    "coverage": coverage_,
+    "plan": plan_,
+    "report": report_,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,11 +5,11 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from spectrim.errors import DivergedError, FormatError, SettingError
 from spectrim.execution import choose_execution
 from spectrim.layers import Factors, named_factors, named_layers
 from spectrim.measure import call_model, evaluate, evaluating
-from spectrim.protocols import Penalty, RankSchedule
+from spectrim.protocols import Penalty, PenaltySchedule, RankRule, RankSchedule
 from spectrim.prune import prune_
 
 Loss = Callable[[Any, Any], Tensor]
@@ -85,7 +85,8 @@ class History:
         epochs: one line for each: ``loss`` (the task's, with the teacher's share when distilling; mean over batches), one entry for each
             penalty (what it added), ``mean_rank``, ``learning_rate`` of the last step, ``examples_per_s``, ``seconds``, and ``eval_*``
             from the validation split.
-        cuts: one entry for each cut of a schedule: ``step``, the number of steps before it, and ``ranks`` after it.
+        cuts: one entry for each cut of a schedule that changed a rank: ``step``, the number of optimizer steps before it, and ``ranks``
+            after it.
     """
 
     epochs: list[dict[str, float]] = field(default_factory=list)
@@ -144,7 +145,9 @@ def fit(
         precision: ``no`` for float32, ``bf16`` or ``fp16`` for automatic mixed precision (with loss scaling for fp16).
         accumulate: batches whose gradients are averaged for one optimizer step, >= 1; the last group of an epoch may be smaller.
         clip: largest norm of the whole gradient; None for no clipping.
-        rank_schedule: cuts ranks as training goes, for example `Ramp`; the optimizer's moments are cut along, later steps cost less.
+        rank_schedule: cuts ranks as training goes, for example `Ramp`; the optimizer's moments are cut along, later steps cost less. It is
+            asked before each optimizer step. One that is a `PenaltySchedule` too, for example `Squeeze`, adds its penalty to the loss; in
+            the log it goes by the schedule's name.
         execution: whether layers compose their weight or run two operations by ``macs``, or by ``measured`` seconds (`choose_execution`, at
             the start and after each cut; which form was faster may differ from run to run, and with it the rounding).
         checkpoint: folder for ``checkpoint.pt``, written atomically after each epoch; None for none. One run has it for itself.
@@ -190,12 +193,17 @@ def fit(
         hint = "cut with prune between two calls of fit"
         raise SettingError("fit", "rank_schedule", got=rank_schedule, rule="None with several processes", hint=hint)
     history = History()
-    saver = Checkpoint(Path(checkpoint), model, optimizer, scheduler, data, accelerator.scaler) if checkpoint is not None else None
+    names = [type(penalty).__name__ for penalty in penalties]
+    scheduled = ScheduledPenalty(rank_schedule) if isinstance(rank_schedule, PenaltySchedule) else None
+    if scheduled is not None:
+        names, penalties = [*names, type(rank_schedule).__name__], [*penalties, scheduled]
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": accelerator.scaler, "penalty": scheduled}
+    saver = Checkpoint(Path(checkpoint), data, **parts) if checkpoint is not None else None
     if saver is not None:
         saver.resizes = rank_schedule is not None
     if saver is not None and resume:
         history = saver.restore()
-    names, timed = _unique([type(penalty).__name__ for penalty in penalties]), False
+    names, timed, groups_per_epoch = _unique(names), False, -(-length // accumulate)
     if distill is not None:
         distill.teacher.to(accelerator.device)
 
@@ -215,12 +223,15 @@ def fit(
             for index, batch in enumerate(data):
                 inputs, target = send_to_device(batch, accelerator.device)
                 step = epoch * length + index
-                ranks = rank_schedule(model, inputs, step, epochs * length) if rank_schedule is not None else None
-                if ranks is not None:
-                    prune_(model, ranks, optimizer)
-                    held = {name: factors.rank for name, factors in named_factors(model)}
-                    history.cuts.append({"step": step, "ranks": held})
-                if execution == "measured" and (ranks is not None or not timed):
+                cut: dict[str, int] | None = None
+                if rank_schedule is not None and index % accumulate == 0:  # not within a group: its gradients are of one shape
+                    at = epoch * groups_per_epoch + index // accumulate, epochs * groups_per_epoch
+                    cut = _cut(model, rank_schedule(model, inputs, *at), optimizer)
+                    if cut is not None:
+                        history.cuts.append({"step": at[0], "ranks": cut})
+                    if scheduled is not None:
+                        scheduled.advance(model, inputs, *at)
+                if execution == "measured" and (cut is not None or not timed):
                     with accelerator.autocast():
                         choose_execution(model, inputs)
                     timed = True
@@ -270,6 +281,43 @@ def fit(
     return history
 
 
+def _cut(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex] | None, optimizer: Optimizer) -> dict[str, int] | None:
+    """Cut to what a schedule says, if anything; return the ranks after it, or None where they are as before."""
+    if ranks is None:
+        return None
+    before = {name: factors.rank for name, factors in named_factors(model)}
+    prune_(model, ranks, optimizer)
+    after = {name: factors.rank for name, factors in named_factors(model)}
+    return after if after != before else None
+
+
+class ScheduledPenalty:
+    """The penalty of a schedule: it is asked before each step and told what it returned last, which a checkpoint keeps."""
+
+    def __init__(self, schedule: PenaltySchedule) -> None:
+        """Start without a penalty."""
+        self.schedule = schedule
+        self.penalty: Penalty | None = None
+        self.before: dict[str, Any] | None = None
+
+    def advance(self, model: nn.Module, inputs: Any, step: int, steps: int) -> None:
+        """Ask the schedule for the penalty of this step."""
+        self.penalty = self.schedule.penalty(model, inputs, step, steps, self.before)
+        self.before = None if self.penalty is None else dict(vars(self.penalty))
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """Return what the present penalty adds; zero without one."""
+        return torch.zeros(()) if self.penalty is None else self.penalty(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next step depends on."""
+        return {"before": self.before}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        self.before = state["before"]
+
+
 def mean_rank(model: nn.Module) -> float:
     """Return the mean rank over the factorized weights; 0 for a dense model."""
     ranks = [factors.rank for _, factors in named_factors(model)]
@@ -288,13 +336,16 @@ def largest_gradient(model: nn.Module) -> tuple[str, float]:
 class Checkpoint:
     """The state of a run in one file: weights, optimizer, schedule, random generators and history; replaced atomically."""
 
-    def __init__(
-        self, folder: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None, data: object, scaler: Any = None
-    ) -> None:
-        """Refer to what will be saved and restored, and remove what a killed run left half-written."""
+    def __init__(self, folder: Path, data: object, **parts: Any) -> None:
+        """Refer to what will be saved and restored, and remove what a killed run left half-written.
+
+        Args:
+            folder: where the file is.
+            data: its generators are saved too.
+            parts: ``model``, ``optimizer`` and whatever else has a ``state_dict``; None is left out.
+        """
         self.path = folder / CHECKPOINT
-        self.parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
-        self.parts = {name: part for name, part in self.parts.items() if part is not None}
+        self.parts = {name: part for name, part in parts.items() if part is not None}
         self.generators = generators_of(data)
         self.resizes = False
         for leftover in folder.glob(f"{self.path.stem}.*.tmp"):

@@ -18,6 +18,12 @@ OVERSAMPLE = 16
 POLAR_FLOOR = 1e-3
 """Smallest singular value, relative to the scale, that `polar_factor` is tuned to bring to one."""
 
+LEFT_FLOOR = 1e-10
+"""Smallest eigenvalue, relative to the largest, of a metric of the outputs in `weighted_svd`: its inverse root is taken."""
+
+RIGHT_FLOOR = 1e-14
+"""The same of the inputs, whose inverse is not."""
+
 
 def to_matrix(weight: Tensor, fold: Fold = "channel", groups: int = 1, transposed: bool = False) -> Tensor:
     """Fold a weight into a matrix with the output side first.
@@ -196,6 +202,77 @@ def svd_of_product(
     right, right_core = torch.linalg.qr(Vh.double().mT)
     core_U, core_S, core_Vh = torch.linalg.svd((left_core * S.double().abs().unsqueeze(-2)) @ right_core.mT, full_matrices=False)
     return left @ core_U, core_S, core_Vh @ right.mT
+
+
+def _metric_root(vectors: Tensor, metric: Tensor | None, floor: float) -> tuple[Tensor, Tensor]:
+    """Return ``R`` with ``R^T R = V^T M V`` for orthonormal columns ``V``, and its inverse; no eigenvalue is below `floor` of the largest.
+
+    A metric of nothing but zeros tells no directions apart: the identity takes its place.
+    """
+    if metric is None:
+        eye = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device).expand(*vectors.shape[:-2], -1, -1)
+        return eye, eye
+    metric = metric.to(vectors)
+    scaled = metric.unsqueeze(-1) * vectors if metric.dim() == 1 else metric @ vectors
+    gram = vectors.mT @ scaled
+    values, basis = torch.linalg.eigh((gram + gram.mT) / 2)
+    largest = values[..., -1:]
+    roots = torch.where(largest > 0, values.clamp(min=floor * largest), 1.0).sqrt()
+    return roots.unsqueeze(-1) * basis.mT, basis / roots.unsqueeze(-2)
+
+
+def weighted_svd(
+    U: Float[Tensor, "*blocks out rank"],
+    S: Float[Tensor, "*blocks rank"],
+    Vh: Float[Tensor, "*blocks rank in_"],
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose ``M = U diag(S) Vh`` for approximation in the norm ``||L^1/2 (M - M_r) R^1/2||_F`` instead of the Frobenius norm.
+
+    The first ``r`` columns of ``X`` times the first ``r`` rows of ``Y`` are the best ``M_r`` of rank ``r``, and its squared error is the
+    sum of the squared values behind the ``r``-th. With ``A^T A = U^T L U``, ``B^T B = Vh R Vh^T`` and the SVD ``W diag(values) Z`` of
+    ``A diag(S) B^T``: ``X = U A^-1 W`` and ``Y = W^T A diag(S) Vh``. So `right` is never inverted. Matrices of the held rank are all that
+    is decomposed, by `eigh`, which a rank-deficient metric does not disturb: directions of the input without weight count as if they had
+    1e-14 of the largest one, which decides between cuts that are equal otherwise; directions of the output, which are inverted, 1e-10.
+
+    Args:
+        U: orthonormal columns.
+        S: not negative.
+        Vh: orthonormal rows.
+        left: symmetric, positive semidefinite ``(..., out, out)``, or its diagonal ``(out,)``; the identity when omitted.
+        right: the same of ``(..., in, in)`` or ``(in,)``.
+
+    Returns:
+        ``X (..., out, rank)``, ``values (..., rank)`` descending, ``Y (..., rank, in)`` in float64, ``M = X Y``. Columns of ``X`` and rows
+        of ``Y`` are not orthonormal; give ``svd_of_product(X[..., :r], ones, Y[..., :r, :])`` for that.
+
+    Examples:
+        >>> eye = torch.eye(2, dtype=torch.float64)
+        >>> X, values, Y = weighted_svd(eye, torch.tensor([2.0, 1.0]), eye, right=torch.tensor([1.0, 9.0]))  # the second input is larger
+        >>> values.tolist(), (X[:, :1] @ Y[:1]).round(decimals=12).abs().tolist()
+        ([3.0, 2.0], [[0.0, 0.0], [0.0, 1.0]])
+
+    Source: Srebro and Jaakkola, ICML 2003, section 2 (separable weights); Wang et al., arXiv 2403.07378 (whitened truncation, by Cholesky).
+    Deviation: eigenvalues of the core instead of a Cholesky factor of the whole metric.
+    """
+    U, S, Vh = U.double(), S.double(), Vh.double()
+    A, inverse = _metric_root(U, left, LEFT_FLOOR)
+    B, _ = _metric_root(Vh.mT, right, RIGHT_FLOOR)
+    weighted = A * S.unsqueeze(-2)
+    W, values, _ = torch.linalg.svd(weighted @ B.mT)
+    return U @ (inverse @ W), values, (W.mT @ weighted) @ Vh
+
+
+def weighted_spectrum(
+    U: Float[Tensor, "*blocks out rank"],
+    S: Float[Tensor, "*blocks rank"],
+    Vh: Float[Tensor, "*blocks rank in_"],
+    left: Tensor | None = None,
+    right: Tensor | None = None,
+) -> Float[Tensor, "*blocks held"]:
+    """Singular values, descending, of ``L^1/2 U diag(|S|) Vh R^1/2`` for any factors; in float64, see `weighted_svd`."""
+    return weighted_svd(*svd_of_product(U.detach(), S.detach(), Vh.detach()), left, right)[1]
 
 
 def tail_energy(singular_values: Float[Tensor, " full"]) -> Float[Tensor, " full_plus_one"]:

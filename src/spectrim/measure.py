@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -418,6 +418,17 @@ def batch_size_of(inputs: Any, given: int | None = None) -> int:
         hint = "" if given is not None else "it cannot be read off the inputs"
         raise SettingError("measure", "batch_size", got=given, rule="an integer of at least 1", hint=hint)
     return batch
+
+
+def one_example(batches: Iterable[Any]) -> Any:
+    """Return the inputs of the first batch, cut to one example.
+
+    Examples:
+        >>> one_example([({"x": torch.zeros(8, 3)}, torch.zeros(8))])["x"].shape
+        torch.Size([1, 3])
+    """
+    inputs, _ = next(iter(batches))
+    return tree_map_only(Tensor, lambda tensor: tensor[:1], inputs)
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

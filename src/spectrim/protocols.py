@@ -23,11 +23,34 @@ class RankRule(Protocol):
 
 
 @runtime_checkable
+class Importance(Protocol):
+    """Says what keeping only some singular values of each weight harms, in one unit for all weights, so that harms can be added."""
+
+    def __call__(self, model: nn.Module, /) -> Mapping[str, Tensor]:
+        """Return, by the names of `named_factors`, float64 ``(rank + 1,)``.
+
+        Entry ``r`` is the harm of keeping the best ``r`` singular values: not negative, never rising with ``r``, zero where all are kept.
+        """
+
+
+@runtime_checkable
 class RankSchedule(Protocol):
     """Cuts ranks while a network trains."""
 
     def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int, /) -> RankRule | Mapping[str, SupportsIndex] | None:
         """Return the ranks to cut to before step `step` of `steps` (a function of these and the model alone), or None for no cut."""
+
+
+@runtime_checkable
+class PenaltySchedule(Protocol):
+    """Changes a penalty while a network trains."""
+
+    def penalty(self, model: nn.Module, inputs: Any, step: int, steps: int, before: Mapping[str, Any] | None, /) -> Penalty | None:
+        """Return the penalty of step `step` of `steps`, or None for none.
+
+        A function of its arguments alone, so that a run can be resumed: `before` holds the fields of what it returned for the step before
+        (plain data, which a checkpoint keeps), None at first.
+        """
 
 
 @runtime_checkable

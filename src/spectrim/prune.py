@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from spectrim.calibration import Calibration
 from spectrim.errors import LayerError
 from spectrim.factorize import check_names, chooser
 from spectrim.layers import Factors, named_factors
@@ -20,23 +21,29 @@ MAGNITUDES = ("exp_inf", "step_size")
 """Optimizer states that hold sizes of gradients or of steps; never negative."""
 
 
-def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex]) -> nn.Module:
+def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], *, calibration: Calibration | None = None) -> nn.Module:
     """Return a copy of a factorized model whose factors are cut to smaller ranks; the tensors really become smaller.
 
     Before cutting, every product ``U diag(|S|) Vh`` is re-orthogonalised exactly (QR of both factors, SVD of the core), so that what is
     sorted and cut are true singular values: the squared error of each weight equals its discarded energy.
 
+    With a calibration each weight ``W`` is cut where its output changes least on the calibration data, or the loss, when the calibration
+    was made with one: ``W_r = argmin ||G^1/2 (W - W_r) A^1/2||_F`` with ``A`` the second moment of its inputs and ``G`` that of the loss's
+    gradient at its outputs (none without a loss, or where it is not known). A weight that the calibration skipped is cut plainly.
+
     Args:
         model: factorized; it is left untouched.
-        ranks: a rank rule, applied to each weight's true singular values, or a mapping ``{name: rank}`` with the names of `coverage`;
-            weights that it does not name keep their rank.
+        ranks: a rank rule, applied to each weight's true singular values (with a calibration, to those of ``G^1/2 W A^1/2``), or a mapping
+            ``{name: rank}`` with the names of `coverage`; weights that it does not name keep their rank.
+        calibration: what `calibrate` measured on this model.
 
     Returns:
         The cut model. Factors have orthonormal columns and rows, values descending and positive.
 
     Raises:
         RankError: for a rank outside ``[1, present rank]``.
-        LayerError: for a name that is not a factorized weight, for factors that are not finite, or when nothing is factorized.
+        LayerError: for a name that is not a factorized weight, for factors that are not finite, when nothing is factorized, or for a
+            calibration of another model.
 
     Examples:
         >>> from spectrim.factorize import factorize
@@ -45,22 +52,31 @@ def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex]) -> nn
         >>> cut.U.shape, cut.rank
         (torch.Size([6, 2]), 2)
 
-    Source: Yang et al., arXiv 2004.09031, section 3.3.
-    Deviation: the published code sorts the trained ``S`` as it is; here it is made exact first.
+    Source: Yang et al., arXiv 2004.09031, section 3.3; with inputs, Yuan et al., arXiv 2312.05821, and Wang et al., arXiv 2403.07378; with
+    gradients, the curvature of Grosse and Martens, arXiv 1602.01407.
+    Deviation: the published code sorts the trained ``S`` as it is; here it is made exact first. No Cholesky factors, see
+    `linalg.weighted_svd`.
     """
     cut = duplicate(model)
-    for old, new in _cuts(cut, ranks).values():
+    for old, new in _cuts(cut, ranks, calibration).values():
         _swap(old, new)
     return cut
 
 
-def prune_(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], optimizer: Optimizer | None = None) -> None:
+def prune_(
+    model: nn.Module,
+    ranks: RankRule | Mapping[str, SupportsIndex],
+    optimizer: Optimizer | None = None,
+    *,
+    calibration: Calibration | None = None,
+) -> None:
     """Cut a factorized model to smaller ranks in place, its optimizer along with it: `prune` for use in the middle of training.
 
     Args:
         model: factorized; its factors get new, smaller parameters.
         ranks: as for `prune`.
         optimizer: trains `model`; its moments are carried over as by `prune_optimizer_state`.
+        calibration: as for `prune`.
 
     Raises:
         RankError, LayerError: as `prune`; nothing is changed then.
@@ -73,7 +89,7 @@ def prune_(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], opti
         >>> low.rank
         2
     """
-    cuts = _cuts(model, ranks)
+    cuts = _cuts(model, ranks, calibration)
     before = dict(model.named_parameters())
     maps = _rotations((name, *pair) for name, pair in cuts.items())
     if optimizer is not None:
@@ -84,7 +100,9 @@ def prune_(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], opti
         _move(optimizer, before, dict(model.named_parameters()), maps)
 
 
-def _cuts(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex]) -> dict[str, tuple[Factors, Factors]]:
+def _cuts(
+    model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], calibration: Calibration | None
+) -> dict[str, tuple[Factors, Factors]]:
     """Return the present and the cut factors of each factorized weight, tied ones once, by the module's name; nothing is changed."""
     if next(named_factors(model), None) is None:
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
@@ -93,13 +111,14 @@ def _cuts(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex]) -> di
     modules = {id(module): name for name, module in model.named_modules()}
     cuts: dict[str, tuple[Factors, Factors]] = {}
     for name, factors in named_factors(model):
-        cuts[modules[id(factors)]] = factors, _cut(name, factors, ranks)
+        cuts[modules[id(factors)]] = factors, _cut(name, factors, ranks, calibration)
     return cuts
 
 
-def _cut(name: str, factors: Factors, ranks: RankRule | Mapping[str, SupportsIndex]) -> Factors:
+def _cut(name: str, factors: Factors, ranks: RankRule | Mapping[str, SupportsIndex], calibration: Calibration | None) -> Factors:
+    left, right = (None, None) if calibration is None else calibration.metrics(name, factors.shape)
     try:
-        return factors.cut(chooser(ranks, name, factors.shape, factors.rank))
+        return factors.cut(chooser(ranks, name, factors.shape, factors.rank), left, right)
     except LayerError as error:
         raise LayerError(name, str(error)) from None
 

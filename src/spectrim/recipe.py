@@ -27,18 +27,19 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.swa_utils import update_bn
 
 from spectrim.allocate import Budget, allocate
 from spectrim.checkpoint import load, save
+from spectrim.correction import recalibrate
 from spectrim.costs import spectra
 from spectrim.errors import FormatError, RecipeError, SettingError
 from spectrim.factorize import Scheme, factorize, merge
+from spectrim.files import write_text
 from spectrim.fit import Distillation, Loss, Precision, fit, generators_of
 from spectrim.layers import factor_name, kind_of, named_factors
-from spectrim.measure import Measurement, compare_latency, evaluate, measure
+from spectrim.measure import Measurement, compare_latency, evaluate, measure, one_example
 from spectrim.protocols import LayerFilter
 from spectrim.prune import prune
 from spectrim.surgery import decide, match
@@ -176,12 +177,13 @@ class Recipe:
     continued: Phase | None = None
 
 
-def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
+def read_recipe(path: str | Path, changes: Iterable[str] = (), *, cut: bool = True) -> Recipe:
     """Read a recipe and check everything that can be checked before any work.
 
     Args:
         path: a YAML file. Its folder and the working directory may hold the user's own modules.
         changes: ``key=value`` with dotted keys, values in YAML: ``train.0.epochs=3``.
+        cut: whether the recipe has to say how ranks are chosen; a model, data and a loss are enough otherwise.
 
     Returns:
         The recipe with every default filled in, those of the named classes and functions included.
@@ -203,13 +205,13 @@ def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
         raise RecipeError(str(path), f"is a {type(raw).__name__}", allowed="a mapping of keys")
     for change in changes:
         _change(raw, change)
-    return parse_recipe(raw)
+    return parse_recipe(raw, cut=cut)
 
 
-def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
+def parse_recipe(raw: Mapping[str, Any], *, cut: bool = True) -> Recipe:
     """Check a recipe given as plain data; see `read_recipe`."""
     recipe: Recipe = _parsed(Recipe, raw, "")
-    _check(recipe)
+    _check(recipe, cut)
     return _complete(recipe)
 
 
@@ -217,7 +219,7 @@ def _parsed(kind: Any, value: Any, key: str) -> Any:
     """Turn plain data into a value of one of the types that a recipe's fields have."""
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
-        (kind,) = (arg for arg in args if arg is not NoneType)
+        kind = next(arg for arg in args if arg is not NoneType)
         return None if value is None else _parsed(kind, value, key)
     if is_dataclass(kind):
         return _parsed_section(kind, value, key)
@@ -302,11 +304,17 @@ def _change(raw: dict[str, Any], change: str) -> None:
         node = node[place]
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: Recipe, cut: bool) -> None:
     """Check what the types cannot say."""
     given = [name for name in ("rule", "budget", "ranks") if getattr(recipe.prune, name) is not None]
-    if len(given) != 1:
+    if len(given) > 1 or (cut and not given):
         raise RecipeError("prune", f"has {' and '.join(given) or 'none'} of rule, budget, ranks", allowed="exactly one")
+    for name in ("latency", "latency_s"):
+        if recipe.prune.budget is not None and name in recipe.prune.budget.limits:
+            problem = "needs a latency table, which a recipe does not make"
+            raise RecipeError(
+                f"prune.budget.{name}", problem, allowed="macs, params, size, size_bytes; or latency_table and allocate in Python"
+            )
     for key, value, least in (("threads", recipe.threads, 0), ("latency_threads", recipe.latency_threads, 1)):
         if value < least:
             raise RecipeError(key, f"got {value}", allowed=f">= {least}")
@@ -503,23 +511,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def one_example(batches: Iterable[Any]) -> Any:
-    """Return the inputs of the first batch, cut to one example."""
-
-    def first(node: Any) -> Any:
-        if isinstance(node, Tensor):
-            return node[:1]
-        if isinstance(node, dict):
-            return {key: first(value) for key, value in node.items()}
-        if isinstance(node, list | tuple):
-            parts = [first(value) for value in node]
-            return type(node)(*parts) if hasattr(node, "_fields") else type(node)(parts)
-        return node
-
-    inputs, _ = next(iter(batches))
-    return first(inputs)
-
-
 class Run:
     """One recipe in one folder: stage after stage, each in a folder of its own, finished ones skipped.
 
@@ -548,13 +539,7 @@ class Run:
 
     def run(self) -> dict[str, Any]:
         """Run every stage that is not finished and return the result, which is in ``result.json`` too."""
-        recipe = self.recipe
-        self.out.mkdir(parents=True, exist_ok=True)
-        _write(self.out / RECIPE, yaml.safe_dump(plain(recipe), sort_keys=False))
-        if recipe.threads:
-            torch.set_num_threads(recipe.threads)
-        common = {name: plain(getattr(recipe, name)) for name in ("model", "data", "loss", "seed", "precision")}
-        dense = self._stage("1-dense", [common, plain(recipe.dense)], self._dense)
+        recipe, dense = self.recipe, self.dense()
         after_dense = self.digest
         low = self._stage("2-train", [plain(recipe.factorize), plain(recipe.train)], lambda folder: self._train(dense, folder))
         cut = self._stage("3-prune", [plain(recipe.prune)], lambda folder: self._cut(low))
@@ -576,13 +561,28 @@ class Run:
             "recipe": plain(recipe),
             "environment": environment(),
         }
-        _write(self.out / RESULT, json.dumps(result, indent=1) + "\n")
+        write_text(self.out / RESULT, json.dumps(result, indent=1) + "\n")
         return result
+
+    def dense(self) -> nn.Module:
+        """Return the dense network of the first stage, trained where the recipe says so; the recipe is written to the folder."""
+        recipe = self.recipe
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_text(self.out / RECIPE, yaml.safe_dump(plain(recipe), sort_keys=False))
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        common = {name: plain(getattr(recipe, name)) for name in ("model", "data", "loss", "seed", "precision")}
+        return self._stage("1-dense", [common, plain(recipe.dense)], self._dense)
+
+    def where(self) -> LayerFilter | None:
+        """Return the filter over layers, None for the default one."""
+        patterns = self.recipe.factorize.where
+        return None if patterns is None else match(*patterns)
 
     def _check_layers(self) -> None:
         """Check what the recipe says about layers before any work."""
         modules = dict(self.initial.named_modules())
-        chosen = [name for name, reason in decide(self.initial, self._where()).items() if reason is None]
+        chosen = [name for name, reason in decide(self.initial, self.where()).items() if reason is None]
         weights = [
             factor_name(name, weight) for name in chosen if (kind := kind_of(modules[name])) for weight in kind.weights(modules[name])
         ]
@@ -612,7 +612,7 @@ class Run:
                 (folder / STAGE).unlink(missing_ok=True)  # first, so that what is left of a folder never looks finished
                 shutil.rmtree(folder)
             folder.mkdir(parents=True)
-            _write(folder / STAGE, json.dumps({"digest": self.digest, "finished": False}))
+            write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": False}))
         self.console.rule(name, align="left")
         seed = self.recipe.seed + int(_digest(name)[:6], 16)
         seed_everything(seed)
@@ -622,7 +622,7 @@ class Run:
         model, numbers = work(folder)
         numbers = {**numbers, "seconds": round(time.perf_counter() - start, 1)}
         save(model, folder)
-        _write(folder / STAGE, json.dumps({"digest": self.digest, "finished": True, "numbers": numbers}, indent=1))
+        write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": True, "numbers": numbers}, indent=1))
         self.numbers[name] = numbers
         for key, title in (("val_cut", "right after the cut"), ("val_recalibrated", "BatchNorm recalibrated"), ("val", "at the end")):
             if key in numbers:
@@ -655,7 +655,7 @@ class Run:
     def _train(self, dense: nn.Module, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         settings = self.recipe.factorize
         source = dense if settings.start == "dense" else self.initial
-        low = factorize(source, settings.scheme, self._where())
+        low = factorize(source, settings.scheme, self.where())
         logs = [self._fit(low, phase, folder / f"phase-{index}", dense) for index, phase in enumerate(self.recipe.train)]
         return low, {"phases": logs, "val": self._validate(low), "spectra": {k: v.tolist() for k, v in spectra(low).items()}}
 
@@ -681,7 +681,7 @@ class Run:
     def _truncated(self, dense: nn.Module, final: nn.Module, phase: Phase, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         """Cut the dense network at once to the MACs of the final one, by the same knapsack, then train."""
         kept = measure(final, self.example, latency=False).macs / measure(dense, self.example, latency=False).macs  # type: ignore[operator]
-        low = factorize(dense, self.recipe.factorize.scheme, self._where())
+        low = factorize(dense, self.recipe.factorize.scheme, self.where())
         cut = prune(low, allocate(low, Budget(macs=min(1.0, kept)), self.example))
         numbers: dict[str, Any] = {"ranks": ranks(cut), "val_cut": self._validate(cut)}
         if self.recipe.prune.recalibrate:
@@ -709,26 +709,16 @@ class Run:
             measured[name] = replace(entry, ranks=ranks(tuned)) if name == "final" else entry
         folder.mkdir(exist_ok=True)
         numbers = {name: entry.to_dict() for name, entry in measured.items()}
-        _write(folder / STAGE, json.dumps({"digest": self.digest, "finished": True, "numbers": numbers}, indent=1))
+        write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": True, "numbers": numbers}, indent=1))
         return measured
 
     def _validate(self, model: nn.Module) -> dict[str, float]:
         return evaluate(model, self.data.val, self.loss)
 
-    def _where(self) -> LayerFilter | None:
-        patterns = self.recipe.factorize.where
-        return None if patterns is None else match(*patterns)
-
 
 def ranks(model: nn.Module) -> dict[str, int]:
     """Return the rank of each factorized weight."""
     return {name: factors.rank for name, factors in named_factors(model)}
-
-
-def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Renew the statistics of BatchNorm layers on `batches`, in place; nothing happens to a model without them."""
-    with torch.no_grad():
-        update_bn(batches, model)
 
 
 def environment() -> dict[str, Any]:
@@ -758,12 +748,3 @@ def _read_stage(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return state if isinstance(state, dict) else {}
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it; what a killed run left behind goes."""
-    for leftover in path.parent.glob(f"{path.name}.*.tmp"):
-        leftover.unlink(missing_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

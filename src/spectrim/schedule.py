@@ -1,15 +1,29 @@
 """Cutting ranks while a network trains."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
 from torch import nn
 
 from spectrim.allocate import Budget, allocate
 from spectrim.errors import SettingError
-from spectrim.protocols import RankRule
+from spectrim.penalties import TailEnergy, tail_shares
+from spectrim.protocols import Importance, RankRule
 from spectrim.ranks import Energy
+
+PULL, DAMPING = 15.0, 1.5
+"""How fast `Squeeze` corrects a strength: for being behind, over the whole span; and for falling behind."""
+
+FASTEST = 50.0
+"""Most that the logarithm of a strength can change over the whole span; one step has its part of that."""
+
+START, WEAKEST, STRONGEST = 0.01, 1e-3, 100.0
+"""Strength to begin with, in units of the loss per share of energy, and the limits of what is tried."""
+
+SMALLEST_SHARE = 1e-12
+"""Shares of energy below this are rounding."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +34,8 @@ class Ramp:
     spectra that training has adapted to the earlier ones.
 
     Args:
-        target: what the network keeps in the end: a `Budget`, or a fraction in (0, 1] of each weight's spectral energy.
+        target: what the network keeps in the end: a `Budget` of fractions of macs, params or size (`as_fractions` makes one of bytes), or a
+            fraction in (0, 1] of each weight's spectral energy.
         begin: when the ramp begins, as a fraction of training in [0, 1).
         end: when the last cut is made, in (begin, 1]; before the last step at the latest. What is left of training is fine-tuning at the
             final ranks.
@@ -32,7 +47,7 @@ class Ramp:
     Examples:
         >>> ramp = Ramp(Budget(macs=0.5), cuts=2)
         >>> [ramp.at(step, 100) for step in (0, 25, 50)]
-        [None, Budget(macs=0.5625, params=None), Budget(macs=0.5, params=None)]
+        [None, Budget(macs=0.5625), Budget(macs=0.5)]
 
     Source: the cubic ramp: Zhu and Gupta, arXiv 1710.01878, equation 1 (there for the sparsity of pruned weights).
     """
@@ -45,6 +60,12 @@ class Ramp:
     def __post_init__(self) -> None:
         if not isinstance(self.target, Budget) and not 0 < self.target <= 1:
             raise SettingError("Ramp", "target", got=self.target, rule="a Budget, or a fraction in (0, 1] of the energy")
+        refused = [
+            name for name in ("latency", "size_bytes", "latency_s") if isinstance(self.target, Budget) and name in self.target.limits
+        ]
+        if refused:
+            hint = "bytes: as_fractions(budget, model, inputs); seconds need a latency table: allocate once, after training"
+            raise SettingError("Ramp", "target", got=self.target, rule="a Budget of macs, params and size, which are fractions", hint=hint)
         if not 0 <= self.begin < self.end <= 1:
             raise SettingError("Ramp", "begin and end", got=(self.begin, self.end), rule="0 <= begin < end <= 1")
         if isinstance(self.cuts, bool) or self.cuts < 1:
@@ -63,8 +84,7 @@ class Ramp:
             return None
         if not isinstance(self.target, Budget):
             return self.target + (1 - self.target) * left
-        limits = {field.name: getattr(self.target, field.name) for field in fields(self.target)}
-        return replace(self.target, **{name: value + (1 - value) * left for name, value in limits.items() if value is not None})
+        return replace(self.target, **{name: value + (1 - value) * left for name, value in self.target.limits.items()})
 
     def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int) -> RankRule | Mapping[str, SupportsIndex] | None:
         """Return the ranks to cut to before this step, or None.
@@ -92,3 +112,156 @@ class Ramp:
     def _left(self, due: list[int], step: int) -> float:
         """Return how much of the way down is left after the cuts up to `step`: 1 before the first one, 0 after the last."""
         return float((1 - sum(one <= step for one in due) / self.cuts) ** 3)
+
+
+@dataclass(frozen=True)
+class SteeredTail(TailEnergy):
+    """A `TailEnergy` that knows where each weight is on its way: what `Squeeze` keeps from one step to the next, as plain data.
+
+    Args:
+        ranks: see `TailEnergy`.
+        strengths: see `TailEnergy`.
+        goals: what the share of each weight's tail should be by now.
+        lags: ``log(share / goal)`` when it was last measured.
+    """
+
+    goals: Mapping[str, float]
+    lags: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Squeeze:
+    """Train toward a budget: drive what the cut to it will discard to zero first, with strengths that find themselves.
+
+    At `updates` steps the factors are made an exact SVD again and `allocate` says which ranks the budget leaves now. The share ``tau_l``
+    of the energy that lies beyond the allocated rank is penalised, ``strength_l * tau_l``, and has a goal that falls from where it was
+    to `left` at the `end`, by the same factor at every step. Before every step the strength of each weight is corrected by how far it is
+    behind its goal and by how much it has fallen behind since: ``log strength_l += (15 / steps) lag_l + 1.5 (change of lag_l)`` with
+    ``lag_l = log(tau_l / goal_l)``, so that it fits whatever optimizer, learning rate and task. A weight whose allocated rank changes sets
+    out anew, from where it is to `left`. At the `end` what is left of the tails is cut; what is left of training is fine-tuning.
+
+    Give it to ``fit(..., rank_schedule=...)``: the penalty has a column of its own in the log, ``Squeeze``. Keep `Orthogonality` beside it.
+
+    Args:
+        budget: what the network keeps in the end.
+        begin: when it begins, as a fraction of training in [0, 1).
+        end: when the goal is reached and the cut is made, in (begin, 1]; before the last step at the latest.
+        updates: how often the factors are made exact and the ranks allocated anew, >= 1, evenly from begin to end; as often after it
+            when nothing is cut.
+        left: share of each weight's energy that may be left to cut, in (0, 1).
+        importance: for `allocate`; its own default when omitted. It is asked at every update.
+        cut: False to leave the cut to a later `prune`: from `end` on the tails are then kept at `left`.
+
+    Raises:
+        SettingError: for a value outside its range.
+
+    Examples:
+        >>> import torch
+        >>> from spectrim.factorize import factorize
+        >>> low = factorize(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)), where=lambda name, module: True)
+        >>> squeeze = Squeeze(Budget(macs=0.5), end=0.5)
+        >>> penalty = squeeze.penalty(low, torch.zeros(1, 8), 0, 100, None)
+        >>> sum(16 * rank for rank in penalty.ranks.values()) <= 0.5 * 128
+        True
+        >>> squeeze(low, torch.zeros(1, 8), 50, 100) == penalty.ranks
+        True
+
+    Source: ours; the derivation is in the method card.
+    """
+
+    budget: Budget
+    begin: float = 0.0
+    end: float = 0.6
+    updates: int = 40
+    left: float = 1e-4
+    importance: Importance | None = None
+    cut: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.begin < self.end <= 1:
+            raise SettingError("Squeeze", "begin and end", got=(self.begin, self.end), rule="0 <= begin < end <= 1")
+        if isinstance(self.updates, bool) or self.updates < 1:
+            raise SettingError("Squeeze", "updates", got=self.updates, rule=">= 1")
+        if not 0 < self.left < 1:
+            raise SettingError("Squeeze", "left", got=self.left, rule="a share of the energy in (0, 1)")
+
+    def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int) -> Mapping[str, SupportsIndex] | None:
+        """Return the allocated ranks at the end, an empty mapping where the factors are only made exact, else None.
+
+        Args:
+            model: factorized.
+            inputs: one batch of its inputs, for the costs.
+            step: number of finished steps.
+            steps: of the whole training.
+        """
+        if self.cut and step == self._span(steps)[1]:
+            return self._allocate(model, inputs)
+        return {} if self._due(step, steps) else None
+
+    def penalty(self, model: nn.Module, inputs: Any, step: int, steps: int, before: Mapping[str, Any] | None = None) -> SteeredTail | None:
+        """Return the penalty of this step; None before `begin`, and after the cut.
+
+        Args:
+            model: factorized.
+            inputs: one batch of its inputs, for the costs.
+            step: number of finished steps.
+            steps: of the whole training.
+            before: the fields of the penalty of the step before; None when there was none.
+        """
+        first, last = self._span(steps)
+        if step < first or (self.cut and step >= last):
+            return None
+        tail = self._steer(SteeredTail(**before), model, last - step, max(1, last - first)) if before is not None else None
+        if tail is None or self._due(step, steps):
+            tail = _aim(tail, model, self._allocate(model, inputs))
+        return tail
+
+    def _span(self, steps: int) -> tuple[int, int]:
+        """Return the first step with a penalty and that of the cut."""
+        return round(steps * self.begin), min(round(steps * self.end), steps - 1)
+
+    def _due(self, step: int, steps: int) -> bool:
+        """Whether a new part of the span, of `updates` equal ones, begins with this step; they go on behind it when nothing is cut."""
+        first, last = self._span(steps)
+        if step < first or (self.cut and step >= last):
+            return False
+        part, part_before = ((done * self.updates) // max(1, last - first) for done in (step - first, step - first - 1))
+        return part != part_before
+
+    def _allocate(self, model: nn.Module, inputs: Any) -> dict[str, int]:
+        return allocate(model, self.budget, inputs, importance=self.importance)
+
+    def _steer(self, tail: SteeredTail, model: nn.Module, remaining: int, span: int) -> SteeredTail:
+        """Move every goal on by one step and correct every strength.
+
+        Args:
+            tail: of the step before.
+            model: factorized.
+            remaining: steps from now to the end; not positive after it.
+            span: steps from begin to end.
+        """
+        goals, lags, strengths = {}, {}, {}
+        for name, share in tail_shares(model, tail.ranks).items():
+            goal, strength = tail.goals[name], tail.strengths[name]
+            goals[name] = goal * min(1.0, self.left / goal) ** (1 / max(1, remaining + 1))
+            lags[name] = math.log(max(SMALLEST_SHARE, share) / goals[name])
+            change = PULL / span * lags[name] + DAMPING * (lags[name] - tail.lags[name])
+            change = min(max(change, -FASTEST / span), FASTEST / span)
+            strengths[name] = min(max(strength * math.exp(change), WEAKEST), STRONGEST)
+        return SteeredTail({name: tail.ranks[name] for name in goals}, strengths, goals, lags)
+
+
+def _aim(tail: SteeredTail | None, model: nn.Module, ranks: Mapping[str, int]) -> SteeredTail:
+    """Return the penalty for newly allocated ranks: a weight whose rank is as before goes on, any other sets out from where it is.
+
+    A weight that had no tail before starts at the usual strength, the geometric mean of the others.
+    """
+    old = tail or SteeredTail({}, {}, {}, {})
+    usual = math.exp(sum(map(math.log, old.strengths.values())) / len(old.strengths)) if old.strengths else START
+    goals, lags = {}, {}
+    for name, share in tail_shares(model, ranks).items():
+        goes_on = old.ranks.get(name) == ranks[name]
+        goals[name] = old.goals[name] if goes_on else max(SMALLEST_SHARE, share)
+        lags[name] = old.lags[name] if goes_on else 0.0
+    strengths = {name: old.strengths.get(name, usual) for name in goals}
+    return SteeredTail({name: ranks[name] for name in goals}, strengths, goals, lags)

@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import spectrim as sp
 from spectrim.errors import SettingError
 from spectrim.layers import Factors, named_factors
-from spectrim.penalties import METHODS, sums
+from spectrim.penalties import METHODS, FrobeniusDecay, sums
 from spectrim.protocols import Penalty
 
 EVERYTHING = sp.match("*")
 DENSE = [sp.PolarHoyer, sp.NuclearNorm]
 SPARSITY = [method for method in METHODS if method is not sp.Orthogonality]
+NORMS = [sp.L1, sp.NuclearNorm, FrobeniusDecay]  # zero for zeros alone
 SCALE_FREE = [sp.Hoyer, sp.HoyerSquare, sp.PolarHoyer]
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -40,6 +41,7 @@ FORMULAS = {
     sp.L1: lambda U, S, Vh: np.abs(S).sum(),
     sp.PolarHoyer: lambda U, S, Vh: spectrum(U, S, Vh).sum() ** 2 / (spectrum(U, S, Vh) ** 2).sum() - 1,
     sp.NuclearNorm: lambda U, S, Vh: spectrum(U, S, Vh).sum(),
+    FrobeniusDecay: lambda U, S, Vh: ((U * np.abs(S) @ Vh) ** 2).sum() / 2,
 }
 
 
@@ -119,13 +121,13 @@ def test_low_precision_layers_are_judged_in_float32(method: type, dtype: torch.d
 @every_method
 def test_zero_at_the_ideal_point(method: type) -> None:
     low = sp.factorize(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Linear(7, 5)).double(), where=EVERYTHING)
-    if method in (sp.L1, sp.NuclearNorm):
+    if method in NORMS:
         set_spectra(low, torch.zeros_like)
     elif method is not sp.Orthogonality:
         set_spectra(low, only_rank_one)
     assert 0 <= float(method(1.0)(low).detach()) < exact(method)
     low = sp.factorize(nn.Linear(6, 5).double(), rank=1)
-    assert 0 <= float(method(1.0)(low).detach()) < (exact(method) if method not in (sp.L1, sp.NuclearNorm) else 10.0)
+    assert 0 <= float(method(1.0)(low).detach()) < (exact(method) if method not in NORMS else 10.0)
 
 
 @pytest.mark.parametrize("method", SPARSITY)
@@ -147,6 +149,8 @@ def test_zero_at_the_ideal_point(method: type) -> None:
 def test_value_and_gradient_are_finite_at_every_spectrum(method: type, spectrum: Any, dtype: torch.dtype) -> None:
     model = network(dtype)
     set_spectra(model, spectrum)
+    if method is FrobeniusDecay and dtype == torch.float32:  # a square: 1e60 is no float32
+        set_spectra(model, lambda S: S.clamp(-1e15, 1e15))
     value, found = gradients(method, model)
     assert found
     assert torch.isfinite(value)
@@ -179,7 +183,7 @@ def test_value_and_gradient_are_finite_at_extreme_factors(method: type, scale: f
     model = network(torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(scale)
+            parameter.mul_(scale if method is not FrobeniusDecay else scale**0.5)  # of degree six: 1e48 is no float32
     value, found = gradients(method, model)
     assert torch.isfinite(value)
     assert all(torch.isfinite(gradient).all() for gradient in found)

@@ -52,3 +52,25 @@ def test_speed_page_is_up_to_date() -> None:
         [sys.executable, ROOT / "benchmarks" / "micro" / "report.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_comparison_page_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "compare_report.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_committed_comparison_is_of_todays_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import compare
+
+    tasks = {path.stem: compare.read_task(path.stem) for path in sorted(compare.TASKS.glob("*.yaml"))}
+    assert tasks
+    for path in sorted(compare.RESULTS.glob("*/*.json")):
+        result = json.loads(path.read_text())
+        run = tuple(result[name] for name in ("method", "budget", "seed", "epochs"))
+        assert path.stem == compare.label(*run), path
+        assert result["digest"] == compare.digest(tasks[path.parent.name], *run), f"{path}: the settings have changed since"

@@ -1,7 +1,10 @@
 """A budget is met by count, from close below, with the least energy lost; what cannot be met says what can."""
 
+import importlib.util
 import itertools
 import re
+import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,12 +13,13 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim import zoo
-from spectrim.allocate import Budget, allocate
+from spectrim.allocate import Budget, allocate, as_fractions
 from spectrim.costs import rank_costs, spectra
 from spectrim.errors import LayerError, SettingError
+from spectrim.latency import LatencyTable, latency_table
 from spectrim.layers import named_factors
 from spectrim.linalg import tail_energy
-from spectrim.measure import count_macs
+from spectrim.measure import Latency, count_macs, measure
 
 EVERYTHING = sp.match("*")
 
@@ -202,11 +206,17 @@ def test_nothing_to_allocate() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, r"Budget: macs or params must be given, got None; Budget\(macs=0.4\) keeps 40 %"),
+        ({}, r"Budget: one of macs, params, size, latency, size_bytes, latency_s must be given, got None; Budget\(macs=0.4\) keeps 40 %"),
         ({"macs": 0.0}, r"Budget: macs must be the fraction kept, in \(0, 1\], got 0.0"),
         ({"macs": 40.0}, r"Budget: macs must be the fraction kept, in \(0, 1\], got 40.0"),
         ({"params": -0.1}, r"Budget: params must be the fraction kept"),
         ({"params": float("nan")}, r"Budget: params must be the fraction kept"),
+        ({"size": 5000.0}, r"Budget: size must be the fraction kept, in \(0, 1\], got 5000.0; write size_bytes= for bytes"),
+        ({"latency": 2.0}, r"Budget: latency must be the fraction kept, in \(0, 1\], got 2.0; write latency_s= for seconds"),
+        ({"size_bytes": 0.4}, r"Budget: size_bytes must be bytes, at least 1, got 0.4; Budget\(size=0.4\) keeps 40 %"),
+        ({"size_bytes": float("inf")}, "Budget: size_bytes must be bytes, at least 1, got inf"),
+        ({"latency_s": 0.0}, r"Budget: latency_s must be seconds, above 0, got 0.0; Budget\(latency=0.4\) keeps 40 %"),
+        ({"latency_s": float("nan")}, "Budget: latency_s must be seconds, above 0, got nan"),
     ],
 )
 def test_budgets_out_of_range(settings: dict[str, float], message: str) -> None:
@@ -219,3 +229,209 @@ def test_spectral_loss_is_relative_to_each_layer() -> None:
     ranks = {name: 1 for name, _ in named_factors(low)}
     tails = {name: tail_energy(values) for name, values in spectra(low).items()}
     assert loss(low, ranks) == pytest.approx(sum(float(tail[1] / tail[0]) for tail in tails.values()))
+
+
+# ---- bytes, seconds, other importances
+
+
+def test_a_budget_prints_what_it_limits() -> None:
+    assert repr(Budget(size=0.4, latency_s=0.002)) == "Budget(size=0.4, latency_s=0.002)"
+    assert Budget(size_bytes=1000, macs=0.5).limits == {"macs": 0.5, "size_bytes": 1000}
+    assert Budget(macs=0.5) == Budget(0.5)
+    assert len({Budget(macs=0.5), Budget(0.5), Budget(params=0.5)}) == 2
+
+
+def size_of(model: nn.Module) -> int:
+    return measure(model, latency=False).size_bytes
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("macs", 0.455), ("params", 0.32), ("size", 0.2), ("size_bytes", 0.3)])
+def test_a_residual_network_meets_its_budget_within_one_percent(kind: str, kept: float) -> None:
+    dense, x = zoo.resnet20(), torch.randn(1, 3, 32, 32)
+    low = sp.factorize(dense, "spatial")
+    count = {"macs": lambda model: count_macs(model, x), "params": count_params}.get(kind, size_of)
+    limit = kept * count(dense)
+    ranks = allocate(low, Budget(**{kind: limit if kind == "size_bytes" else kept}), x)
+    assert 0.99 * limit <= count(sp.merge(sp.prune(low, ranks))) <= limit
+
+
+class Mixed(nn.Module):
+    """Buffers, an integer one among them, layers in half precision, and a table whose indices no other layer sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(24, 24), nn.BatchNorm1d(24), nn.Linear(24, 24).to(torch.bfloat16)
+        self.register_buffer("steps", torch.arange(100))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(self.first(x)).to(torch.bfloat16))  # type: ignore[no-any-return]
+
+
+def test_bytes_are_those_of_parameters_and_buffers_in_their_own_precision() -> None:
+    dense, x = Mixed().eval(), torch.randn(2, 24)
+    low = sp.factorize(dense, where=EVERYTHING)
+    whole = size_of(dense)
+    assert whole == 4 * 600 + 2 * 600 + 4 * 4 * 24 + 8 + 800
+    for limit in (3000, 3700, 4444):
+        merged = sp.merge(sp.prune(low, allocate(low, Budget(size_bytes=limit), x)))
+        assert limit - 4 * 48 < size_of(merged) <= limit
+    assert allocate(low, Budget(size_bytes=10 * whole), x) == {"first": 24, "second": 24}, "more than dense is no limit"
+    with pytest.raises(SettingError, match="Budget: size_bytes must be at least 1624 bytes for this network, got 1000;") as caught:
+        allocate(low, Budget(size_bytes=1000), x)
+    smallest = int(re.search(r"at least (\d+) bytes", str(caught.value))[1])
+    assert allocate(low, Budget(size_bytes=smallest), x) == {"first": 1, "second": 1}
+    assert size_of(sp.merge(sp.prune(low, sp.Fixed(1)))) == smallest
+
+
+@pytest.mark.parametrize("name", ["lstm", "tied", "attention", "convolutions"])
+def test_bytes_of_whole_networks(name: str) -> None:
+    tokens = torch.randint(0, 60, (2, 7))
+    dense, x = {
+        "lstm": lambda: (zoo.LSTMLanguageModel(60, 24, 24, 2, 0.0), tokens),
+        "tied": lambda: (zoo.LSTMLanguageModel(60, 24, 24, 1, 0.0, tied=True), tokens),
+        "attention": lambda: (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 6, 16)),
+        "convolutions": lambda: (network(), inputs()),
+    }[name]()
+    low = sp.factorize(dense, where=EVERYTHING)
+    merged = sp.merge(sp.prune(low, allocate(low, Budget(size=0.7), x)))
+    assert 0.65 * size_of(dense) < size_of(merged) <= 0.7 * size_of(dense)
+
+
+def table_of(low: nn.Module, x: Any, pair_s: float = 1e-5, dense_s: float = 1e-3) -> LatencyTable:
+    """A latency table in which a pair takes `pair_s` a rank and every dense layer `dense_s`."""
+    table = latency_table(low, x, time_box=1e-3, multiple=1)
+    timings = {
+        key: replace(timing, dense_s=dense_s, pair_s=tuple(pair_s * rank for rank in timing.ranks)) for key, timing in table.timings.items()
+    }
+    return replace(table, timings=timings)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """Whole networks take 5 milliseconds; returns those that were timed."""
+    timed: list[nn.Module] = []
+
+    def compare(models: dict[str, nn.Module], inputs: Any, *, threads: int) -> dict[str, Latency]:
+        timed.extend(models.values())
+        return dict.fromkeys(models, Latency(5e-3, 0.0, 1, threads, 1))
+
+    monkeypatch.setattr(sys.modules["spectrim.allocate"], "compare_latency", compare)  # the module: spectrim.allocate is the function
+    return timed
+
+
+def test_a_latency_budget_counts_the_rest_of_the_network(clock: list[nn.Module]) -> None:
+    dense, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(1, 64)
+    low = sp.factorize(dense, where=EVERYTHING)
+    table = table_of(low, x)
+    for budget in (Budget(latency=0.7), Budget(latency_s=3.5e-3)):
+        ranks = allocate(low, budget, x, latency=table)
+        assert sum(ranks.values()) == 50, "3 of 5 ms are not these layers': 0.5 ms are left for 10 microseconds a rank"
+    assert [type(layer) for layer in clock[0]] == [nn.Linear, nn.ReLU, nn.Linear], "timed dense"
+    assert [layer.weight.shape for layer in clock[0] if isinstance(layer, nn.Linear)] == [(64, 64)] * 2
+    assert allocate(low, Budget(latency=1.0), x, latency=table) == {"0": 64, "2": 64}
+    cut = sp.prune(low, {"0": 20, "2": 12})
+    assert sum(allocate(cut, Budget(latency=0.64), x, latency=table).values()) == 20, "fractions are of the dense network"
+    with pytest.raises(SettingError, match=r"Budget: latency must be at least 0\.6040 for this network, got 0\.5"):
+        allocate(low, Budget(latency=0.5), x, latency=table)
+    with pytest.raises(SettingError, match=r"Budget: latency_s must be at least 0\.0030200 seconds for this network, got 0\.001"):
+        allocate(low, Budget(latency_s=0.001), x, latency=table)
+    both = allocate(low, Budget(latency=0.7, params=0.3), x, latency=table)
+    assert count_params(sp.merge(sp.prune(low, both), latency=table)) <= 0.3 * count_params(dense)
+    assert sum(both.values()) < 50
+
+
+def test_what_the_table_did_not_time_is_of_the_rest(clock: list[nn.Module]) -> None:
+    dense, x = nn.Sequential(nn.Embedding(30, 64), nn.Linear(64, 64)), torch.randint(0, 30, (1, 3))
+    low = sp.factorize(dense, where=EVERYTHING)
+    ranks = allocate(low, Budget(latency=0.85), x, latency=table_of(low, x))
+    assert ranks == {"0": 30, "1": 25}
+
+
+def test_a_latency_budget_needs_a_table_made_with_the_same_batch() -> None:
+    low, x = sp.factorize(nn.Linear(64, 64)), torch.randn(1, 64)
+    hint = r"table = latency_table\(model, inputs\) makes one"
+    for budget in (Budget(latency=0.5), Budget(latency_s=1.0)):
+        with pytest.raises(SettingError, match=rf"allocate: latency must be a latency table for .*, got None; {hint}"):
+            allocate(low, budget, x)
+    with pytest.raises(
+        SettingError, match=r"allocate: inputs must be the batch that the latency table was made with, got 'another batch'.*2x64"
+    ):
+        allocate(low, Budget(latency=0.5), torch.randn(2, 64), latency=table_of(low, x))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("onnxscript") is None, reason="needs the extra onnx")
+def test_the_dense_network_is_timed_in_the_backend_of_the_table() -> None:
+    low, x = sp.factorize(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))), torch.randn(1, 64)
+    table = replace(table_of(low, x, pair_s=1e-9, dense_s=1e-7), backend="onnx")
+    assert allocate(low, Budget(latency_s=10.0), x, latency=table) == {"0": 64}
+
+
+def test_the_dense_network_is_really_timed() -> None:
+    low, x = sp.factorize(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))), torch.randn(1, 64)
+    table = table_of(low, x, pair_s=1e-9, dense_s=1e-7)  # a linear layer cannot be that fast: nearly all is the rest
+    assert allocate(low, Budget(latency_s=10.0), x, latency=table) == {"0": 64}
+    with pytest.raises(SettingError, match=r"Budget: latency_s must be at least 0\.0"):
+        allocate(low, Budget(latency_s=2e-7), x, latency=table)
+
+
+def test_bytes_and_seconds_as_fractions(clock: list[nn.Module]) -> None:
+    dense, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), torch.randn(1, 64)
+    low = sp.factorize(dense, where=EVERYTHING)
+    assert as_fractions(Budget(macs=0.4), low, x) == Budget(macs=0.4)
+    half = size_of(dense) // 2
+    budget = as_fractions(Budget(macs=0.9, size_bytes=half), low, x)
+    assert budget == Budget(macs=0.9, size=0.5)
+    assert allocate(low, budget, x) == allocate(low, Budget(macs=0.9, size_bytes=half), x)
+    assert as_fractions(Budget(size=0.3, size_bytes=half), low, x) == Budget(size=0.3)
+    assert as_fractions(Budget(size_bytes=10 * half), low, x) == Budget(size=1.0)
+    assert as_fractions(Budget(latency_s=2e-3), low, x, latency=table_of(low, x)) == Budget(latency=0.4)
+
+
+class Given:
+    """An importance that returns what it was given."""
+
+    def __init__(self, harms: Any) -> None:
+        self.harms = harms
+
+    def __call__(self, model: nn.Module, /) -> Any:
+        return self.harms
+
+
+@pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
+def test_the_unit_of_an_importance_does_not_matter(unit: float) -> None:
+    dense, x = network(), inputs()
+    low = sp.factorize(dense)
+    energies = {name: tail_energy(values) / tail_energy(values)[0] for name, values in spectra(low).items()}
+    ranks = allocate(low, Budget(macs=0.4), x, importance=Given({name: unit * harm for name, harm in energies.items()}))
+    assert loss(low, ranks) == pytest.approx(loss(low, allocate(low, Budget(macs=0.4), x)), rel=2e-4)  # the solver's relative gap
+
+
+def test_a_steep_importance_is_solved_as_well_as_a_flat_one() -> None:
+    """What is lost at the best choice is a millionth of what could be: the solver's absolute tolerances must not decide."""
+    low, x = sp.factorize(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)), where=EVERYTHING), torch.randn(1, 12)
+    harms = {}
+    for name in ("0", "1"):
+        steps = torch.rand(13, dtype=torch.float64) * torch.tensor([1e6, *[1.0] * 11, 0.0]).double()
+        harms[name] = steps.flip(0).cumsum(0).flip(0)
+    for fraction in (0.3, 0.5, 0.7):
+        ranks = allocate(low, Budget(macs=fraction), x, importance=Given(harms))
+        allowed = [
+            (a, b) for a, b in itertools.product(range(1, 13), repeat=2) if sum(144 if r >= 6 else 24 * r for r in (a, b)) <= fraction * 288
+        ]
+        best = min(float(harms["0"][a] + harms["1"][b]) for a, b in allowed)
+        assert float(harms["0"][ranks["0"]] + harms["1"][ranks["1"]]) == pytest.approx(best, rel=2e-4)  # the solver's relative gap
+
+
+def test_an_importance_turns_the_choice() -> None:
+    low, x = sp.factorize(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), where=EVERYTHING), torch.randn(1, 16)
+    falling = torch.linspace(1.0, 0.0, 17, dtype=torch.float64)
+    first = allocate(low, Budget(macs=0.5), x, importance=Given({"0": 100 * falling, "1": falling}))
+    second = allocate(low, Budget(macs=0.5), x, importance=Given({"0": falling, "1": 100 * falling}))
+    assert (first["0"], first["1"]) == (second["1"], second["0"]) == (7, 1)
+
+
+def test_three_limits_that_exclude_each_other_are_all_named() -> None:
+    dense, x = nn.Sequential(nn.Embedding(200, 16), nn.Linear(16, 8)), torch.randint(0, 200, (2, 5))
+    low = sp.factorize(dense, where=EVERYTHING)
+    with pytest.raises(SettingError, match="Budget: macs and params and size must be looser"):
+        allocate(low, Budget(macs=0.2, params=0.12, size=0.5), x)

@@ -204,3 +204,82 @@ def test_randomized_svd_of_low_rank_is_exact_and_repeats() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert linalg.randomized_svd(matrix.half(), 5)[0].dtype == torch.float32
     assert linalg.randomized_svd(matrix, 40)[1].shape == (40,)
+
+
+# Truncation in other norms
+
+
+def metric(size: int, rank: int, *blocks: int) -> torch.Tensor:
+    rows = double(*blocks, rank, size)
+    return rows.mT @ rows
+
+
+def weighted_error(difference: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor:
+    """``tr(L D R D^T)``, summed over blocks."""
+    moved = difference if right is None else difference @ right
+    moved = moved if left is None else left @ moved
+    return (moved * difference).sum()
+
+
+METRICS = {
+    "inputs": (None, 9),
+    "inputs-rank-deficient": (None, 3),
+    "outputs": (8, None),
+    "both": (8, 9),
+    "both-inputs-rank-deficient": (8, 2),
+}
+
+
+@pytest.mark.parametrize(("left_rank", "right_rank"), METRICS.values(), ids=METRICS)
+@pytest.mark.parametrize("blocks", [(), (2,)], ids=["one", "blocks"])
+@pytest.mark.parametrize(("out", "held", "in_"), [(6, 6, 7), (7, 5, 5), (6, 4, 7)])
+def test_the_weighted_error_is_the_weighted_tail(
+    out: int, held: int, in_: int, blocks: tuple[int, ...], left_rank: int | None, right_rank: int | None
+) -> None:
+    U, S, Vh = linalg.svd_of_product(double(*blocks, out, held), double(*blocks, held), double(*blocks, held, in_))
+    whole = U * S.unsqueeze(-2) @ Vh
+    left = None if left_rank is None else metric(out, left_rank, *blocks)
+    right = None if right_rank is None else metric(in_, right_rank, *blocks)
+    X, values, Y = linalg.weighted_svd(U, S, Vh, left, right)
+    near(X @ Y, whole)
+    near(linalg.weighted_spectrum(U, -S, Vh, left, right), values)
+    scale = float(weighted_error(whole, left, right))
+    for rank in range(1, held + 1):
+        cut = X[..., :rank] @ Y[..., :rank, :]
+        error = weighted_error(whole - cut, left, right)
+        assert abs(float(error - values[..., rank:].square().sum())) < 1e-9 * scale
+        if rank < held:
+            for _ in range(5):  # nor is any other matrix of that rank nearer, in or out of the space of the factors
+                nudge = 1e-2 * double(*blocks, out, rank), 1e-2 * double(*blocks, rank, in_)
+                other = (X[..., :rank] + nudge[0]) @ (Y[..., :rank, :] + nudge[1])
+                assert weighted_error(whole - other, left, right) > error - 1e-9 * scale
+            random = double(*blocks, out, rank) @ double(*blocks, rank, in_)
+            assert weighted_error(whole - random, left, right) > error
+
+
+def test_weighted_truncation_by_hand() -> None:
+    """A diagonal matrix ``diag(3, 2)``: the second output counts four times, the second input nine times."""
+    eye, S = torch.eye(2).double(), torch.tensor([3.0, 2.0]).double()
+    diagonal = torch.tensor([1.0, 4.0]).double(), torch.tensor([1.0, 9.0]).double()
+    for left, right in (diagonal, tuple(torch.diag(d) for d in diagonal)):
+        X, values, Y = linalg.weighted_svd(eye, S, eye, left, right)
+        near(values, torch.tensor([12.0, 3.0]).double())  # 2 * sqrt(4) * sqrt(9), and 3
+        near(X[:, :1] @ Y[:1], torch.tensor([[0.0, 0.0], [0.0, 2.0]]).double())
+
+
+def test_the_identity_and_zeros_weigh_nothing() -> None:
+    U, S, Vh = linalg.svd(double(5, 4))
+    for size, weight in ((1.0, 1.0), (0.0, 1.0), (9.0, 3.0)):
+        X, values, Y = linalg.weighted_svd(U, S, Vh, right=size * torch.eye(4).double())
+        near(values, weight * S)
+        near(X[:, :2] @ Y[:2], U[:, :2] * S[:2] @ Vh[:2])
+
+
+def test_outputs_without_weight_stay_finite() -> None:
+    U, S, Vh = linalg.svd(double(5, 4))
+    left = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0])).double()
+    X, _, Y = linalg.weighted_svd(U, S, Vh, left)
+    whole = U * S @ Vh
+    cut = X[:, :2] @ Y[:2]
+    assert weighted_error(whole - cut, left, None) < 1e-9 * weighted_error(whole, left, None)
+    assert cut.norm() < 1e6 * whole.norm()

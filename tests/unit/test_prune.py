@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import spectrim as sp
+from spectrim.calibration import calibrate
 from spectrim.errors import LayerError, RankError
 from spectrim.layers import Factors, named_factors
 from spectrim.linalg import orthogonality_defect, tail_energy
@@ -122,6 +123,76 @@ def test_singular_vectors_keep_their_direction() -> None:
         torch.testing.assert_close(new.U, old.U[..., :2], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(new.S, old.S[..., :2].abs(), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(new.Vh, old.Vh[..., :2, :], rtol=1e-9, atol=1e-9)
+
+
+# ---- the cut that calibration data choose
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(3, 4, 4, 4).double(), torch.randn(4, 3, 5).double()) for _ in range(4)]
+
+
+def mean_square(output: Tensor, target: Tensor) -> Tensor:
+    return (output - target).square().mean()
+
+
+@pytest.mark.parametrize("loss", [None, mean_square], ids=["output", "loss"])
+def test_a_calibrated_cut_has_the_weighted_error_of_its_tail(loss: Any) -> None:
+    low = trained()
+    found = calibrate(low, batches(), loss)
+    seen: list[Tensor] = []
+
+    def rule(spectrum: Tensor) -> int:
+        seen.append(spectrum)
+        return 2
+
+    cut = dict(named_factors(sp.prune(low, rule, calibration=found)))
+    for spectrum, (name, factors) in zip(seen, named_factors(low), strict=True):
+        A, G = found.inputs[name], found.outputs.get(name, torch.eye(factors.shape[0]).double())
+        difference, whole = (cut[name].matrix() - factors.matrix()).detach(), factors.matrix().detach()
+        error, all_of_it = ((G @ D @ A * D).sum() for D in (difference, whole))
+        assert abs(float(error - tail_energy(spectrum)[2])) < 1e-9 * float(all_of_it)
+        plain = (dict(named_factors(sp.prune(low, sp.Fixed(2))))[name].matrix() - whole).detach()
+        assert error < (G @ plain @ A * plain).sum()
+        assert orthogonality_defect(cut[name].U) < 1e-9
+        assert orthogonality_defect(cut[name].Vh.mT) < 1e-9
+        assert (cut[name].S.diff(dim=-1) <= 0).all()
+
+
+def test_a_calibrated_cut_of_nothing_changes_nothing() -> None:
+    low = trained()
+    found = calibrate(low, batches(), mean_square)
+    torch.testing.assert_close(call(sp.prune(low, sp.Fixed(99), calibration=found)), call(low), rtol=1e-9, atol=1e-9)
+
+
+def test_in_place_and_copy_cut_alike() -> None:
+    low = trained()
+    found = calibrate(low, batches(), mean_square)
+    expected = call(sp.prune(low, sp.Fixed(2), calibration=found))
+    optimizer = torch.optim.Adam(low.parameters())
+    call(low).sum().backward()
+    optimizer.step()
+    moved = sp.prune(low, sp.Fixed(2), calibration=found)
+    sp.prune_(low, sp.Fixed(2), optimizer, calibration=found)
+    assert torch.equal(call(moved), call(low))
+    assert not torch.allclose(call(low), expected)
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in low.parameters() if p in optimizer.state)
+
+
+def test_skipped_weights_are_cut_plainly_bit_for_bit() -> None:
+    low = sp.factorize(nn.Sequential(nn.Embedding(6, 5), nn.Linear(5, 5)), where=EVERYTHING)
+    found = calibrate(low, [torch.randint(6, (2, 3))])
+    plain, cut = (sp.prune(low, sp.Fixed(2), calibration=c) for c in (None, found))
+    assert torch.equal(plain[0].weight, cut[0].weight)
+    assert not torch.allclose(plain[1].weight, cut[1].weight)
+
+
+def test_the_calibration_of_another_model_is_refused() -> None:
+    found = calibrate(sp.factorize(nn.Linear(5, 5), where=EVERYTHING), [torch.ones(1, 5)])
+    with pytest.raises(LayerError, match=re.escape("layer 'conv': (3 x 18) is not in the calibration; calibrate this very model")):
+        sp.prune(trained(), sp.Fixed(2), calibration=found)
+    with pytest.raises(LayerError, match=re.escape("(4 x 3) is not in the calibration")):
+        sp.prune(sp.factorize(nn.Linear(3, 4), where=EVERYTHING), sp.Fixed(2), calibration=found)
 
 
 @pytest.mark.parametrize(

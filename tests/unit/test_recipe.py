@@ -176,7 +176,12 @@ def changed(*changes: str) -> recipes.Recipe:
         ("prune={}", "'prune': has none of rule, budget, ranks; allowed: exactly one"),
         ("prune.budget.macs=0.4", "'prune': has rule and budget of rule, budget, ranks; allowed: exactly one"),
         ("prune={budget: {macs: 40}}", "'prune.budget': Budget: macs must be the fraction kept, in (0, 1], got 40.0"),
-        ("prune={budget: {}}", "'prune.budget': Budget: macs or params must be given"),
+        ("prune={budget: {}}", "'prune.budget': Budget: one of macs, params, size, latency, size_bytes, latency_s must be given"),
+        (
+            "prune={budget: {latency: 0.5}}",
+            "'prune.budget.latency': needs a latency table, which a recipe does not make; allowed: macs, params",
+        ),
+        ("prune={budget: {macs: 0.5, latency_s: 0.5}}", "'prune.budget.latency_s': needs a latency table"),
         ("prune={budget: 0.4}", "'prune.budget': got 0.4; allowed: a mapping with macs, params"),
         ("prune={ranks: {first: x}}", "'prune.ranks.first': got 'x'; allowed: an integer"),
         ("prune={ranks: {first: 0}}", "'prune.ranks.first': got 0; allowed: >= 1"),
@@ -488,6 +493,19 @@ def test_ranks_fall_in_the_course_of_a_phase(folder: Path) -> None:
         changed(ramp.replace("train.0", "dense"))
     with pytest.raises(RecipeError, match=r"rank_schedule.*end"):
         changed(ramp.replace("end: 1.0", "end: 7.0"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_phase_trains_toward_its_budget(folder: Path) -> None:
+    squeeze = "train.0.rank_schedule={class_path: spectrim.schedule.Squeeze, init_args: {budget: {macs: 0.7}, updates: 3}}"
+    recipe = changed(squeeze, "train.0.epochs=2", "prune={rule: {class_path: spectrim.Energy, init_args: {keep: 1.0}}}")
+    assert recipe.train[0].rank_schedule["init_args"]["end"] == 0.6
+    result = Run(recipe, folder / "squeeze", progress=False).run()
+    lines = result["stages"]["2-train"]["phases"][0]
+    assert lines[0]["Squeeze"] > 0
+    assert result["final"]["macs"] <= 0.7 * result["dense"]["macs"]
+    with pytest.raises(RecipeError, match=r"rank_schedule.*left"):
+        changed(squeeze.replace("updates: 3", "left: 7.0"))
 
 
 @pytest.mark.usefixtures("quick")

@@ -127,6 +127,27 @@ def test_shortcut_a_subsamples_and_pads_both_sides():
     assert not out[:, 24:].any()
 
 
+@pytest.mark.parametrize("name", ["resnet20", "resnet56", "mlperftiny_resnet8", "lenet5"])
+def test_a_width_multiplies_every_number_of_channels(name):
+    build, shape, conv_macs, _, _ = IMAGE_MODELS[name]
+    inputs = torch.randn(1, *shape)
+    assert macs(build(width=1.0), inputs)[0] == conv_macs
+    narrow = build(width=0.5)
+    assert narrow(inputs).shape == (1, 10)
+    first, whole = (next(m for m in model.modules() if isinstance(m, nn.Conv2d)).out_channels for model in (narrow, build()))
+    assert 2 * first == whole
+    assert conv_macs / 4 < macs(narrow, inputs)[0] < conv_macs / 2  # a quarter, but for the first layer
+
+
+def test_odd_widths_keep_shortcut_a_whole():
+    model = zoo.resnet20(width=0.45)  # 7, 14 and 29 channels: one more zero channel behind than in front
+    shortcut = model.layer3[0].downsample
+    out = shortcut(torch.ones(1, 14, 4, 4))
+    assert out.shape == (1, 29, 2, 2)
+    assert out[0, :, 0, 0].tolist() == [0] * 7 + [1] * 14 + [0] * 8
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 10)
+
+
 def test_resnet8_pads_right_and_bottom_only():
     block = zoo.mlperftiny_resnet8().block2.eval()
     block.conv1.weight.data.zero_()
@@ -148,6 +169,9 @@ def test_resnet8_pads_right_and_bottom_only():
         (lambda: zoo.resnet20(pretrained="imagenet"), "pretrained must be None or 'akamaster', got 'imagenet'"),
         (lambda: zoo.resnet110(pretrained="akamaster"), "weights exist for depths 20, 32, 44, 56"),
         (lambda: zoo.resnet20(100, pretrained="akamaster"), "used with shortcut='A' and num_classes=10"),
+        (lambda: zoo.resnet20(pretrained="akamaster", width=0.5), "and no width, got"),
+        (lambda: zoo.mlperftiny_resnet8(pretrained=True, width=0.5), "width must be None with pretrained=True, got 0.5"),
+        (lambda: zoo.lenet5(width=0.0), "width must be a finite number > 0, got 0.0"),
         (lambda: zoo.resnet20(shortcut="projection", pretrained="akamaster"), "used with shortcut='A' and num_classes=10"),
         (lambda: zoo.vgg_small(in_channels=0), "integers >= 1"),
         (lambda: zoo.lenet5(image_size=11), "image_size must be an integer >= 12, got 11"),

@@ -5,9 +5,10 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from spectrim.layers.base import SeveralWeights, Share
+from spectrim.layers.base import FactorizedLayer, SeveralWeights, Share, renew
+from spectrim.layers.linear import linear_of
 from spectrim.layers.plain import PlainAttention
 from spectrim.linalg import Fold
 
@@ -80,3 +81,25 @@ def plain_attention(attention: Any, paying: Collection[str]) -> nn.Module | None
         weights=weights,
     )
     return plain.requires_grad_(any(parameter.requires_grad for parameter in attention.parameters()))
+
+
+class _CalledAttention(PlainAttention):
+    """Calls the packed projection as a layer on different inputs, too: on each of them for its third of the outputs."""
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        if not self.packed or (query is key and key is value):
+            return super()._project(query, key, value)
+        return tuple(self.in_proj(x).chunk(3, -1)[third] for third, x in enumerate((query, key, value)))
+
+
+def observed_attention(attention: Any) -> nn.Module:
+    """Return an attention, any part of it factorized, in which every factorized matrix is a layer of the same factors that is called."""
+    held = dict(attention.named_factors()) if isinstance(attention, FactorizedLayer) else {}
+    factorized_out = isinstance(attention.out_proj, FactorizedLayer)
+    plain: Any = plain_attention(attention, [*held, *(["out_proj.weight"] if factorized_out else [])])
+    if factorized_out:
+        plain.out_proj = attention.out_proj
+    for name, factors in held.items():
+        part = name.removesuffix("_weight")
+        setattr(plain, part, linear_of(factors, getattr(plain, part)[1].bias))
+    return renew(plain, _CalledAttention)  # type: ignore[no-any-return]

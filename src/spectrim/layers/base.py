@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
@@ -20,6 +20,9 @@ From the step times of ResNet-20 in the spatial scheme at half the ranks: at equ
 
 RECOMPUTE_SHARE = 0.02
 """A composed weight is forgotten after the forward pass when composing it again costs at most this share of the layer's step."""
+
+ROWS_SIZE = 2**22
+"""Elements of the rows that a layer gives at a time: 32 MB in float64."""
 
 RECOMPUTE_SIZE = 2**16
 """Weights with fewer elements are kept: they take less memory than the bookkeeping is worth."""
@@ -248,6 +251,31 @@ class OneWeight(FactorizedLayer):
     @weight.setter
     def weight(self, value: Tensor) -> None:
         raise LayerError(type(self).__name__, "its weight is composed and cannot be set", hint="set U, S and Vh, or factorize again")
+
+    def input_rows(self, x: Tensor, output_shape: Sequence[int], scheme: Fold | None = None) -> Iterator[Tensor]:
+        """Yield what the folded matrix is multiplied with as the layer runs on `x`: rows ``(blocks, n, in)``, a part at a time.
+
+        Args:
+            x: the layer's input.
+            output_shape: of its output.
+            scheme: how the matrix is folded; the layer's own way when omitted.
+        """
+        yield from _parts(x)
+
+    def output_rows(self, y: Tensor, input_shape: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the outputs of the folded matrix, or gradients at them: rows ``(blocks, n, out)``, a part at a time, in that order.
+
+        Args:
+            y: of the shape of the layer's output.
+            input_shape: of its input.
+        """
+        yield from _parts(y)
+
+
+def _parts(x: Tensor) -> Iterator[Tensor]:
+    """Yield the rows of ``(..., features)``, several at a time."""
+    for rows in torch.split(x.reshape(-1, x.shape[-1]), max(1, ROWS_SIZE // x.shape[-1])):
+        yield rows.unsqueeze(0)
 
 
 class SeveralWeights(FactorizedLayer):

@@ -1,7 +1,8 @@
 """Factorized convolutions in one, two and three dimensions, plain and transposed."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectrim import linalg
-from spectrim.layers.base import OneWeight, Share
+from spectrim.layers.base import ROWS_SIZE, OneWeight, Share
 from spectrim.layers.factors import Factors
 from spectrim.linalg import Fold
 
@@ -79,20 +80,52 @@ def output_size(module: Any, size: Sequence[int]) -> list[int]:
     return sizes
 
 
+def padded_sides(padding: str | Sequence[int], kernel_size: Sequence[int], dilation: Sequence[int]) -> list[tuple[int, int]]:
+    """Return how much is padded before and behind each axis."""
+    if padding == "valid":
+        return [(0, 0)] * len(kernel_size)
+    if padding == "same":
+        spans = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+        return [(span // 2, span - span // 2) for span in spans]
+    return [(int(p), int(p)) for p in padding]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How a convolution reads along one axis: at output ``p``, tap ``k`` is the input at ``stride * p + dilation * k - padding``."""
+
+    kernel: int
+    stride: int
+    dilation: int
+    padding: int
+
+    def reads(self, positions: int, length: int) -> Tensor:
+        """Return which input each tap of each output position reads, ``(positions, kernel)``; `length` for none."""
+        index = self.stride * torch.arange(positions).unsqueeze(1) + self.dilation * torch.arange(self.kernel) - self.padding
+        return torch.where((index >= 0) & (index < length), index, length)
+
+    def read_by(self, positions: int, length: int) -> Tensor:
+        """Return which output reads an input position with each tap, ``(positions, kernel)``; `length`, that of the output, for none."""
+        index = torch.arange(positions).unsqueeze(1) + self.padding - self.dilation * torch.arange(self.kernel)
+        whole = index % self.stride == 0
+        index = index // self.stride
+        return torch.where(whole & (index >= 0) & (index < length), index, length)
+
+
+def take(x: Tensor, axis: int, index: Tensor) -> Tensor:
+    """Replace one axis of `x` by ``(positions, kernel)``, read at `index`; zero where that is the length of the axis."""
+    zero = x.new_zeros(()).expand(*(1 if a == axis else size for a, size in enumerate(x.shape)))
+    found = torch.cat([x, zero], axis).index_select(axis, index.flatten().to(x.device))
+    return found.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+
+
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, kind: type[nn.Module], groups: int, padding_mode: str, shape: dict[str, Any]
 ) -> Tensor:
     """Run one convolution of the given geometry; padding modes other than zeros pad first, as torch's layers do."""
     options = {key: value for key, value in shape.items() if key != "kernel_size"}
     if padding_mode != "zeros":
-        padding = options["padding"]
-        if padding == "valid":
-            sides = [(0, 0)] * len(shape["kernel_size"])
-        elif padding == "same":
-            spans = [d * (k - 1) for d, k in zip(options["dilation"], shape["kernel_size"], strict=True)]
-            sides = [(span // 2, span - span // 2) for span in spans]
-        else:
-            sides = [(p, p) for p in padding]
+        sides = padded_sides(options["padding"], shape["kernel_size"], options["dilation"])
         x = F.pad(x, [side for pair in reversed(sides) for side in pair], mode=padding_mode)
         options["padding"] = 0
     return cast(Tensor, CONVOLUTIONS[kind](x, weight, bias, groups=groups, **options))
@@ -199,6 +232,73 @@ class FactorizedConv(OneWeight):
         one, two = geometry(module, self.scheme)
         middle = convolve(input, first, None, base_of(self), module.groups, module.padding_mode, one)
         return convolve(middle, second, module.bias, second_kind(self, self.scheme), module.groups, self._second_mode(), two)
+
+    def input_rows(self, x: Tensor, output_shape: Sequence[int], scheme: Fold | None = None) -> Iterator[Tensor]:
+        """Yield the patches ``(groups, n, in * k...)``, or vertical ones ``(groups, n, in * kh)``, that the folded kernel meets.
+
+        One for each output position; in the spatial scheme for each output row and each column of the input that is read at all. A
+        transposed convolution meets at an output position the inputs that reach it, and zeros for the taps that fall between them.
+        """
+        module: Any = self
+        count, scheme = len(module.kernel_size), scheme or self.scheme
+        x, after = self._padded(x if x.dim() == count + 2 else x.unsqueeze(0)), output_shape[-count:]
+        axes = range(1 if scheme == "spatial" else count)
+        if scheme == "spatial":
+            x = x.index_select(3, self._columns(x.shape[3], after[1])[0].to(x.device))
+        width = module.in_channels * math.prod(module.kernel_size[axis] for axis in axes)
+        for rows in torch.split(x, self._part(after)):
+            for axis in reversed(axes):
+                rows = take(rows, 2 + axis, self._taps(axis, after[axis], rows.shape[2 + axis]))
+            taps = [3 + 2 * axis for axis in axes]
+            positions = [axis for axis in range(2, rows.dim()) if axis not in taps]
+            yield rows.permute(0, *positions, 1, *taps).reshape(-1, module.groups, width // module.groups).transpose(0, 1)
+
+    def output_rows(self, y: Tensor, input_shape: Sequence[int]) -> Iterator[Tensor]:
+        """Yield the outputs ``(groups, n, out)``; in the spatial scheme those of each horizontal offset, ``(groups, n, out * kw)``."""
+        module: Any = self
+        count, out = len(module.kernel_size), module.out_channels
+        y = y if y.dim() == count + 2 else y.unsqueeze(0)
+        for rows in torch.split(y, self._part(y.shape[2:])):
+            if self.scheme == "spatial":
+                sides = sum(self._sides()[1]) if module.padding_mode != "zeros" else 0
+                rows = take(rows, 3, self._columns(input_shape[-1] + sides, rows.shape[3])[1]).permute(0, 2, 3, 1, 4)
+                out = module.out_channels * module.kernel_size[1]
+            else:
+                rows = rows.movedim(1, -1)
+            yield rows.reshape(-1, module.groups, out // module.groups).transpose(0, 1)
+
+    def _part(self, output_size: Sequence[int]) -> int:
+        """Return how many examples to make rows of at a time."""
+        module: Any = self
+        return max(1, ROWS_SIZE // int(math.prod(output_size) * module.in_channels * math.prod(module.kernel_size)))
+
+    def _sides(self) -> list[tuple[int, int]]:
+        module: Any = self
+        return padded_sides(module.padding, module.kernel_size, module.dilation)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Pad with anything but zeros, which need not be there to be read."""
+        module: Any = self
+        if module.padding_mode == "zeros":
+            return x
+        return F.pad(x, [side for pair in reversed(self._sides()) for side in pair], mode=module.padding_mode)
+
+    def _axis(self, axis: int) -> Axis:
+        module: Any = self
+        padding = self._sides()[axis][0] if module.padding_mode == "zeros" else 0
+        return Axis(module.kernel_size[axis], module.stride[axis], module.dilation[axis], padding)
+
+    def _taps(self, axis: int, positions: int, length: int) -> Tensor:
+        """Return which input each tap of each output position reads."""
+        module: Any = self
+        return self._axis(axis).read_by(positions, length) if module.transposed else self._axis(axis).reads(positions, length)
+
+    def _columns(self, columns: int, width: int) -> tuple[Tensor, Tensor]:
+        """Return which input columns the second operation of the spatial scheme reads, and for each tap the output column it goes to."""
+        module: Any = self
+        index = self._axis(1).reads(columns, width) if module.transposed else self._axis(1).read_by(columns, width)
+        read = (index < width).any(1)
+        return read.nonzero().squeeze(1), index[read]
 
     def _second_mode(self) -> str:
         module: Any = self

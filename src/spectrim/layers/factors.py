@@ -154,11 +154,13 @@ class Factors(nn.Module):
         return (self.U * root.unsqueeze(-2)).to(self.dtype), (root.unsqueeze(-1) * self.Vh).to(self.dtype)
 
     @torch.no_grad()
-    def cut(self, choose: Callable[[Tensor], int]) -> "Factors":
-        """Re-orthogonalise exactly, then keep the largest singular values.
+    def cut(self, choose: Callable[[Tensor], int], left: Tensor | None = None, right: Tensor | None = None) -> "Factors":
+        """Re-orthogonalise exactly, then keep the largest singular values; with metrics, what is nearest in ``||L^1/2 (W - W_r) R^1/2||``.
 
         Args:
-            choose: takes the true singular values, returns how many to keep.
+            choose: takes the true singular values (of ``L^1/2 W R^1/2``), returns how many to keep.
+            left: metric of the outputs, see `linalg.weighted_svd`.
+            right: metric of the inputs.
 
         Returns:
             New factors of the chosen rank, values descending; these stay as they are. Of the two signs that a pair of singular vectors
@@ -171,10 +173,16 @@ class Factors(nn.Module):
             if not torch.isfinite(tensor).all():
                 raise LayerError(name, "holds NaN or infinite values", hint="load the last good checkpoint")
         U, S, Vh = linalg.svd_of_product(self.U, self.S, self.Vh)
+        if left is None and right is None:
+            rank = choose(linalg.pooled_spectrum(S))
+        else:
+            X, values, Y = linalg.weighted_svd(U, S, Vh, left, right)
+            rank = choose(linalg.pooled_spectrum(values))
+            if rank < values.shape[-1]:  # else nothing is cut
+                U, S, Vh = linalg.svd_of_product(X[..., :rank], torch.ones_like(S[..., :rank]), Y[..., :rank, :])
         overlap = self.U.double().mT @ U
         signs = torch.where(overlap.gather(-2, overlap.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0)
         U, Vh = U * signs, Vh * signs.mT
-        rank = choose(linalg.pooled_spectrum(S))
         cut = type(self)(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=self.dtype)
         for new, old in zip(cut.parameters(), self.parameters(), strict=True):
             new.requires_grad_(old.requires_grad)

@@ -24,6 +24,14 @@ def linear_pair(factors: Factors, bias: nn.Parameter | None, share: Share) -> nn
     return nn.Sequential(first, second)
 
 
+def linear_of(factors: Factors, bias: nn.Parameter | None) -> "FactorizedLinear":
+    """Return a factorized `Linear` that holds these very factors and this bias."""
+    out, in_ = factors.shape
+    layer = FactorizedLinear.adopt(nn.Linear(in_, out, bias=False, device="meta"), {"weight": factors}, "channel")
+    layer.register_parameter("bias", bias)
+    return layer
+
+
 class FactorizedLinear(OneWeight, nn.Linear):
     """``y = x W^T + b`` with ``W = U diag(|S|) Vh`` of ``(out_features, in_features)``."""
 

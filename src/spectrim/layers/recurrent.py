@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spectrim.layers.base import SeveralWeights, Share
+from spectrim.layers.linear import linear_of
 from spectrim.layers.plain import PlainRecurrent
 from spectrim.linalg import Fold
 
@@ -59,6 +60,16 @@ class FactorizedRecurrent(SeveralWeights):
         names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
         plain = PlainRecurrent(module.mode, weights=weights, **{name: getattr(self, name) for name in names})
         return plain.requires_grad_(any(p.requires_grad for p in self.parameters()))
+
+    def observed(self) -> PlainRecurrent:
+        """Return the same layer as a loop over time, in which every matrix is a `FactorizedLinear` of this layer's own factors."""
+        plain: Any = self.split(lambda factors, part, tensor: nn.Parameter(tensor), [name for name, _ in self.named_factors()])
+        for key, cell in plain.cells.items():
+            for part, name in (("input", "ih"), ("hidden", "hh"), ("project", "hr")):
+                pair = getattr(cell, part)
+                if pair is not None:
+                    setattr(cell, part, linear_of(self.factors_of(f"weight_{name}_{key}"), pair[1].bias))
+        return plain  # type: ignore[no-any-return]
 
     # What torch's class does with its list of weights, which here exists only for the time of a call.
     def _update_flat_weights(self) -> None:

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectrim.errors import SettingError
+from spectrim.zoo.resnet import scaled
 
 __all__ = ["LeNet5", "lenet5"]
 
@@ -20,22 +21,24 @@ class LeNet5(nn.Module):
         num_classes: width of the output, >= 1.
         in_channels: channels of the images, >= 1.
         image_size: side of the square images in pixels, >= 12.
+        width: > 0; multiplies the 6 and 16 channels and the 120 and 84 features, rounded, at least 1.
 
     Raises:
         SettingError: an argument outside these ranges.
     """
 
-    def __init__(self, num_classes: int, in_channels: int, image_size: int) -> None:
+    def __init__(self, num_classes: int, in_channels: int, image_size: int, width: float = 1.0) -> None:
         super().__init__()
         for name, value, least in (("num_classes", num_classes, 1), ("in_channels", in_channels, 1), ("image_size", image_size, 12)):
             if value < least:
                 raise SettingError("LeNet5", name, got=value, rule=f"an integer >= {least}")
+        first, second, third, fourth = scaled("LeNet5", width, 6, 16, 120, 84)
         side = (image_size // 2 - 4) // 2
-        self.conv1 = nn.Conv2d(in_channels, 6, 5, padding=2)
-        self.conv2 = nn.Conv2d(6, 16, 5)
-        self.fc1 = nn.Linear(16 * side * side, 120)
-        self.fc2 = nn.Linear(120, 84)
-        self.fc3 = nn.Linear(84, num_classes)
+        self.conv1 = nn.Conv2d(in_channels, first, 5, padding=2)
+        self.conv2 = nn.Conv2d(first, second, 5)
+        self.fc1 = nn.Linear(second * side * side, third)
+        self.fc2 = nn.Linear(third, fourth)
+        self.fc3 = nn.Linear(fourth, num_classes)
 
     def forward(self, images: Float[Tensor, "batch channels side side"]) -> Float[Tensor, "batch classes"]:
         """Return the class logits."""
@@ -45,11 +48,11 @@ class LeNet5(nn.Module):
         return logits
 
 
-def lenet5(num_classes: int = 10, in_channels: int = 1, image_size: int = 28) -> LeNet5:
-    """LeNet-5 for square images.
+def lenet5(num_classes: int = 10, in_channels: int = 1, image_size: int = 28, width: float | None = None) -> LeNet5:
+    """LeNet-5 for square images; arguments as `LeNet5`, no `width` for the network itself.
 
     Examples:
         >>> sum(p.numel() for p in lenet5().parameters())
         61706
     """
-    return LeNet5(num_classes, in_channels, image_size)
+    return LeNet5(num_classes, in_channels, image_size, 1.0 if width is None else width)

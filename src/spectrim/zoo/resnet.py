@@ -4,6 +4,7 @@ Source: He et al., CVPR 2016, section 4.2, arXiv 1512.03385; Yang et al., CVPR-W
 "110" are bottleneck networks); MLPerf Tiny, arXiv 2106.07597 (ResNet-8).
 """
 
+import math
 from typing import Literal
 
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ class SubsampleAndPad(nn.Module):
     """Shortcut option A: every second pixel, and zero channels on both sides; no parameters.
 
     Args:
-        extra: channels to add on each side, >= 0.
+        extra: channels to add, >= 0; half of them, rounded down, come first.
     """
 
     def __init__(self, extra: int) -> None:
@@ -43,12 +44,19 @@ class SubsampleAndPad(nn.Module):
         self.extra = extra
 
     def forward(self, images: Images) -> Float[Tensor, "batch wider half_height half_width"]:
-        """Return the images at half the resolution with ``2 * extra`` more channels."""
-        return F.pad(images[:, :, ::2, ::2], (0, 0, 0, 0, self.extra, self.extra))
+        """Return the images at half the resolution with `extra` more channels."""
+        return F.pad(images[:, :, ::2, ::2], (0, 0, 0, 0, self.extra // 2, self.extra - self.extra // 2))
 
     def extra_repr(self) -> str:
         """Show the padding in the printed model."""
         return f"extra={self.extra}"
+
+
+def scaled(owner: str, width: float, *channels: int) -> list[int]:
+    """Return numbers of channels multiplied by `width`, rounded, at least 1; a SettingError unless it is positive and finite."""
+    if not 0 < width < math.inf:
+        raise SettingError(owner, "width", got=width, rule="a finite number > 0")
+    return [max(1, round(width * count)) for count in channels]
 
 
 def _projection(inputs: int, outputs: int, stride: int) -> nn.Sequential:
@@ -68,7 +76,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or inputs != width:
-            self.downsample = SubsampleAndPad(width // 4) if shortcut == "A" else _projection(inputs, width, stride)
+            self.downsample = SubsampleAndPad(width - inputs) if shortcut == "A" else _projection(inputs, width, stride)
 
     def forward(self, images: Images) -> Float[Tensor, "batch outputs out_height out_width"]:
         """Return the block's feature maps."""
@@ -111,29 +119,33 @@ class CifarResNet(nn.Module):
         blocks: n, blocks in each stage, >= 1.
         num_classes: width of the output, >= 1.
         shortcut: where the shape changes: ``"A"`` (no parameters) or ``"projection"`` (1x1 convolution without bias, BatchNorm).
+        width: > 0; multiplies the 16, 32 and 64 channels, rounded, at least 1.
 
     Raises:
         SettingError: an argument outside these ranges.
     """
 
-    def __init__(self, block: type[BasicBlock] | type[Bottleneck], blocks: int, num_classes: int, shortcut: Shortcut) -> None:
+    def __init__(
+        self, block: type[BasicBlock] | type[Bottleneck], blocks: int, num_classes: int, shortcut: Shortcut, width: float = 1.0
+    ) -> None:
         super().__init__()
         if shortcut not in ("A", "projection"):
             raise SettingError("CifarResNet", "shortcut", got=shortcut, rule="'A' or 'projection'")
         for name, value in (("blocks", blocks), ("num_classes", num_classes)):
             if value < 1:
                 raise SettingError("CifarResNet", name, got=value, rule="an integer >= 1")
+        first, second, third = scaled("CifarResNet", width, 16, 32, 64)
 
         def stage(inputs: int, width: int, stride: int) -> nn.Sequential:
             outputs = width * block.expansion
             return nn.Sequential(*(block(outputs if i else inputs, width, 1 if i else stride, shortcut) for i in range(blocks)))
 
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = stage(16, 16, 1)
-        self.layer2 = stage(16 * block.expansion, 32, 2)
-        self.layer3 = stage(32 * block.expansion, 64, 2)
-        self.linear = nn.Linear(64 * block.expansion, num_classes)
+        self.conv1 = nn.Conv2d(3, first, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.layer1 = stage(first, first, 1)
+        self.layer2 = stage(first * block.expansion, second, 2)
+        self.layer3 = stage(second * block.expansion, third, 2)
+        self.linear = nn.Linear(third * block.expansion, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -146,20 +158,24 @@ class CifarResNet(nn.Module):
         return logits
 
 
-def _resnet(depth: int, num_classes: int, shortcut: Shortcut, pretrained: Literal["akamaster"] | None) -> CifarResNet:
-    model = CifarResNet(BasicBlock, (depth - 2) // 6, num_classes, shortcut)
+def _resnet(
+    depth: int, num_classes: int, shortcut: Shortcut, pretrained: Literal["akamaster"] | None, width: float | None = None
+) -> CifarResNet:
+    model = CifarResNet(BasicBlock, (depth - 2) // 6, num_classes, shortcut, 1.0 if width is None else width)
     if pretrained is None:
         return model
     if pretrained != "akamaster" or depth == 110:
         allowed = "None" if depth == 110 else "None or 'akamaster'"
         raise SettingError(f"resnet{depth}", "pretrained", got=pretrained, rule=allowed, hint="weights exist for depths 20, 32, 44, 56")
-    if shortcut != "A" or num_classes != 10:
-        got = {"shortcut": shortcut, "num_classes": num_classes}
-        raise SettingError(f"resnet{depth}", "pretrained", got=got, rule="used with shortcut='A' and num_classes=10")
+    if shortcut != "A" or num_classes != 10 or width is not None:
+        got = {"shortcut": shortcut, "num_classes": num_classes, "width": width}
+        raise SettingError(f"resnet{depth}", "pretrained", got=got, rule="used with shortcut='A' and num_classes=10 and no width")
     return load_weights(model, f"weights/cifar10_akamaster_resnet{depth}.safetensors")
 
 
-def resnet20(num_classes: int = 10, shortcut: Shortcut = "A", pretrained: Literal["akamaster"] | None = None) -> CifarResNet:
+def resnet20(
+    num_classes: int = 10, shortcut: Shortcut = "A", pretrained: Literal["akamaster"] | None = None, width: float | None = None
+) -> CifarResNet:
     """CIFAR ResNet-20: 40.55 M convolution MACs with shortcut A, 40.81 M with projections (the paper's).
 
     Args:
@@ -167,6 +183,7 @@ def resnet20(num_classes: int = 10, shortcut: Shortcut = "A", pretrained: Litera
         shortcut: ``"A"``: subsample and zero-pad; ``"projection"``: 1x1 convolution without bias, then BatchNorm.
         pretrained: ``"akamaster"`` reads the CIFAR-10 weights from the data folder (91.73 % on the test set; shortcut A, 10 classes;
             inputs from `cifar10` with ``normalize="imagenet"``). They were trained on all 50,000 training images.
+        width: > 0; multiplies every number of channels, rounded, at least 1; None for the network itself.
 
     Returns:
         The network, in training mode.
@@ -179,7 +196,7 @@ def resnet20(num_classes: int = 10, shortcut: Shortcut = "A", pretrained: Litera
         >>> sum(p.numel() for n, p in resnet20(shortcut="projection").named_parameters() if p.ndim == 4)
         270256
     """
-    return _resnet(20, num_classes, shortcut, pretrained)
+    return _resnet(20, num_classes, shortcut, pretrained, width)
 
 
 def resnet32(num_classes: int = 10, shortcut: Shortcut = "A", pretrained: Literal["akamaster"] | None = None) -> CifarResNet:
@@ -192,9 +209,11 @@ def resnet44(num_classes: int = 10, shortcut: Shortcut = "A", pretrained: Litera
     return _resnet(44, num_classes, shortcut, pretrained)
 
 
-def resnet56(num_classes: int = 10, shortcut: Shortcut = "A", pretrained: Literal["akamaster"] | None = None) -> CifarResNet:
+def resnet56(
+    num_classes: int = 10, shortcut: Shortcut = "A", pretrained: Literal["akamaster"] | None = None, width: float | None = None
+) -> CifarResNet:
     """CIFAR ResNet-56; arguments as `resnet20`, pretrained 93.39 %."""
-    return _resnet(56, num_classes, shortcut, pretrained)
+    return _resnet(56, num_classes, shortcut, pretrained, width)
 
 
 def resnet110(num_classes: int = 10, shortcut: Shortcut = "A", pretrained: None = None) -> CifarResNet:
@@ -213,12 +232,12 @@ def bottleneck110(num_classes: int = 10) -> CifarResNet:
 
 
 class _TinyStem(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 16, 3, 1, 1)
-        self.bn = nn.BatchNorm2d(16, eps=1e-3)
+        self.conv = nn.Conv2d(3, width, 3, 1, 1)
+        self.bn = nn.BatchNorm2d(width, eps=1e-3)
 
-    def forward(self, images: Images) -> Float[Tensor, "batch 16 height width"]:
+    def forward(self, images: Images) -> Float[Tensor, "batch outputs height width"]:
         return F.relu(self.bn(self.conv(images)))
 
 
@@ -240,15 +259,23 @@ class _TinyBlock(nn.Module):
 
 
 class ResNet8(nn.Module):
-    """MLPerf Tiny's ResNet-8: three residual blocks of widths 16, 32, 64; convolutions have biases; input is raw 0..255 RGB."""
+    """MLPerf Tiny's ResNet-8: three residual blocks of widths 16, 32, 64; convolutions have biases; input is raw 0..255 RGB.
 
-    def __init__(self) -> None:
+    Args:
+        width: > 0; multiplies every number of channels, rounded, at least 1.
+
+    Raises:
+        SettingError: for another width.
+    """
+
+    def __init__(self, width: float = 1.0) -> None:
         super().__init__()
-        self.stem = _TinyStem()
-        self.block1 = _TinyBlock(16, 16, 1)
-        self.block2 = _TinyBlock(16, 32, 2)
-        self.block3 = _TinyBlock(32, 64, 2)
-        self.linear = nn.Linear(64, 10)
+        first, second, third = scaled("ResNet8", width, 16, 32, 64)
+        self.stem = _TinyStem(first)
+        self.block1 = _TinyBlock(first, first, 1)
+        self.block2 = _TinyBlock(first, second, 2)
+        self.block3 = _TinyBlock(second, third, 2)
+        self.linear = nn.Linear(third, 10)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -260,15 +287,19 @@ class ResNet8(nn.Module):
         return logits
 
 
-def mlperftiny_resnet8(pretrained: bool = False) -> ResNet8:
+def mlperftiny_resnet8(pretrained: bool = False, width: float | None = None) -> ResNet8:
     """MLPerf Tiny's image classification network: 12.5 M MACs.
 
     Args:
         pretrained: read the CIFAR-10 weights from the data folder (87.21 % on the test set); inputs from `cifar10` with
             ``normalize="raw"``.
+        width: > 0; multiplies every number of channels, rounded, at least 1; None for the network itself.
 
     Raises:
+        SettingError: another width, or any with pretrained weights.
         FormatError: the weights are missing or are not this network's.
     """
-    model = ResNet8()
+    if pretrained and width is not None:
+        raise SettingError("mlperftiny_resnet8", "width", got=width, rule="None with pretrained=True")
+    model = ResNet8(1.0 if width is None else width)
     return load_weights(model, "weights/cifar10_mlperftiny_resnet8.safetensors") if pretrained else model

@@ -1,0 +1,415 @@
+"""The verbs in order, for the person who wants one call: `compress`."""
+
+import copy
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
+
+from spectrim.allocate import Budget, allocate
+from spectrim.calibration import Calibration, calibrate
+from spectrim.checkpoint import load, save
+from spectrim.correction import correct, recalibrate
+from spectrim.errors import FormatError, SettingError
+from spectrim.factorize import Scheme, factorize, merge
+from spectrim.files import write_text
+from spectrim.fit import Distillation, History, Loss, Precision, fit
+from spectrim.importance import LossSensitivity, WhitenedEnergy
+from spectrim.layers import named_factors
+from spectrim.measure import Measurement, call_model, compare_latency, compare_table, evaluate, evaluating, measure, one_example
+from spectrim.penalties import Orthogonality
+from spectrim.protocols import Importance, Latencies, LayerFilter, Penalty, RankSchedule
+from spectrim.prune import prune, prune_
+from spectrim.schedule import Squeeze
+from spectrim.surgery import Coverage, coverage
+
+Cut = Literal["auto", "plain", "whitened", "sensitive"]
+
+RESULT, SETTINGS, CUT = "result.json", "settings.json", "cut.json"
+LEARNING_RATE = 1e-3
+"""Of the default optimizer, Adam."""
+
+WARMUP = 0.2
+"""Share of the steps in which the learning rate rises; it falls along a cosine to zero in the rest."""
+
+
+@dataclass
+class Compressed:
+    """What `compress` made, and what it cost.
+
+    Attributes:
+        model: `torch.nn` layers only, in eval mode: what is shipped.
+        low: the same network before `merge`, factorized: to train on, to cut further, to `save`.
+        measured: ``dense`` and ``final``: costs, latency side by side, and loss and accuracy on the evaluation split where one was given.
+        scores: loss and accuracy on the evaluation split by stage: ``dense``, ``cut``, ``recalibrated``, ``corrected``, ``final``; what
+            did not happen is missing.
+        cut: how the cut was made.
+        history: of the fine-tuning; empty without epochs.
+        coverage: each layer: factorized, or why not; and what `merge` wrote.
+        settings: what was asked for, as plain data.
+    """
+
+    model: nn.Module
+    low: nn.Module
+    measured: dict[str, Measurement]
+    scores: dict[str, dict[str, float]]
+    cut: str
+    history: History
+    coverage: Coverage
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each factorized weight; `prune` takes it."""
+        return {name: factors.rank for name, factors in named_factors(self.low)}
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Everything but the networks, as plain data for JSON."""
+        measured = {name: entry.to_dict() for name, entry in self.measured.items()}
+        measured["final"]["ranks"] = self.ranks
+        rest = {"scores": self.scores, "cut": self.cut, "history": self.history.to_dict(), "settings": self.settings}
+        return measured | rest | {"coverage": [vars(line) for line in self.coverage]}
+
+    def summary(self) -> str:
+        """Return a table of the dense and the low-rank network side by side."""
+        return compare_table({"dense": self.measured["dense"], "low-rank": self.measured["final"]})
+
+    def stages(self) -> str:
+        """Return one line for each stage that was scored, and how the cut was made."""
+        lines = [f"{stage:14}" + ", ".join(f"{name} {value:.4g}" for name, value in found.items()) for stage, found in self.scores.items()]
+        return "\n".join([f"cut: {self.cut}", *lines])
+
+
+def compress(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Loss,
+    budget: Budget,
+    epochs: int = 0,
+    *,
+    example_inputs: Any = None,
+    eval_data: Iterable[Any] | None = None,
+    scheme: Scheme = "auto",
+    where: LayerFilter | None = None,
+    cut: Cut = "auto",
+    importance: Importance | None = None,
+    squeeze: float = 0.0,
+    distill: Distillation | Literal["auto"] | None = "auto",
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+    penalties: Sequence[Penalty] = (),
+    clip: float | None = None,
+    precision: Precision = "no",
+    examples: int = 1024,
+    latency: Latencies | None = None,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> Compressed:
+    """Return a smaller, faster network of ordinary layers within a budget: factorize, allocate, cut, fine-tune, merge, measure.
+
+    Without epochs nothing is trained: ranks and factors come from second moments on some training examples, each layer is then refitted
+    to the dense network's outputs by least squares, and BatchNorm statistics are renewed. With epochs the cut network is fine-tuned, by
+    default with the dense network as its teacher.
+
+    Args:
+        model: dense and trained; it is left untouched.
+        data: the training split, batches ``(inputs, target)`` anew at each pass.
+        loss: ``(output, target) -> scalar``, a mean over examples.
+        budget: what the whole network may keep.
+        epochs: passes over `data`, >= 0; 0 for calibration only.
+        example_inputs: one batch for costs and latency; the first example of `data` when omitted.
+        eval_data: the validation split: scores at each stage, and what ``cut="auto"`` judges by.
+        scheme: how convolution kernels are folded, see `factorize`.
+        where: selects layers, see `factorize`.
+        cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
+            examples; ``sensitive`` what changes the loss least to second order. ``auto`` makes all three and keeps the one with the lowest
+            loss, on `eval_data` or else on the examples, before any fine-tuning.
+        importance: ranks by this instead of the importance that belongs to the cut.
+        squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
+        distill: how to learn from the dense network while fine-tuning; ``auto`` does (temperature 4, 0.7 of the loss) where outputs are
+            scores of classes and targets are their numbers, else not. None for never.
+        optimizer: makes an optimizer from parameters; Adam with rate 0.001 when omitted. Its rate rises for a fifth of the steps and
+            falls along a cosine to zero.
+        penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`.
+        clip: largest norm of the gradient, see `fit`.
+        precision: of fine-tuning, see `fit`.
+        examples: how many training examples calibrate, >= 1.
+        latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
+        folder: for the cut network, checkpoints, the final network and ``result.json``; a stopped call goes on from there. None for none.
+        progress: whether to show progress, on stderr.
+
+    Returns:
+        The networks, their measurements side by side, and how they came about.
+
+    Raises:
+        SettingError: for a setting outside its range, or a budget that no ranks reach (the smallest reachable is named).
+        LayerError: when nothing can be factorized.
+        FormatError: when `folder` holds another call's work.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+        >>> data = [(torch.randn(32, 16), torch.randint(16, (32,))) for _ in range(4)]
+        >>> everything = lambda name, module: True
+        >>> made = compress(model, data, nn.CrossEntropyLoss(), Budget(macs=0.5), where=everything, progress=False)
+        >>> made.measured["final"].macs <= 256
+        True
+    """
+    if epochs < 0:
+        raise SettingError("compress", "epochs", got=epochs, rule=">= 0")
+    if not 0 <= squeeze < 1:
+        raise SettingError("compress", "squeeze", got=squeeze, rule="a share of the epochs in [0, 1)")
+    if cut not in ("auto", "plain", "whitened", "sensitive"):
+        raise SettingError("compress", "cut", got=cut, rule="'auto', 'plain', 'whitened' or 'sensitive'")
+    if examples < 1:
+        raise SettingError("compress", "examples", got=examples, rule=">= 1")
+    store = _Store(None if folder is None else Path(folder))
+    teaching = distill if isinstance(distill, str) or distill is None else {"temperature": distill.temperature, "weight": distill.weight}
+    store.claim(
+        budget=repr(budget),
+        epochs=epochs,
+        scheme=scheme,
+        cut=cut,
+        importance=None if importance is None else repr(importance),
+        squeeze=squeeze,
+        distill=teaching,
+        penalties=[repr(penalty) for penalty in penalties],
+        clip=clip,
+        precision=precision,
+        examples=examples,
+    )
+    inputs = one_example(data) if example_inputs is None else example_inputs
+    known = list(first_examples(data, examples))
+    dense = copy.deepcopy(model)
+    cutter = _Cutter(dense, loss, budget, inputs, known, known if eval_data is None else eval_data, importance, latency)
+    scores, history = {"dense": cutter.score(dense)}, History()
+    low = factorize(dense, scheme, where, progress=progress)
+    teacher = teacher_for(dense, known[0]) if distill == "auto" else distill
+    tuner = _Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, store, progress)
+    training = round(epochs * squeeze)
+    if training:
+        how = "squeezed"
+        tuner.start(low)
+        history = tuner.run(low, training, [Orthogonality(), *penalties], "squeeze", Squeeze(budget, end=1.0, cut=False))
+        scores["squeezed"] = cutter.score(low)
+        prune_(low, allocate(low, budget, inputs, importance=importance, latency=latency), tuner.optimizer)
+        scores["cut"] = cutter.score(low)
+        recalibrate(low, known)
+        scores["recalibrated"] = cutter.score(low)
+    else:
+        low, how, found = store.cut(dense, lambda: cutter.cut(low, cut, refit=not epochs))
+        scores |= found
+        tuner.start(low)
+    if epochs > training:
+        rest = tuner.run(low, epochs - training, penalties, "finetune")
+        history = History(history.epochs + rest.epochs, history.cuts + rest.cuts)
+        scores["final"] = cutter.score(low)
+    low.eval()
+    final = merge(low, latency=latency)
+    measured = compare({"dense": dense.eval(), "final": final}, inputs, cutter.judged, loss)
+    made = Compressed(final, low, measured, scores, how, history, coverage(low, where, latency=latency), store.settings)
+    store.finish(made)
+    return made
+
+
+def first_examples(data: Iterable[Any], count: int) -> Iterator[Any]:
+    """Yield batches until they hold `count` examples; the last one is whole."""
+    seen = 0
+    for batch in data:
+        yield batch
+        seen += len(batch[1])
+        if seen >= count:
+            return
+
+
+def teacher_for(dense: nn.Module, batch: tuple[Any, Tensor]) -> Distillation | None:
+    """Return distillation from the dense network where outputs are scores of classes and targets are their numbers, else None.
+
+    The axis of the classes is the one without which the output has the target's shape.
+    """
+    inputs, target = batch
+    with evaluating(dense):
+        output = call_model(dense, inputs)
+    if not (isinstance(output, Tensor) and isinstance(target, Tensor)) or target.is_floating_point() or not output.is_floating_point():
+        return None
+    axes = [axis for axis in (1, output.dim() - 1) if output.dim() > 1 and output.shape[:axis] + output.shape[axis + 1 :] == target.shape]
+    return Distillation(copy.deepcopy(dense), dim=axes[0]) if axes else None
+
+
+def compare(models: Mapping[str, nn.Module], inputs: Any, data: Iterable[Any], loss: Loss) -> dict[str, Measurement]:
+    """Measure networks side by side: costs and latency on `inputs`, loss and accuracy on `data`."""
+    speed = compare_latency(models, inputs)
+    measured = {name: measure(model, inputs, data=data, loss=loss, latency=False) for name, model in models.items()}
+    return {
+        name: replace(entry, latency_s=s.median_s, latency_iqr_s=s.iqr_s, batch=s.batch, threads=s.threads)
+        for (name, entry), s in zip(measured.items(), speed.values(), strict=True)
+    }
+
+
+@dataclass(frozen=True)
+class _Cutter:
+    """Cuts a factorized network to the budget and scores it."""
+
+    dense: nn.Module
+    loss: Loss
+    budget: Budget
+    inputs: Any
+    known: list[Any]
+    judged: Iterable[Any]
+    importance: Importance | None
+    latency: Latencies | None
+
+    def score(self, network: nn.Module) -> dict[str, float]:
+        return evaluate(network, self.judged, self.loss)
+
+    def cut(self, full: nn.Module, cut: Cut, refit: bool) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
+        """Return the network cut as asked, or in the way that scores best, with that way's name and its scores by stage."""
+        kinds = ("plain", "whitened", "sensitive") if cut == "auto" else (cut,)
+        moments = calibrate(full, self.known, self.loss) if kinds != ("plain",) else None
+        best: tuple[nn.Module, str, dict[str, dict[str, float]]] | None = None
+        for kind in kinds:
+            network, scores = self._stages(full, *self._way(kind, moments), refit)
+            if best is None or _last(scores) < _last(best[2]):
+                best = network, kind, scores
+        assert best is not None
+        return best
+
+    def _way(self, kind: str, moments: Calibration | None) -> tuple[Importance | None, Calibration | None]:
+        """Return the importance and the metric of one way to cut."""
+        if kind == "plain" or moments is None:
+            return self.importance, None
+        if kind == "whitened":
+            moments = replace(moments, outputs={}, slopes={})
+            return self.importance or WhitenedEnergy(moments), moments
+        return self.importance or LossSensitivity(moments), moments
+
+    def _stages(
+        self, full: nn.Module, importance: Importance | None, metric: Calibration | None, refit: bool
+    ) -> tuple[nn.Module, dict[str, dict[str, float]]]:
+        """Cut, renew the statistics of BatchNorm, and where asked refit the factors; keep the refit only where it scores better."""
+        network = prune(full, allocate(full, self.budget, self.inputs, importance=importance, latency=self.latency), calibration=metric)
+        scores = {"cut": self.score(network)}
+        refitted = correct(network, self.dense, self.known) if refit else None
+        recalibrate(network, self.known)
+        scores["recalibrated"] = self.score(network)
+        if refitted is not None:
+            recalibrate(refitted, self.known)
+            found = self.score(refitted)
+            if found["loss"] < scores["recalibrated"]["loss"]:
+                return refitted, scores | {"corrected": found}
+        return network, scores
+
+
+def _last(scores: dict[str, dict[str, float]]) -> float:
+    return list(scores.values())[-1]["loss"]
+
+
+@dataclass
+class _Tuner:
+    """Trains a network in one or several goes of a single schedule."""
+
+    data: Iterable[Any]
+    loss: Loss
+    epochs: int
+    make: Callable[[Iterable[nn.Parameter]], Optimizer] | None
+    teacher: Distillation | None
+    eval_data: Iterable[Any] | None
+    clip: float | None
+    precision: Precision
+    store: "_Store"
+    progress: bool
+    optimizer: Optimizer = field(init=False)
+    scheduler: OneCycleLR = field(init=False)
+    done: int = field(init=False, default=0)
+
+    def start(self, network: nn.Module) -> None:
+        """Make the optimizer and its schedule over all epochs."""
+        parameters = [p for p in network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(parameters, LEARNING_RATE) if self.make is None else self.make(parameters)
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        steps = max(1, self.epochs * len(self.data))  # type: ignore[arg-type]
+        rise = WARMUP if WARMUP * steps != 1 else 2 * WARMUP  # torch divides by the steps of the rise less one
+        self.scheduler = OneCycleLR(self.optimizer, rates, steps, pct_start=rise, cycle_momentum=False)
+
+    def run(self, network: nn.Module, epochs: int, penalties: Sequence[Penalty], name: str, ranks: RankSchedule | None = None) -> History:
+        """Train for some epochs, which follow those of earlier goes."""
+        history = fit(
+            network, _From(self.data, self.done), self.loss, self.optimizer, epochs, penalties=penalties, eval_data=self.eval_data,
+            scheduler=self.scheduler, scheduler_steps="batch", distill=self.teacher, clip=self.clip, precision=self.precision,
+            rank_schedule=ranks, checkpoint=self.store.path(name), progress=self.progress,
+        )  # fmt: skip
+        self.done += epochs
+        return history
+
+
+class _From:
+    """Batches whose epochs are numbered from `first`."""
+
+    sampler = None  # `fit` would number its epochs from 0
+
+    def __init__(self, data: Any, first: int) -> None:
+        self.data, self.first = data, first
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.data, name)  # its generator and its sampler, which a checkpoint keeps
+
+    def set_epoch(self, epoch: int) -> None:
+        parts: tuple[Any, ...] = (self.data, getattr(self.data, "sampler", None))
+        for part in parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(self.first + epoch)
+
+
+@dataclass
+class _Store:
+    """The folder of one call, or nothing."""
+
+    folder: Path | None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, name: str) -> Path | None:
+        return None if self.folder is None else self.folder / name
+
+    def claim(self, **settings: Any) -> None:
+        """Take the folder for these settings; refuse one that holds another call's work."""
+        self.settings = settings
+        path = self.path(SETTINGS)
+        if path is None:
+            return
+        if path.exists() and (held := json.loads(path.read_text(encoding="utf-8"))) != settings:
+            other = ", ".join(sorted(name for name in settings if held.get(name) != settings[name]))
+            raise FormatError(path.parent, f"holds a call with another {other}", hint="choose another folder, or delete this one")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(settings, indent=1))
+
+    def cut(
+        self, dense: nn.Module, work: Callable[[], tuple[nn.Module, str, dict[str, dict[str, float]]]]
+    ) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
+        """Return the cut network of an earlier, stopped call, or make it and keep it."""
+        folder = self.path("cut")
+        if folder is not None and (folder / CUT).exists():
+            found = json.loads((folder / CUT).read_text(encoding="utf-8"))
+            return load(folder, dense), found["how"], found["scores"]
+        network, how, scores = work()
+        if folder is not None:
+            save(network, folder)
+            write_text(folder / CUT, json.dumps({"how": how, "scores": scores}))
+        return network, how, scores
+
+    def finish(self, made: Compressed) -> None:
+        """Write the networks and the result."""
+        if self.folder is not None:
+            save(made.low, self.folder / "low")
+            save(made.model, self.folder / "final")
+            write_text(self.folder / RESULT, json.dumps(made.report, indent=1) + "\n")

@@ -1,0 +1,236 @@
+"""What the page shows, as plain data: a plan made compact, and what a run's folder holds."""
+
+import base64
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spectrim.errors import FormatError
+from spectrim.measure import Measurement
+from spectrim.plan import Plan, WeightPlan
+
+CHOICES = 600_000
+"""Most numbers of harm in a page, about 3 MB; above it, ranks go in steps."""
+
+POINTS = 120
+"""Most singular values drawn of one spectrum."""
+
+KNOWN = ("loss", "mean_rank", "learning_rate", "examples_per_s", "seconds")
+"""What a line of the training log holds beside penalties and ``eval_*``."""
+
+LABELS = {"final": "low-rank", "truncated": "truncated SVD", "continued": "dense, trained on"}
+
+
+def plan_data(plan: Plan) -> dict[str, Any]:
+    """Return a plan as compact plain data: harms of the ranks to choose from as base64 of 32-bit floats, costs as slopes.
+
+    Ranks above the break-even cost what the dense weight costs and lose more, so of them only the highest is a choice.
+
+    Args:
+        plan: from `spectrim.plan`.
+    """
+    step, methods = _step(plan), list(plan.weights[0].harms) if plan.weights else []
+    return {
+        "importance": plan.importance,
+        "importances": methods,
+        "step": step,
+        "dense": vars(plan.dense),
+        "fixed": vars(plan.fixed),
+        "settings": dict(plan.settings),
+        "weights": [_weight(weight, methods, step) for weight in plan.weights],
+        "skipped": [vars(layer) for layer in plan.skipped],
+        "budgets": [{**vars(row), "totals": row.totals and vars(row.totals)} for row in plan.budgets],
+    }
+
+
+def _step(plan: Plan) -> int:
+    """Return the smallest power of two that keeps the page small."""
+    step = 1
+    while sum(len(_choices(weight, step)) * len(weight.harms) for weight in plan.weights) > CHOICES:
+        step *= 2
+    return step
+
+
+def _choices(weight: WeightPlan, step: int) -> list[int]:
+    held, multiple = len(weight.macs), weight.multiple * step
+    start = multiple if multiple < held else held
+    ranks = [rank for rank in range(start, held, multiple) if rank <= weight.break_even]
+    if step > 1 and held > 1:
+        ranks = [weight.multiple, *ranks] if weight.multiple < start else ranks  # the smallest network stays reachable
+    return [*ranks, held]
+
+
+def _weight(weight: WeightPlan, methods: Sequence[str], step: int) -> dict[str, Any]:
+    ranks = _choices(weight, step)
+    harms = {name: _packed(weight.harms[name][rank] for rank in ranks) for name in methods}
+    shown = sorted({round(place) for place in np.linspace(0, len(weight.spectrum) - 1, min(POINTS, len(weight.spectrum))).tolist()})
+    return {
+        "name": weight.name,
+        "kind": weight.kind,
+        "scheme": weight.scheme,
+        "shape": list(weight.shape),
+        "blocks": weight.blocks,
+        "held": len(weight.macs),
+        "breakEven": weight.break_even,
+        "bytes": weight.element_bytes,
+        "ranks": _runs(ranks),
+        "harms": harms,
+        "macs": _costs(weight.macs, ranks),
+        "params": _costs(weight.params, ranks),
+        "seconds": None if weight.seconds is None else _costs(weight.seconds, ranks),
+        "dense": {"macs": weight.dense_macs, "params": weight.dense_params, "seconds": weight.dense_seconds},
+        "spectrum": [[place + 1, float(f"{weight.spectrum[place]:.4g}")] for place in shown],
+    }
+
+
+def _runs(ranks: Sequence[int]) -> list[int]:
+    """Return ``[first, step, count, last]`` where all but the last are evenly spaced, else the ranks themselves behind a 0."""
+    head = list(ranks[:-1])
+    step = head[1] - head[0] if len(head) > 1 else 1
+    even = all(b - a == step for a, b in itertools.pairwise(head))
+    return [head[0] if head else 1, step, len(head), ranks[-1]] if even else [0, *ranks]
+
+
+def _packed(values: Iterable[float]) -> str:
+    return base64.b64encode(np.fromiter(values, dtype="<f4").tobytes()).decode()
+
+
+def _costs(table: Sequence[float | int], ranks: Sequence[int]) -> list[float | int]:
+    """Return ``[slope, last]`` where the cost is proportional to the rank up to the last choice, else every cost behind a -1."""
+    values = [table[rank - 1] for rank in ranks]
+    slope = values[0] / ranks[0]
+    if len(ranks) > 1 and all(value == slope * rank for value, rank in zip(values[:-1], ranks[:-1], strict=True)):
+        return [slope, values[-1]]
+    return [-1, *values]
+
+
+def run_data(folder: Path) -> dict[str, Any]:
+    """Return what a run's folder holds: results, logs of every stage, the recipe.
+
+    Args:
+        folder: with ``recipe.yaml``; the rest may still be missing.
+
+    Raises:
+        FormatError: when it is not the folder of a run, or a file in it is damaged.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise FormatError(folder, "is not the folder of a run: it has no recipe.yaml", hint="pass what spectrim run --out wrote, or a plan")
+    result = _json(folder / "result.json")
+    stages = {}
+    for path in sorted(folder.glob("*/stage.json")):
+        state = _json(path)
+        if path.parent.name != "measure" and state.get("finished"):
+            stages[path.parent.name] = state["numbers"]
+    return {
+        "name": folder.resolve().name,
+        "recipe": (folder / "recipe.yaml").read_text(encoding="utf-8"),
+        "environment": result.get("environment", {}),
+        "measured": {LABELS.get(name, name): entry for name, entry in result.items() if isinstance(entry, dict) and "size_bytes" in entry},
+        "stages": [_stage(name, numbers) for name, numbers in stages.items()],
+        "ranks": _ranks(result, stages),
+        "spectra": _spectra(stages),
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Return a JSON file's mapping; nothing when there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(path, f"is damaged ({error})", hint="the same run command writes it anew") from error
+    if not isinstance(values, dict):
+        raise FormatError(path, "is damaged: not a mapping", hint="the same run command writes it anew")
+    return values
+
+
+def _stage(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one stage: its phases, each a list of epochs, its values on the validation split, its seconds."""
+    logs = numbers.get("phases") or [numbers.get("epochs") or []]
+    phases = [entry["epochs"] if isinstance(entry, dict) else entry for entry in logs]
+    cuts = [cut for entry in [*logs, numbers] if isinstance(entry, dict) for cut in entry.get("cuts") or []]
+    validated = {key: numbers[key] for key in ("val_cut", "val_recalibrated", "val") if key in numbers}
+    return {"name": name, "phases": [phase for phase in phases if phase], "cuts": cuts, "val": validated, "seconds": numbers.get("seconds")}
+
+
+def _ranks(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    final = result.get("final") or {}
+    found: dict[str, int] = final.get("ranks") or next((numbers["ranks"] for numbers in stages.values() if "ranks" in numbers), {})
+    return dict(found)
+
+
+def _spectra(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, list[list[float | int]]]:
+    """Return the spectra before the cut, thinned out for drawing."""
+    found: dict[str, list[list[float | int]]] = {}
+    for name, values in next((numbers["spectra"] for numbers in stages.values() if "spectra" in numbers), {}).items():
+        shown = sorted({round(place) for place in np.linspace(0, len(values) - 1, min(POINTS, len(values))).tolist()})
+        found[name] = [[place + 1, float(f"{values[place]:.4g}")] for place in shown]
+    return found
+
+
+def measurements(run: Mapping[str, Any]) -> dict[str, Measurement]:
+    """Return the measured networks of `run_data` by their labels."""
+    return {name: Measurement.from_dict(entry) for name, entry in run["measured"].items()}
+
+
+def shortfalls(plan: Plan | None, run: Mapping[str, Any] | None) -> list[str]:
+    """Return in sentences what did not come out as one would want.
+
+    Args:
+        plan: of the network, if there is one.
+        run: from `run_data`, if there is one.
+    """
+    found = []
+    if plan is not None:
+        found += [f"Budget {_limits(row.budget)}: {row.problem}" for row in plan.budgets if row.totals is None]
+    if run is not None and not run["measured"]:
+        found.append("The run is not finished: nothing is measured yet.")
+    elif run is not None:
+        found += _measured_shortfalls(measurements(run))
+        found += _cut_shortfalls(run["stages"])
+    return found
+
+
+def _limits(budget: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}={value:g}" for name, value in budget.items())
+
+
+def _measured_shortfalls(measured: Mapping[str, Measurement]) -> list[str]:
+    found: list[str] = []
+    dense, final = measured.get("dense"), measured.get("low-rank")
+    if dense is None or final is None:
+        return found
+    if dense.accuracy is not None and final.accuracy is not None and final.accuracy < dense.accuracy:
+        found.append(f"{100 * (dense.accuracy - final.accuracy):.2f} points of accuracy below the dense network.")
+    elif dense.accuracy is None and dense.loss is not None and final.loss is not None and final.loss > dense.loss:
+        found.append(f"A loss {final.loss - dense.loss:.4f} above that of the dense network.")
+    if dense.latency_s and final.latency_s and (dense.batch, dense.threads) == (final.batch, final.threads):
+        gain, spread = dense.latency_s - final.latency_s, max(dense.latency_iqr_s or 0, final.latency_iqr_s or 0)
+        if gain <= 0:
+            found.append(f"Slower than the dense network: {1e3 * final.latency_s:.3f} against {1e3 * dense.latency_s:.3f} ms.")
+        elif gain < spread:
+            found.append(f"The gain in latency, {1e3 * gain:.3f} ms, lies within the spread of the measurement, {1e3 * spread:.3f} ms.")
+    other = measured.get("truncated SVD")
+    if other is not None and other.accuracy is not None and final.accuracy is not None and other.accuracy > final.accuracy:
+        found.append(f"Plain truncated SVD with fine-tuning is {100 * (other.accuracy - final.accuracy):.2f} points better.")
+    return found
+
+
+def _cut_shortfalls(stages: Iterable[Mapping[str, Any]]) -> list[str]:
+    found: list[str] = []
+    before = None
+    for stage in stages:
+        if stage["name"].startswith("b"):
+            continue
+        after = stage["val"].get("val_cut", {}).get("accuracy")
+        if after is not None and before is not None and before - after > 0.01:
+            found.append(
+                f"The cut alone cost {100 * (before - after):.1f} points on the validation split, before recalibration and fine-tuning."
+            )
+        before = stage["val"].get("val", {}).get("accuracy", before)
+    return found

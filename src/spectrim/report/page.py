@@ -1,0 +1,149 @@
+"""Writing the page and the text."""
+
+import html
+import json
+import os
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from spectrim.errors import FormatError
+from spectrim.measure import compare_table
+from spectrim.plan import Plan
+from spectrim.report.data import LABELS, measurements, plan_data, run_data, shortfalls
+
+PLAN = "plan.json"
+"""Name of the plan in a run's folder."""
+
+PAGE = "report.html"
+"""Name of the page in a run's folder."""
+
+
+def write_report(source: Plan | str | Path, path: str | Path | None = None, *, result: Mapping[str, Any] | None = None) -> Path:
+    """Write one HTML page that needs nothing else: no server, no network, no other file.
+
+    Args:
+        source: a `Plan`, the file that `Plan.save` wrote, or the folder of a run (with its ``plan.json`` where there is one).
+        path: of the page; beside the plan's file or in the run's folder when omitted.
+        result: measured networks to show beside a plan, by name, as `Measurement.to_dict` gives them: ``dense``, ``final``, ...
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FormatError: when `source` is neither, or is damaged, and for a `Plan` without a path.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from spectrim.plan import plan
+        >>> found = plan(torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.zeros(1, 8), budgets=[0.5])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_report(found, folder + "/plan.html").read_text().startswith("<!doctype html>")
+        True
+    """
+    plan, run = _read(source, result)
+    if path is None and isinstance(source, Plan):
+        raise FormatError("report", "has no path", hint="write_report(plan, 'plan.html')")
+    target = Path(path) if path is not None else _beside(Path(str(source)))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    temporary.write_text(_page(plan, run), encoding="utf-8")
+    os.replace(temporary, target)
+    return target
+
+
+def text_report(source: Plan | str | Path, *, result: Mapping[str, Any] | None = None) -> str:
+    """Return the essentials of the page as text.
+
+    Args:
+        source: as for `write_report`.
+        result: as for `write_report`.
+
+    Raises:
+        FormatError: as `write_report`.
+    """
+    return _text(*_read(source, result))
+
+
+def _beside(source: Path) -> Path:
+    return source / PAGE if source.is_dir() else source.with_suffix(".html")
+
+
+def _read(source: Plan | str | Path, result: Mapping[str, Any] | None) -> tuple[Plan | None, dict[str, Any] | None]:
+    """Return the plan and the run's data, whichever there is."""
+    if not isinstance(source, Plan) and Path(source).is_dir():
+        folder = Path(source)
+        return Plan.load(folder / PLAN) if (folder / PLAN).is_file() else None, run_data(folder)
+    if not isinstance(source, Plan) and not Path(source).is_file():
+        raise FormatError(source, "does not exist", hint="pass the folder of a run, or what spectrim plan --out wrote")
+    plan = source if isinstance(source, Plan) else Plan.load(source)
+    if result is None:
+        return plan, None
+    measured = {
+        LABELS.get(name, name): dict(entry) for name, entry in result.items() if isinstance(entry, Mapping) and "size_bytes" in entry
+    }
+    ranks = measured.get("low-rank", {}).get("ranks", {})
+    return plan, {"name": "", "recipe": "", "environment": {}, "measured": measured, "stages": [], "ranks": ranks, "spectra": {}}
+
+
+def _page(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
+    title = (run or {}).get("name") or (plan.settings.get("model", "plan") if plan else "report")
+    data = {"title": title, "plan": plan_data(plan) if plan else None, "run": run, "shortfalls": shortfalls(plan, run)}
+    folder = files("spectrim.report")
+    parts = {
+        "title": html.escape(str(title)),
+        "style": (folder / "page.css").read_text(encoding="utf-8"),
+        "script": "".join((folder / name).read_text(encoding="utf-8") for name in ("knapsack.js", "page.js")),
+        "data": escaped_json(data),
+        "text": html.escape(_text(plan, run)),
+    }
+    page = (folder / "page.html").read_text(encoding="utf-8")
+    pieces = page.split("%%")  # odd pieces name a part: nothing inside the parts is looked at
+    return "".join(parts[piece] if index % 2 else piece for index, piece in enumerate(pieces))
+
+
+def escaped_json(data: Any) -> str:
+    r"""Return JSON that no HTML parser can take for the end of a script; infinite numbers and NaN become null.
+
+    Examples:
+        >>> escaped_json("</script>")
+        '"\\u003c/script\\u003e"'
+    """
+    text = json.dumps(_finite(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _finite(node: Any) -> Any:
+    if isinstance(node, Mapping):
+        return {str(key): _finite(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [_finite(value) for value in node]
+    if isinstance(node, float) and (node != node or node in (float("inf"), float("-inf"))):
+        return None
+    return node
+
+
+def _text(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
+    parts = []
+    if run is not None and run["measured"]:
+        parts.append(compare_table(measurements(run)))
+    fell_short = shortfalls(None, run) if plan else shortfalls(plan, run)  # a plan's own text names its budgets that cannot be met
+    if fell_short:
+        parts.append("\n".join(["What fell short:", *(f"- {line}" for line in fell_short)]))
+    if run is not None:
+        lines = [line for stage in run["stages"] for line in _stage_lines(stage)]
+        parts.append("\n".join(["Validation split:", *lines]) if lines else "")
+        if run["ranks"]:
+            parts.append("\n".join(["Ranks:", *(f"  {name}: {rank}" for name, rank in run["ranks"].items())]))
+    if plan is not None:
+        parts.append(str(plan))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _stage_lines(stage: Mapping[str, Any]) -> list[str]:
+    names = {"val_cut": "right after the cut", "val_recalibrated": "BatchNorm recalibrated", "val": "at the end"}
+    return [
+        f"  {stage['name']}, {names[key]}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in values.items())
+        for key, values in stage["val"].items()
+    ]

@@ -1,0 +1,182 @@
+"""One call from a dense network to a smaller one: what it keeps to, what it leaves alone, and that a stopped call goes on."""
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+import spectrim as sp
+from spectrim import cli, zoo
+from spectrim.compress import Compressed, compress, first_examples, teacher_for
+from spectrim.errors import FormatError, SettingError
+from spectrim.layers import FactorizedLayer
+
+LOSS = nn.CrossEntropyLoss()
+
+
+class Net(nn.Module):
+    """A small convolutional network with normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for inputs, outputs, stride in ((1, 16, 1), (16, 24, 2), (24, 24, 1)):
+            blocks += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+        self.features, self.head = nn.Sequential(*blocks), nn.Linear(24, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.features(images).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, Any]:
+    pytest.importorskip("sklearn")
+    torch.default_generator.manual_seed(0)
+    splits, model = zoo.digits(batch_size=64), Net()
+    sp.fit(model, splits.train, LOSS, torch.optim.Adam(model.parameters(), 0.01), 4, progress=False)
+    return model.eval(), splits
+
+
+def made(trained: tuple[nn.Module, Any], **settings: Any) -> Compressed:
+    model, splits = trained
+    settings = {"budget": sp.Budget(macs=0.4), "eval_data": splits.val, "examples": 256} | settings
+    return compress(model, splits.train, LOSS, progress=False, **settings)
+
+
+def test_calibration_alone_beats_plain_truncation(trained: tuple[nn.Module, Any]) -> None:
+    before = copy.deepcopy(trained[0].state_dict())
+    auto, plain = made(trained), made(trained, cut="plain")
+    for result in (auto, plain):
+        assert result.measured["final"].macs <= 0.4 * result.measured["dense"].macs  # type: ignore[operator]
+        assert not any(isinstance(module, FactorizedLayer) for module in result.model.modules())
+    best = min(found["loss"] for stage, found in auto.scores.items() if stage in ("recalibrated", "corrected"))
+    assert auto.measured["final"].loss == pytest.approx(best, abs=1e-5)  # merged: other rounding
+    assert best < plain.scores["recalibrated"]["loss"]
+    assert all(torch.equal(before[name], tensor) for name, tensor in trained[0].state_dict().items())
+
+
+def test_fine_tuning_recovers(trained: tuple[nn.Module, Any]) -> None:
+    result = made(trained, budget=sp.Budget(macs=0.25), epochs=2)
+    assert len(result.history.epochs) == 2
+    assert result.scores["final"]["loss"] < result.scores["recalibrated"]["loss"]
+    assert json.loads(json.dumps(result.report))["final"]["ranks"] == result.ranks
+    assert "MAC reduction" in result.summary()
+    assert result.stages().splitlines()[0] == f"cut: {result.cut}"
+
+
+def test_squeezing_first_makes_the_cut_nearly_free(trained: tuple[nn.Module, Any]) -> None:
+    at_once = made(trained, cut="plain")
+    squeezed = made(trained, epochs=6, squeeze=0.8, optimizer=lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9))
+    assert squeezed.cut == "squeezed"
+    assert squeezed.measured["final"].macs <= 0.4 * squeezed.measured["dense"].macs  # type: ignore[operator]
+    lost = squeezed.scores["recalibrated"]["loss"] - squeezed.scores["squeezed"]["loss"]
+    assert lost < 0.1 * (at_once.scores["recalibrated"]["loss"] - at_once.scores["dense"]["loss"])
+    assert len(squeezed.history.epochs) == 6
+
+
+class Stops:
+    """Batches of which reading is stopped once, in the middle of some pass."""
+
+    def __init__(self, data: Any, passes: int) -> None:
+        self.data, self.left = data, passes
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.left -= 1
+        for index, batch in enumerate(self.data):
+            if self.left == 0 and index == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+
+@pytest.mark.parametrize("squeeze", [0.0, 0.5])
+def test_a_stopped_call_goes_on(trained: tuple[nn.Module, Any], tmp_path: Path, squeeze: float) -> None:
+    model, splits = trained
+    fixed = list(splits.train)[:6]  # the same batches in the same order, whoever reads them
+
+    def call(data: Any, folder: Path) -> Compressed:
+        torch.default_generator.manual_seed(1)
+        budget = sp.Budget(macs=0.4)
+        return compress(model, data, LOSS, budget, 4, squeeze=squeeze, examples=64, folder=folder, progress=False)
+
+    whole = call(fixed, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        call(Stops(fixed, 5), tmp_path / "stopped")
+    again = call(fixed, tmp_path / "stopped")
+    assert len(again.history.epochs) == 4
+    for one, other in zip(whole.low.state_dict().values(), again.low.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    stored = json.loads((tmp_path / "stopped" / "result.json").read_text())
+    assert stored["final"]["ranks"] == again.ranks
+    loaded = sp.load(tmp_path / "stopped" / "final", model)
+    assert torch.equal(loaded.eval()(fixed[0][0]), again.model(fixed[0][0]))
+
+
+def test_a_folder_belongs_to_one_call(trained: tuple[nn.Module, Any], tmp_path: Path) -> None:
+    made(trained, folder=tmp_path, cut="plain")
+    with pytest.raises(FormatError, match="another budget"):
+        made(trained, folder=tmp_path, cut="plain", budget=sp.Budget(macs=0.5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": -1}, "epochs must be >= 0"),
+        ({"squeeze": 1.0}, "squeeze must be"),
+        ({"examples": 0}, "examples must be >= 1"),
+        ({"budget": sp.Budget(macs=0.001)}, "at least 0.0"),
+    ],
+    ids=["epochs", "squeeze", "examples", "budget"],
+)
+def test_bad_settings(trained: tuple[nn.Module, Any], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingError, match=message):
+        made(trained, **settings)
+
+
+def test_the_teacher_knows_the_axis_of_the_classes() -> None:
+    images = (torch.zeros(2, 6), torch.zeros(2, dtype=torch.int64))
+    assert teacher_for(nn.Linear(6, 3), images).dim == 1  # type: ignore[union-attr]
+    sequence = (torch.zeros(2, 5, 6), torch.zeros(2, 5, dtype=torch.int64))
+    assert teacher_for(nn.Linear(6, 3), sequence).dim == 2  # type: ignore[union-attr]
+    pixels = (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64))
+    assert teacher_for(nn.Conv2d(1, 3, 1), pixels).dim == 1  # type: ignore[union-attr]
+    assert teacher_for(nn.Linear(6, 3), (torch.zeros(2, 6), torch.zeros(2, 3))) is None  # a regression
+    assert teacher_for(nn.Linear(6, 1), (torch.zeros(2, 6), torch.zeros(2, 1, dtype=torch.int64))) is None
+
+
+def test_first_examples_are_whole_batches() -> None:
+    batches = [(torch.zeros(4, 1), torch.zeros(4)) for _ in range(5)]
+    assert len(list(first_examples(batches, 9))) == 3
+    assert len(list(first_examples(batches, 100))) == 5
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("sklearn")
+    recipe = tmp_path / "net.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "model": {"class_path": "spectrim.zoo.vgg_small", "init_args": {"in_channels": 1}},
+                "data": {"class_path": "spectrim.zoo.digits", "init_args": {"batch_size": 128}},
+                "loss": "torch.nn.CrossEntropyLoss",
+                "dense": {"epochs": 1},
+            }
+        )
+    )
+    arguments = ["compress", str(recipe), "--macs", "0.5", "--examples", "64", "--out", str(tmp_path / "out"), "--quiet", "--json"]
+    cli.main(arguments)
+    out = capsys.readouterr().out
+    result = json.loads(out.splitlines()[-1])
+    assert result["final"]["macs"] <= 0.5 * result["dense"]["macs"]
+    assert "MAC reduction" in out
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["compress", str(recipe), "--quiet"])
+    assert "no budget" in capsys.readouterr().err

@@ -1,0 +1,227 @@
+"""`correct` brings each layer's output nearer, exactly where the ranks allow it."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spectrim as sp
+from spectrim.calibration import calibrate
+from spectrim.correction import correct, recalibrate, uncorrected
+from spectrim.errors import LayerError, SettingError
+from spectrim.layers import named_factors, named_layers
+
+EVERYTHING = sp.match("*")
+
+
+def images(count: int = 4, size: int = 8) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(8, 4, size, size).double() + 0.5, torch.zeros(8)) for _ in range(count)]
+
+
+def convolutions() -> nn.Sequential:
+    return (
+        nn.Sequential(
+            nn.Conv2d(4, 6, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(6, 8, (3, 2), stride=2, padding=1, padding_mode="reflect", bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 6, 3, padding="same", dilation=2, groups=2),
+            nn.ReLU(),
+            nn.ConvTranspose2d(6, 4, 3, stride=2),
+            nn.Flatten(2),
+            nn.Linear(99, 9),
+        )
+        .double()
+        .eval()
+    )
+
+
+def outputs(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the input and the output of one layer."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = dict(model.named_modules())[name].register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    with torch.no_grad():
+        model(x)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+def test_no_layer_gets_worse_and_most_get_better(scheme: Any) -> None:
+    """With the inputs that it has in the corrected network, each layer is at least as near to the dense one as its cut was."""
+    dense, data = convolutions(), images()
+    cut = sp.prune(sp.factorize(dense, scheme, EVERYTHING), sp.Fixed(3))
+    corrected = correct(cut, dense, data)
+    better = 0
+    for name, layer in named_layers(cut):
+        before = after = 0.0
+        for x, _ in data:
+            own, output = outputs(corrected, name, x)
+            _, wanted = outputs(dense, name, x)
+            with torch.no_grad():
+                before += float((layer(own) - wanted).square().sum())
+            after += float((output - wanted).square().sum())
+        assert after <= before * (1 + 1e-9)
+        better += after < 0.98 * before
+    assert better >= 4  # all but the first, whose inputs are as they were, if it has no bias
+    assert [f.rank for _, f in named_factors(corrected)] == [f.rank for _, f in named_factors(cut)]
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+def test_full_ranks_recover_the_dense_network(scheme: Any) -> None:
+    """From any weights, where the inputs span the whole space."""
+    dense, data = convolutions(), images()
+    other = sp.factorize(convolutions(), scheme, EVERYTHING)
+    other.load_state_dict(dict(other.state_dict()) | {k: v for k, v in dense.state_dict().items() if k.startswith("3.")})
+    with torch.no_grad():
+        for x, _ in data:
+            torch.testing.assert_close(correct(other, dense, data)(x), dense(x), rtol=1e-6, atol=1e-6)  # pseudo-inverses square conditions
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+def test_what_was_not_cut_stays(scheme: Any) -> None:
+    dense, data = convolutions(), images(1)
+    low = sp.factorize(dense, scheme, EVERYTHING)
+    corrected = correct(low, low, data)
+    for (_, a), (_, b) in zip(named_factors(corrected), named_factors(low), strict=True):
+        torch.testing.assert_close(a.matrix(), b.matrix(), rtol=1e-9, atol=1e-9)
+
+
+def test_one_layer_is_the_weighted_optimum() -> None:
+    """Against least squares over the right factor with the left one given, and against random ones: none is nearer."""
+    dense = nn.Linear(5, 4, bias=False).double()
+    x = (torch.randn(64, 5) @ torch.randn(5, 5)).double()
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(2))
+    corrected = correct(cut, dense, [x])
+    wanted = dense(x).detach()
+    values = torch.linalg.svdvals(wanted)
+    torch.testing.assert_close((corrected(x) - wanted).square().sum().detach(), values[2:].square().sum(), rtol=1e-9, atol=1e-12)
+
+
+def test_with_gradients_the_error_of_the_loss_falls() -> None:
+    """One layer, two ways: each is the better one in its own norm."""
+    dense = nn.Linear(5, 4, bias=False).double()
+    x = (torch.randn(64, 5) @ torch.randn(5, 5)).double()
+    scale = torch.tensor([5.0, 1.0, 0.2, 1.0]).double()
+    low = sp.factorize(dense, where=EVERYTHING)
+    found = calibrate(low, [(x, x)], lambda output, target: (output * scale * target[:, :4]).sum() / 64)
+    cut = sp.prune(low, sp.Fixed(2))
+    errors = []
+    for corrected in (correct(cut, dense, [x]), correct(cut, dense, [x], calibration=found)):
+        difference = (corrected(x) - dense(x)).detach()
+        errors.append((float(difference.square().sum()), float((difference @ found.outputs[""] * difference).sum())))
+    assert errors[0][0] < errors[1][0]
+    assert errors[1][1] < errors[0][1]
+
+
+def test_a_bias_takes_the_mean_by_hand() -> None:
+    """Inputs ``(1, t)``: of rank one, and the constant column is the bias's."""
+    dense = nn.Linear(2, 2).double()
+    with torch.no_grad():
+        dense.weight.copy_(torch.tensor([[5.0, 0.0], [0.0, 1.0]]))
+        dense.bias.copy_(torch.tensor([1.0, 0.0]))
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(1))  # keeps the first output, loses the second
+    x = torch.stack([torch.ones(3), torch.tensor([-1.0, 0.0, 4.0])], 1).double()
+    assert float((cut(x) - dense(x)).detach().square().sum()) == pytest.approx(17)
+    torch.testing.assert_close(correct(cut, dense, [x])(x), dense(x), rtol=1e-9, atol=1e-9)
+
+
+def test_directions_without_data_keep_the_dense_weight() -> None:
+    dense = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)).double()
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), {"0": 2})
+    x = torch.zeros(8, 4).double()
+    x[:, 0] = torch.randn(8).double()
+    corrected = correct(cut, dense, [x])
+    torch.testing.assert_close(corrected(x), dense(x), rtol=1e-9, atol=1e-9)
+    blind = torch.linalg.svd(outputs(corrected, "1", x)[0])[2][1:]  # what the second layer never saw
+    torch.testing.assert_close(corrected[1].weight @ blind.T, dense[1].weight @ blind.T, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inputs_are_untouched_and_kept_in_their_dtype(dtype: torch.dtype) -> None:
+    dense = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).to(dtype).train()
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(3)).train()
+    states = [{k: v.clone() for k, v in m.state_dict().items()} for m in (dense, cut)]
+    random = torch.get_rng_state()
+    x = torch.linspace(-1, 1, 60).reshape(10, 6).cos().to(dtype)
+    corrected = correct(cut, dense, [x, x])
+    assert torch.equal(torch.get_rng_state(), random)
+    for model, state in zip((dense, cut), states, strict=True):
+        assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+        assert model.training
+        assert not any(m._forward_hooks for m in model.modules())
+    assert corrected(x).dtype == dtype
+    assert (corrected(x) - dense(x)).norm() < (cut(x) - dense(x)).norm()
+
+
+class Several(nn.Module):
+    """A layer that runs twice, a tied pair, and kinds that are left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.lstm = nn.Embedding(9, 6), nn.LSTM(6, 6, batch_first=True)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.one, self.two = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+        self.two.weight = self.one.weight
+        self.twice = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.lstm(self.table(x))[0]
+        y = self.attention(y, y, y)[0]
+        return self.twice(torch.tanh(self.twice(self.two(torch.tanh(self.one(y))))))
+
+
+def test_what_is_left_out_is_listed() -> None:
+    dense = Several().double()
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(3))
+    corrected = correct(cut, dense, [torch.randint(9, (4, 5)) for _ in range(3)])
+    left = uncorrected(cut)
+    assert left == uncorrected(corrected)
+    assert left == {
+        "table": "an embedding looks rows up",
+        "lstm.weight_ih_l0": "its inputs are inside a fused kernel",
+        "lstm.weight_hh_l0": "its inputs are inside a fused kernel",
+        "attention.in_proj_weight": "its inputs are inside a fused kernel",
+        "attention.out_proj": "its inputs are inside a fused kernel",
+        "one": "it is tied to another layer's",
+        "two": "it is tied to another layer's",
+    }
+    changed = {
+        name
+        for (name, a), (_, b) in zip(named_factors(corrected), named_factors(cut), strict=True)
+        if not torch.equal(a.matrix(), b.matrix())
+    }
+    assert changed == {"twice"}
+
+
+def test_recalibrate_renews_batchnorm() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    x = torch.randn(32, 2) + 3
+    recalibrate(model, [(x, None)])
+    torch.testing.assert_close(model[1].running_mean, model[0](x).mean(0).detach())
+    recalibrate(nn.Linear(2, 2), [x])
+
+
+ERRORS: dict[str, tuple[Callable[[nn.Module], Any], type, str]] = {
+    "data": (
+        lambda dense: correct(sp.factorize(dense, where=EVERYTHING), dense, []),
+        SettingError,
+        "correct: data must be at least one batch",
+    ),
+    "examples": (lambda dense: correct(dense, dense, [], examples=-1), SettingError, "correct: examples must be an integer of at least 1"),
+    "network": (
+        lambda dense: correct(sp.factorize(dense, where=EVERYTHING), nn.Sequential(nn.Linear(2, 3)), [torch.ones(1, 2)]),
+        LayerError,
+        "layer '0': is not in the network before the cut",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_say_what_to_do(call: Callable[[nn.Module], Any], error: type, message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        call(nn.Sequential(nn.Linear(2, 2)))

@@ -1,0 +1,266 @@
+"""The page in a real browser: what it computes is what the library computes."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from test_report import big, run_folder
+from torch import nn
+
+import spectrim as sp
+from spectrim.allocate import Budget, allocate
+from spectrim.errors import SettingError
+from spectrim.importance import NormalizedEnergy, SpectralEnergy
+from spectrim.measure import measure
+from spectrim.plan import plan
+from spectrim.recipe import parse_recipe
+from spectrim.report import PLAN, write_report
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium on the path, such as Debian's package chromium")
+
+SETTLED = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+"""The page solves in the next frame after an input."""
+
+PAIR = 1 + 2.5e-4
+"""Library and page each stop at 1e-4 above the least harm; the page's harms are 32-bit floats."""
+
+
+def network() -> nn.Module:
+    layers = (nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 5)).eval()
+
+
+@pytest.fixture(scope="module")
+def low() -> nn.Module:
+    torch.default_generator.manual_seed(0)
+    return sp.factorize(network(), "spatial")
+
+
+@pytest.fixture(scope="module")
+def x() -> torch.Tensor:
+    return torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def file(low: nn.Module, x: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = run_folder(tmp_path_factory.mktemp("page") / "net")
+    plan(low, x, budgets=[0.5]).save(folder / PLAN)
+    return write_report(folder)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser: Any) -> Iterator[Any]:
+    """A function that opens a page; afterwards nothing may have been complained about or requested but the file."""
+    context = browser.new_context(viewport={"width": 1200, "height": 900})
+    complaints: list[str] = []
+    requests: list[str] = []
+
+    def visit(path: Path, **size: int) -> Any:
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        if size:
+            page.set_viewport_size(size)
+        page.goto(path.as_uri())
+        page.wait_for_selector("html[data-ready]", state="attached")
+        return page
+
+    yield visit
+    context.close()
+    assert complaints == []
+    assert all(url.startswith("file://") for url in requests)
+
+
+def settle(page: Any) -> None:
+    page.evaluate(SETTLED)
+
+
+def move(page: Any, percent: float) -> None:
+    page.evaluate(
+        "(value) => { const s = document.getElementById('budget'); s.value = value; s.dispatchEvent(new Event('input')); }", percent
+    )
+    settle(page)
+
+
+def choose(page: Any, name: str, value: str) -> None:
+    page.select_option(f"#{name}", value)
+    settle(page)
+
+
+def ranks(page: Any) -> dict[str, int]:
+    rows = page.eval_on_selector_all(".ranks tbody tr", "(rows) => rows.map((row) => [row.dataset.name, Number(row.dataset.rank)])")
+    return dict(rows)
+
+
+def shown(page: Any) -> dict[str, float]:
+    entries = page.eval_on_selector_all("#totals [data-total]", "(all) => all.map((one) => [one.dataset.total, Number(one.dataset.value)])")
+    return dict(entries)
+
+
+@pytest.mark.parametrize("importance", ["SpectralEnergy", "NormalizedEnergy"])
+@pytest.mark.parametrize("kind", ["macs", "params", "bytes"])
+def test_slider_and_library_agree(opened: Any, file: Path, low: nn.Module, x: torch.Tensor, kind: str, importance: str) -> None:
+    page = opened(file)
+    method = SpectralEnergy() if importance == "SpectralEnergy" else NormalizedEnergy(x)
+    harms = method(low)
+    choose(page, "kind", kind)
+    choose(page, "importance", importance)
+    for percent in (80.0, 61.3, 45.0):
+        move(page, percent)
+        got, totals = ranks(page), shown(page)
+        budget = Budget(**{"size" if kind == "bytes" else kind: percent / 100})
+        best = allocate(low, budget, x, importance=method)
+        assert list(got) == list(best)
+        lost, least = (sum(float(harms[name][rank]) for name, rank in chosen.items()) for chosen in (got, best))
+        assert least / PAIR <= lost <= least * PAIR
+        real = measure(sp.merge(sp.prune(low, got)), x, latency=False)
+        assert totals == {"macs": real.macs, "params": real.params, "bytes": real.size_bytes}, "what is shown is the network"
+        whole = measure(sp.merge(low), x, latency=False)
+        field = {"macs": "macs", "params": "params", "bytes": "size_bytes"}[kind]
+        assert getattr(real, field) <= percent / 100 * getattr(whole, field)
+
+
+def test_the_slider_ends_at_the_smallest_and_at_the_whole_network(opened: Any, file: Path, low: nn.Module, x: torch.Tensor) -> None:
+    page = opened(file)
+    move(page, 0)
+    least = float(page.input_value("#budget")) / 100
+    assert ranks(page) == allocate(low, Budget(macs=least), x)
+    with pytest.raises(SettingError, match="at least"):
+        allocate(low, Budget(macs=least - 0.001), x)
+    move(page, 100)
+    assert ranks(page) == {name: factors.rank for name, factors in sp.named_factors(low)}
+
+
+def test_pins_hold_and_the_rest_gives_way(opened: Any, file: Path, low: nn.Module, x: torch.Tensor) -> None:
+    page = opened(file)
+    move(page, 70)
+    before, limit = ranks(page), 0.7 * measure(sp.merge(low), x, latency=False).macs  # type: ignore[operator]
+    full = {name: factors.rank for name, factors in sp.named_factors(low)}
+    dense = next(name for name in before if 2 < before[name] < full[name])
+    typed = next(name for name in before if before[name] > 2 and name != dense)
+    page.click(f'tr[data-name="{dense}"] button[aria-label*="dense"]')
+    settle(page)
+    after = ranks(page)
+    assert after[dense] == full[dense]
+    assert sum(after.values()) - after[dense] < sum(before.values()) - before[dense], "others pay"
+    assert shown(page)["macs"] <= limit
+    page.fill(f'tr[data-name="{typed}"] input[type=number]', "2")
+    page.press(f'tr[data-name="{typed}"] input[type=number]', "Enter")
+    settle(page)
+    move(page, 80)
+    assert (ranks(page)[dense], ranks(page)[typed]) == (full[dense], 2)
+    page.click("#unpin")
+    settle(page)
+    move(page, 70)
+    assert ranks(page) == before
+
+
+def test_pins_that_need_too_much_are_said(opened: Any, file: Path) -> None:
+    page = opened(file)
+    for button in page.query_selector_all('.ranks button[aria-label*="dense"]'):
+        button.click()
+        settle(page)
+    move(page, 30)
+    assert "pinned layers alone need more" in page.inner_text("#totals")
+    assert "100.0 %" in page.inner_text("#totals [data-total=macs]")
+
+
+def test_yaml_goes_through_prune_and_recipes(opened: Any, file: Path, low: nn.Module) -> None:
+    page = opened(file)
+    move(page, 40)
+    text = page.input_value("#yaml")
+    section = yaml.safe_load(text)
+    mapping = section["prune"]["ranks"]
+    assert mapping == ranks(page), "names stay text, even 0"
+    cut = sp.prune(low, mapping)
+    assert {name: factors.rank for name, factors in sp.named_factors(cut)} == mapping
+    recipe = {"model": "spectrim.zoo.lenet5", "data": "spectrim.zoo.digits", "loss": "torch.nn.CrossEntropyLoss"} | section
+    assert parse_recipe(recipe).prune.ranks == mapping
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.click("#copy")
+    page.wait_for_function("document.querySelector('[role=status]').textContent.startsWith('copied')")
+    assert page.evaluate("navigator.clipboard.readText()") == text
+
+
+def test_keyboard_alone(opened: Any, file: Path) -> None:
+    page = opened(file)
+    page.focus("#budget")
+    before = page.input_value("#budget")
+    page.keyboard.press("ArrowRight")
+    settle(page)
+    assert float(page.input_value("#budget")) == pytest.approx(float(before) + 0.1)
+    assert page.inner_text("#kept") == f"{float(before) + 0.1:.1f} %"
+    name = next(iter(ranks(page)))
+    page.focus(f'tr[data-name="{name}"] button.name')
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "layer", "the layer's name leads to its charts"
+    assert f"Spectrum of {name}" in page.inner_text("#layer-charts")
+    unnamed = page.eval_on_selector_all(
+        "input, select, button, textarea",
+        "(all) => all.filter((one) => !(one.getAttribute('aria-label') || one.textContent.trim() || one.closest('label'))).length",
+    )
+    assert unnamed == 0, "every control has a name"
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_fits_a_phone_and_both_color_schemes(opened: Any, file: Path, width: int, scheme: str) -> None:
+    page = opened(file, width=width, height=800)
+    page.emulate_media(color_scheme=scheme)
+    page.reload()
+    page.wait_for_selector("html[data-ready]", state="attached")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
+    assert page.get_attribute("html", "data-theme") == scheme
+    page.click("#theme")
+    assert page.get_attribute("html", "data-theme") != scheme
+
+
+def test_every_section_shows_the_run(opened: Any, file: Path) -> None:
+    page = opened(file)
+    text = page.inner_text("main")
+    for words in (
+        "What fell short",
+        "truncated SVD",
+        "± 0.250",
+        "Spectrum of",
+        "4-finetune",
+        "right after the cut",
+        "Baseline b1-truncated",
+    ):
+        assert words in text
+    charts = page.eval_on_selector_all("#training figcaption", "(all) => all.map((one) => one.textContent)")
+    assert charts[:3] == ["Loss", "Accuracy on the validation split", "Penalties, as added to the loss"]
+    assert page.locator("#training .mark").count() > 0, "cuts and stages are marked"
+    assert page.locator("#layers tbody tr").count() == len(json.loads((file.parent / PLAN).read_text())["skipped"])
+
+
+def test_five_hundred_layers_stay_responsive(opened: Any, tmp_path: Path) -> None:
+    path = write_report(big(500, 256), tmp_path / "deep.html")
+    assert path.stat().st_size < 6e6
+    page = opened(path)
+    ready = page.evaluate("performance.now()")
+    start = time.perf_counter()
+    for percent in (30.0, 40.0, 50.0, 60.0):
+        move(page, percent)
+        assert shown(page)["macs"] <= percent / 100 * (500 * 256**2 + 1000)
+        assert float(page.get_attribute("#totals [data-gap]", "data-gap")) <= 1e-4
+    each = (time.perf_counter() - start) / 4
+    assert ready < 8000, "a second on a free core; tests share theirs"
+    assert each < 2.0, "a tenth of a second on a free core; tests share theirs"
