@@ -113,9 +113,9 @@ def compress(
 ) -> Compressed:
     """Return a smaller, faster network of ordinary layers within a budget: factorize, allocate, cut, fine-tune, merge, measure.
 
-    Without epochs nothing is trained: ranks and factors come from second moments on some training examples, each layer is then refitted
-    to the dense network's outputs by least squares, and BatchNorm statistics are renewed. With epochs the cut network is fine-tuned, by
-    default with the dense network as its teacher.
+    Ranks and factors come from second moments on some training examples; each layer is then refitted to the dense network's outputs by
+    least squares, and BatchNorm statistics are renewed. Without epochs that is all, and nothing is trained. With epochs the cut network is
+    fine-tuned, by default with the dense network as its teacher.
 
     Args:
         model: dense and trained; it is left untouched.
@@ -129,7 +129,7 @@ def compress(
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
             examples; ``sensitive`` what changes the loss least to second order. ``auto`` makes all three and keeps the one with the lowest
-            loss, on `eval_data` or else on the examples, before any fine-tuning.
+            loss after the refit, on `eval_data` or else on the examples.
         importance: ranks by this instead of the importance that belongs to the cut.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: how to learn from the dense network while fine-tuning; ``auto`` does (temperature 4, 0.7 of the loss) where outputs are
@@ -202,7 +202,7 @@ def compress(
         recalibrate(low, known)
         scores["recalibrated"] = cutter.score(low)
     else:
-        low, how, found = store.cut(dense, lambda: cutter.cut(low, cut, refit=not epochs))
+        low, how, found = store.cut(dense, lambda: cutter.cut(low, cut))
         scores |= found
         tuner.start(low)
     if epochs > training:
@@ -267,13 +267,13 @@ class _Cutter:
     def score(self, network: nn.Module) -> dict[str, float]:
         return evaluate(network, self.judged, self.loss)
 
-    def cut(self, full: nn.Module, cut: Cut, refit: bool) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
+    def cut(self, full: nn.Module, cut: Cut) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
         """Return the network cut as asked, or in the way that scores best, with that way's name and its scores by stage."""
         kinds = ("plain", "whitened", "sensitive") if cut == "auto" else (cut,)
-        moments = calibrate(full, self.known, self.loss) if kinds != ("plain",) else None
+        moments = calibrate(full, self.known, self.loss, examples=None) if kinds != ("plain",) else None
         best: tuple[nn.Module, str, dict[str, dict[str, float]]] | None = None
         for kind in kinds:
-            network, scores = self._stages(full, *self._way(kind, moments), refit)
+            network, scores = self._stages(full, *self._way(kind, moments))
             if best is None or _last(scores) < _last(best[2]):
                 best = network, kind, scores
         assert best is not None
@@ -289,20 +289,16 @@ class _Cutter:
         return self.importance or LossSensitivity(moments), moments
 
     def _stages(
-        self, full: nn.Module, importance: Importance | None, metric: Calibration | None, refit: bool
+        self, full: nn.Module, importance: Importance | None, metric: Calibration | None
     ) -> tuple[nn.Module, dict[str, dict[str, float]]]:
-        """Cut, renew the statistics of BatchNorm, and where asked refit the factors; keep the refit only where it scores better."""
+        """Cut, renew the statistics of BatchNorm, refit the factors; keep the refit only where it scores better."""
         network = prune(full, allocate(full, self.budget, self.inputs, importance=importance, latency=self.latency), calibration=metric)
         scores = {"cut": self.score(network)}
-        refitted = correct(network, self.dense, self.known) if refit else None
-        recalibrate(network, self.known)
-        scores["recalibrated"] = self.score(network)
-        if refitted is not None:
-            recalibrate(refitted, self.known)
-            found = self.score(refitted)
-            if found["loss"] < scores["recalibrated"]["loss"]:
-                return refitted, scores | {"corrected": found}
-        return network, scores
+        refitted = correct(network, self.dense, self.known, examples=None)
+        for candidate in (network, refitted):
+            recalibrate(candidate, self.known)
+        scores["recalibrated"], found = self.score(network), self.score(refitted)
+        return (refitted, scores | {"corrected": found}) if found["loss"] < scores["recalibrated"]["loss"] else (network, scores)
 
 
 def _last(scores: dict[str, dict[str, float]]) -> float:

@@ -25,8 +25,11 @@ Scheme = Literal["auto", "channel", "spatial"]
 Method = Literal["exact", "randomized", "auto"]
 Ranks = SupportsIndex | RankRule | Mapping[str, SupportsIndex]
 
-AUTO_ENERGY = 0.95
-"""Spectral energy at which ``scheme="auto"`` compares the two schemes."""
+AUTO_ENERGY = 0.8
+"""Spectral energy at which ``scheme="auto"`` compares the two schemes.
+
+About what layers of ResNet-8 and ResNet-20 keep at a third to a half of the multiply-accumulates; the least energy is lost in all then.
+"""
 
 PATIENCE_S = 2.0
 """Seconds before a progress bar appears."""
@@ -111,7 +114,7 @@ def factorize(
     Args:
         model: any module; it is left untouched.
         scheme: how 2-D convolution kernels are folded: ``channel``, ``spatial``, or ``auto``, which takes for each layer the one with fewer
-            MACs at 95 % of the spectral energy (``channel`` on the meta device). Other layers have one scheme only.
+            MACs at 80 % of the spectral energy (``channel`` on the meta device). Other layers have one scheme only.
         where: selects layers by name and module, see `match`; everything but the classifier head when omitted.
         rank: how many singular values to keep from the start: a number (capped at each layer's full rank), a rank rule, or a mapping
             ``{layer: rank}`` (layers it does not name keep all). All when omitted.

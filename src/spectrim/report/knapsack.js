@@ -5,7 +5,7 @@
 // 0.01 % above the least harm; where the combinations become too many, how far above it may be is returned.
 
 const GAP = 1e-4;
-const STATES = 20000; // partial combinations kept at once
+const WORK = 4e5; // partial combinations kept at once, over all weights
 
 // Choices that cost less or harm less than every other: costs C ascending, harms H descending, places I in the lists given.
 function frontier(costs, harms) {
@@ -47,25 +47,29 @@ function picksAt(items, price) {
   });
 }
 
-// The lowest price at which the choices fit, by bisection; what fits and the bound on the harm that the price proves.
+// The lowest price at which the choices fit, by bisection: what fits, what fits no more just below it, and the bound that the price proves.
 function priced(items, limit) {
   const rates = items.flatMap(({ hull: { rates } }) => [rates[1], rates.at(-1)]).filter((rate) => rate > 0 && rate < Infinity);
   let [less, more] = [Math.log(Math.min(...rates)) - 1, Math.log(Math.max(...rates)) + 1];
-  let picks = picksAt(items, Math.exp(more));
+  let [picks, over] = [picksAt(items, Math.exp(more)), picksAt(items, Math.exp(less))];
   for (let round = 0; round < 60; round++) {
     const middle = (less + more) / 2;
     const found = picksAt(items, Math.exp(middle));
     if (sum(items, found, "C") <= limit) [more, picks] = [middle, found];
-    else less = middle;
+    else [less, over] = [middle, found];
   }
   const price = Math.exp(more);
-  return { picks, price, bound: sum(items, picks, "H") - price * (limit - sum(items, picks, "C")) };
+  return { picks, over, price, bound: sum(items, picks, "H") - price * (limit - sum(items, picks, "C")) };
 }
 
-// Spend what is left of the limit, each time on the weight whose harm falls most.
-function fill(items, picks, limit) {
+// Spend what is left of the limit: first on the choices just below the price, then each time on the weight whose harm falls most.
+function fill(items, picks, over, limit) {
   const filled = [...picks];
   let left = limit - sum(items, filled, "C");
+  over.forEach((place, index) => {
+    const more = items[index].C[place] - items[index].C[picks[index]];
+    if (more > 0 && more <= left) [filled[index], left] = [place, left - more];
+  });
   for (;;) {
     let [best, gain, place] = [-1, 0, 0];
     items.forEach(({ C, H }, index) => {
@@ -92,7 +96,8 @@ function search(items, limit, price, bound, most, states) {
     const least = Math.min(...values);
     return values.map((value, place) => ({ place, off: value - least, cost: C[place] })).filter(({ off }) => off < room);
   });
-  const order = items.map((_, index) => index).sort((a, b) => core[a].length - core[b].length);
+  const order = items.map((_, index) => index).filter((index) => core[index].length > 1).sort((a, b) => core[a].length - core[b].length);
+  const settled = core.filter((choices) => choices.length === 1).reduce((total, [{ cost }]) => total + cost, 0);
   const reach = new Map();
   let [least, greatest] = [0, 0]; // of what comes after
   for (const index of [...order].reverse()) {
@@ -100,7 +105,7 @@ function search(items, limit, price, bound, most, states) {
     least += Math.min(...core[index].map(({ cost }) => cost));
     greatest += Math.max(...core[index].map(({ cost }) => cost));
   }
-  let [kept, complete] = [[{ cost: 0, off: 0, before: null, place: 0 }], true];
+  let [kept, complete] = [[{ cost: settled, off: 0, before: null, place: 0 }], true];
   for (const index of order) {
     const [after, afterMost] = reach.get(index);
     const made = [];
@@ -129,7 +134,7 @@ function search(items, limit, price, bound, most, states) {
   }
   if (!kept.length) return { picks: null, complete };
   let state = kept.reduce((best, one) => (one.off - price * one.cost < best.off - price * best.cost ? one : best));
-  const picks = items.map(() => 0);
+  const picks = core.map((choices) => choices[0].place);
   for (const index of [...order].reverse()) [picks[index], state] = [state.place, state.before];
   return { picks, complete };
 }
@@ -140,16 +145,14 @@ function knapsack(items, limit) {
   const [first, last] = [items.map(() => 0), items.map(({ C }) => C.length - 1)];
   if (sum(items, first, "C") > limit) return null;
   if (sum(items, last, "C") <= limit) return result(last, 0);
-  const { picks, price, bound } = priced(items, limit);
-  let best = fill(items, picks, limit);
-  let complete = false;
-  for (const states of [200, STATES]) {
+  const { picks, over, price, bound } = priced(items, limit);
+  let best = fill(items, picks, over, limit);
+  for (const states of [WORK / 100, WORK].map((work) => Math.min(20000, Math.ceil(work / items.length)))) {
     const harm = sum(items, best, "H");
     if (harm - bound <= GAP * harm) return result(best, (harm - bound) / harm);
     const found = search(items, limit, price, bound, harm * (1 - GAP), states);
     if (found.picks) best = found.picks;
-    complete = found.complete;
-    if (complete) return result(best, found.picks ? 0 : GAP);
+    if (found.complete) return result(best, found.picks ? 0 : GAP);
   }
   const harm = sum(items, best, "H");
   return result(best, (harm - bound) / harm);

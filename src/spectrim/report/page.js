@@ -166,14 +166,21 @@ const fixedOf = (kind) => PLAN.fixed[FIELDS[kind]] || 0;
 
 // pins: {name: place in the weight's ranks}. Returns null where no ranks meet the budget.
 function allocate(kind, fraction, importance, pins = {}) {
-  const items = PLAN.weights.map((weight) => {
+  const all = frontiers(kind, importance);
+  const items = PLAN.weights.map((weight, index) => {
     const pin = pins[weight.name];
-    const places = pin === undefined ? weight.ranks.map((_, index) => index) : [pin];
-    const made = frontier(places.map((place) => weight[kind][place]), places.map((place) => weight.harms[importance][place]));
-    return { ...made, I: made.I.map((index) => places[index]) };
+    return pin === undefined ? all[index] : { ...frontier([weight[kind][pin]], [weight.harms[importance][pin]]), I: [pin] };
   });
   const most = kind === "seconds" ? fraction * denseOf(kind) * (1 + 1e-12) : Math.floor(fraction * denseOf(kind) + 1e-9);
   return knapsack(items, most - fixedOf(kind));
+}
+
+const known = {};
+
+function frontiers(kind, importance) {
+  const key = `${kind} ${importance}`;
+  if (!known[key]) known[key] = PLAN.weights.map((weight) => frontier(weight[kind], weight.harms[importance]));
+  return known[key];
 }
 
 function smallest(kind, pins = {}) {
@@ -422,19 +429,20 @@ function rankRow(body, weight) {
   const macs = add(row, "td", { "data-label": "MACs" });
   const params = add(row, "td", { "data-label": "parameters" });
   const energy = add(row, "td", { "data-label": "energy kept" });
-  let now = 0;
+  let [now, held] = [-1, false];
   input.addEventListener("change", () => pin(weight, nearest(weight.ranks, Number(input.value))));
   box.addEventListener("change", () => pin(weight, box.checked ? now : null));
   full.addEventListener("click", () => pin(weight, state.pins[weight.name] === last ? null : last));
   return (place) => {
-    now = place;
     const rank = weight.ranks[place];
     const pinned = state.pins[weight.name] !== undefined;
+    input.value = rank; // also where something else was typed
+    if (place === now && pinned === held) return;
+    [now, held] = [place, pinned];
     row.classList.toggle("pinned", pinned);
     row.dataset.rank = rank;
     box.checked = pinned;
     full.setAttribute("aria-pressed", String(state.pins[weight.name] === last));
-    input.value = rank;
     form.textContent = rank > weight.breakEven ? "one dense layer" : "two layers";
     macs.textContent = `${brief(weight.macs[place])} (${percent(weight.macs[place] / weight.dense.macs || 0, 0)})`;
     params.textContent = `${brief(weight.params[place])} (${percent(weight.params[place] / weight.dense.params || 0, 0)})`;
