@@ -107,9 +107,10 @@ def plan_(args: Namespace) -> None:
         model, inputs, calibrating, loss, budgets=budgets, scheme=scheme, where=where, latency=table,
         eval_data=None if args.weights_only else data.val, examples=args.examples, progress=not args.quiet,
     )  # fmt: skip
-    print(found)
     if args.out:
         found.save(args.out)
+    print(found)
+    if args.out:
         print(f"written to {args.out} and {write_report(args.out)}")
     if args.json:
         print(json.dumps(found.to_dict()))
@@ -130,14 +131,14 @@ def report_(args: Namespace) -> None:
 
 
 def _plan_of_run(folder: Path) -> None:
-    """Write the plan of the network that a run cut, where there is none or the network is newer."""
-    stage, path = folder / "2-train", folder / PLAN
+    """Write the plan of the network that a run or `compress` cut, where there is none or the network is newer."""
+    stage, path = folder / ("2-train" if (folder / "2-train").is_dir() else "1-dense"), folder / PLAN
     weights = stage / "model.safetensors"
     if not weights.is_file() or (path.is_file() and path.stat().st_mtime >= weights.stat().st_mtime):
         return
     model, recipe, _ = _network(str(folder), stage.name)
     where = None if recipe.factorize.where is None else match(*recipe.factorize.where)
-    plan(model, one_example(make_data(recipe).val), where=where).save(path)
+    plan(model, one_example(make_data(recipe).val), scheme=recipe.factorize.scheme, where=where).save(path)
 
 
 def _fractions(text: str) -> list[float]:
@@ -155,11 +156,11 @@ def _network(target: str, stage: str) -> tuple[nn.Module, Any, Path | None]:
     """Return the dense network of a recipe file, or the one that a stage of a run's folder left."""
     folder = Path(target)
     if not folder.is_dir():
-        recipe = read_recipe(folder)
+        recipe = read_recipe(folder, cut=False)
         return make_model(recipe), recipe, None
     if not (folder / RECIPE).is_file():
         raise FormatError(folder, f"is not the folder of a run: it has no {RECIPE}", hint="pass a recipe, or what spectrim run --out wrote")
-    recipe = read_recipe(folder / RECIPE)
+    recipe = read_recipe(folder / RECIPE, cut=False)
     return load(folder / stage, make_model(recipe)), recipe, folder
 
 

@@ -222,6 +222,22 @@ def test_a_plan_with_results_beside_it(tmp_path: Path, found: Plan) -> None:
     assert "low-rank" in write_report(found, tmp_path / "page.html", result=result).read_text()
 
 
+def test_compress_is_shown_as_a_run(tmp_path: Path, found: Plan) -> None:
+    measured = json.loads((run_folder(tmp_path / "net") / "result.json").read_text())
+    epochs = [{"loss": 0.5, "mean_rank": 3.0}]
+    scores = {"dense": {"accuracy": 0.9}, "cut": {"accuracy": 0.5}, "corrected": {"accuracy": 0.8}, "final": {"accuracy": 0.88}}
+    report = {"dense": measured["dense"], "final": measured["final"], "scores": scores, "history": {"epochs": epochs, "cuts": []}}
+    folder = tmp_path / "small"
+    folder.mkdir()
+    (folder / "result.json").write_text(json.dumps(report))
+    for text in (text_report(folder), text_report(found, result=report)):
+        for words in ("dense, at the end: accuracy 0.9", "cut, right after the cut: accuracy 0.5", "cut, refitted: accuracy 0.8"):
+            assert words in text
+        assert "The cut alone cost 40.0 points" in text
+        assert "fine-tuning, at the end: accuracy 0.88" in text
+    assert [stage["phases"] for stage in data.run_data(folder)["stages"]] == [[], [], [epochs]]
+
+
 def test_what_is_neither_is_refused(tmp_path: Path, found: Plan) -> None:
     with pytest.raises(FormatError, match="it has no recipe"):
         write_report(tmp_path)

@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence
 
 from spectrim.layers.base import SeveralWeights, Share
 from spectrim.layers.linear import linear_of
@@ -18,6 +22,9 @@ LOOP_MACS = 1e6
 
 class FactorizedRecurrent(SeveralWeights):
     """A recurrent layer whose weights are composed at every call and handed to torch's fused kernel.
+
+    Where two operations on the input cost less, the first of them runs for the whole sequence and the kernel gets the second as its
+    input weight; layers then run one after the other. Weights on the hidden state are always composed.
 
     Factors are called as torch calls the weights: ``weight_ih_l0``, ``weight_hh_l0_reverse``, and ``weight_hr_l0`` for projections.
     """
@@ -39,10 +46,52 @@ class FactorizedRecurrent(SeveralWeights):
         return 0.0 if name.startswith("weight_ih") else LOOP_MACS
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        """Run torch's own forward (padded, packed or unbatched sequences) on composed weights."""
+        """Run torch's own forward (padded, packed or unbatched sequences) on composed weights, or on pairs at the input."""
+        pairs = self._pairs(input)
+        if pairs:
+            return self._layer_by_layer(input, hx, pairs)
         layer = self.composed()
         layer.__dict__["_flat_weights"] = [getattr(layer, name) for name in layer._flat_weights_names]
         return super(FactorizedRecurrent, layer).forward(input, hx)
+
+    def _pairs(self, input: Any) -> list[str]:
+        """Return the weights on layers' inputs that cost less as two operations; the two directions share an input, so none of them."""
+        module: Any = self
+        if module.bidirectional:
+            return []
+        positions = (input.data if isinstance(input, PackedSequence) else input).shape[:-1]
+        names = [name for name in self.factors if name.startswith("weight_ih")]
+        return [name for name in names if not self.composes(name, (*positions, weight_shape(self, name)[1]))]
+
+    def _layer_by_layer(self, input: Any, hx: Any, pairs: Collection[str]) -> Any:
+        """Run torch's kernel once for each layer; those in `pairs` on an input that is projected to their rank.
+
+        Args:
+            input: as torch takes it.
+            hx: as torch takes it.
+            pairs: names of input weights.
+        """
+        module: Any = self
+        states = []
+        for index in range(module.num_layers):
+            names = [name for name in module._flat_weights_names if name.endswith(f"_l{index}")]
+            weights, width = {}, weight_shape(self, f"weight_ih_l{index}")[1]
+            for name in names:
+                if name in pairs:
+                    weights[name], right = self.factors_of(name).pair()
+                    input, width = _on_rows(partial(F.linear, weight=right), input), len(right)
+                else:
+                    weights[name] = getattr(self, name)
+            kernel = type(self).__new__(type(self))
+            kernel.__dict__.update(self.__dict__)
+            kernel.__dict__.update(num_layers=1, input_size=width, dropout=0.0, _flat_weights=list(weights.values()))
+            own = None if hx is None else tuple(h[index : index + 1] for h in hx) if module.mode == "LSTM" else hx[index : index + 1]
+            input, state = super(FactorizedRecurrent, kernel).forward(input, own)
+            states.append(state if isinstance(state, tuple) else (state,))
+            if index + 1 < module.num_layers and module.dropout and module.training:
+                input = _on_rows(partial(F.dropout, p=module.dropout), input)
+        joined = tuple(torch.cat(parts) for parts in zip(*states, strict=True))
+        return input, joined if module.mode == "LSTM" else joined[0]
 
     def release(self, share: Share) -> nn.Module:
         """Return the dense torch layer."""
@@ -89,6 +138,11 @@ class FactorizedRecurrent(SeveralWeights):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+
+
+def _on_rows(operation: Callable[[Tensor], Tensor], input: Any) -> Any:
+    """Apply an operation on rows to a tensor, or to the rows of a packed sequence."""
+    return input._replace(data=operation(input.data)) if isinstance(input, PackedSequence) else operation(input)
 
 
 def weight_shape(module: Any, name: str) -> tuple[int, int]:

@@ -109,31 +109,53 @@ def _costs(table: Sequence[float | int], ranks: Sequence[int]) -> list[float | i
 
 
 def run_data(folder: Path) -> dict[str, Any]:
-    """Return what a run's folder holds: results, logs of every stage, the recipe.
+    """Return what the folder of a run, or of `compress`, holds: results, logs of every stage, the recipe.
 
     Args:
-        folder: with ``recipe.yaml``; the rest may still be missing.
+        folder: with ``recipe.yaml`` or ``result.json``; the rest may still be missing.
 
     Raises:
-        FormatError: when it is not the folder of a run, or a file in it is damaged.
+        FormatError: when it is not such a folder, or a file in it is damaged.
     """
-    if not (folder / "recipe.yaml").is_file():
-        raise FormatError(folder, "is not the folder of a run: it has no recipe.yaml", hint="pass what spectrim run --out wrote, or a plan")
-    result = _json(folder / "result.json")
+    recipe, results = folder / "recipe.yaml", [folder / "result.json", folder / "compress" / "result.json"]
+    if not recipe.is_file() and not results[0].is_file():
+        hint = "pass what spectrim run or compress --out wrote, or a plan"
+        raise FormatError(folder, "is not the folder of a run: it has no recipe.yaml", hint=hint)
     stages = {}
     for path in sorted(folder.glob("*/stage.json")):
         state = _json(path)
         if path.parent.name != "measure" and state.get("finished"):
             stages[path.parent.name] = state["numbers"]
+    found = result_data(next((result for result in map(_json, results) if result), {}), stages)
+    return found | {"name": folder.resolve().name, "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else ""}
+
+
+def result_data(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the same without a folder.
+
+    Args:
+        result: what ``result.json`` holds: measured networks by name and more; of `compress` the report.
+        stages: the numbers of each finished stage of a run.
+    """
     return {
-        "name": folder.resolve().name,
-        "recipe": (folder / "recipe.yaml").read_text(encoding="utf-8"),
+        "name": "",
+        "recipe": "",
         "environment": result.get("environment", {}),
         "measured": {LABELS.get(name, name): entry for name, entry in result.items() if isinstance(entry, dict) and "size_bytes" in entry},
-        "stages": [_stage(name, numbers) for name, numbers in stages.items()],
+        "stages": [*(_stage(name, numbers) for name, numbers in stages.items()), *_compress_stages(result)],
         "ranks": _ranks(result, stages),
         "spectra": _spectra(stages),
     }
+
+
+def _compress_stages(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the scores and the log of `compress` as stages of a run."""
+    scores, history = result.get("scores") or {}, result.get("history") or {}
+    names = {"cut": "val_cut", "recalibrated": "val_recalibrated", "corrected": "val_corrected"}
+    cut = {key: scores[name] for name, key in names.items() if name in scores}
+    before = [_stage("dense", {"val": scores["dense"]})] if "dense" in scores else []
+    after = {"phases": [history], "val": scores["final"]} if "final" in scores else {"phases": [history]}
+    return [*before, _stage("cut", {}) | {"val": cut}, _stage("fine-tuning", after)] if scores or history.get("epochs") else []
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -152,7 +174,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _stage(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Return one stage: its phases, each a list of epochs, its values on the validation split, its seconds."""
     logs = numbers.get("phases") or [numbers.get("epochs") or []]
-    phases = [entry["epochs"] if isinstance(entry, dict) else entry for entry in logs]
+    phases = [entry.get("epochs", []) if isinstance(entry, dict) else entry for entry in logs]
     cuts = [cut for entry in [*logs, numbers] if isinstance(entry, dict) for cut in entry.get("cuts") or []]
     validated = {key: numbers[key] for key in ("val_cut", "val_recalibrated", "val") if key in numbers}
     return {"name": name, "phases": [phase for phase in phases if phase], "cuts": cuts, "val": validated, "seconds": numbers.get("seconds")}

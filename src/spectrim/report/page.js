@@ -528,7 +528,7 @@ function training(parent) {
     });
   }
   if (lines.length) {
-    const last = stages.findIndex((stage) => stage.name.startsWith("4"));
+    const last = stages.findIndex((stage) => /^(4|fine-tuning)/.test(stage.name));
     const at = last < 0 ? -1 : marks.findIndex((mark) => mark.label.startsWith(stages[last].name));
     if (at >= 0) marks[at].label = `cut, then ${marks[at].label}`;
     trainingCharts(add(parent, "div", { class: "charts" }), lines, marks);
@@ -555,7 +555,7 @@ function trainingCharts(charts, lines, marks) {
 }
 
 function validation(parent) {
-  const words = { val_cut: "right after the cut", val_recalibrated: "BatchNorm recalibrated", val: "at the end" };
+  const words = { val_cut: "right after the cut", val_recalibrated: "BatchNorm recalibrated", val_corrected: "refitted", val: "at the end" };
   const rows = DATA.run.stages.flatMap((stage) => Object.entries(stage.val).map(([key, value]) => [
     `${stage.name}, ${words[key]}`,
     value.accuracy === undefined ? "" : percent(value.accuracy, 2),

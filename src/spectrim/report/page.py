@@ -11,7 +11,7 @@ from typing import Any
 from spectrim.errors import FormatError
 from spectrim.measure import compare_table
 from spectrim.plan import Plan
-from spectrim.report.data import LABELS, measurements, plan_data, run_data, shortfalls
+from spectrim.report.data import measurements, plan_data, result_data, run_data, shortfalls
 
 PLAN = "plan.json"
 """Name of the plan in a run's folder."""
@@ -24,9 +24,10 @@ def write_report(source: Plan | str | Path, path: str | Path | None = None, *, r
     """Write one HTML page that needs nothing else: no server, no network, no other file.
 
     Args:
-        source: a `Plan`, the file that `Plan.save` wrote, or the folder of a run (with its ``plan.json`` where there is one).
+        source: a `Plan`, the file that `Plan.save` wrote, or the folder of a run or of `compress`, with its ``plan.json`` if any.
         path: of the page; beside the plan's file or in the run's folder when omitted.
-        result: measured networks to show beside a plan, by name, as `Measurement.to_dict` gives them: ``dense``, ``final``, ...
+        result: what to show beside a plan: measured networks by name, as `Measurement.to_dict` gives them (``dense``, ``final``, ...), or
+            the report of `compress`.
 
     Returns:
         The path of the page.
@@ -78,13 +79,7 @@ def _read(source: Plan | str | Path, result: Mapping[str, Any] | None) -> tuple[
     if not isinstance(source, Plan) and not Path(source).is_file():
         raise FormatError(source, "does not exist", hint="pass the folder of a run, or what spectrim plan --out wrote")
     plan = source if isinstance(source, Plan) else Plan.load(source)
-    if result is None:
-        return plan, None
-    measured = {
-        LABELS.get(name, name): dict(entry) for name, entry in result.items() if isinstance(entry, Mapping) and "size_bytes" in entry
-    }
-    ranks = measured.get("low-rank", {}).get("ranks", {})
-    return plan, {"name": "", "recipe": "", "environment": {}, "measured": measured, "stages": [], "ranks": ranks, "spectra": {}}
+    return plan, None if result is None else result_data(result, {})
 
 
 def _page(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
@@ -110,7 +105,10 @@ def escaped_json(data: Any) -> str:
         >>> escaped_json("</script>")
         '"\\u003c/script\\u003e"'
     """
-    text = json.dumps(_finite(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    try:
+        text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    except ValueError:
+        text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -142,8 +140,13 @@ def _text(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
 
 
 def _stage_lines(stage: Mapping[str, Any]) -> list[str]:
-    names = {"val_cut": "right after the cut", "val_recalibrated": "BatchNorm recalibrated", "val": "at the end"}
+    names = {
+        "val_cut": "right after the cut",
+        "val_recalibrated": "BatchNorm recalibrated",
+        "val_corrected": "refitted",
+        "val": "at the end",
+    }
     return [
-        f"  {stage['name']}, {names[key]}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in values.items())
+        f"  {stage['name']}, {names.get(key, key)}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in values.items())
         for key, values in stage["val"].items()
     ]
