@@ -323,15 +323,25 @@ def ours(job: Job) -> nn.Module:
     made = compress(
         job.dense, Later(job.data.train, 0), job.loss, job.limits, job.epochs, example_inputs=job.example, eval_data=job.data.val,
         scheme=job.task.scheme, where=None if job.task.where is None else match(*job.task.where),
-        distill=Distillation(copy.deepcopy(job.dense), **job.task.distill),
+        distill=Distillation(copy.deepcopy(job.dense), **job.task.distill) if job.knobs.get("distill", True) else None,
         optimizer=lambda parameters: make(job.task.optimizer, "optimizer", list(parameters), lr=peak),
-        examples=job.task.calibration, folder=job.folder, progress=False, **{k: v for k, v in job.knobs.items() if k != "peak"},
+        examples=job.task.calibration, folder=job.folder, progress=False, squeeze=job.knobs.get("squeeze", 0.0),
     )  # fmt: skip
     job.notes["cut"] = made.cut
     job.log += made.history.epochs
     job.scores["before_cut"] = made.scores.get("squeezed", job.scores["dense"])
     job.scores |= {name: made.scores[name] for name in ("cut", "recalibrated", "corrected") if name in made.scores}
     return made.low
+
+
+def ours_squeezed(job: Job) -> nn.Module:
+    """`spectrim.compress` that first trains toward the budget."""
+    return ours(job)
+
+
+def ours_undistilled(job: Job) -> nn.Module:
+    """`spectrim.compress` without the dense network as the teacher."""
+    return ours(job)
 
 
 def narrow(job: Job, distill: bool = False) -> nn.Module:
@@ -381,7 +391,20 @@ def filters(job: Job) -> nn.Module:
 
 METHODS: dict[str, Callable[[Job], nn.Module]] = {
     method.__name__: method
-    for method in (truncated, truncated_distilled, whitened, paper, l1, polar_hoyer, ours, narrow, narrow_distilled, filters)
+    for method in (
+        truncated,
+        truncated_distilled,
+        whitened,
+        paper,
+        l1,
+        polar_hoyer,
+        ours,
+        ours_squeezed,
+        ours_undistilled,
+        narrow,
+        narrow_distilled,
+        filters,
+    )
 }
 
 

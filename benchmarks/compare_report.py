@@ -33,6 +33,8 @@ METHODS = {
     "l1": "SVD training, L1",
     "polar_hoyer": "PolarHoyer on dense weights",
     "ours": "`compress` (ours)",
+    "ours_squeezed": "`compress`, first half toward the budget",
+    "ours_undistilled": "`compress`, no teacher",
     "narrow": "narrower network, from nothing",
     "narrow_distilled": "narrower network, from nothing, distilled",
     "filters": "filter pruning (torch-pruning)",
@@ -237,7 +239,7 @@ def draw(name: str) -> None:
     tests = gather(found, lambda result: merit_of(task, result["final"]["test"]))
     kept = gather(found, lambda result: result["final"]["macs_fraction"])
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    colors, markers = plt.get_cmap("tab10").colors, "osD^v<>Phx"
+    colors, markers = plt.get_cmap("tab20").colors, "osD^v<>PhxX*"
     for index, method in enumerate(METHODS):
         if method not in tests:
             continue

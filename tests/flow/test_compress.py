@@ -141,6 +141,35 @@ def test_bad_settings(trained: tuple[nn.Module, Any], settings: dict[str, Any], 
         made(trained, **settings)
 
 
+class Encoder(nn.Module):
+    """Classes of sequences by a transformer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(x).mean(1))
+
+
+def test_a_transformer() -> None:
+    data = [(torch.randn(8, 6, 16), torch.randint(5, (8,))) for _ in range(3)]
+    made = compress(Encoder(), data, LOSS, sp.Budget(macs=0.6), 1, progress=False)
+    assert made.measured["final"].macs <= 0.6 * made.measured["dense"].macs  # type: ignore[operator]
+    assert "final" in made.scores
+
+
+def test_a_recurrent_language_model_with_two_limits() -> None:
+    model = zoo.LSTMLanguageModel(30, embedding=16, hidden=16, layers=2, dropout=0.0)
+    data = [(torch.randint(30, (4, 7)), torch.randint(30, (4, 7))) for _ in range(3)]
+    budget = sp.Budget(macs=0.7, params=0.6)
+    made = compress(model, data, zoo.language_model_loss, budget, 1, where=sp.match("*"), progress=False)
+    dense, final = made.measured["dense"], made.measured["final"]
+    assert final.macs <= 0.7 * dense.macs  # type: ignore[operator]
+    assert final.params <= 0.6 * dense.params
+
+
 def test_the_teacher_knows_the_axis_of_the_classes() -> None:
     images = (torch.zeros(2, 6), torch.zeros(2, dtype=torch.int64))
     assert teacher_for(nn.Linear(6, 3), images).dim == 1  # type: ignore[union-attr]
