@@ -22,7 +22,7 @@ from spectrim.latency import LatencyTable, latency_table
 from spectrim.layers import named_factors
 from spectrim.measure import Measurement, compare_latency, compare_table, evaluate, measure
 from spectrim.penalties import L1, FrobeniusDecay, Hoyer, HoyerSquare, NuclearNorm, Orthogonality, PolarHoyer
-from spectrim.plan import plan
+from spectrim.plan import Plan, plan
 from spectrim.prune import prune, prune_, prune_optimizer_state
 from spectrim.ranks import Energy, Fixed, Fraction
 from spectrim.report import write_report
@@ -48,6 +48,7 @@ __all__ = [
     "NormalizedEnergy",
     "NuclearNorm",
     "Orthogonality",
+    "Plan",
     "PolarHoyer",
     "Ramp",
     "SpectralEnergy",

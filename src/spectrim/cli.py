@@ -39,7 +39,8 @@ def run(args: Namespace) -> None:
     result = Run(recipe, out, progress=not args.quiet).run()
     measured = {NAMES.get(k, k): Measurement.from_dict(result[k]) for k in ("dense", "final", "truncated", "continued") if k in result}
     print(compare_table(measured))
-    print(f"written to {out}")
+    _plan_of_run(out)
+    print(f"written to {out}; the page: {write_report(out)}")
     if args.json:
         print(json.dumps({name: result[name] for name in ("dense", "final")}))
 
@@ -62,7 +63,8 @@ def compress_(args: Namespace) -> None:
     measured = {name: replace(made.measured[name], accuracy=found.get("accuracy"), loss=found["loss"]) for name, found in tested.items()}
     print(made.stages())
     print(compare_table({NAMES.get(name, name): entry for name, entry in measured.items()}))
-    print(f"written to {out}")
+    _plan_of_run(out)
+    print(f"written to {out}; the page: {write_report(out)}")
     if args.json:
         print(json.dumps({name: entry.to_dict() for name, entry in measured.items()}))
 

@@ -107,7 +107,7 @@ def correct(
     Examples:
         >>> from spectrim.factorize import factorize
         >>> from spectrim.prune import prune
-        >>> dense, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(64, 4)
+        >>> dense, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(64, 4)
         >>> cut = prune(factorize(dense, where=lambda name, module: True), {"0": 2})
         >>> better = correct(cut, dense, [x])
         >>> bool((better(x) - dense(x)).norm() <= (cut(x) - dense(x)).norm())

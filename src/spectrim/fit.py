@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from spectrim.errors import DivergedError, FormatError, SettingError
 from spectrim.execution import choose_execution
 from spectrim.layers import Factors, named_factors, named_layers
+from spectrim.linalg import orthogonality_defect
 from spectrim.measure import call_model, evaluate, evaluating
 from spectrim.protocols import Penalty, PenaltySchedule, RankRule, RankSchedule
 from spectrim.prune import prune_
@@ -85,12 +86,16 @@ class History:
         epochs: one line for each: ``loss`` (the task's, with the teacher's share when distilling; mean over batches), one entry for each
             penalty (what it added), ``mean_rank``, ``learning_rate`` of the last step, ``examples_per_s``, ``seconds``, and ``eval_*``
             from the validation split.
-        cuts: one entry for each cut of a schedule that changed a rank: ``step``, the number of optimizer steps before it, and ``ranks``
-            after it.
+        cuts: one entry for each cut of a schedule that changed a rank: ``step``, the number of optimizer steps before it, ``epoch``, the
+            same in epochs (1.5: halfway through the second one), and ``ranks`` after it.
+        layers: of a factorized model, one entry for each epoch: ``ranks`` and ``defects`` by the names of `named_factors`, at its end. The
+            defect is the larger of `linalg.orthogonality_defect` of ``U`` and of ``Vh^T``. Empty for a dense model; the first epochs are
+            missing where they were resumed from a checkpoint that does not hold them.
     """
 
     epochs: list[dict[str, float]] = field(default_factory=list)
     cuts: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def last(self) -> dict[str, float]:
@@ -99,7 +104,7 @@ class History:
 
     def to_dict(self) -> dict[str, list[dict[str, Any]]]:
         """Return plain data for JSON."""
-        return {"epochs": self.epochs, "cuts": self.cuts}
+        return {"epochs": self.epochs, "cuts": self.cuts, "layers": self.layers}
 
 
 def fit(
@@ -228,7 +233,7 @@ def fit(
                     at = epoch * groups_per_epoch + index // accumulate, epochs * groups_per_epoch
                     cut = _cut(model, rank_schedule(model, inputs, *at), optimizer)
                     if cut is not None:
-                        history.cuts.append({"step": at[0], "ranks": cut})
+                        history.cuts.append({"step": at[0], "epoch": at[0] / groups_per_epoch, "ranks": cut})
                     if scheduled is not None:
                         scheduled.advance(model, inputs, *at)
                 if execution == "measured" and (cut is not None or not timed):
@@ -273,6 +278,7 @@ def fit(
                     found = evaluate(model, eval_data, lambda output, target: loss(convert_to_fp32(output), target))
                 line |= {f"eval_{name}": value for name, value in found.items()}
             history.epochs.append(line)
+            history.layers += layer_lines(model)
             for callback in callbacks:
                 callback(epoch + 1, line, model)
             if saver is not None and accelerator.is_main_process:
@@ -324,6 +330,15 @@ def mean_rank(model: nn.Module) -> float:
     return sum(ranks) / len(ranks) if ranks else 0.0
 
 
+def layer_lines(model: nn.Module) -> list[dict[str, Any]]:
+    """Return one entry of `History.layers`; none for a dense model."""
+    ranks, defects = {}, {}
+    for name, factors in named_factors(model):
+        sides = [side.cpu() if side.device.type == "mps" else side for side in (factors.U, factors.Vh.mT)]  # which has no float64
+        ranks[name], defects[name] = factors.rank, max(map(orthogonality_defect, sides))
+    return [{"ranks": ranks, "defects": defects}] if ranks else []
+
+
 def largest_gradient(model: nn.Module) -> tuple[str, float]:
     """Return the name of the parameter with the largest gradient norm, and that norm; a norm that is not finite counts as largest."""
     norms = {name: float(p.grad.float().norm()) for name, p in model.named_parameters() if p.grad is not None}
@@ -357,7 +372,8 @@ class Checkpoint:
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                torch.save(self._state() | {"kinds": self._kinds(), "history": history.epochs, "cuts": history.cuts}, file)
+                happened = {"history": history.epochs, "cuts": history.cuts, "layers": history.layers}
+                torch.save(self._state() | {"kinds": self._kinds()} | happened, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
@@ -374,7 +390,8 @@ class Checkpoint:
             return History()
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            weights, lines, cuts = dict(state["model"]), list(state["history"]), list(state.get("cuts", []))
+            weights = dict(state["model"])
+            history = History(list(state["history"]), *(list(state.get(name, [])) for name in ("cuts", "layers")))
             sizes = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
         except Exception as error:
             raise FormatError(
@@ -400,7 +417,7 @@ class Checkpoint:
             self._resize(larger)
             self._load(before)
             raise FormatError(self.path, f"does not fit this run ({error})", hint=anew) from error
-        return History(lines, cuts)
+        return history
 
     def _smaller(self, weights: dict[str, Any]) -> dict[str, Factors]:
         """Return factors of the ranks that a schedule had cut to, where they are smaller than the model's, by module."""

@@ -640,6 +640,7 @@ def _interpolated(rises: Mapping[str, Mapping[int, float]], energies: Mapping[st
         ranks = [*rise, full]
         highest = np.maximum.accumulate([0.0, *(max(0.0, rise[rank]) for rank in reversed(list(rise)))])[::-1]
         curve = PchipInterpolator(ranks, highest)(np.arange(full + 1))
+        curve[-1] = 0.0  # up to the interpolation's rounding it is
         harms[name] = torch.from_numpy(np.minimum.accumulate(np.maximum(curve, 0.0)))
     most = max(float(harm[0]) for harm in harms.values())
     return {name: harm + TIE_BREAK * most * energies[name] for name, harm in harms.items()}

@@ -261,6 +261,7 @@ def plan(
         LayerError: when nothing can be factorized, or when `latency` is of another model.
 
     Examples:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
         >>> found = plan(model, torch.randn(8, 16), budgets=[0.5])
         >>> found.budgets[0].totals.macs <= 0.5 * found.dense.macs

@@ -630,8 +630,8 @@ class Run:
                 self.console.print(f"validation split, {title}: {values}", highlight=False)
         return model
 
-    def _fit(self, model: nn.Module, phase: Phase, folder: Path, teacher: nn.Module | None) -> list[dict[str, float]]:
-        """Run one phase and return its log."""
+    def _fit(self, model: nn.Module, phase: Phase, folder: Path, teacher: nn.Module | None) -> dict[str, list[dict[str, Any]]]:
+        """Run one phase and return its history as plain data."""
         optimizer = make(phase.optimizer, "optimizer", [p for p in model.parameters() if p.requires_grad])
         scheduler = None
         if phase.scheduler is not None and phase.epochs:
@@ -645,19 +645,20 @@ class Run:
             penalties=penalties, eval_data=self.data.val, scheduler=scheduler, scheduler_steps=phase.scheduler_steps, distill=distill,
             precision=self.recipe.precision, accumulate=phase.accumulate, clip=phase.clip, checkpoint=folder, progress=self.progress,
         )  # fmt: skip
-        return history.epochs
+        return history.to_dict()
 
     def _dense(self, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         model = copy.deepcopy(self.initial)
         log = self._fit(model, self.recipe.dense, folder / "phase-0", None)
-        return model, {"epochs": log, "val": self._validate(model)}
+        return model, {**log, "val": self._validate(model)}
 
     def _train(self, dense: nn.Module, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         settings = self.recipe.factorize
         source = dense if settings.start == "dense" else self.initial
         low = factorize(source, settings.scheme, self.where())
         logs = [self._fit(low, phase, folder / f"phase-{index}", dense) for index, phase in enumerate(self.recipe.train)]
-        return low, {"phases": logs, "val": self._validate(low), "spectra": {k: v.tolist() for k, v in spectra(low).items()}}
+        numbers = {place: [log[key] for log in logs] for place, key in (("phases", "epochs"), ("cuts", "cuts"), ("layers", "layers"))}
+        return low, {**numbers, "val": self._validate(low), "spectra": {k: v.tolist() for k, v in spectra(low).items()}}
 
     def _cut(self, low: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         settings = self.recipe.prune
@@ -676,7 +677,7 @@ class Run:
     def _finetune(self, cut: nn.Module, dense: nn.Module, phase: Phase, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         tuned = copy.deepcopy(cut)
         log = self._fit(tuned, phase, folder / "phase-0", dense)
-        return tuned, {"epochs": log, "val": self._validate(tuned)}
+        return tuned, {**log, "val": self._validate(tuned)}
 
     def _truncated(self, dense: nn.Module, final: nn.Module, phase: Phase, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         """Cut the dense network at once to the MACs of the final one, by the same knapsack, then train."""

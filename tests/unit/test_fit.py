@@ -294,9 +294,54 @@ def test_evaluation_and_callbacks_see_each_epoch() -> None:
     assert all(logged == value for _, logged, value in seen)
     assert [line["mine"] for line in history.epochs] == [3.0] * 3
     assert set(history.last) == {*("loss", "mean_rank", "learning_rate", "examples_per_s", "seconds", "eval_loss", "eval_accuracy", "mine")}
-    assert history.to_dict() == {"epochs": history.epochs, "cuts": []}
+    assert history.to_dict() == {"epochs": history.epochs, "cuts": [], "layers": []}, "a dense model has no ranks"
     assert History().last == {}
     assert model.training, "left in training mode"
+
+
+def test_ranks_and_defects_of_every_epoch() -> None:
+    low = sp.factorize(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), where=sp.match("*"))
+    with torch.no_grad():
+        low[0].factors_of("weight").U.copy_(torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+        low[0].factors_of("weight").Vh.copy_(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+    data = [(torch.randn(4, 2), torch.tensor([0, 1, 0, 1]))] * 2
+    history = run(low, data, sgd(low, lr=0.0), epochs=2)
+    assert [line["ranks"] for line in history.layers] == [{"0": 2, "1": 2}] * 2
+    for line in history.layers:
+        assert line["defects"]["0"] == 8 / math.sqrt(2), "U^T U - I = diag(3, 0) and Vh Vh^T - I = diag(0, 8), over the root of the rank"
+        assert 0 < line["defects"]["1"] < 1e-6
+    assert history.to_dict()["layers"] == history.layers
+
+
+class HalfWay:
+    """Cuts in the middle of the second epoch."""
+
+    def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int) -> dict[str, int] | None:
+        return {"1": 7} if step == 6 else None
+
+
+def test_a_resumed_run_has_the_layers_of_the_whole_one(tmp_path: Path) -> None:
+    def go(folder: Path, epochs: int) -> History:
+        return run(sp.factorize(net(), where=sp.match("*")), batches(), epochs=epochs, checkpoint=folder, rank_schedule=HalfWay())
+
+    whole = go(tmp_path / "whole", 3)
+    for epochs in (1, 2, 3):
+        parts = go(tmp_path / "parts", epochs)
+    assert parts.layers == whole.layers
+    assert parts.cuts == whole.cuts
+    assert [line["ranks"]["1"] for line in whole.layers] == [24, 7, 7]
+    assert [(cut["step"], cut["epoch"]) for cut in whole.cuts] == [(6, 1.5)]
+    assert whole.layers[0]["defects"] != whole.layers[2]["defects"]
+
+
+def test_a_checkpoint_without_layers_is_resumed(tmp_path: Path) -> None:
+    low = sp.factorize(net(), where=sp.match("*"))
+    run(copy.deepcopy(low), batches(), epochs=2, checkpoint=tmp_path)
+    state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
+    del state["layers"]
+    torch.save(state, tmp_path / CHECKPOINT)
+    history = run(low, batches(), epochs=3, checkpoint=tmp_path)
+    assert (len(history.epochs), len(history.layers)) == (3, 1)
 
 
 def test_no_epochs_change_nothing() -> None:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
-from spectrim import cli
+from spectrim import cli, recipe
 from spectrim.errors import FormatError
 from spectrim.plan import Plan, SkippedLayer, Totals, WeightPlan, plan
 from spectrim.report import data, page, text_report, write_report
@@ -169,6 +170,65 @@ def test_a_runs_folder_is_read_whole(tmp_path: Path) -> None:
     assert [len(stage["phases"]) for stage in run["stages"]] == [0, 2, 0, 1, 1]
     assert run["ranks"] == {"0": 2}
     assert run["spectra"] == {"0": [[1, 3.0], [2, 2.0], [3, 1.0]]}
+
+
+def test_runs_of_before_cuts_and_layers_were_logged(tmp_path: Path) -> None:
+    stages = data.run_data(run_folder(tmp_path / "net"))["stages"]
+    assert [stage["cuts"] for stage in stages] == [[], [[], []], [], [[]], [[]]]
+    assert [part["ranks"] for stage in stages for part in stage["layers"]] == [{}] * 4
+    numbers = {"epochs": [{}, {}], "cuts": [{"step": 4, "ranks": {"0": 2}}]}
+    assert data._stage("x", numbers)["cuts"] == [[]], "a step alone has no place among the epochs"
+
+
+def test_cuts_and_layers_of_each_phase() -> None:
+    lines = [{"ranks": {"0": rank, "1": 4}, "defects": {"0": 0.12345, "1": 0.5}} for rank in (3, 2)]
+    cut = {"step": 7, "epoch": 1.75, "ranks": {"0": 2, "1": 4}}
+    first, second = {"epochs": [{}, {}], "cuts": [cut], "layers": lines}, {"epochs": [{}, {}, {}], "cuts": [], "layers": lines}
+    apart = {key: [phase[key] for phase in (first, second)] for key in ("cuts", "layers")} | {"phases": [first["epochs"], second["epochs"]]}
+    for numbers in (apart, {"phases": [first, second]}):
+        stage = data._stage("2-train", numbers)
+        assert stage["cuts"] == [[{"step": 7, "epoch": 1.75}], []]
+        assert [part["epochs"] for part in stage["layers"]] == [[1, 2], [2, 3]], "the first epoch of the second phase is not known"
+        assert all(part["ranks"] == {"0": [3, 2], "1": [4, 4]} for part in stage["layers"])
+        assert all(part["defects"] == {"0": [0.123, 0.123], "1": [0.5, 0.5]} for part in stage["layers"])
+    assert data._stage("4-finetune", first)["layers"] == stage["layers"][:1]
+
+
+def test_a_long_course_is_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "POINTS", 3)
+    lines = [{"ranks": {"0": rank}, "defects": {"0": 0.1}} for rank in range(9, 0, -1)]
+    part = data._stage("x", {"epochs": [{}] * 9, "layers": lines})["layers"][0]
+    assert (part["epochs"], part["ranks"]) == ([1, 5, 9], {"0": [9, 5, 1]})
+
+
+def test_what_a_run_writes_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped path: recipe, stages on the disk, data of the page."""
+    monkeypatch.setattr(recipe, "compare_latency", partial(recipe.compare_latency, repeats=1, min_time=1e-3))
+    module = "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10))\n"
+    (tmp_path / "smallnet.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    optimizer = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}
+    ramp = {"class_path": "spectrim.Ramp", "init_args": {"target": {"macs": 0.5}, "end": 1.0, "cuts": 2}}
+    small = recipe.parse_recipe(
+        {
+            "model": "smallnet.net",
+            "factorize": {"where": ["*"]},
+            "data": {"class_path": "spectrim.zoo.digits", "init_args": {"batch_size": 256}},
+            "loss": "torch.nn.CrossEntropyLoss",
+            "train": [{"epochs": 2, "optimizer": optimizer, "rank_schedule": ramp}, {"epochs": 1, "optimizer": optimizer}],
+            "prune": {"rule": {"class_path": "spectrim.Energy", "init_args": {"keep": 1.0}}},
+            "finetune": {"epochs": 1, "optimizer": optimizer},
+        }
+    )
+    recipe.Run(small, tmp_path / "net", progress=False).run()
+    stages = {stage["name"]: stage for stage in data.run_data(tmp_path / "net")["stages"]}
+    assert [len(part["epochs"]) for part in stages["2-train"]["layers"]] == [2, 1]
+    assert [len(cuts) for cuts in stages["2-train"]["cuts"]] == [2, 0]
+    falling = stages["2-train"]["layers"][0]["ranks"]
+    assert any(ranks[0] > ranks[1] for ranks in falling.values())
+    assert {name: ranks[-1] for name, ranks in stages["4-finetune"]["layers"][0]["ranks"].items()} == data.run_data(tmp_path / "net")[
+        "ranks"
+    ]
 
 
 def test_what_fell_short_is_said(tmp_path: Path, found: Plan) -> None:

@@ -251,6 +251,28 @@ def test_every_section_shows_the_run(opened: Any, file: Path) -> None:
     assert page.locator("#layers tbody tr").count() == len(json.loads((file.parent / PLAN).read_text())["skipped"])
 
 
+def test_the_course_of_a_layer_and_the_steps_of_cuts(opened: Any, file: Path, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "net")
+    stage = json.loads((folder / "2-train" / "stage.json").read_text())
+    lines = [{"ranks": {"0": 9 - epoch, "1": 2}, "defects": {"0": 0.1, "1": 0.2}} for epoch in range(3)]
+    cut = {"step": 7, "epoch": 1.75, "ranks": {"0": 8, "1": 2}}
+    stage["numbers"] |= {"layers": [lines, lines], "cuts": [[], [cut, cut | {"step": 8, "epoch": 2.0}]]}
+    (folder / "2-train" / "stage.json").write_text(json.dumps(stage))
+    page = opened(write_report(folder))
+    titles = "#layer-charts figcaption"
+    assert page.locator(titles).all_inner_texts() == ["Spectrum of 0", "Rank over training", "Orthogonality defect over training"]
+    dots = page.locator("#layer-charts figure:nth-child(2) circle title").all_text_contents()
+    assert dots == [f"rank: {epoch}, {rank}" for epoch, rank in zip(range(1, 7), [9, 8, 7] * 2, strict=True)]
+    marks = page.locator("#training figure:first-child .mark.step")
+    assert marks.locator("title").all_text_contents() == ["cut after step 7", "cut after step 8"]
+    places = [float(mark.get_attribute("x1")) for mark in marks.all()]
+    assert places == pytest.approx([52 + (440 - 52 - 10) * (3 + epoch) / 9 for epoch in (1.75, 2.0)]), "of nine epochs"
+    page.select_option("#layer", label="1")
+    assert page.locator(titles).all_inner_texts() == ["Rank over training", "Orthogonality defect over training"], "it has no spectrum"
+    before = opened(file)
+    assert not any("over training" in title for title in before.locator(titles).all_inner_texts()), "nothing of it is known"
+
+
 def test_five_hundred_layers_stay_responsive(opened: Any, tmp_path: Path) -> None:
     path = write_report(big(500, 128), tmp_path / "deep.html")
     assert path.stat().st_size < 6e6

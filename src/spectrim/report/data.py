@@ -17,7 +17,7 @@ CHOICES = 600_000
 """Most numbers of harm in a page, about 3 MB; above it, ranks go in steps."""
 
 POINTS = 120
-"""Most singular values drawn of one spectrum."""
+"""Most singular values drawn of one spectrum, and most epochs of one phase in the course of a layer."""
 
 KNOWN = ("loss", "mean_rank", "learning_rate", "examples_per_s", "seconds")
 """What a line of the training log holds beside penalties and ``eval_*``."""
@@ -67,7 +67,6 @@ def _choices(weight: WeightPlan, step: int) -> list[int]:
 def _weight(weight: WeightPlan, methods: Sequence[str], step: int) -> dict[str, Any]:
     ranks = _choices(weight, step)
     harms = {name: _packed(weight.harms[name][rank] for rank in ranks) for name in methods}
-    shown = sorted({round(place) for place in np.linspace(0, len(weight.spectrum) - 1, min(POINTS, len(weight.spectrum))).tolist()})
     return {
         "name": weight.name,
         "kind": weight.kind,
@@ -83,8 +82,17 @@ def _weight(weight: WeightPlan, methods: Sequence[str], step: int) -> dict[str, 
         "params": _costs(weight.params, ranks),
         "seconds": None if weight.seconds is None else _costs(weight.seconds, ranks),
         "dense": {"macs": weight.dense_macs, "params": weight.dense_params, "seconds": weight.dense_seconds},
-        "spectrum": [[place + 1, float(f"{weight.spectrum[place]:.4g}")] for place in shown],
+        "spectrum": _thinned(weight.spectrum),
     }
+
+
+def _places(count: int) -> list[int]:
+    """Return which of so many values to draw: the first, the last and evenly between."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(POINTS, count)).tolist()})
+
+
+def _thinned(spectrum: Sequence[float]) -> list[list[float | int]]:
+    return [[place + 1, float(f"{spectrum[place]:.4g}")] for place in _places(len(spectrum))]
 
 
 def _runs(ranks: Sequence[int]) -> list[int]:
@@ -172,12 +180,40 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _stage(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one stage: its phases, each a list of epochs, its values on the validation split, its seconds."""
-    logs = numbers.get("phases") or [numbers.get("epochs") or []]
-    phases = [entry.get("epochs", []) if isinstance(entry, dict) else entry for entry in logs]
-    cuts = [cut for entry in [*logs, numbers] if isinstance(entry, dict) for cut in entry.get("cuts") or []]
-    validated = {key: numbers[key] for key in ("val_cut", "val_recalibrated", "val") if key in numbers}
-    return {"name": name, "phases": [phase for phase in phases if phase], "cuts": cuts, "val": validated, "seconds": numbers.get("seconds")}
+    """Return one stage: its phases, each a list of epochs, cuts and layers of each, its values on the validation split, its seconds."""
+    phases = [phase for phase in _histories(numbers) if phase.get("epochs")]
+    return {
+        "name": name,
+        "phases": [phase["epochs"] for phase in phases],
+        "cuts": [[{key: cut[key] for key in ("step", "epoch")} for cut in phase.get("cuts") or [] if "epoch" in cut] for phase in phases],
+        "layers": [_course(phase) for phase in phases],
+        "val": {key: numbers[key] for key in ("val_cut", "val_recalibrated", "val") if key in numbers},
+        "seconds": numbers.get("seconds"),
+    }
+
+
+def _histories(numbers: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the history of each phase; older files hold the lines of the epochs alone."""
+    if "phases" not in numbers:
+        return [numbers]
+    more = [key for key in ("cuts", "layers") if key in numbers]
+    return [
+        phase if isinstance(phase, dict) else {"epochs": phase, **{key: numbers[key][index] for key in more}}
+        for index, phase in enumerate(numbers["phases"])
+    ]
+
+
+def _course(phase: Mapping[str, Any]) -> dict[str, Any]:
+    """Return rank and orthogonality defect of each weight over the epochs of a phase, thinned out; the first epochs may be missing."""
+    lines = phase.get("layers") or []
+    missing = len(phase["epochs"]) - len(lines)
+    places = _places(len(lines))
+    names = lines[-1]["ranks"] if lines else {}
+    return {
+        "epochs": [missing + place + 1 for place in places],
+        "ranks": {name: [lines[place]["ranks"][name] for place in places] for name in names},
+        "defects": {name: [float(f"{lines[place]['defects'][name]:.3g}") for place in places] for name in names},
+    }
 
 
 def _ranks(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
@@ -188,11 +224,8 @@ def _ranks(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -
 
 def _spectra(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, list[list[float | int]]]:
     """Return the spectra before the cut, thinned out for drawing."""
-    found: dict[str, list[list[float | int]]] = {}
-    for name, values in next((numbers["spectra"] for numbers in stages.values() if "spectra" in numbers), {}).items():
-        shown = sorted({round(place) for place in np.linspace(0, len(values) - 1, min(POINTS, len(values))).tolist()})
-        found[name] = [[place + 1, float(f"{values[place]:.4g}")] for place in shown]
-    return found
+    found: Mapping[str, Sequence[float]] = next((numbers["spectra"] for numbers in stages.values() if "spectra" in numbers), {})
+    return {name: _thinned(values) for name, values in found.items()}
 
 
 def measurements(run: Mapping[str, Any]) -> dict[str, Measurement]:

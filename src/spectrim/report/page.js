@@ -64,7 +64,7 @@ function ticks(low, high, log) {
   return found;
 }
 
-// series: [{name, points: [[x, y, label?]], dots}]; marks: [{x, label}]
+// series: [{name, points: [[x, y, label?]], dots}]; marks: [{x, label, hint?}], those with a hint as solid lines
 function chart(parent, { title, series, marks = [], log = false, x = "", y = "", zero = false }) {
   const shown = series.map((one) => ({ ...one, points: one.points.filter((p) => Number.isFinite(p[1]) && (!log || p[1] > 0)) }));
   const points = shown.flatMap((one) => one.points);
@@ -92,7 +92,8 @@ function chart(parent, { title, series, marks = [], log = false, x = "", y = "",
   add(svg, "text", { x: (left + W - right) / 2, y: H - 4, "text-anchor": "middle" }, x);
   if (y) add(svg, "text", { x: 4, y: 10 }, y);
   marks.forEach((mark, index) => {
-    add(svg, "line", { class: "mark", x1: px(mark.x), x2: px(mark.x), y1: top, y2: H - bottom });
+    const line = add(svg, "line", { class: mark.hint ? "mark step" : "mark", x1: px(mark.x), x2: px(mark.x), y1: top, y2: H - bottom });
+    if (mark.hint) add(line, "title", {}, mark.hint);
     const end = px(mark.x) > W * 0.7;
     add(svg, "text", { x: px(mark.x) + (end ? -3 : 3), y: top + 9 + 11 * (index % 3), "text-anchor": end ? "end" : "start" }, mark.label);
   });
@@ -465,7 +466,9 @@ function nearest(ranks, asked) {
 let choose = () => {};
 
 function layers(parent) {
-  const spectra = PLAN ? PLAN.weights.map((weight) => [weight.name, weight.spectrum]) : Object.entries((DATA.run || {}).spectra || {});
+  const ran = (DATA.run || {}).spectra || {};
+  const names = Object.keys(Object.assign({}, ran, ...TIMELINE.parts.map((part) => part.ranks)));
+  const spectra = PLAN ? PLAN.weights.map((weight) => [weight.name, weight.spectrum]) : names.map((name) => [name, ran[name] || []]);
   if (spectra.length) {
     const label = add(add(parent, "div", { class: "controls" }), "label", {}, "Layer ");
     const select = add(label, "select", { id: "layer" });
@@ -500,39 +503,56 @@ function layerCharts(charts, index, [name, spectrum]) {
   if (ran) marks.push({ x: ran, label: `this run: ${ran}` });
   if (weight && weight.breakEven < weight.held) marks.push({ x: weight.breakEven, label: `break-even: ${weight.breakEven}` });
   chart(charts, { title: `Spectrum of ${name || "the model"}`, series: [{ name: "singular value", points: spectrum }], marks, log: true, x: "index" });
+  courseCharts(charts, name);
   if (!weight) return;
   const series = PLAN.importances.map((method) => ({ name: method, points: weight.ranks.map((rank, place) => [rank, weight.harms[method][place]]) }));
   const share = series.map((one) => ({ ...one, points: one.points.map(([rank, harm]) => [rank, harm / (one.points[0][1] || 1)]) }));
   chart(charts, { title: "Harm of keeping a rank, relative to the smallest rank", series: share, marks, log: true, x: "rank" });
 }
 
+function courseCharts(charts, name) {
+  const { parts, marks } = TIMELINE;
+  const draw = (title, key, more) => {
+    const points = parts.flatMap((part) => (part[key][name] || []).map((value, index) => Object.assign([part.start + part.epochs[index], value], { gap: index === 0 })));
+    chart(charts, { title: `${title} over training`, series: [{ name: title.toLowerCase(), points }], marks, x: "epoch", ...more });
+  };
+  draw("Rank", "ranks", { zero: true });
+  draw("Orthogonality defect", "defects", { log: true });
+}
+
 // Training
 
-function training(parent) {
+// The stages of the run one after another, baselines apart: a line for each epoch, marks where phases begin and ranks were cut, the layers' parts.
+function timeline() {
   const stages = ((DATA.run || {}).stages || []).filter((stage) => stage.phases.length && !stage.name.startsWith("b"));
-  const baselines = ((DATA.run || {}).stages || []).filter((stage) => stage.phases.length && stage.name.startsWith("b"));
-  if (!stages.length && !baselines.length) {
-    add(parent, "p", {}, "No training has been logged.");
-    return;
-  }
-  const lines = [];
-  const marks = [];
+  const [lines, marks, parts] = [[], [], []];
   for (const stage of stages) {
     stage.phases.forEach((phase, index) => {
-      marks.push({ x: lines.length + 0.5, label: stage.phases.length > 1 ? `${stage.name}, phase ${index + 1}` : stage.name });
+      const [start, cuts] = [lines.length, stage.cuts[index]];
+      const tuning = index === 0 && /^(4|fine-tuning)/.test(stage.name) ? "cut, then " : "";
+      marks.push({ x: start, label: tuning + (stage.phases.length > 1 ? `${stage.name}, phase ${index + 1}` : stage.name) });
+      cuts.forEach((cut, place) => marks.push({ x: start + cut.epoch, label: place ? "" : cuts.length > 1 ? `${cuts.length} cuts` : "cut", hint: `cut after step ${cut.step}` }));
+      parts.push({ ...stage.layers[index], start });
       phase.forEach((line, epoch) => {
         const before = epoch && phase[epoch - 1].mean_rank;
-        if (before && line.mean_rank < before) marks.push({ x: lines.length + 0.75, label: "cut" });
+        if (!cuts.length && before && line.mean_rank < before) marks.push({ x: lines.length + 0.5, label: "cut" }); // at an unknown step of the epoch
         lines.push({ ...line, gap: epoch === 0 });
       });
     });
   }
-  if (lines.length) {
-    const last = stages.findIndex((stage) => /^(4|fine-tuning)/.test(stage.name));
-    const at = last < 0 ? -1 : marks.findIndex((mark) => mark.label.startsWith(stages[last].name));
-    if (at >= 0) marks[at].label = `cut, then ${marks[at].label}`;
-    trainingCharts(add(parent, "div", { class: "charts" }), lines, marks);
+  return { lines, marks, parts };
+}
+
+const TIMELINE = timeline();
+
+function training(parent) {
+  const { lines, marks } = TIMELINE;
+  const baselines = ((DATA.run || {}).stages || []).filter((stage) => stage.phases.length && stage.name.startsWith("b"));
+  if (!lines.length && !baselines.length) {
+    add(parent, "p", {}, "No training has been logged.");
+    return;
   }
+  if (lines.length) trainingCharts(add(parent, "div", { class: "charts" }), lines, marks);
   for (const stage of baselines) {
     add(parent, "h3", {}, `Baseline ${stage.name}`);
     trainingCharts(add(parent, "div", { class: "charts" }), stage.phases.flat(), []);
