@@ -28,7 +28,7 @@ from spectrim.recipe import RECIPE, Run, make_data, make_loss, make_model, read_
 from spectrim.report import PLAN, text_report, write_report
 from spectrim.surgery import coverage, match
 
-LIMITS = ("macs", "params", "size", "size_bytes")
+LIMITS = ("macs", "params", "size", "size_bytes", "latency", "latency_s")
 NAMES = {"final": "low-rank", "truncated": "truncated SVD", "continued": "dense, trained on"}
 
 
@@ -53,11 +53,14 @@ def compress_(args: Namespace) -> None:
         raise RecipeError("compress", "no budget", allowed=", ".join(f"--{name}" for name in LIMITS) + "; --macs 0.4 keeps 40 %")
     out = Path(args.out or Path("runs") / f"{Path(args.recipe).stem}-compress")
     job = Run(recipe, out, progress=not args.quiet)
-    dense = job.dense()
+    dense, table = job.dense(), None
+    if args.backend or args.latency or args.latency_s:
+        timed = factorize(dense, recipe.factorize.scheme, job.where())
+        table = latency_table(timed, job.example, backend=args.backend or "eager", progress=not args.quiet)
     made = compress(
         dense, job.data.train, job.loss, Budget(**limits), args.epochs, example_inputs=job.example, eval_data=job.data.val,
         scheme=recipe.factorize.scheme, where=job.where(), cut=args.cut, squeeze=args.squeeze, examples=args.examples,
-        precision=recipe.precision, folder=out / "compress", progress=not args.quiet,
+        precision=recipe.precision, latency=table, folder=out / "compress", progress=not args.quiet,
     )  # fmt: skip
     tested = {name: evaluate(model, job.data.test, job.loss) for name, model in (("dense", dense), ("final", made.model))}
     measured = {name: replace(made.measured[name], accuracy=found.get("accuracy"), loss=found["loss"]) for name, found in tested.items()}
@@ -185,6 +188,9 @@ def parser() -> ArgumentParser:
     sub.add_argument("--params", type=float, help="share of the parameters to keep, in (0, 1]")
     sub.add_argument("--size", type=float, help="share of the bytes to keep, in (0, 1]")
     sub.add_argument("--size_bytes", type=PositiveInt, help="bytes to keep")
+    sub.add_argument("--latency", type=float, help="share of the dense network's seconds to keep, in (0, 1]")
+    sub.add_argument("--latency_s", type=float, help="seconds of one example")
+    sub.add_argument("--backend", choices=["eager", "compile", "onnx"], help="time layers there; what no rank makes faster stays dense")
     sub.add_argument("--epochs", type=NonNegativeInt, default=0, help="of fine-tuning (default: none, calibration only)")
     sub.add_argument("--examples", type=PositiveInt, default=1024, help="training examples that calibrate")
     sub.add_argument("--cut", choices=["auto", "plain", "whitened", "sensitive"], default="auto", help="how the cut is made")

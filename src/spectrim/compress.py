@@ -128,8 +128,9 @@ def compress(
         scheme: how convolution kernels are folded, see `factorize`.
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
-            examples; ``sensitive`` what changes the loss least to second order. ``auto`` makes all three and keeps the one with the lowest
-            loss after the refit, on `eval_data` or else on the examples.
+            examples; ``sensitive`` what changes the loss least to second order. ``auto`` is ``plain`` where fine-tuning follows, which ends
+            better from ranks by the plain energy; without epochs it makes all three and keeps the one with the lowest loss after the
+            refit, on `eval_data` or else on the examples.
         importance: ranks by this instead of the importance that belongs to the cut.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: how to learn from the dense network while fine-tuning; ``auto`` does (temperature 4, 0.7 of the loss) where outputs are
@@ -202,7 +203,7 @@ def compress(
         recalibrate(low, known)
         scores["recalibrated"] = cutter.score(low)
     else:
-        low, how, found = store.cut(dense, lambda: cutter.cut(low, cut))
+        low, how, found = store.cut(dense, lambda: cutter.cut(low, "plain" if cut == "auto" and epochs else cut))
         scores |= found
         tuner.start(low)
     if epochs > training:

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,24 @@ def test_a_folder_belongs_to_one_call(trained: tuple[nn.Module, Any], tmp_path: 
 def test_bad_settings(trained: tuple[nn.Module, Any], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingError, match=message):
         made(trained, **settings)
+
+
+def test_by_the_clock() -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 4))
+    data = [(torch.randn(32, 64), torch.randint(4, (32,))) for _ in range(3)]
+    low = sp.factorize(model)
+    table = sp.latency_table(low, data[0][0][:1], time_box=1e-3, multiple=1)
+    wide, narrow = (table.weights[name].calls[0] for name in ("0", "2"))
+    known = {wide: (1e-3, 1e-5), narrow: (1e-3, 1.0)}  # seconds dense, and of a pair for each rank: for the second none is faster
+    timings = {
+        key: replace(table.timings[key], dense_s=dense, pair_s=tuple(pair * rank for rank in table.timings[key].ranks))
+        for key, (dense, pair) in known.items()
+    }
+    made = compress(model, data, LOSS, sp.Budget(macs=0.9), latency=replace(table, timings=timings), progress=False)
+    assert isinstance(made.model[0], nn.Sequential)  # type: ignore[index]
+    assert isinstance(made.model[2], nn.Linear)  # type: ignore[index]
+    assert made.ranks["0"] < 48
+    assert made.ranks["2"] == 48
 
 
 class Encoder(nn.Module):

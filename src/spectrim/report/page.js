@@ -91,9 +91,11 @@ function chart(parent, { title, series, marks = [], log = false, x = "", y = "",
   for (const value of ticks(x0, x1, false)) add(svg, "text", { x: px(value), y: H - bottom + 14, "text-anchor": "middle" }, brief(value));
   add(svg, "text", { x: (left + W - right) / 2, y: H - 4, "text-anchor": "middle" }, x);
   if (y) add(svg, "text", { x: 4, y: 10 }, y);
-  marks.forEach((mark, index) => {
+  for (const mark of marks) {
     const line = add(svg, "line", { class: mark.hint ? "mark step" : "mark", x1: px(mark.x), x2: px(mark.x), y1: top, y2: H - bottom });
     if (mark.hint) add(line, "title", {}, mark.hint);
+  }
+  marks.forEach((mark, index) => {
     const end = px(mark.x) > W * 0.7;
     add(svg, "text", { x: px(mark.x) + (end ? -3 : 3), y: top + 9 + 11 * (index % 3), "text-anchor": end ? "end" : "start" }, mark.label);
   });
@@ -503,8 +505,11 @@ function layerCharts(charts, index, [name, spectrum]) {
   if (ran) marks.push({ x: ran, label: `this run: ${ran}` });
   if (weight && weight.breakEven < weight.held) marks.push({ x: weight.breakEven, label: `break-even: ${weight.breakEven}` });
   chart(charts, { title: `Spectrum of ${name || "the model"}`, series: [{ name: "singular value", points: spectrum }], marks, log: true, x: "index" });
+  if (weight) harmChart(charts, weight, marks);
   courseCharts(charts, name);
-  if (!weight) return;
+}
+
+function harmChart(charts, weight, marks) {
   const series = PLAN.importances.map((method) => ({ name: method, points: weight.ranks.map((rank, place) => [rank, weight.harms[method][place]]) }));
   const share = series.map((one) => ({ ...one, points: one.points.map(([rank, harm]) => [rank, harm / (one.points[0][1] || 1)]) }));
   chart(charts, { title: "Harm of keeping a rank, relative to the smallest rank", series: share, marks, log: true, x: "rank" });
