@@ -35,6 +35,7 @@ from spectrim import (
     Budget,
     Distillation,
     Energy,
+    FrobeniusDecay,
     Hoyer,
     Orthogonality,
     PolarHoyer,
@@ -319,13 +320,15 @@ def ours(job: Job) -> nn.Module:
     """`spectrim.compress`."""
     from spectrim.compress import compress
 
-    peak = job.knobs.get("peak", job.task.peak)
+    peak, knobs = job.knobs.get("peak", job.task.peak), job.knobs
+    penalties = [kind(knobs[name]) for name, kind in (("orthogonality", Orthogonality), ("decay", FrobeniusDecay)) if name in knobs]
     made = compress(
         job.dense, Later(job.data.train, 0), job.loss, job.limits, job.epochs, example_inputs=job.example, eval_data=job.data.val,
         scheme=job.task.scheme, where=None if job.task.where is None else match(*job.task.where),
-        distill=Distillation(copy.deepcopy(job.dense), **job.task.distill) if job.knobs.get("distill", True) else None,
+        distill=Distillation(copy.deepcopy(job.dense), **job.task.distill) if knobs.get("distill", True) else None,
         optimizer=lambda parameters: make(job.task.optimizer, "optimizer", list(parameters), lr=peak),
-        examples=job.task.calibration, folder=job.folder, progress=False, squeeze=job.knobs.get("squeeze", 0.0),
+        examples=job.task.calibration, folder=job.folder, progress=False, squeeze=knobs.get("squeeze", 0.0),
+        penalties=penalties, clip=job.task.clip,
     )  # fmt: skip
     job.notes["cut"] = made.cut
     job.log += made.history.epochs
@@ -336,6 +339,16 @@ def ours(job: Job) -> nn.Module:
 
 def ours_squeezed(job: Job) -> nn.Module:
     """`spectrim.compress` that first trains toward the budget."""
+    return ours(job)
+
+
+def ours_orthogonal(job: Job) -> nn.Module:
+    """`spectrim.compress` that keeps the factors orthonormal while it fine-tunes."""
+    return ours(job)
+
+
+def ours_decayed(job: Job) -> nn.Module:
+    """`spectrim.compress` that decays the product of the factors while it fine-tunes."""
     return ours(job)
 
 
@@ -400,6 +413,8 @@ METHODS: dict[str, Callable[[Job], nn.Module]] = {
         polar_hoyer,
         ours,
         ours_squeezed,
+        ours_orthogonal,
+        ours_decayed,
         ours_undistilled,
         narrow,
         narrow_distilled,

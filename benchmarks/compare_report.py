@@ -34,6 +34,8 @@ METHODS = {
     "polar_hoyer": "PolarHoyer on dense weights",
     "ours": "`compress` (ours)",
     "ours_squeezed": "`compress`, first half toward the budget",
+    "ours_orthogonal": "`compress`, orthogonality on",
+    "ours_decayed": "`compress`, decay of the product",
     "ours_undistilled": "`compress`, no teacher",
     "narrow": "narrower network, from nothing",
     "narrow_distilled": "narrower network, from nothing, distilled",
@@ -239,7 +241,7 @@ def draw(name: str) -> None:
     tests = gather(found, lambda result: merit_of(task, result["final"]["test"]))
     kept = gather(found, lambda result: result["final"]["macs_fraction"])
     figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
-    colors, markers = plt.get_cmap("tab20").colors, "osD^v<>PhxX*"
+    colors, markers = plt.get_cmap("tab20").colors, "osD^v<>PhxX*dp8"
     for index, method in enumerate(METHODS):
         if method not in tests:
             continue

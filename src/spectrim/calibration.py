@@ -17,7 +17,7 @@ from spectrim.layers.attention import observed_attention
 from spectrim.layers.base import OneWeight
 from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.recurrent import FactorizedRecurrent
-from spectrim.measure import _send, batch_size_of, call_model
+from spectrim.measure import _send, batch_size_of, call_model, unfused
 from spectrim.surgery import carry_hooks, duplicate, replace
 
 WIDEST = 8192
@@ -243,13 +243,8 @@ def _observable(model: nn.Module) -> tuple[nn.Module, dict[str, Factors]]:
 def isolated(model: nn.Module) -> Iterator[None]:
     """Leave torch's random generators as they are, and let transformers call their layers instead of one fused kernel."""
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.random.fork_rng(sorted(devices, key=str)):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with unfused(), torch.random.fork_rng(sorted(devices, key=str)):
+        yield
 
 
 def check_examples(owner: str, examples: int | None) -> None:

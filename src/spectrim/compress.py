@@ -208,7 +208,7 @@ def compress(
         tuner.start(low)
     if epochs > training:
         rest = tuner.run(low, epochs - training, penalties, "finetune")
-        history = History(history.epochs + rest.epochs, history.cuts + rest.cuts)
+        history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
         scores["final"] = cutter.score(low)
     low.eval()
     final = merge(low, latency=latency)

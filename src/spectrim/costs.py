@@ -16,7 +16,7 @@ from spectrim.layers.base import OneWeight
 from spectrim.layers.conv import memory_format_of
 from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.linalg import pooled_spectrum, svd_of_product
-from spectrim.measure import batch_size_of, call_model, evaluating
+from spectrim.measure import batch_size_of, call_model, evaluating, unfused
 from spectrim.protocols import Latencies
 from spectrim.surgery import break_evens
 
@@ -127,13 +127,10 @@ def calls(model: nn.Module, inputs: Any) -> list[Call]:
 
     hooked = [m for m in model.modules() if isinstance(m, FactorizedLayer | nn.MultiheadAttention)]
     handles = [module.register_forward_pre_hook(called, with_kwargs=True) for module in hooked]
-    fused = torch.backends.mha.get_fastpath_enabled()  # the kernel of a whole encoder layer calls none of its children
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluating(model):
+        with unfused(), evaluating(model):
             call_model(model, inputs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
     return found

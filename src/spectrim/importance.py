@@ -4,7 +4,6 @@
 """
 
 import hashlib
-import io
 import json
 import math
 import warnings
@@ -18,10 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 
 from spectrim.calibration import Calibration
@@ -35,7 +32,7 @@ from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.linear import FactorizedConv1D, FactorizedLinear
 from spectrim.layers.recurrent import FactorizedRecurrent
 from spectrim.linalg import pooled_spectrum, svd_of_product, tail_energy, weighted_spectrum
-from spectrim.measure import call_model, evaluate, evaluating
+from spectrim.measure import call_model, evaluate, evaluating, markdown_table, unfused
 from spectrim.protocols import Importance
 from spectrim.surgery import break_evens, duplicate
 
@@ -397,18 +394,13 @@ class ImportanceTable:
 
     def __str__(self) -> str:
         names = list(self.shares)
-        table = Table(box=box.MARKDOWN)
-        table.add_column("share of the harm", no_wrap=True)
-        for name in ("rank", *names):
-            table.add_column(name, justify="right", no_wrap=True)
-        for weight, rank in self.ranks.items():
-            table.add_row(weight or "(model)", str(rank), *(f"{100 * self.shares[name][weight]:.1f} %" for name in names))
-        table.add_row("all, in its own unit", "", *(f"{self.totals[name]:.4g}" for name in names))
-        for first in names:
-            table.add_row(f"rank correlation with {first}", "", *(_text(self.correlations[first][second]) for second in names))
-        text = io.StringIO()
-        Console(file=text, width=10_000, color_system=None, markup=False, emoji=False, highlight=False).print(table)
-        return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())
+        rows = [
+            [weight or "(model)", str(rank), *(f"{100 * self.shares[name][weight]:.1f} %" for name in names)]
+            for weight, rank in self.ranks.items()
+        ]
+        rows.append(["all, in its own unit", "", *(f"{self.totals[name]:.4g}" for name in names)])
+        rows += [[f"rank correlation with {a}", "", *(_text(self.correlations[a][b]) for b in names)] for a in names]
+        return markdown_table(rows, ["share of the harm", "rank", *names])
 
 
 def compare_importances(model: nn.Module, importances: Mapping[str, Importance], ranks: Mapping[str, int]) -> ImportanceTable:
@@ -512,13 +504,10 @@ def _normalisations(model: nn.Module, inputs: Any) -> tuple[Scales, Scales]:
     hooked = [m for m in model.modules() if isinstance(m, FactorizedLayer | nn.MultiheadAttention) or _is_norm(m)]
     handles = [module.register_forward_hook(after) for module in hooked]
     handles += [m.register_forward_pre_hook(before, with_kwargs=True) for m in hooked if isinstance(m, FactorizedLayer) or _is_norm(m)]
-    fused = torch.backends.mha.get_fastpath_enabled()  # the kernel of a whole encoder layer calls none of its children
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluating(model):
+        with unfused(), evaluating(model):
             call_model(model, inputs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:
             handle.remove()
     return rows, columns

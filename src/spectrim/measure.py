@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -82,7 +82,7 @@ class Measurement:
 
     def summary(self) -> str:
         """Return a table of what was measured, as text."""
-        return _table([[name, text] for name, text in _texts(self).items() if text])
+        return markdown_table([[name, text] for name, text in _texts(self).items() if text])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that `json.dumps` takes."""
@@ -322,7 +322,7 @@ def compare_table(measurements: Mapping[str, Measurement]) -> str:
             }
         )
     rows = [[name, *(column[name] or "-" for column in columns)] for name in columns[0] if any(column[name] for column in columns)]
-    return _table(rows, header=["", *measurements])
+    return markdown_table(rows, header=["", *measurements])
 
 
 # Texts
@@ -349,7 +349,7 @@ def _ratio(before: int | float | None, after: int | float | None) -> str:
     return f"{before / after:.2f}x" if before and after else ""
 
 
-def _table(rows: list[list[str]], header: list[str] | None = None) -> str:
+def markdown_table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> str:
     """Return rows as a Markdown table, numbers to the right."""
     table = Table(box=box.MARKDOWN, show_header=header is not None)
     for index, name in enumerate(header or rows[0]):
@@ -375,6 +375,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             module.training = flag
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Let torch's transformer layers call their children inside, instead of one fused kernel that calls none of them."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:

@@ -1,6 +1,5 @@
 """What each budget would give, before any training: spectra, harms, costs and a table of budgets."""
 
-import io
 import json
 import math
 import platform
@@ -11,10 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -26,7 +23,7 @@ from spectrim.factorize import Scheme, factorize, merge
 from spectrim.files import write_text
 from spectrim.importance import LossSensitivity, NormalizedEnergy, SpectralEnergy, WhitenedEnergy
 from spectrim.layers import named_factors
-from spectrim.measure import batch_size_of, call_model, evaluate, evaluating, measure
+from spectrim.measure import batch_size_of, call_model, evaluate, evaluating, markdown_table, measure
 from spectrim.protocols import Latencies, LayerFilter
 from spectrim.prune import prune
 from spectrim.surgery import LayerCoverage, coverage
@@ -501,7 +498,7 @@ def _budget_table(found: Plan) -> str:
         else:
             rows.append(_cells(name, row.totals, found.dense, row.ranks))
     kept = [index for index in range(len(titles)) if index < 4 or any(row[index] for row in rows)]
-    table = _rendered([titles[index] for index in kept], [[row[index] for index in kept] for row in rows])
+    table = markdown_table([[row[index] for index in kept] for row in rows], [titles[index] for index in kept])
     return "\n".join([f"ranks by {found.importance}; right after the cut, before any training", table, *problems])
 
 
@@ -533,16 +530,4 @@ def _layer_table(found: Plan) -> str:
         matrix = f"{blocks}{weight.shape[0]} x {weight.shape[1]}"
         rows.append([weight.name or "(model)", weight.kind, weight.scheme, matrix, str(len(weight.macs)), str(weight.break_even), *cells])
     skipped = [f"{layer.name or '(model)'} ({layer.kind}) stays dense: {layer.reason}" for layer in found.skipped]
-    return "\n".join([_rendered(titles, rows), *skipped])
-
-
-def _rendered(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table, numbers to the right."""
-    table = Table(box=box.MARKDOWN)
-    for index, title in enumerate(titles):
-        table.add_column(title, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    text = io.StringIO()
-    Console(file=text, width=10_000, color_system=None, markup=False, emoji=False, highlight=False).print(table)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())
+    return "\n".join([markdown_table(rows, titles), *skipped])
