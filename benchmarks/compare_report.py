@@ -51,7 +51,7 @@ This page is written by `python benchmarks/compare_report.py` from the files in 
 and get the same epochs, optimizer, batches and shape of learning-rate schedule, and at most the stated fraction of the dense network's
 multiply-accumulates. Numbers are those of the test split, which is read once, at the end of a run, unless a table says validation; mean `±`
 sample standard deviation over `n` seeds. With n=1 there is no deviation, and differences below about 0.3 point mean nothing. The best of a
-column is bold. A dash is a run that has not been made; what is missing is listed below each table.
+column is bold. A dash is a run that has not been made; how many are missing stands below each table.
 
 - **truncated SVD**: cut at once, ranks by the knapsack over spectral energy; *distilled*: fine-tuned with the dense network as the teacher.
 - **activation-whitened SVD**: cut where each layer's output changes least on training examples, ranks by the same measure.
@@ -125,16 +125,12 @@ def grid(cells: Cells, methods: Sequence[str], budgets: Sequence[float], digits:
 
 
 def missing(found: Sequence[Result], methods: Sequence[str], budgets: Sequence[float], seeds: Sequence[int]) -> str:
-    """Say which runs of a table have not been made."""
+    """Say how many runs of a table have not been made."""
     done = {(result["method"], result["budget"], result["seed"]) for result in found}
-    gaps = []
-    for method, budget in itertools.product(methods, budgets):
-        lacking = [seed for seed in seeds if (method, budget, seed) not in done]
-        if lacking:
-            which = "all seeds" if len(lacking) == len(seeds) else f"seed {', '.join(map(str, lacking))}"
-            gaps.append(f"{METHODS[method]} at {budget:g} ({which})")
-    alone = [] if len(seeds) > 1 else ["Every cell is of one seed, n=1."]
-    return " ".join([*alone, f"Missing: {'; '.join(gaps)}." if gaps else "Nothing is missing."]) + "\n"
+    asked = set(itertools.product(methods, budgets, seeds))
+    alone = [] if len({seed for _, _, seed in done}) > 1 else ["Every cell is of one seed, n=1."]
+    lacking = len(asked - done)
+    return " ".join([*alone, f"{lacking} of {len(asked)} runs are missing." if lacking else "Nothing is missing."]) + "\n"
 
 
 def opening(task: dict[str, Any], found: Sequence[Result]) -> str:

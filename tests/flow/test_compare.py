@@ -168,9 +168,8 @@ def test_the_report_says_what_is_missing_and_how_many_seeds(compare, tmp_path, m
     }
     best = max(accuracies, key=accuracies.get)
     assert f"| {compare_report.METHODS[best]} | **{accuracies[best]:.2f}** (n=1) |" in page
-    assert "Every cell is of one seed, n=1. Missing: " in page
-    assert "filter pruning (torch-pruning) at 0.5 (all seeds)" in page
-    assert "truncated SVD at 0.5" not in page
+    runs = len(TASK["methods"]) * len(TASK["budgets"]) * len(TASK["seeds"])
+    assert f"Every cell is of one seed, n=1. {runs - 2} of {runs} runs are missing." in page
 
 
 def test_numbers_of_the_report_by_hand(compare):
