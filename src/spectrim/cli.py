@@ -29,6 +29,8 @@ from spectrim.report import PLAN, text_report, write_report
 from spectrim.surgery import coverage, match
 
 LIMITS = ("macs", "params", "size", "size_bytes", "latency", "latency_s")
+PAGE_BUDGETS = (0.65, 0.5, 0.33)
+"""Budgets that the page of a run has a table for; its slider solves any other."""
 NAMES = {"final": "low-rank", "truncated": "truncated SVD", "continued": "dense, trained on"}
 
 
@@ -143,7 +145,9 @@ def _plan_of_run(folder: Path) -> None:
         return
     model, recipe, _ = _network(str(folder), stage.name)
     where = None if recipe.factorize.where is None else match(*recipe.factorize.where)
-    plan(model, one_example(make_data(recipe).val), scheme=recipe.factorize.scheme, where=where).save(path)
+    with Console(stderr=True).status("planning other budgets, for the page"):
+        found = plan(model, one_example(make_data(recipe).val), budgets=PAGE_BUDGETS, scheme=recipe.factorize.scheme, where=where)
+    found.save(path)
 
 
 def _fractions(text: str) -> list[float]:
