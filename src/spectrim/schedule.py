@@ -5,11 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, SupportsIndex
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from spectrim.allocate import Budget, allocate
 from spectrim.errors import SettingError
+from spectrim.layers import named_factors
 from spectrim.penalties import TailEnergy, tail_shares
+from spectrim.penalties.sums import total
+from spectrim.penalties.tail import tail_share
 from spectrim.protocols import Importance, RankRule
 from spectrim.ranks import Energy
 
@@ -19,8 +23,12 @@ PULL, DAMPING = 15.0, 1.5
 FASTEST = 50.0
 """Most that the logarithm of a strength can change over the whole span; one step has its part of that."""
 
-START, WEAKEST, STRONGEST = 0.01, 1e-3, 100.0
-"""Strength to begin with, in units of the loss per share of energy, and the limits of what is tried."""
+START, WEAKEST, STRONGEST = 0.01, 1e-4, 10.0
+"""Strength to begin with, and the limits of what is tried, in units of the loss per tail energy: that of a share over the energy.
+
+A tail value then shrinks by ``2 * strength * rate`` of itself in a step, whatever the scale of its layer; plain gradient descent is stable
+while that is below 2, so up to a rate of 0.1 at the strongest.
+"""
 
 SMALLEST_SHARE = 1e-12
 """Shares of energy below this are rounding."""
@@ -116,7 +124,9 @@ class Ramp:
 
 @dataclass(frozen=True)
 class SteeredTail(TailEnergy):
-    """A `TailEnergy` that knows where each weight is on its way: what `Squeeze` keeps from one step to the next, as plain data.
+    """``sum_l strength_l * max(0, tau_l - goal_l)``: a `TailEnergy` that pulls no further than where each weight should be by now.
+
+    What `Squeeze` keeps from one step to the next, as plain data.
 
     Args:
         ranks: see `TailEnergy`.
@@ -128,25 +138,31 @@ class SteeredTail(TailEnergy):
     goals: Mapping[str, float]
     lags: Mapping[str, float]
 
+    def __call__(self, model: nn.Module) -> Tensor:
+        """Return the weighted penalty of all named weights that are behind their goal, a scalar."""
+        held = [(name, factors) for name, factors in named_factors(model) if factors.rank > self.ranks.get(name, factors.rank)]
+        return total(model, [self.strengths[name] * F.relu(tail_share(f.S, self.ranks[name]) - self.goals[name]) for name, f in held])
+
 
 @dataclass(frozen=True)
 class Squeeze:
     """Train toward a budget: drive what the cut to it will discard to zero first, with strengths that find themselves.
 
-    At `updates` steps the factors are made an exact SVD again and `allocate` says which ranks the budget leaves now. The share ``tau_l``
-    of the energy that lies beyond the allocated rank is penalised, ``strength_l * tau_l``, and has a goal that falls from where it was
-    to `left` at the `end`, by the same factor at every step. Before every step the strength of each weight is corrected by how far it is
-    behind its goal and by how much it has fallen behind since: ``log strength_l += (15 / steps) lag_l + 1.5 (change of lag_l)`` with
+    At `updates` steps `allocate` says which ranks the budget leaves now. The share ``tau_l`` of the energy that lies beyond the allocated
+    rank has a goal that falls from where it was to `left` at the `end`, by the same factor at every step; what it is above that is
+    penalised, ``strength_l * max(0, tau_l - goal_l)``. Before every step the strength of each weight is corrected by how far it is behind
+    its goal and by how much it has fallen behind since: ``log strength_l += (15 / steps) lag_l + 1.5 (change of lag_l)`` with
     ``lag_l = log(tau_l / goal_l)``, so that it fits whatever optimizer, learning rate and task. A weight whose allocated rank changes sets
     out anew, from where it is to `left`. At the `end` what is left of the tails is cut; what is left of training is fine-tuning.
 
-    Give it to ``fit(..., rank_schedule=...)``: the penalty has a column of its own in the log, ``Squeeze``. Keep `Orthogonality` beside it.
+    Give it to ``fit(..., rank_schedule=...)``: the penalty has a column of its own in the log, ``Squeeze``. Keep
+    `Orthogonality` beside it: shares are those of ``S``, which is the spectrum as far as the factors are orthonormal.
 
     Args:
         budget: what the network keeps in the end.
         begin: when it begins, as a fraction of training in [0, 1).
         end: when the goal is reached and the cut is made, in (begin, 1]; before the last step at the latest.
-        updates: how often the factors are made exact and the ranks allocated anew, >= 1, evenly from begin to end; as often after it
+        updates: how often the ranks are allocated anew, >= 1, evenly from begin to end; as often after it
             when nothing is cut.
         left: share of each weight's energy that may be left to cut, in (0, 1).
         importance: for `allocate`; its own default when omitted. It is asked at every update.
@@ -186,7 +202,7 @@ class Squeeze:
             raise SettingError("Squeeze", "left", got=self.left, rule="a share of the energy in (0, 1)")
 
     def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int) -> Mapping[str, SupportsIndex] | None:
-        """Return the allocated ranks at the end, an empty mapping where the factors are only made exact, else None.
+        """Return the allocated ranks at the end, else None.
 
         Args:
             model: factorized.
@@ -196,7 +212,7 @@ class Squeeze:
         """
         if self.cut and step == self._span(steps)[1]:
             return self._allocate(model, inputs)
-        return {} if self._due(step, steps) else None
+        return None
 
     def penalty(self, model: nn.Module, inputs: Any, step: int, steps: int, before: Mapping[str, Any] | None = None) -> SteeredTail | None:
         """Return the penalty of this step; None before `begin`, and after the cut.
@@ -240,28 +256,34 @@ class Squeeze:
             remaining: steps from now to the end; not positive after it.
             span: steps from begin to end.
         """
-        goals, lags, strengths = {}, {}, {}
+        goals, lags, strengths, energies = {}, {}, {}, _energies(model)
         for name, share in tail_shares(model, tail.ranks).items():
             goal, strength = tail.goals[name], tail.strengths[name]
             goals[name] = goal * min(1.0, self.left / goal) ** (1 / max(1, remaining + 1))
             lags[name] = math.log(max(SMALLEST_SHARE, share) / goals[name])
             change = PULL / span * lags[name] + DAMPING * (lags[name] - tail.lags[name])
             change = min(max(change, -FASTEST / span), FASTEST / span)
-            strengths[name] = min(max(strength * math.exp(change), WEAKEST), STRONGEST)
+            strengths[name] = min(max(strength * math.exp(change), WEAKEST * energies[name]), STRONGEST * energies[name])
         return SteeredTail({name: tail.ranks[name] for name in goals}, strengths, goals, lags)
 
 
 def _aim(tail: SteeredTail | None, model: nn.Module, ranks: Mapping[str, int]) -> SteeredTail:
     """Return the penalty for newly allocated ranks: a weight whose rank is as before goes on, any other sets out from where it is.
 
-    A weight that had no tail before starts at the usual strength, the geometric mean of the others.
+    A weight that had no tail before starts at the usual strength for its energy, the geometric mean of the others.
     """
-    old = tail or SteeredTail({}, {}, {}, {})
-    usual = math.exp(sum(map(math.log, old.strengths.values())) / len(old.strengths)) if old.strengths else START
+    old, energies = tail or SteeredTail({}, {}, {}, {}), _energies(model)
+    known = [math.log(strength / energies[name]) for name, strength in old.strengths.items()]
+    usual = math.exp(sum(known) / len(known)) if known else START
     goals, lags = {}, {}
     for name, share in tail_shares(model, ranks).items():
         goes_on = old.ranks.get(name) == ranks[name]
         goals[name] = old.goals[name] if goes_on else max(SMALLEST_SHARE, share)
         lags[name] = old.lags[name] if goes_on else 0.0
-    strengths = {name: old.strengths.get(name, usual) for name in goals}
+    strengths = {name: old.strengths.get(name, usual * energies[name]) for name in goals}
     return SteeredTail({name: ranks[name] for name in goals}, strengths, goals, lags)
+
+
+def _energies(model: nn.Module) -> dict[str, float]:
+    """Return the sum of squared singular values of each weight, as the factors hold them; a weight of zeros has the least there is."""
+    return {name: max(SMALLEST_SHARE, float(f.S.detach().double().square().sum())) for name, f in named_factors(model)}

@@ -215,11 +215,11 @@ def test_squeeze_updates_evenly_and_cuts_at_the_end() -> None:
     assert isinstance(squeeze, PenaltySchedule)
     assert not isinstance(sp.Ramp(0.5), PenaltySchedule)
     found = {step: ranks for step in range(100) if (ranks := squeeze(model, inputs, step, 100)) is not None}
-    assert found == {10: {}, 20: {}, 30: {}, 40: {}, 50: {}, 60: sp.allocate(model, sp.Budget(macs=0.5), inputs)}
+    assert found == {60: sp.allocate(model, sp.Budget(macs=0.5), inputs)}
     penalized = [step for step in range(100) if squeeze.penalty(model, inputs, step, 100, None) is not None]
     assert penalized == list(range(10, 60))
     held = Squeeze(sp.Budget(macs=0.5), begin=0.1, end=0.6, updates=5, cut=False)
-    assert [step for step in range(100) if held(model, inputs, step, 100) is not None] == list(range(10, 100, 10))
+    assert all(held(model, inputs, step, 100) is None for step in range(100))
     assert held.penalty(model, inputs, 99, 100, None) is not None
 
 
@@ -296,7 +296,7 @@ def test_a_strength_by_hand() -> None:
     assert penalty.goals == {"0": pytest.approx(0.01)}
     assert penalty.lags == {"0": pytest.approx(lag, rel=1e-6)}
     assert penalty.strengths == {"0": pytest.approx(0.5 * math.exp(15 / 50 * lag + 1.5 * (lag - 2.25)), rel=1e-6)}
-    assert float(penalty(model).detach()) == pytest.approx(penalty.strengths["0"] / 10)
+    assert float(penalty(model).detach()) == pytest.approx(penalty.strengths["0"] * (0.1 - 0.01))
 
 
 def test_a_weight_whose_rank_changes_sets_out_from_where_it_is() -> None:
@@ -340,7 +340,7 @@ def test_cutting_a_squeezed_network_changes_almost_nothing() -> None:
     """By the output, right before and after the cut, beside the same cut without a penalty."""
     errors = {}
     for name, schedule in {"squeezed": Squeeze(sp.Budget(macs=0.5), end=0.8, updates=15, cut=False), "plain": None}.items():
-        model, _ = squeezed(schedule, MAKERS["sgd 0.2"], penalties=[sp.Orthogonality(0.1)])  # type: ignore[arg-type]
+        model, _ = squeezed(schedule, MAKERS["sgd 0.2"], penalties=[sp.Orthogonality(1.0)])  # type: ignore[arg-type]
         (inputs, _) = batches()[0]
         cut = sp.prune(model, sp.allocate(model, sp.Budget(macs=0.5), inputs))
         errors[name] = float((cut(inputs) - model(inputs)).detach().square().sum() / model(inputs).detach().square().sum())
