@@ -453,7 +453,7 @@ def test_an_initial_bad_state_is_refused_as_torch_refuses_it() -> None:
 def test_each_weight_is_composed_once_a_call(make: Any, weights: int, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     low, compose, calls = sp.factorize(make(), where=sp.match("!out_proj")).train(training), Factors.matrix, []
     monkeypatch.setattr(Factors, "matrix", lambda self: calls.append(self) or compose(self))
-    x = torch.randn(5, 2, 12)
+    x = torch.randn(50, 2, 12)  # few rows would run as pairs
     with torch.set_grad_enabled(training):
         low(x, x, x) if isinstance(low, nn.MultiheadAttention) else low(x)
     assert len(calls) == weights
