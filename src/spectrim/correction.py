@@ -29,10 +29,27 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
 
     Args:
         model: any module.
-        batches: ``(inputs, target)`` or inputs.
+        batches: ``(inputs, target)``; inputs are a tensor, a tuple of arguments or a dict of keyword arguments, or a bare tensor.
+
+    Examples:
+        >>> model = nn.Sequential(nn.BatchNorm1d(1))
+        >>> recalibrate(model, [(torch.tensor([[1.0], [3.0]]), None)])
+        >>> model[0].running_mean
+        tensor([2.])
     """
     with torch.no_grad():
-        update_bn(batches, model)
+        update_bn(batches, _Called(model))
+
+
+class _Called(nn.Module):
+    """A model that takes its inputs as data give them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.training = model, model.training  # which is what it is set back to
+
+    def forward(self, inputs: Any) -> Any:
+        return call_model(self.model, inputs)
 
 
 def uncorrected(model: nn.Module) -> dict[str, str]:

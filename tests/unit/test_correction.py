@@ -225,3 +225,21 @@ ERRORS: dict[str, tuple[Callable[[nn.Module], Any], type, str]] = {
 def test_errors_say_what_to_do(call: Callable[[nn.Module], Any], error: type, message: str) -> None:
     with pytest.raises(error, match=re.escape(message)):
         call(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_recalibrate_takes_inputs_as_data_give_them() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            return self.norm(x * scale)
+
+    x = torch.randn(16, 3)
+    for inputs in (2 * x, (x, 2.0), {"x": x, "scale": 2.0}):
+        model = Net().eval()
+        recalibrate(model, [(inputs, torch.zeros(16))])
+        torch.testing.assert_close(model.norm.running_mean, 2 * x.mean(0))
+        torch.testing.assert_close(model.norm.running_var, 4 * x.var(0))
+        assert not model.training
