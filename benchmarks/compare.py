@@ -317,7 +317,7 @@ def polar_hoyer(job: Job) -> nn.Module:
 
 
 def ours(job: Job) -> nn.Module:
-    """`spectrim.compress`."""
+    """`spectrim.compress`; rows of another name differ in what their knobs say."""
     from spectrim.compress import compress
 
     peak, knobs = job.knobs.get("peak", job.task.peak), job.knobs
@@ -335,26 +335,6 @@ def ours(job: Job) -> nn.Module:
     job.scores["before_cut"] = made.scores.get("squeezed", job.scores["dense"])
     job.scores |= {name: made.scores[name] for name in ("cut", "recalibrated", "corrected") if name in made.scores}
     return made.low
-
-
-def ours_squeezed(job: Job) -> nn.Module:
-    """`spectrim.compress` that first trains toward the budget."""
-    return ours(job)
-
-
-def ours_orthogonal(job: Job) -> nn.Module:
-    """`spectrim.compress` that keeps the factors orthonormal while it fine-tunes."""
-    return ours(job)
-
-
-def ours_decayed(job: Job) -> nn.Module:
-    """`spectrim.compress` that decays the product of the factors while it fine-tunes."""
-    return ours(job)
-
-
-def ours_undistilled(job: Job) -> nn.Module:
-    """`spectrim.compress` without the dense network as the teacher."""
-    return ours(job)
 
 
 def narrow(job: Job, distill: bool = False) -> nn.Module:
@@ -412,15 +392,11 @@ METHODS: dict[str, Callable[[Job], nn.Module]] = {
         l1,
         polar_hoyer,
         ours,
-        ours_squeezed,
-        ours_orthogonal,
-        ours_decayed,
-        ours_undistilled,
         narrow,
         narrow_distilled,
         filters,
     )
-}
+} | dict.fromkeys(("ours_squeezed", "ours_orthogonal", "ours_decayed", "ours_undistilled"), ours)
 
 
 # Runs

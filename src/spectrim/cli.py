@@ -26,7 +26,7 @@ from spectrim.measure import Measurement, compare_table, evaluate, measure, one_
 from spectrim.plan import BUDGETS, plan
 from spectrim.recipe import RECIPE, Run, make_data, make_loss, make_model, read_recipe
 from spectrim.report import PLAN, text_report, write_report
-from spectrim.surgery import coverage, match
+from spectrim.surgery import coverage
 
 LIMITS = ("macs", "params", "size", "size_bytes", "latency", "latency_s")
 PAGE_BUDGETS = (0.65, 0.5, 0.33)
@@ -57,11 +57,11 @@ def compress_(args: Namespace) -> None:
     job = Run(recipe, out, progress=not args.quiet)
     dense, table = job.dense(), None
     if args.backend or args.latency or args.latency_s:
-        timed = factorize(dense, recipe.factorize.scheme, job.where())
+        timed = factorize(dense, recipe.factorize.scheme, recipe.factorize.layers())
         table = latency_table(timed, job.example, backend=args.backend or "eager", progress=not args.quiet)
     made = compress(
         dense, job.data.train, job.loss, Budget(**limits), args.epochs, example_inputs=job.example, eval_data=job.data.val,
-        scheme=recipe.factorize.scheme, where=job.where(), cut=args.cut, squeeze=args.squeeze, examples=args.examples,
+        scheme=recipe.factorize.scheme, where=recipe.factorize.layers(), cut=args.cut, squeeze=args.squeeze, examples=args.examples,
         precision=recipe.precision, latency=table, folder=out / "compress", progress=not args.quiet,
     )  # fmt: skip
     tested = {name: evaluate(model, job.data.test, job.loss) for name, model in (("dense", dense), ("final", made.model))}
@@ -88,7 +88,7 @@ def measure_(args: Namespace) -> None:
 def coverage_(args: Namespace) -> None:
     """List every parameterised layer: factorized, or why not."""
     model, recipe, folder = _network(args.target, "4-finetune")
-    where = None if recipe.factorize.where is None else match(*recipe.factorize.where)
+    where = recipe.factorize.layers()
     if folder is None:
         model = factorize(model, recipe.factorize.scheme, where)
     lines = coverage(model, where)
@@ -104,7 +104,7 @@ def plan_(args: Namespace) -> None:
     if folder is None and recipe.dense.epochs:
         note = f"the recipe trains its dense network first; planned is the untrained one. spectrim run {args.target}, then plan its folder"
         Console(stderr=True).print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    data, where = make_data(recipe), None if recipe.factorize.where is None else match(*recipe.factorize.where)
+    data, where = make_data(recipe), recipe.factorize.layers()
     scheme, inputs, table = recipe.factorize.scheme, one_example(data.val), None
     if args.latency:
         model = factorize(model, scheme, where)
@@ -144,7 +144,7 @@ def _plan_of_run(folder: Path) -> None:
     if not weights.is_file() or (path.is_file() and path.stat().st_mtime >= weights.stat().st_mtime):
         return
     model, recipe, _ = _network(str(folder), stage.name)
-    where = None if recipe.factorize.where is None else match(*recipe.factorize.where)
+    where = recipe.factorize.layers()
     with Console(stderr=True).status("planning other budgets, for the page"):
         found = plan(model, one_example(make_data(recipe).val), budgets=PAGE_BUDGETS, scheme=recipe.factorize.scheme, where=where)
     found.save(path)

@@ -22,7 +22,17 @@ from spectrim.files import write_text
 from spectrim.fit import Distillation, History, Loss, Precision, fit
 from spectrim.importance import LossSensitivity, WhitenedEnergy
 from spectrim.layers import named_factors
-from spectrim.measure import Measurement, call_model, compare_latency, compare_table, evaluate, evaluating, measure, one_example
+from spectrim.measure import (
+    Measurement,
+    call_model,
+    compare_latency,
+    compare_table,
+    evaluate,
+    evaluating,
+    first_examples,
+    measure,
+    one_example,
+)
 from spectrim.penalties import Orthogonality
 from spectrim.protocols import Importance, Latencies, LayerFilter, Penalty, RankSchedule
 from spectrim.prune import prune, prune_
@@ -46,9 +56,9 @@ class Compressed:
     Attributes:
         model: `torch.nn` layers only, in eval mode: what is shipped.
         low: the same network before `merge`, factorized: to train on, to cut further, to `save`.
-        measured: ``dense`` and ``final``: costs, latency side by side, and loss and accuracy on the evaluation split where one was given.
-        scores: loss and accuracy on the evaluation split by stage: ``dense``, ``cut``, ``recalibrated``, ``corrected``, ``final``; what
-            did not happen is missing.
+        measured: ``dense`` and ``final``: costs, latency side by side, and loss and accuracy as in `scores`.
+        scores: loss and accuracy by stage: ``dense``, ``squeezed``, ``cut``, ``recalibrated``, ``corrected``, ``final``; what did not
+            happen is missing. On the evaluation split, or without one on the training examples that calibrate.
         cut: how the cut was made.
         history: of the fine-tuning; empty without epochs.
         coverage: each layer: factorized, or why not; and what `merge` wrote.
@@ -128,9 +138,9 @@ def compress(
         scheme: how convolution kernels are folded, see `factorize`.
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
-            examples; ``sensitive`` what changes the loss least to second order. ``auto`` is ``plain`` where fine-tuning follows, which ends
-            better from ranks by the plain energy; without epochs it makes all three and keeps the one with the lowest loss after the
-            refit, on `eval_data` or else on the examples.
+            examples; ``sensitive`` what changes the loss least to second order. ``auto`` is ``plain`` where fine-tuning follows: no other
+            was better there on the whole, see the comparison. Without epochs it makes all three and keeps the one with the lowest loss
+            after the refit, on `eval_data` or else on the examples.
         importance: ranks by this instead of the importance that belongs to the cut.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: how to learn from the dense network while fine-tuning; ``auto`` does (temperature 4, 0.7 of the loss) where outputs are
@@ -185,7 +195,7 @@ def compress(
         examples=examples,
     )
     inputs = one_example(data) if example_inputs is None else example_inputs
-    known = list(first_examples(data, examples))
+    known = first_examples(data, examples)
     dense = copy.deepcopy(model)
     cutter = _Cutter(dense, loss, budget, inputs, known, known if eval_data is None else eval_data, importance, latency)
     scores, history = {"dense": cutter.score(dense)}, History()
@@ -196,7 +206,8 @@ def compress(
     if training:
         how = "squeezed"
         tuner.start(low)
-        history = tuner.run(low, training, [Orthogonality(), *penalties], "squeeze", Squeeze(budget, end=1.0, cut=False))
+        toward = Squeeze(budget, end=1.0, importance=importance, latency=latency, cut=False)
+        history = tuner.run(low, training, [Orthogonality(), *penalties], "squeeze", toward)
         scores["squeezed"] = cutter.score(low)
         prune_(low, allocate(low, budget, inputs, importance=importance, latency=latency), tuner.optimizer)
         scores["cut"] = cutter.score(low)
@@ -216,16 +227,6 @@ def compress(
     made = Compressed(final, low, measured, scores, how, history, coverage(low, where, latency=latency), store.settings)
     store.finish(made)
     return made
-
-
-def first_examples(data: Iterable[Any], count: int) -> Iterator[Any]:
-    """Yield batches until they hold `count` examples; the last one is whole."""
-    seen = 0
-    for batch in data:
-        yield batch
-        seen += len(batch[1])
-        if seen >= count:
-            return
 
 
 def teacher_for(dense: nn.Module, batch: tuple[Any, Tensor]) -> Distillation | None:

@@ -28,7 +28,7 @@ Ranks = SupportsIndex | RankRule | Mapping[str, SupportsIndex]
 AUTO_ENERGY = 0.8
 """Spectral energy at which ``scheme="auto"`` compares the two schemes.
 
-About what layers of ResNet-8 and ResNet-20 keep at a third to a half of the multiply-accumulates; the least energy is lost in all then.
+About what the layers of small residual networks keep at a third to a half of their multiply-accumulates.
 """
 
 PATIENCE_S = 2.0

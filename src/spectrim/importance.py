@@ -366,7 +366,7 @@ METHODS: dict[str, type[Importance]] = {
     "sensitivity": LossSensitivity,
     "measured": MeasuredLoss,
 }
-"""Every importance by the name that the command line gives it."""
+"""Every importance by a short name, for the contract tests."""
 
 
 @dataclass(frozen=True)

@@ -442,6 +442,22 @@ def one_example(batches: Iterable[Any]) -> Any:
     return tree_map_only(Tensor, lambda tensor: tensor[:1], inputs)
 
 
+def inputs_of(batch: Any) -> Any:
+    """Return the inputs of a batch ``(inputs, target)``, or of bare inputs."""
+    return batch[0] if isinstance(batch, tuple | list) and len(batch) == 2 else batch
+
+
+def first_examples(data: Iterable[Any], count: int) -> list[Any]:
+    """Return the first batches until they hold `count` examples, counted along the leading dimension; the last one is whole."""
+    taken, seen = [], 0
+    for batch in data:
+        taken.append(batch)
+        seen += batch_size_of(inputs_of(batch))
+        if seen >= count:
+            break
+    return taken
+
+
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Tensor | PackedSequence):
         return (inputs,), {}

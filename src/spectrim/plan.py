@@ -23,7 +23,7 @@ from spectrim.factorize import Scheme, factorize, merge
 from spectrim.files import write_text
 from spectrim.importance import LossSensitivity, NormalizedEnergy, SpectralEnergy, WhitenedEnergy
 from spectrim.layers import named_factors
-from spectrim.measure import batch_size_of, call_model, evaluate, evaluating, markdown_table, measure
+from spectrim.measure import batch_size_of, call_model, evaluate, evaluating, first_examples, inputs_of, markdown_table, measure
 from spectrim.protocols import Latencies, LayerFilter
 from spectrim.prune import prune
 from spectrim.surgery import LayerCoverage, coverage
@@ -311,8 +311,8 @@ class _Judge:
 
     @classmethod
     def of(cls, model: nn.Module, inputs: Any, data: Iterable[Any] | None, loss: Any, examples: int) -> "_Judge":
-        batches = [] if data is None else _take(data, examples)
-        given = [_inputs_of(batch) for batch in batches] or [inputs]
+        batches = [] if data is None else first_examples(data, examples)
+        given = [inputs_of(batch) for batch in batches] or [inputs]
         with evaluating(model):
             return cls(batches, given, [call_model(model, x) for x in given], loss)
 
@@ -332,21 +332,6 @@ def _numbers(output: Any) -> list[Tensor]:
     """Return the real tensors in whatever a model returns, in float64."""
     leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
     return [leaf.detach().double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def _take(data: Iterable[Any], examples: int) -> list[Any]:
-    """Return the first batches, until they hold enough examples."""
-    taken, count = [], 0
-    for batch in data:
-        taken.append(batch)
-        count += batch_size_of(_inputs_of(batch))
-        if count >= examples:
-            break
-    return taken
-
-
-def _inputs_of(batch: Any) -> Any:
-    return batch[0] if isinstance(batch, tuple | list) and len(batch) == 2 else batch
 
 
 def _ways(model: nn.Module, inputs: Any, calibration: Calibration | None) -> dict[str, _Way]:

@@ -122,6 +122,10 @@ class Factorization:
     where: list[str] | None = None
     start: Literal["dense", "initial"] = "dense"
 
+    def layers(self) -> LayerFilter | None:
+        """Return the filter over layers; None for the default one."""
+        return None if self.where is None else match(*self.where)
+
 
 @dataclass
 class Cut:
@@ -574,15 +578,10 @@ class Run:
         common = {name: plain(getattr(recipe, name)) for name in ("model", "data", "loss", "seed", "precision")}
         return self._stage("1-dense", [common, plain(recipe.dense)], self._dense)
 
-    def where(self) -> LayerFilter | None:
-        """Return the filter over layers, None for the default one."""
-        patterns = self.recipe.factorize.where
-        return None if patterns is None else match(*patterns)
-
     def _check_layers(self) -> None:
         """Check what the recipe says about layers before any work."""
         modules = dict(self.initial.named_modules())
-        chosen = [name for name, reason in decide(self.initial, self.where()).items() if reason is None]
+        chosen = [name for name, reason in decide(self.initial, self.recipe.factorize.layers()).items() if reason is None]
         weights = [
             factor_name(name, weight) for name in chosen if (kind := kind_of(modules[name])) for weight in kind.weights(modules[name])
         ]
@@ -655,7 +654,7 @@ class Run:
     def _train(self, dense: nn.Module, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         settings = self.recipe.factorize
         source = dense if settings.start == "dense" else self.initial
-        low = factorize(source, settings.scheme, self.where())
+        low = factorize(source, settings.scheme, self.recipe.factorize.layers())
         logs = [self._fit(low, phase, folder / f"phase-{index}", dense) for index, phase in enumerate(self.recipe.train)]
         numbers = {place: [log[key] for log in logs] for place, key in (("phases", "epochs"), ("cuts", "cuts"), ("layers", "layers"))}
         return low, {**numbers, "val": self._validate(low), "spectra": {k: v.tolist() for k, v in spectra(low).items()}}
@@ -682,7 +681,7 @@ class Run:
     def _truncated(self, dense: nn.Module, final: nn.Module, phase: Phase, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         """Cut the dense network at once to the MACs of the final one, by the same knapsack, then train."""
         kept = measure(final, self.example, latency=False).macs / measure(dense, self.example, latency=False).macs  # type: ignore[operator]
-        low = factorize(dense, self.recipe.factorize.scheme, self.where())
+        low = factorize(dense, self.recipe.factorize.scheme, self.recipe.factorize.layers())
         cut = prune(low, allocate(low, Budget(macs=min(1.0, kept)), self.example))
         numbers: dict[str, Any] = {"ranks": ranks(cut), "val_cut": self._validate(cut)}
         if self.recipe.prune.recalibrate:

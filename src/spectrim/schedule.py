@@ -14,7 +14,7 @@ from spectrim.layers import named_factors
 from spectrim.penalties import TailEnergy, tail_shares
 from spectrim.penalties.sums import total
 from spectrim.penalties.tail import tail_share
-from spectrim.protocols import Importance, RankRule
+from spectrim.protocols import Importance, Latencies, RankRule
 from spectrim.ranks import Energy
 
 PULL, DAMPING = 15.0, 1.5
@@ -166,6 +166,7 @@ class Squeeze:
             when nothing is cut.
         left: share of each weight's energy that may be left to cut, in (0, 1).
         importance: for `allocate`; its own default when omitted. It is asked at every update.
+        latency: a `LatencyTable` of the model, for `allocate`.
         cut: False to leave the cut to a later `prune`: from `end` on the tails are then kept at `left`.
 
     Raises:
@@ -191,6 +192,7 @@ class Squeeze:
     updates: int = 40
     left: float = 1e-4
     importance: Importance | None = None
+    latency: Latencies | None = None
     cut: bool = True
 
     def __post_init__(self) -> None:
@@ -245,7 +247,7 @@ class Squeeze:
         return part != part_before
 
     def _allocate(self, model: nn.Module, inputs: Any) -> dict[str, int]:
-        return allocate(model, self.budget, inputs, importance=self.importance)
+        return allocate(model, self.budget, inputs, importance=self.importance, latency=self.latency)
 
     def _steer(self, tail: SteeredTail, model: nn.Module, remaining: int, span: int) -> SteeredTail:
         """Move every goal on by one step and correct every strength.

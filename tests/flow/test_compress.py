@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim import cli, zoo
-from spectrim.compress import Compressed, compress, first_examples, teacher_for
+from spectrim.compress import Compressed, compress, teacher_for
 from spectrim.errors import FormatError, SettingError
 from spectrim.layers import FactorizedLayer
+from spectrim.measure import first_examples
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -79,6 +81,21 @@ def test_squeezing_first_makes_the_cut_nearly_free(trained: tuple[nn.Module, Any
     lost = squeezed.scores["recalibrated"]["loss"] - squeezed.scores["squeezed"]["loss"]
     assert lost < 0.5 * (at_once.scores["recalibrated"]["loss"] - at_once.scores["dense"]["loss"])
     assert len(squeezed.history.epochs) == 6
+
+
+def test_squeezing_empties_the_tails_that_are_cut(trained: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["spectrim.compress"]  # spectrim.compress is the function
+    schedules, run = [], module.fit  # type: ignore[attr-defined]
+
+    def spy(*arguments: Any, **settings: Any) -> Any:
+        schedules.append(settings["rank_schedule"])
+        return run(*arguments, **settings)
+
+    monkeypatch.setattr(module, "fit", spy)
+    importance = sp.NormalizedEnergy(torch.zeros(1, 1, 8, 8))
+    made(trained, epochs=2, squeeze=0.5, importance=importance)
+    assert schedules[0].importance is importance  # that of the cut
+    assert schedules[1] is None
 
 
 class Stops:
@@ -202,8 +219,8 @@ def test_the_teacher_knows_the_axis_of_the_classes() -> None:
 
 def test_first_examples_are_whole_batches() -> None:
     batches = [(torch.zeros(4, 1), torch.zeros(4)) for _ in range(5)]
-    assert len(list(first_examples(batches, 9))) == 3
-    assert len(list(first_examples(batches, 100))) == 5
+    assert len(first_examples(batches, 9)) == 3
+    assert len(first_examples(batches, 100)) == 5
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

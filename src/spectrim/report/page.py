@@ -2,13 +2,13 @@
 
 import html
 import json
-import os
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from spectrim.errors import FormatError
+from spectrim.files import write_text
 from spectrim.measure import compare_table
 from spectrim.plan import Plan
 from spectrim.report.data import measurements, plan_data, result_data, run_data, shortfalls
@@ -48,9 +48,7 @@ def write_report(source: Plan | str | Path, path: str | Path | None = None, *, r
         raise FormatError("report", "has no path", hint="write_report(plan, 'plan.html')")
     target = Path(path) if path is not None else _beside(Path(str(source)))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    temporary.write_text(_page(plan, run), encoding="utf-8")
-    os.replace(temporary, target)
+    write_text(target, _page(plan, run))
     return target
 
 
