@@ -69,7 +69,7 @@ def section(task: str, method: str, result: dict[str, Any]) -> str:
 
 
 def render() -> str:
-    files = sorted((HERE / "results").glob("*/*.json"))
+    files = sorted(path for path in (HERE / "results").glob("*/*.json") if (HERE / "cases" / path.parent.name).is_dir())
     return HEAD + "".join(section(path.parent.name, path.stem, json.loads(path.read_text())) for path in files)
 
 

@@ -65,6 +65,7 @@ def rows() -> list[str]:
         weights = ", ".join(f"`{name}`" for name in dict.fromkeys(name.split("_l")[0] for name in kind.weights(layer)))
         lines.append(f"| `{type(layer).__name__}` | {case} | {weights} | {', '.join(kind.schemes(layer))} | {described(merged)} |")
     lines.append("| `Conv1D` of transformers | GPT-2 | `weight` | channel | `Linear` → `Linear` |")
+    lines.append("| `FalconLinear` of transformers | Falcon | `weight` | channel | `Linear` → `Linear` |")
     lines += ["", "## Left dense, and why", "", "| layer | case | reason |", "|---|---|---|"]
     lines += [f"| `{type(layer).__name__.removeprefix('Parametrized')}` | {case} | {refusal(layer)} |" for case, layer in SKIPPED]
     return lines

@@ -1,5 +1,7 @@
 """Every test starts from the same random state, on one thread: layers this small only lose time to a pool of threads."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -9,3 +11,13 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.default_generator.manual_seed(0)  # torch.manual_seed formats a stack trace for every kind of device
+
+
+@pytest.fixture(autouse=True)
+def _kinds() -> Iterator[None]:
+    """Forget kinds of layers that a test registered."""
+    from spectrim.layers import KINDS  # not above: the plugin that checks shapes must see the import
+
+    before = list(KINDS)
+    yield
+    KINDS[:] = before

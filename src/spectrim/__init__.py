@@ -8,6 +8,7 @@ from spectrim.checkpoint import load, save
 from spectrim.compress import compress
 from spectrim.correction import correct, recalibrate
 from spectrim.execution import choose_execution
+from spectrim.export import export
 from spectrim.factorize import factorize, merge
 from spectrim.fit import Distillation, fit
 from spectrim.importance import (
@@ -24,10 +25,13 @@ from spectrim.measure import Measurement, compare_latency, compare_table, evalua
 from spectrim.penalties import L1, FrobeniusDecay, Hoyer, HoyerSquare, NuclearNorm, Orthogonality, PolarHoyer
 from spectrim.plan import Plan, plan
 from spectrim.prune import prune, prune_, prune_optimizer_state
+from spectrim.quantize import quantize
 from spectrim.ranks import Energy, Fixed, Fraction
 from spectrim.report import write_report
 from spectrim.schedule import Ramp, Squeeze
+from spectrim.sharded import gathered
 from spectrim.surgery import coverage, match
+from spectrim.tracking import Tracking
 
 __version__ = version("spectrim")
 
@@ -53,6 +57,7 @@ __all__ = [
     "Ramp",
     "SpectralEnergy",
     "Squeeze",
+    "Tracking",
     "WhitenedEnergy",
     "allocate",
     "calibrate",
@@ -64,8 +69,10 @@ __all__ = [
     "correct",
     "coverage",
     "evaluate",
+    "export",
     "factorize",
     "fit",
+    "gathered",
     "latency_table",
     "load",
     "match",
@@ -76,6 +83,7 @@ __all__ = [
     "prune",
     "prune_",
     "prune_optimizer_state",
+    "quantize",
     "recalibrate",
     "save",
     "write_report",

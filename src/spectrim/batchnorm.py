@@ -10,6 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from spectrim.errors import LayerError
 from spectrim.layers.base import runs_forward_of
 from spectrim.layers.conv import CONVOLUTIONS
+from spectrim.layers.plain import PlainPair
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
@@ -90,6 +91,8 @@ class _Tracer(fx.Tracer):
     """Takes inference modules as a whole, too: their code depends on the input's shape."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, PlainPair):
+            return False
         return type(m).__module__ == "spectrim.layers.plain" or super().is_leaf_module(m, module_qualified_name)
 
 

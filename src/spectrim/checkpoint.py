@@ -13,10 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from spectrim.batchnorm import NORMS
 from spectrim.errors import FormatError
 from spectrim.factorize import build
 from spectrim.layers import FactorizedLayer, Factors, kind_of, named_factors
-from spectrim.layers.plain import PlainAttention, PlainRecurrent
+from spectrim.layers.plain import PlainAttention, PlainPair, PlainRecurrent
+from spectrim.sharded import refuse_shards
 from spectrim.surgery import replace
 
 FORMAT = 1
@@ -50,7 +52,9 @@ def save(model: nn.Module, folder: str | Path) -> Path:
 
     Raises:
         FormatError: when the model's state holds something that is not a tensor.
+        LayerError: for a model that FSDP2 shards.
     """
+    refuse_shards(model, "save")
     folder = Path(folder)
     tensors, aliases = _tensors(model)
     plan = plan_of(model) | {"aliases": aliases}
@@ -129,6 +133,7 @@ def plan_of(model: nn.Module) -> dict[str, Any]:
         "factorized": factorized,
         "ranks": {name: factors.rank for name, factors in named_factors(model)},
         "merged": merged,
+        "folded": _folded(model),
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
     }
 
@@ -175,6 +180,8 @@ def _rebuild(model: nn.Module, plan: Mapping[str, Any], path: Path) -> tuple[nn.
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, entry in plan["factorized"].items():
         found = type(modules[name]).__name__ if name in modules else "nothing"
+        if found == entry["kind"] and kind_of(modules[name]) is None:
+            raise _unregistered(path, name, found)
         if found != entry["kind"] or kind_of(modules[name]) is None:
             raise FormatError(
                 path, f"is of another architecture: layer '{name}' was a {entry['kind']}, the model has {found}", hint=_hint(plan)
@@ -189,22 +196,49 @@ def _rebuild(model: nn.Module, plan: Mapping[str, Any], path: Path) -> tuple[nn.
 
     built = build(model, lambda name, module: plan["factorized"].get(name, {}).get("scheme"), make)
     targets = dict(built.named_modules())
-    replacements: dict[int, nn.Module] = {}
+    replacements = _without_batchnorms(targets, plan.get("folded"))
     for name, description in plan["merged"].items():
         target = targets.get(name)
         if target is None:
             raise FormatError(path, f"is of another architecture: the model has no layer '{name}'", hint=_hint(plan))
-        if kind_of(target) is None:  # the original has such a sequence itself
-            continue
+        if kind_of(target) is None:
+            if isinstance(target, nn.Sequential | PlainRecurrent | PlainAttention):  # the original has such a module itself
+                continue
+            raise _unregistered(path, name, type(target).__name__)
         wanted, own = _dense(description), _found(target, description)
-        if wanted != own:
+        if plan.get("folded") and wanted.get("bias") and own.get("bias") is False:
+            own["bias"] = True  # it came with a BatchNorm
+        replayed = None if wanted == own else _replayed(target, description)
+        if wanted != own and replayed is None:
             key = next(key for key in wanted if wanted[key] != own.get(key))
             problem = f"layer '{name}' had {key}={wanted[key]}, the model has {own.get(key)}"
             raise FormatError(path, f"is of another architecture: {problem}", hint=_hint(plan))
         weight = next(target.parameters())
         with torch.random.fork_rng(devices=[]):
-            replacements[id(target)] = _construct(description).to(weight.device, weight.dtype).train(target.training)
+            made = replayed if replayed is not None else _construct(description, conv1d=hasattr(target, "nx"))
+        replacements[id(target)] = made.to(weight.device, weight.dtype).train(target.training)
     return replace(built, replacements), list(replacements.values())
+
+
+def _unregistered(path: Path, name: str, kind: str) -> FormatError:
+    hint = "call spectrim.layers.register(kind, layer, *inputs) before loading"
+    return FormatError(path, f"holds layer '{name}' in low-rank form, which was a {kind}: no kind of layer is registered for it", hint=hint)
+
+
+def _replayed(target: Any, description: list[dict[str, Any]]) -> nn.Module | None:
+    """Return what `merge` writes for a layer of a registered kind at the rank described, with zeros; None where that is something else."""
+    last, kind = description[-1], kind_of(target)
+    if kind is None or kind.weights(target) != ("weight",) or not ("in_features" in last or "in_channels" in last):
+        return None
+    rank = last["in_features"] if "in_features" in last else last["in_channels"] // last["groups"]
+    for scheme in kind.schemes(target):
+        matrix = kind.fold(target, "weight", target.weight.detach(), scheme)
+        if rank <= min(matrix.shape[-2:]):
+            factors = {"weight": Factors.empty(target.weight, matrix, rank)}
+            made = kind.adopt(target, factors, scheme).split(lambda _, part, tensor: nn.Parameter(tensor), ("weight",))
+            if made is not None and _describe(made) == description:
+                return made
+    return None
 
 
 def _dense(description: list[dict[str, Any]]) -> dict[str, Any]:
@@ -218,17 +252,9 @@ def _dense(description: list[dict[str, Any]]) -> dict[str, Any]:
         return {key: first[key] for key in ("kind", *RECURRENT)}
     if kind == "Embedding":
         return {"kind": kind, "num_embeddings": first["num_embeddings"], "embedding_dim": last["out_features"]}
-    if kind == "Linear":
-        return {"kind": kind, "in_features": first["in_features"], "out_features": last["out_features"], "bias": last["bias"]}
-    settings = {"kind": kind, "bias": last["bias"], "groups": first["groups"], "padding_mode": first["padding_mode"]}
-    settings |= {"in_channels": first["in_channels"], "out_channels": last["out_channels"]}
-    for key in ("kernel_size", "stride", "dilation"):  # of the two operations one has the neutral value along each axis
-        settings[key] = [a * b for a, b in zip(first[key], last[key], strict=True)]
-    for key in ("padding", "output_padding"):
-        if key in first:
-            own, other = first[key], last.get(key, [0] * len(first["kernel_size"]))
-            settings[key] = own if isinstance(own, str) else [a + b for a, b in zip(own, other, strict=True)]
-    return settings
+    with torch.device("meta"):
+        pair = _construct(description)
+    return {"kind": kind, "bias": last["bias"]} | {key: _listed(getattr(pair, key)) for key in SETTINGS[type(pair[0])]}
 
 
 def _found(target: Any, description: list[dict[str, Any]]) -> dict[str, Any]:
@@ -276,14 +302,32 @@ def _tie(model: nn.Module, plan: Mapping[str, Any], state: Mapping[str, Tensor],
 
 
 def _describe(module: nn.Module) -> list[dict[str, Any]] | None:
-    """Describe a module that `merge` may have written: a sequence of two layers, or a plain inference module; else None."""
-    if type(module) is nn.Sequential and len(module) == 2 and all(type(layer) in SETTINGS for layer in module):
+    """Describe a module that only `merge` writes; None for any other."""
+    if isinstance(module, PlainPair) and all(type(layer) in SETTINGS for layer in module):
         return [_settings(layer, SETTINGS[type(layer)]) | _bias(layer) for layer in module]
     if isinstance(module, PlainRecurrent):
         return [_settings(module, (*RECURRENT, "given"))]
     if isinstance(module, PlainAttention):
         return [_settings(module, (*ATTENTION, "given"))]
     return None
+
+
+def _folded(model: nn.Module) -> dict[str, list[str]]:
+    """Return where BatchNorms may have been folded, as an `Identity` is there, and which layers have a bias; nothing without the former."""
+    gone = [name for name, module in model.named_modules() if type(module) is nn.Identity]
+    biased = [name for name, module in model.named_modules() if type(module) in SETTINGS and getattr(module, "bias", None) is not None]
+    return {"identities": gone, "biased": biased} if gone else {}
+
+
+def _without_batchnorms(targets: Mapping[str, Any], folded: Mapping[str, list[str]] | None) -> dict[int, nn.Module]:
+    """Return what stands in the place of BatchNorms that were folded, by their ``id``; the layers before them get a bias, in place."""
+    gone = [targets[name] for name in (folded or {}).get("identities", []) if isinstance(targets.get(name), NORMS)]
+    for name in (folded or {}).get("biased", []) if gone else []:
+        layer = targets.get(name)
+        if layer is not None and type(layer) in SETTINGS and layer.bias is None:
+            features = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+            layer.bias = nn.Parameter(layer.weight.new_zeros(features))
+    return {id(norm): nn.Identity().train(norm.training) for norm in gone}
 
 
 def _settings(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
@@ -295,8 +339,8 @@ def _bias(module: nn.Module) -> dict[str, bool]:
     return {} if isinstance(module, nn.Embedding) else {"bias": module.bias is not None}
 
 
-def _construct(description: list[dict[str, Any]]) -> nn.Module:
-    """Build what `_describe` described, with zeros or torch's initial values as weights."""
+def _construct(description: list[dict[str, Any]], conv1d: bool = False) -> Any:
+    """Build what `_describe` described, with zeros or torch's initial values as weights; `conv1d` as for `PlainPair`."""
     layers = []
     for entry in description:
         settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items() if key not in ("kind", "given")}
@@ -307,7 +351,7 @@ def _construct(description: list[dict[str, Any]]) -> nn.Module:
         if entry["kind"] == "PlainAttention":
             settings |= {"bias": "in_proj_bias" in entry["given"], "add_bias_kv": "bias_k" in entry["given"]}
         layers.append(kinds[entry["kind"]](**settings))
-    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
+    return layers[0] if len(layers) == 1 else PlainPair(*layers, conv1d=conv1d)
 
 
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

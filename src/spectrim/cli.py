@@ -15,15 +15,18 @@ from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 from rich.console import Console
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from spectrim.allocate import Budget
 from spectrim.checkpoint import load
 from spectrim.compress import compress
 from spectrim.errors import FormatError, RecipeError
+from spectrim.export import SUFFIXES, export
 from spectrim.factorize import factorize
 from spectrim.latency import latency_table
-from spectrim.measure import Measurement, compare_table, evaluate, measure, one_example
+from spectrim.measure import Measurement, batch_size_of, compare_table, evaluate, first_examples, measure, one_example
 from spectrim.plan import BUDGETS, plan
+from spectrim.quantize import quantize
 from spectrim.recipe import RECIPE, Run, make_data, make_loss, make_model, read_recipe
 from spectrim.report import PLAN, text_report, write_report
 from spectrim.surgery import coverage
@@ -137,6 +140,44 @@ def report_(args: Namespace) -> None:
         webbrowser.open(path.resolve().as_uri())
 
 
+def export_(args: Namespace) -> None:
+    """Write the network of a recipe, or the final one of a run, for another runtime; the file is proved equal before it gets its name."""
+    if args.int8:
+        _export_int8(args)
+        return
+    if not args.format and not args.out:
+        raise RecipeError("export", "nothing says which format", allowed=f"--format {', '.join(SUFFIXES.values())}; or --out with a suffix")
+    model, recipe, folder = _network(args.target, "5-merge")
+    path = Path(args.out or (folder / "model" if folder else Path(args.target).stem))
+    if not args.out:
+        path = path.with_name(path.name + next(suffix for suffix, format in SUFFIXES.items() if format == args.format))
+    (inputs, _), *_ = first_examples(make_data(recipe).val, 1)
+    held = batch_size_of(inputs)
+    if args.batch > held:
+        raise RecipeError("--batch", f"got {args.batch}", allowed=f"up to {held}, a batch of the validation split")
+    inputs = tree_map_only(torch.Tensor, lambda tensor: tensor[: args.batch], inputs)
+    made = export(
+        model, inputs, path, args.format, dynamic_batch=not args.static, max_batch=max(args.max_batch, args.batch),
+        tolerance=args.tolerance, latency=True, threads=args.threads,
+    )  # fmt: skip
+    print(made.summary())
+    if args.json:
+        print(json.dumps(made.to_dict()))
+
+
+def _export_int8(args: Namespace) -> None:
+    """Write the same network as an int8 ONNX file, calibrated on the recipe's training batches."""
+    if args.format not in (None, "onnx") or args.static or args.tolerance is not None:
+        raise RecipeError("--int8", "writes ONNX for any batch, and has no tolerance", allowed="--format onnx, --out FILE.onnx")
+    model, recipe, folder = _network(args.target, "5-merge")
+    path = Path(args.out or (folder / "model-int8.onnx" if folder else f"{Path(args.target).stem}-int8.onnx"))
+    made = quantize(model, make_data(recipe).train, path)
+    print(made.summary())
+    print(f"written to {made.path}")
+    if args.json:
+        print(json.dumps(made.to_dict()))
+
+
 def _plan_of_run(folder: Path) -> None:
     """Write the plan of the network that a run or `compress` cut, where there is none or the network is newer."""
     stage, path = folder / ("2-train" if (folder / "2-train").is_dir() else "1-dense"), folder / PLAN
@@ -237,6 +278,19 @@ def parser() -> ArgumentParser:
     sub.add_argument("--open", action="store_true", help="show it in the browser")
     sub.add_argument("--text", action="store_true", help="print the essentials instead")
     commands.add_subcommand("report", sub)
+
+    sub = ArgumentParser(description=export_.__doc__)
+    sub.add_argument("target", type=str, help="the folder of a run (its final network) or a recipe (its dense one, untrained)")
+    sub.add_argument("--format", choices=list(SUFFIXES.values()), help="what to write (default: by the suffix of --out)")
+    sub.add_argument("--out", type=str, help=f"the file: {', '.join(SUFFIXES)} (default: model.SUFFIX in the run's folder)")
+    sub.add_argument("--batch", type=PositiveInt, default=1, help="examples of the validation split to compare and time with")
+    sub.add_argument("--static", action="store_true", help="for that batch only")
+    sub.add_argument("--int8", action="store_true", help="8-bit weights and activations, calibrated on training batches; ONNX only")
+    sub.add_argument("--max_batch", type=PositiveInt, default=8, help="largest batch that an ExecuTorch file takes")
+    sub.add_argument("--tolerance", type=float, help="largest difference allowed, as a fraction of the output's largest magnitude")
+    sub.add_argument("--threads", type=PositiveInt, default=1, help="CPU threads of the latency measurement")
+    sub.add_argument("--json", action="store_true", help="end with one line of JSON")
+    commands.add_subcommand("export", sub)
     return top
 
 
@@ -247,6 +301,7 @@ BODIES: dict[str, Callable[[Namespace], None]] = {
     "coverage": coverage_,
     "plan": plan_,
     "report": report_,
+    "export": export_,
 }
 
 

@@ -57,6 +57,27 @@ class RecipeError(SpectrimError):
         super().__init__(f"recipe key '{key}': {problem}" + (f"; allowed: {allowed}" if allowed else ""))
 
 
+class ExportError(SpectrimError):
+    """A model that cannot be written in a format, or whose file computes something else: operator, layer, reason, what to try.
+
+    Attributes:
+        format: that was asked for.
+        problem: in words.
+        operator: that failed; empty where unknown.
+        layer: it belongs to, as `named_modules` calls it; empty where unknown.
+        hint: what to try.
+
+    Examples:
+        >>> print(ExportError("onnx", "has no ONNX form", operator="aten.linalg_eig.default", layer="head", hint="compute it outside"))
+        export to onnx: operator aten.linalg_eig.default in layer 'head': has no ONNX form; compute it outside
+    """
+
+    def __init__(self, format: str, problem: str, *, operator: str = "", layer: str = "", hint: str = "") -> None:
+        self.format, self.problem, self.operator, self.layer, self.hint = format, problem, operator, layer, hint
+        where = " in ".join(part for part in (operator and f"operator {operator}", layer and f"layer '{layer}'") if part)
+        super().__init__(f"export to {format}: {where and where + ': '}{problem}" + (f"; {hint}" if hint else ""))
+
+
 class DivergedError(RuntimeError):
     """Training went beyond finite numbers: what did, the step, the layer with the largest gradient, the last good checkpoint."""
 

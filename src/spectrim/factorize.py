@@ -255,18 +255,19 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
 
     The break-even rank is where two operations take as many multiply-accumulates as the dense one, or with `latency` as many seconds.
 
-    The result holds `torch.nn` layers and needs nothing of this package; LSTM, GRU and MultiheadAttention, whose fused kernels take
-    dense weights only, become the small modules of `spectrim.layers.plain` (a single file that imports torch alone) where that costs
-    less. What will be written for each layer is in `coverage(model, latency=...)`. Hooks, training flags and the memory format of
-    convolutions are kept. Two things a pair of layers cannot do: take the ``output_size``
-    of a transposed convolution, and tie an embedding to a head by more than their larger factor.
+    All parameters are in `torch.nn` layers. Two layers in the place of one are a `PlainPair`: an `nn.Sequential` that also answers for the
+    dense layer, as models read ``weight.dtype`` or ``stride`` of their layers. LSTM, GRU and MultiheadAttention, whose fused kernels take
+    dense weights only, become `PlainRecurrent` and `PlainAttention` where that costs less. These three are `spectrim.layers.plain`, a
+    single file that imports torch alone; nothing else of this package is needed. What will be written for each layer is in
+    `coverage(model, latency=...)`. Hooks, training flags and the memory format of convolutions are kept. An embedding that is tied to a
+    head stays tied by the larger factor; the smaller one is there twice.
 
     Args:
         model: factorized, wholly or in part; it is left untouched. A dense model comes back as a copy.
         latency: a `LatencyTable` of this model, before or after a cut: each layer is written in the form that is faster on that machine.
         fold_batchnorm: multiply each BatchNorm in eval mode that follows a convolution or a linear layer, and nothing else, into that
             layer, see `spectrim.batchnorm.fold_batchnorms`; an `Identity` takes its place. For shipping: such a network should not be
-            trained any further, and `load` cannot rebuild it.
+            trained any further.
 
     Returns:
         A model with the same function, up to rounding.

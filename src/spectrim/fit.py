@@ -13,22 +13,22 @@ from typing import Any, Literal, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import convert_to_fp32, send_to_device
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils._pytree import tree_map_only
 
+from spectrim import processes
 from spectrim.errors import DivergedError, FormatError, SettingError
 from spectrim.execution import choose_execution
 from spectrim.layers import Factors, named_factors, named_layers
 from spectrim.linalg import orthogonality_defect
-from spectrim.measure import call_model, evaluate, evaluating
+from spectrim.measure import call_model, evaluating, pair_of
 from spectrim.protocols import Penalty, PenaltySchedule, RankRule, RankSchedule
 from spectrim.prune import prune_
+from spectrim.sharded import has_shards, is_sharded, reshard, shard_like, whole
 
 Loss = Callable[[Any, Any], Tensor]
 Precision = Literal["no", "bf16", "fp16"]
@@ -127,23 +127,28 @@ def fit(
     checkpoint: str | Path | None = None,
     resume: bool = True,
     callbacks: Sequence[EpochCallback] = (),
-    accelerator: Accelerator | None = None,
+    accelerator: Any = None,
     progress: bool = True,
 ) -> History:
     """Train `model` in place: the one verb that changes weights.
 
     The loss of a step is ``loss(model(inputs), target) + sum of penalties``; each penalty's share is in the log.
 
+    Started by ``accelerate launch`` or ``torchrun`` on several processes, all of them call it with the same arguments. It averages
+    gradients with DistributedDataParallel, or runs a model that FSDP2 shards; the log holds means over processes, each penalty counts
+    once, and the main process alone writes.
+
     Args:
         model: factorized or dense.
         data: gives batches ``(inputs, target)`` anew for each epoch: a `DataLoader` or any iterable with a length. `inputs` is a tensor,
             a tuple of arguments or a dict of keyword arguments. When it, or its sampler, has ``set_epoch``, that is called with the epoch's
-            number.
+            number. Several processes divide it: one step takes one batch in each of them, so that `n` processes with batches of `b` train
+            on ``n * b`` examples. A `DataLoader` that accelerate prepared or that has a `DistributedSampler` is divided already.
         loss: ``(output, target) -> scalar``.
         optimizer: over the model's parameters.
         epochs: passes over the data in all, those before a resume included; >= 0.
         penalties: each is called on the model and returns what it adds.
-        eval_data: the validation split, evaluated after each epoch.
+        eval_data: the validation split, evaluated after each epoch, each batch by one process and once.
         scheduler: a torch learning-rate schedule of `optimizer`.
         scheduler_steps: whether the schedule advances each epoch or each batch (that is, each optimizer step).
         distill: adds a teacher's loss.
@@ -152,18 +157,20 @@ def fit(
         clip: largest norm of the whole gradient; None for no clipping.
         rank_schedule: cuts ranks as training goes, for example `Ramp`; the optimizer's moments are cut along, later steps cost less. It is
             asked before each optimizer step. One that is a `PenaltySchedule` too, for example `Squeeze`, adds its penalty to the loss; in
-            the log it goes by the schedule's name.
+            the log it goes by the schedule's name. Not when sharded: cut `gathered` models between two calls.
         execution: whether layers compose their weight or run two operations by ``macs``, or by ``measured`` seconds (`choose_execution`, at
-            the start and after each cut; which form was faster may differ from run to run, and with it the rounding).
-        checkpoint: folder for ``checkpoint.pt``, written atomically after each epoch; None for none. One run has it for itself.
+            the start and after each cut; which form was faster may differ from run to run, and with it the rounding). Not when sharded.
+        checkpoint: folder for ``checkpoint.pt``, written atomically after each epoch; None for none. One run has it for itself. All its
+            processes see it. It holds whole tensors, sharded or not: a run may go on with another number of processes.
         resume: go on from the checkpoint when there is one. A resumed run ends with the same bits on a CPU, as long as everything random
-            draws from the global generators of torch, numpy and Python, or from the generator of the `DataLoader` or its sampler.
-        callbacks: called after each epoch.
-        accelerator: your own, for distributed training, with its own precision; one is made when omitted.
-        progress: whether to show a progress bar.
+            draws from the global generators of torch, numpy and Python, or from the generator of the `DataLoader` or its sampler; each
+            process has its own, and as many processes have to go on.
+        callbacks: called after each epoch, in every process.
+        accelerator: your own `accelerate.Accelerator`, with its own precision; one is made when omitted.
+        progress: whether to show a progress bar; the main process does.
 
     Returns:
-        The history, earlier epochs of a resumed run included.
+        The history, the same in every process, earlier epochs of a resumed run included.
 
     Raises:
         DivergedError: when the loss, or at the end of an epoch a parameter, is not finite.
@@ -177,6 +184,9 @@ def fit(
         >>> len(history.epochs)
         2
     """
+    from accelerate.optimizer import AcceleratedOptimizer
+    from accelerate.utils import convert_to_fp32, send_to_device
+
     if epochs < 0:
         raise SettingError("fit", "epochs", got=epochs, rule=">= 0")
     if accumulate < 1:
@@ -187,23 +197,32 @@ def fit(
         raise SettingError("fit", "scheduler", got="ReduceLROnPlateau", rule="a schedule whose step() takes no metric")
     if execution not in ("macs", "measured"):
         raise SettingError("fit", "execution", got=execution, rule="'macs' or 'measured'")
-    length = _length(data)
+    _length(data)
     if accelerator is not None and precision not in ("no", accelerator.mixed_precision):
         raise SettingError("fit", "precision", got=precision, rule=f"{accelerator.mixed_precision!r}, that of your accelerator")
     accelerator = accelerator or _accelerator(precision)
     if not {id(p) for p in model.parameters()} & {id(p) for group in optimizer.param_groups for p in group["params"]}:
         hint = "make the optimizer after factorize, prune or load, or call prune_optimizer_state after prune"
         raise SettingError("fit", "optimizer", got="one that holds none of them", rule="over the parameters of this very model", hint=hint)
-    if rank_schedule is not None and accelerator.num_processes > 1:
-        hint = "cut with prune between two calls of fit"
-        raise SettingError("fit", "rank_schedule", got=rank_schedule, rule="None with several processes", hint=hint)
+    if isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    processes.shard(accelerator, model, optimizer)
+    sharded = has_shards(model)
+    if sharded and rank_schedule is not None:
+        hint = "FSDP2 keeps the shapes it was given: cut gathered(model) with prune between two calls of fit, and shard the result"
+        raise SettingError("fit", "rank_schedule", got=rank_schedule, rule="None for a model that FSDP2 shards", hint=hint)
+    if sharded and execution == "measured":
+        raise SettingError("fit", "execution", got=execution, rule="'macs' for a model that FSDP2 shards")
+    several, generators = accelerator.num_processes > 1, generators_of(data)
+    own_data = processes.share(accelerator, data)
+    length, generators = _length(own_data), generators or generators_of(data)
     history = History()
     names = [type(penalty).__name__ for penalty in penalties]
     scheduled = ScheduledPenalty(rank_schedule) if isinstance(rank_schedule, PenaltySchedule) else None
     if scheduled is not None:
         names, penalties = [*names, type(rank_schedule).__name__], [*penalties, scheduled]
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": accelerator.scaler, "penalty": scheduled}
-    saver = Checkpoint(Path(checkpoint), data, **parts) if checkpoint is not None else None
+    saver = Checkpoint(Path(checkpoint), generators, accelerator, **parts) if checkpoint is not None else None
     if saver is not None:
         saver.resizes = rank_schedule is not None
     if saver is not None and resume:
@@ -217,57 +236,78 @@ def fit(
         last = saver.path if saver is not None and saver.path.exists() else None
         return DivergedError(what, epoch=epoch, step=step, layer=layer, grad_norm=norm, checkpoint=last)
 
-    with _prepared(accelerator, model, optimizer) as (wrapped, stepper), _bar(accelerator, progress, length) as bar:
+    with _prepared(accelerator, model, optimizer) as (prepared, stepper), _bar(accelerator, progress, length) as bar:
         for epoch in range(len(history.epochs), epochs):
-            for set_epoch in (getattr(part, "set_epoch", None) for part in (data, getattr(data, "sampler", None))):
+            parts_of_data = {id(part): part for part in (data, getattr(data, "sampler", None), own_data)}
+            for set_epoch in (getattr(part, "set_epoch", None) for part in parts_of_data.values()):
                 if set_epoch is not None:
                     set_epoch(epoch)
             model.train()
             start, examples, sums, groups, rate = time.perf_counter(), 0, dict.fromkeys(("loss", *names), 0.0), 0, 0.0
             bar.start(epoch, epochs)
-            for index, batch in enumerate(data):
-                inputs, target = send_to_device(batch, accelerator.device)
+            for index, batch in enumerate(own_data):
+                inputs, target = send_to_device(pair_of(batch, "fit"), accelerator.device)
                 step = epoch * length + index
                 cut: dict[str, int] | None = None
                 if rank_schedule is not None and index % accumulate == 0:  # not within a group: its gradients are of one shape
                     at = epoch * groups_per_epoch + index // accumulate, epochs * groups_per_epoch
-                    cut = _cut(model, rank_schedule(model, inputs, *at), optimizer)
+                    cut = _cut(model, processes.from_main(accelerator, rank_schedule(model, inputs, *at)), optimizer)
                     if cut is not None:
+                        prepared.renew()
                         history.cuts.append({"step": at[0], "epoch": at[0] / groups_per_epoch, "ranks": cut})
                     if scheduled is not None:
                         scheduled.advance(model, inputs, *at)
+                        scheduled.hold(processes.from_main(accelerator, scheduled.penalty))
                 if execution == "measured" and (cut is not None or not timed):
                     with accelerator.autocast():
                         choose_execution(model, inputs)
                     timed = True
-                with accelerator.autocast():
-                    output = convert_to_fp32(call_model(wrapped, inputs))
-                    task = loss(output, target)
-                    if distill is not None:
-                        task = distill(task, inputs, output)
-                added = [penalty(model) for penalty in penalties]
-                total = task + sum(added, start=torch.zeros((), device=task.device))
-                value = float(total.detach())
-                if not math.isfinite(value):
-                    raise diverged(f"loss became {value}", epoch, step)
-                if index % accumulate == 0:
-                    stepper.zero_grad(set_to_none=True)
-                    groups = min(accumulate, length - index)
-                accelerator.backward(total / groups)
-                if (index + 1) % accumulate == 0 or index + 1 == length:
+                last = (index + 1) % accumulate == 0 or index + 1 == length
+                with processes.unsynchronised(accelerator, prepared.model, last):
+                    if sharded:  # before the forward pass makes the tensors whole
+                        reshard(model)
+                        added = [whole(penalty(model)) for penalty in penalties]
+                    with accelerator.autocast():
+                        output = convert_to_fp32(call_model(prepared.model, inputs))
+                        task = loss(output, target)
+                        if distill is not None:
+                            task = distill(task, inputs, output)
+                    if not sharded:
+                        added = [penalty(model) for penalty in penalties]
+                    penalty_sum = sum(added, start=torch.zeros((), device=task.device))
+                    total = task + penalty_sum
+                    shares = processes.reduced(accelerator, [term.detach() for term in (total, task, *added)]) if several else []
+                    value = shares[0] if several else float(total.detach())
+                    if not math.isfinite(value):  # so in every process, none of which is left waiting
+                        raise diverged(f"loss became {value}", epoch, step)
+                    if index % accumulate == 0:
+                        stepper.zero_grad(set_to_none=True)
+                        groups = min(accumulate, length - index)
+                    if sharded:  # the gradient of the penalties is of the shards: FSDP adds that of the task when it has reduced it
+                        if penalty_sum.requires_grad:
+                            accelerator.backward(penalty_sum / groups)
+                        accelerator.backward(task / groups)
+                    else:
+                        accelerator.backward(total / groups)
+                if last:
                     if clip is not None:
                         accelerator.clip_grad_norm_(model.parameters(), clip)
                     rate = float(optimizer.param_groups[0]["lr"])
                     stepper.step()
                     if scheduler is not None and scheduler_steps == "batch" and not stepper.step_was_skipped:
                         scheduler.step()
-                for name, term in zip(sums, (task, *added), strict=True):
-                    sums[name] += float(term.detach())
+                for name, term in zip(sums, shares[1:] or (float(term.detach()) for term in (task, *added)), strict=True):
+                    sums[name] += term
                 examples += _count(target)
                 bar.advance(sums, index + 1, examples / (time.perf_counter() - start), mean_rank(model))
-            if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+            reshard(model)
+            finite = all(bool(torch.isfinite(_local(p)).all()) for p in model.parameters())
+            if not processes.everywhere(accelerator, finite):
                 raise diverged("a parameter stopped being finite", epoch, (epoch + 1) * length - 1)
             seconds = time.perf_counter() - start
+            if several:
+                examples = round(processes.reduced(accelerator, [float(examples)], "sum")[0])
+                processes.same_tensors(accelerator, model.buffers())
             line = {name: value / length for name, value in sums.items()}
             line |= {"mean_rank": mean_rank(model), "learning_rate": rate}
             line |= {"examples_per_s": examples / seconds, "seconds": seconds}
@@ -275,13 +315,16 @@ def fit(
                 scheduler.step()
             if eval_data is not None:
                 with accelerator.autocast():
-                    found = evaluate(model, eval_data, lambda output, target: loss(convert_to_fp32(output), target))
+                    found = processes.evaluate_together(
+                        accelerator, model, eval_data, lambda output, target: loss(convert_to_fp32(output), target)
+                    )
+                reshard(model)
                 line |= {f"eval_{name}": value for name, value in found.items()}
             history.epochs.append(line)
             history.layers += layer_lines(model)
             for callback in callbacks:
                 callback(epoch + 1, line, model)
-            if saver is not None and accelerator.is_main_process:
+            if saver is not None:
                 saver.write(history)
             bar.finish(line)
     return history
@@ -308,7 +351,11 @@ class ScheduledPenalty:
 
     def advance(self, model: nn.Module, inputs: Any, step: int, steps: int) -> None:
         """Ask the schedule for the penalty of this step."""
-        self.penalty = self.schedule.penalty(model, inputs, step, steps, self.before)
+        self.hold(self.schedule.penalty(model, inputs, step, steps, self.before))
+
+    def hold(self, penalty: Penalty | None) -> None:
+        """Take this as the penalty of the step."""
+        self.penalty = penalty
         self.before = None if self.penalty is None else dict(vars(self.penalty))
 
     def __call__(self, model: nn.Module) -> Tensor:
@@ -334,14 +381,16 @@ def layer_lines(model: nn.Module) -> list[dict[str, Any]]:
     """Return one entry of `History.layers`; none for a dense model."""
     ranks, defects = {}, {}
     for name, factors in named_factors(model):
-        sides = [side.cpu() if side.device.type == "mps" else side for side in (factors.U, factors.Vh.mT)]  # which has no float64
+        sides = [whole(side.detach()) for side in (factors.U, factors.Vh.mT)]
+        sides = [side.cpu() if side.device.type == "mps" else side for side in sides]  # which has no float64
         ranks[name], defects[name] = factors.rank, max(map(orthogonality_defect, sides))
     return [{"ranks": ranks, "defects": defects}] if ranks else []
 
 
 def largest_gradient(model: nn.Module) -> tuple[str, float]:
     """Return the name of the parameter with the largest gradient norm, and that norm; a norm that is not finite counts as largest."""
-    norms = {name: float(p.grad.float().norm()) for name, p in model.named_parameters() if p.grad is not None}
+    reshard(model)
+    norms = {name: float(whole(p.grad.float().norm())) for name, p in model.named_parameters() if p.grad is not None}
     if not norms:
         return "(no gradient yet)", 0.0
     name = max(norms, key=lambda key: norms[key] if math.isfinite(norms[key]) else math.inf)
@@ -351,29 +400,48 @@ def largest_gradient(model: nn.Module) -> tuple[str, float]:
 class Checkpoint:
     """The state of a run in one file: weights, optimizer, schedule, random generators and history; replaced atomically."""
 
-    def __init__(self, folder: Path, data: object, **parts: Any) -> None:
+    def __init__(self, folder: Path, generators: Sequence[torch.Generator], accelerator: Any, **parts: Any) -> None:
         """Refer to what will be saved and restored, and remove what a killed run left half-written.
 
         Args:
             folder: where the file is.
-            data: its generators are saved too.
+            generators: of the data; they are saved too.
+            accelerator: accelerate's: the main process writes, all read.
             parts: ``model``, ``optimizer`` and whatever else has a ``state_dict``; None is left out.
         """
         self.path = folder / CHECKPOINT
         self.parts = {name: part for name, part in parts.items() if part is not None}
-        self.generators = generators_of(data)
+        self.generators = generators
+        self.accelerator = accelerator
         self.resizes = False
         for leftover in folder.glob(f"{self.path.stem}.*.tmp"):
             leftover.unlink(missing_ok=True)
 
     def write(self, history: History) -> None:
-        """Write the whole state to a temporary file and rename it."""
+        """Write the whole state, which all processes gather, to a temporary file and rename it.
+
+        Raises:
+            OSError: in every process, when the main one could not write.
+        """
+        state, error = self._state(), None
+        if self.accelerator.is_main_process:
+            try:
+                self._write(state, history)
+            except OSError as problem:
+                error = problem
+        if error is not None and self.accelerator.num_processes == 1:
+            raise error
+        problem_anywhere = processes.from_main(self.accelerator, None if error is None else str(error))
+        if problem_anywhere is not None:
+            raise error or OSError(problem_anywhere)
+
+    def _write(self, state: dict[str, Any], history: History) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
                 happened = {"history": history.epochs, "cuts": history.cuts, "layers": history.layers}
-                torch.save(self._state() | {"kinds": self._kinds()} | happened, file)
+                torch.save(state | {"kinds": self._kinds()} | happened, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path)
@@ -450,15 +518,33 @@ class Checkpoint:
     def _state(self) -> dict[str, Any]:
         choices = {name: list(layer.execution.items()) for name, layer in named_layers(self.parts["model"])}
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        return states | {"random": random_state(self.generators), "execution": choices}
+        if has_shards(self.parts["model"]):
+            states = tree_map_only(Tensor, lambda tensor: whole(tensor).cpu() if is_sharded(tensor) else tensor, states)
+        main, *others = processes.from_all(self.accelerator, random_state(self.generators))
+        return states | {"random": main, "execution": choices} | ({"random_of_others": others} if others else {})
 
     def _load(self, state: dict[str, Any]) -> None:
+        if has_shards(self.parts["model"]):
+            state = state | self._shards_of(state)
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         for name, layer in named_layers(self.parts["model"]):
             layer.execution.clear()
             layer.execution.update((tuple(key), choice) for key, choice in state.get("execution", {}).get(name, []))
-        restore_random_state(state["random"], self.generators)
+        generators = [state["random"], *state.get("random_of_others", [])]
+        index = self.accelerator.process_index
+        if index < len(generators):  # of more processes than there were, the new ones draw as they would at the start
+            restore_random_state(generators[index], self.generators)
+
+    def _shards_of(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the stored weights and moments, which are whole, as this process's shards."""
+        own = self.parts["model"].state_dict()
+        weights = {name: shard_like(value, own[name]) if isinstance(value, Tensor) else value for name, value in state["model"].items()}
+        trained = [parameter for group in self.parts["optimizer"].param_groups for parameter in group["params"]]
+        indices = [index for group in state["optimizer"]["param_groups"] for index in group["params"]]
+        held = state["optimizer"]["state"]
+        moments = {index: processes.shard_state(held[index], p) for index, p in zip(indices, trained, strict=True) if index in held}
+        return {"model": weights, "optimizer": {**state["optimizer"], "state": moments}}
 
     def _kinds(self) -> dict[str, str]:
         return {name: type(part).__name__ for name, part in self.parts.items() if name != "model"}
@@ -514,10 +600,13 @@ def _length(data: Iterable[Any]) -> int:
     return length
 
 
-def _accelerator(precision: Precision) -> Accelerator:
+def _accelerator(precision: Precision) -> Any:
     """Make an accelerator; accelerate keeps one state for the process, which is renewed when the precision differs."""
     if precision not in ("no", "bf16", "fp16"):
         raise SettingError("fit", "precision", got=precision, rule="'no', 'bf16' or 'fp16'")
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision)
@@ -527,26 +616,49 @@ def _accelerator(precision: Precision) -> Accelerator:
     return accelerator
 
 
+class _Prepared:
+    """What is called in training in place of the model: the model, or with several processes its wrapper."""
+
+    def __init__(self, accelerator: Any, model: nn.Module, optimizer: Optimizer) -> None:
+        self.accelerator, self.plain, self.optimizer = accelerator, model, optimizer
+        self.had_forward = "forward" in vars(model)
+        self.model = processes.wrap(accelerator, model)
+
+    def renew(self) -> None:
+        """Wrap the model again when its parameters were exchanged; all processes go on with what the main one has."""
+        if self.model is not self.plain:
+            self.close()
+            self.model = processes.wrap(self.accelerator, self.plain)
+            processes.same_moments(self.accelerator, self.optimizer)
+
+    def close(self) -> None:
+        """Make the model what it was before."""
+        processes.unwrap(self.accelerator, self.model, self.plain)
+        if not self.had_forward:
+            vars(self.plain).pop("forward", None)
+
+
 @contextmanager
-def _prepared(accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[nn.Module, Any]]:
-    """Give the model and optimizer to accelerate for the time of training; afterwards the model is what it was before."""
-    had_forward = "forward" in vars(model)
-    if accelerator.num_processes > 1:
-        wrapped = accelerator.prepare_model(model)
-    else:
-        wrapped = model.to(accelerator.device)
+def _prepared(accelerator: Any, model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[_Prepared, Any]]:
+    """Give the model and optimizer to accelerate for the time of training; afterwards the model is what it was before, or sharded."""
+    if not has_shards(model):
+        model.to(accelerator.device)
         for state in optimizer.state.values():
             state.update({key: value.to(accelerator.device) for key, value in state.items() if isinstance(value, Tensor) and value.dim()})
+    prepared = _Prepared(accelerator, model, optimizer)
     stepper = accelerator.prepare_optimizer(optimizer)
     try:
-        yield wrapped, stepper
+        yield prepared, stepper
     finally:
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        if not had_forward:
-            vars(model).pop("forward", None)
-        # not free_memory(): that forgets what the user prepared too, and collects garbage for a good part of a second
+        prepared.close()
+        reshard(model)
         accelerator._optimizers = [held for held in accelerator._optimizers if held is not stepper]
-        accelerator._models = [held for held in accelerator._models if held is not wrapped]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return what this process holds of a tensor."""
+    shard: Any = tensor
+    return shard.to_local() if is_sharded(tensor) else tensor
 
 
 def _count(target: Any) -> int:
@@ -593,7 +705,7 @@ class _Bar:
 
 
 @contextmanager
-def _bar(accelerator: Accelerator, show: bool, length: int) -> Iterator[_Bar]:
+def _bar(accelerator: Any, show: bool, length: int) -> Iterator[_Bar]:
     """Show progress on the main process, on stderr so that standard output stays for results."""
     if not (show and accelerator.is_main_process):
         yield _Bar(None, length)

@@ -181,9 +181,10 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], T
     total, count, correct, judged = 0.0, 0, 0, 0
     with evaluating(model):
         for batch in data:
-            if not (isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)):
-                raise SettingError("evaluate", "data", got=type(batch), rule="batches (inputs, target) with a tensor as target")
-            (args, kwargs), target = _send((_arguments(batch[0]), batch[1]), model)
+            inputs, target = pair_of(batch, "evaluate")
+            if not isinstance(target, Tensor):
+                raise SettingError("evaluate", "data", got=type(target), rule="batches (inputs, target) with a tensor as target")
+            (args, kwargs), target = _send((_arguments(inputs), target), model)
             output = model(*args, **kwargs)
             total += float(loss(output, target)) * target.numel()
             count += target.numel()
@@ -226,7 +227,7 @@ def count_macs(model: nn.Module, inputs: Any, *, batch_size: int | None = None) 
     batch = batch_size_of(inputs, batch_size)
     args, kwargs = _send(_arguments(inputs), model)
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
-    with evaluating(model), counter:
+    with evaluating(model), _frozen(model), counter:  # the counter fails for a parameter that a model hands to one of its layers
         getattr(model, "_orig_mod", model)(*args, **kwargs)
     return (counter.get_total_flops() + batch) // (2 * batch)
 
@@ -378,6 +379,19 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside; afterwards those do that did before."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def unfused() -> Iterator[None]:
     """Let torch's transformer layers call their children inside, instead of one fused kernel that calls none of them."""
     fused = torch.backends.mha.get_fastpath_enabled()
@@ -438,8 +452,16 @@ def one_example(batches: Iterable[Any]) -> Any:
         >>> one_example([({"x": torch.zeros(8, 3)}, torch.zeros(8))])["x"].shape
         torch.Size([1, 3])
     """
-    inputs, _ = next(iter(batches))
+    inputs, _ = pair_of(next(iter(batches)), "one_example")
     return tree_map_only(Tensor, lambda tensor: tensor[:1], inputs)
+
+
+def pair_of(batch: Any, owner: str) -> tuple[Any, Any]:
+    """Return ``(inputs, target)`` of a batch; `owner` is named in the error for any other."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    hint = "for a dict that holds its labels: spectrim.integrations.batches.pairs(data)" if isinstance(batch, Mapping) else ""
+    raise SettingError(owner, "data", got=type(batch), rule="batches (inputs, target)", hint=hint)
 
 
 def inputs_of(batch: Any) -> Any:

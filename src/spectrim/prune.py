@@ -12,6 +12,7 @@ from spectrim.errors import LayerError
 from spectrim.factorize import check_names, chooser
 from spectrim.layers import Factors, named_factors
 from spectrim.protocols import RankRule
+from spectrim.sharded import refuse_shards
 from spectrim.surgery import duplicate
 
 SQUARED = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "variance")
@@ -42,8 +43,8 @@ def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], *, ca
 
     Raises:
         RankError: for a rank outside ``[1, present rank]``.
-        LayerError: for a name that is not a factorized weight, for factors that are not finite, when nothing is factorized, or for a
-            calibration of another model.
+        LayerError: for a name that is not a factorized weight, for factors that are not finite, when nothing is factorized, for a
+            calibration of another model, or for a model that FSDP2 shards.
 
     Examples:
         >>> from spectrim.factorize import factorize
@@ -57,6 +58,7 @@ def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], *, ca
     Deviation: the published code sorts the trained ``S`` as it is; here it is made exact first. No Cholesky factors, see
     `linalg.weighted_svd`.
     """
+    refuse_shards(model, "prune")
     cut = duplicate(model)
     for old, new in _cuts(cut, ranks, calibration).values():
         _swap(old, new)
@@ -89,6 +91,7 @@ def prune_(
         >>> low.rank
         2
     """
+    refuse_shards(model, "prune")
     cuts = _cuts(model, ranks, calibration)
     before = dict(model.named_parameters())
     maps = _rotations((name, *pair) for name, pair in cuts.items())

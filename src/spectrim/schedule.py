@@ -16,6 +16,7 @@ from spectrim.penalties.sums import total
 from spectrim.penalties.tail import tail_share
 from spectrim.protocols import Importance, Latencies, RankRule
 from spectrim.ranks import Energy
+from spectrim.sharded import whole
 
 PULL, DAMPING = 15.0, 1.5
 """How fast `Squeeze` corrects a strength: for being behind, over the whole span; and for falling behind."""
@@ -288,4 +289,4 @@ def _aim(tail: SteeredTail | None, model: nn.Module, ranks: Mapping[str, int]) -
 
 def _energies(model: nn.Module) -> dict[str, float]:
     """Return the sum of squared singular values of each weight, as the factors hold them; a weight of zeros has the least there is."""
-    return {name: max(SMALLEST_SHARE, float(f.S.detach().double().square().sum())) for name, f in named_factors(model)}
+    return {name: max(SMALLEST_SHARE, float(whole(f.S.detach()).double().square().sum())) for name, f in named_factors(model)}

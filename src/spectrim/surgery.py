@@ -20,6 +20,7 @@ from spectrim.layers.linear import FactorizedLinear
 from spectrim.protocols import Latencies, LayerFilter
 
 HEAD = "the classifier head stays dense by default; name it in where= to include it"
+ADAPTED = "holds adapters of peft; call merge_and_unload() first"
 
 
 def match(*patterns: str) -> LayerFilter:
@@ -120,6 +121,7 @@ def decide(model: nn.Module, where: LayerFilter | None = None) -> dict[str, str 
     reasons: dict[str, str | None] = {}
     holders: dict[int, list[tuple[str, str]]] = defaultdict(list)
     inside: set[int] = set()  # modules that belong to a parametrization
+    adapted = {id(part) for module in model.modules() if is_adapted(module) for part in module.modules()}
     for name, module in model.named_modules():
         parameters = own_parameters(module)
         for key, parameter in parameters.items():
@@ -128,7 +130,7 @@ def decide(model: nn.Module, where: LayerFilter | None = None) -> dict[str, str 
             inside.update(id(part) for part in cast(nn.Module, module.parametrizations).modules())
         if isinstance(module, FactorizedLayer | Factors) or id(module) in inside or not (parameters or is_parameterised(module)):
             continue
-        reason = refusal(module)
+        reason = ADAPTED if id(module) in adapted else refusal(module)
         if reason is None and name == head:
             reason = HEAD
         elif reason is None and where is not None and not where(name, module):
@@ -142,6 +144,12 @@ def is_parameterised(module: nn.Module) -> bool:
     """Whether a module keeps parameters in a way that `_parameters` does not show: parametrized or quantized."""
     packed = is_quantized(module) and any(hasattr(module, name) for name in ("weight", "get_weight"))
     return parametrize.is_parametrized(module) or packed
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module is a wrapper of peft around a layer: it reads and rewrites that layer's dense weight."""
+    names = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")
+    return any(kind.__name__ in names and kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
 def is_quantized(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ import spectrim as sp
 from spectrim import linalg
 from spectrim.layers import KINDS, FactorizedLayer, Factors, kind_of, named_factors
 from spectrim.layers.base import TRAFFIC, OneWeight
+from spectrim.layers.plain import PlainPair
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
@@ -481,7 +482,7 @@ def test_padding_reaches_no_gradient_even_with_a_row_that_is_not_zero() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["channel", "spatial"])
-def test_a_transposed_convolution_takes_an_output_size_until_it_is_two_layers(scheme: Any) -> None:
+def test_a_transposed_convolution_takes_an_output_size(scheme: Any) -> None:
     dense, x = nn.ConvTranspose2d(6, 8, 3, 2, 1).double(), torch.randn(2, 6, 5, 4).double()
     for size in ((9, 7), (10, 7), (9, 8), (10, 8)):
         expected = dense(x, output_size=size)
@@ -489,5 +490,11 @@ def test_a_transposed_convolution_takes_an_output_size_until_it_is_two_layers(sc
         for model in (sp.factorize(dense, scheme, rank=None), sp.merge(sp.factorize(dense, scheme))):
             torch.testing.assert_close(model(x, output_size=size), expected)
             torch.testing.assert_close(model(x, size), expected)
-    with pytest.raises(TypeError, match="output_size"):
-        sp.merge(sp.factorize(dense, scheme, rank=1))(x, output_size=(9, 7))
+        low = sp.factorize(dense, scheme, rank=1)
+        pair = sp.merge(low)
+        assert isinstance(pair, PlainPair)
+        for given in (size, (2, 8, *size)):  # torch takes batch and channels along
+            torch.testing.assert_close(pair(x, output_size=given), low(x, output_size=given))
+        torch.testing.assert_close(pair(x[0], size), low(x[0], size))
+    with pytest.raises(TypeError, match="only a transposed convolution takes an output_size"):
+        sp.merge(sp.factorize(nn.Linear(8, 8), rank=1))(torch.randn(2, 8), output_size=(9, 7))

@@ -29,7 +29,8 @@ def test_every_committed_result_was_written_by_the_runner_for_its_recipe() -> No
 
     from spectrim.recipe import plain, read_recipe
 
-    results = sorted((ROOT / "benchmarks" / "results").glob("*/*.json"))
+    tasks = [path.name for path in (ROOT / "benchmarks" / "cases").iterdir()]
+    results = sorted(path for path in (ROOT / "benchmarks" / "results").glob("*/*.json") if path.parent.name in tasks)
     assert results
     for path in results:
         result = json.loads(path.read_text())
@@ -74,3 +75,28 @@ def test_every_committed_comparison_is_of_todays_settings(monkeypatch: pytest.Mo
         run = tuple(result[name] for name in ("method", "budget", "seed", "epochs"))
         assert path.stem == compare.label(*run), path
         assert result["digest"] == compare.digest(tasks[path.parent.name], *run), f"{path}: the settings have changed since"
+
+
+def test_distributed_table_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "distributed.py", "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_int8_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import int8
+
+    assert int8.PAGE.read_text(encoding="utf-8") == int8.render(), "run python benchmarks/int8.py --render"
+
+
+def test_export_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    render = runpy.run_path(str(ROOT / "benchmarks" / "export.py"))["render"]
+    assert (ROOT / "docs" / "export.md").read_text() == render(), "run python benchmarks/export.py --render"
+
+
+def test_architectures_page_is_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "architectures.py", "--check"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -16,9 +16,20 @@ PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.
 MODULES = [info.name for info in pkgutil.walk_packages(spectrim.__path__, "spectrim.") if not info.name.endswith("__main__")]
 
 
+def needed(text: str) -> list[str]:
+    """Return the optional packages that a page names in its first line: ``<!-- needs: transformers lightning -->``."""
+    marker = re.match(r"<!-- needs: ([\w.]+(?: [\w.]+)*) -->$", text.split("\n", 1)[0])
+    return marker[1].split() if marker else []
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # Lightning uses what torch is to remove
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")  # Lightning's advice on speed
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = page.read_text()
+    for package in needed(text):
+        pytest.importorskip(package)
+    blocks = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
     assert blocks
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -29,12 +40,22 @@ def test_python_blocks_run_in_order(page: Path, tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstring_examples(name: str) -> None:
+    if name.startswith("spectrim.integrations."):  # which may need a package that is not there
+        pytest.importorskip(name, exc_type=ImportError)
     torch.manual_seed(0)
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert result.failed == 0
 
 
+def test_a_page_says_what_it_needs() -> None:
+    assert needed("<!-- needs: transformers lightning.pytorch -->\n# Title") == ["transformers", "lightning.pytorch"]
+    assert needed("# Title\n<!-- needs: transformers -->") == []
+    unread = [page.name for page in PAGES if "<!-- needs" in page.read_text() and not needed(page.read_text())]
+    assert unread == []
+
+
 def test_some_examples_were_found() -> None:
     finder = doctest.DocTestFinder()
-    found = sum(len(test.examples) for name in MODULES for test in finder.find(importlib.import_module(name)))
+    core = [name for name in MODULES if not name.startswith("spectrim.integrations.")]
+    found = sum(len(test.examples) for name in core for test in finder.find(importlib.import_module(name)))
     assert found >= 20

@@ -18,7 +18,7 @@ from spectrim import checkpoint, zoo
 from spectrim.checkpoint import PLAN, WEIGHTS
 from spectrim.errors import FormatError
 from spectrim.layers import FactorizedLayer
-from spectrim.layers.plain import PlainAttention, PlainRecurrent
+from spectrim.layers.plain import PlainAttention, PlainPair, PlainRecurrent
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")  # torch's own
 
@@ -507,3 +507,36 @@ def test_the_listing_says_what_was_saved(saved: Path) -> None:
     assert plan["model"] == "Sequential"
     assert set(plan["versions"]) == {"spectrim", "torch"}
     assert any(isinstance(m, FactorizedLayer) for m in sp.load(saved, small()).modules())
+
+
+def test_a_folder_of_the_first_version_still_loads() -> None:
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(128, 6), nn.Linear(6, 6)
+    again = sp.load(Path(__file__).with_name("saved_by_0_1"), nn.Sequential(*layers))
+    assert [type(again[index]) for index in (0, 4)] == [PlainPair, PlainPair]
+    assert again[0].weight.shape == (8, 3, 3, 3)
+    assert [name for name, tensor in again.state_dict().items() if name.endswith("weight") and not tensor.any()] == []
+
+
+def test_a_model_with_folded_batchnorms_comes_back(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        convolutions = nn.Conv2d(6, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1, bias=False), nn.BatchNorm2d(2), nn.Identity()
+        return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(18, 8, bias=False), nn.BatchNorm1d(8)).eval()
+
+    dense = make()
+    for norm in (dense[1], dense[3], dense[7]):
+        nn.init.normal_(norm.running_mean)
+    merged = sp.merge(sp.factorize(dense, where=sp.match("0", "6"), rank=2), fold_batchnorm=True)
+    assert [type(module) for module in merged] == [
+        PlainPair,
+        nn.Identity,
+        nn.Conv2d,
+        nn.Identity,
+        nn.Identity,
+        nn.Flatten,
+        PlainPair,
+        nn.Identity,
+    ]
+    again = round_trip(merged, make(), tmp_path, torch.randn(4, 6, 5, 5))
+    assert [layer.bias is not None for layer in (again[0], again[2], again[6])] == [True, True, True]
+    with pytest.raises(FormatError, match="another architecture"):
+        sp.load(tmp_path, nn.Sequential(nn.Conv2d(6, 8, 3, 2, bias=False), *make()[1:]))

@@ -17,6 +17,7 @@ from spectrim import linalg
 from spectrim.errors import LayerError, RankError, SettingError
 from spectrim.factorize import build, pick_scheme
 from spectrim.layers import FactorizedLayer, Factors, named_factors
+from spectrim.layers.plain import PlainPair
 
 EVERYTHING = sp.match("*")
 
@@ -377,10 +378,12 @@ def test_a_round_trip_gives_the_dense_model_back() -> None:
         torch.testing.assert_close(merged.get_parameter(name), parameter, rtol=1e-9, atol=1e-12)
 
 
-def test_merge_writes_torch_layers_only() -> None:
+def test_merge_writes_torch_layers_and_pairs_of_them_only() -> None:
     low = sp.factorize(network(), where=EVERYTHING, rank=2)
     merged = sp.merge(low)
-    assert {type(module).__module__.split(".")[0] for module in merged.modules()} == {"torch"}
+    own = [type(module) for module in merged.modules() if type(module).__module__.split(".")[0] != "torch"]
+    assert set(own) == {PlainPair}
+    assert {type(layer).__module__.split(".")[0] for pair in merged.modules() if isinstance(pair, PlainPair) for layer in pair} == {"torch"}
     assert sum(p.numel() for p in merged.parameters()) < sum(p.numel() for p in network().parameters()) / 2
     x = torch.randn(2, 6, 5, 5)
     torch.testing.assert_close(merged(x), low(x))

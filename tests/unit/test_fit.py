@@ -18,6 +18,7 @@ import spectrim as sp
 from spectrim import zoo
 from spectrim.errors import DivergedError, FormatError, SettingError
 from spectrim.fit import CHECKPOINT, Distillation, History, fit, largest_gradient, mean_rank, random_state, restore_random_state
+from spectrim.measure import evaluate, one_example
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -767,3 +768,15 @@ def test_training_goes_on_after_a_cut(tmp_path: Path) -> None:
     )
     assert log(again) == log(history)
     assert same(weights(resumed), weights(cut))
+
+
+def test_a_batch_that_is_no_pair_is_refused_with_what_to_do() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    batch = {"input_ids": torch.zeros(1, 2), "labels": torch.zeros(1)}
+    with pytest.raises(SettingError, match=r"fit: data must be batches \(inputs, target\), got <class 'dict'>; .*batches.pairs"):
+        fit(model, [batch], nn.MSELoss(), optimizer, 1, progress=False)
+    with pytest.raises(SettingError, match=r"evaluate: data .*batches.pairs"):
+        evaluate(model, [batch], nn.MSELoss())
+    with pytest.raises(SettingError, match="one_example: data"):
+        one_example([(1, 2, 3)])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from spectrim import linalg
 from spectrim.layers.base import ROWS_SIZE, OneWeight, Share
 from spectrim.layers.factors import Factors
+from spectrim.layers.plain import PlainPair
 from spectrim.linalg import Fold
 
 CONVOLUTIONS: dict[type[nn.Module], Any] = {
@@ -324,7 +325,7 @@ class FactorizedConv(OneWeight):
         head.weight, tail.weight = share(factors, "first", first), share(factors, "second", second)
         if module.bias is not None:
             tail.bias = module.bias
-        return nn.Sequential(head, tail)
+        return PlainPair(head, tail)
 
 
 class FactorizedConv1d(FactorizedConv, nn.Conv1d):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectrim.layers.base import OneWeight, Share
+from spectrim.layers.plain import PlainPair
 from spectrim.linalg import Fold
 
 
@@ -55,4 +56,4 @@ class FactorizedEmbedding(OneWeight, nn.Embedding):
         table.weight = share(factors, "left", left)
         mix = nn.Linear(rank, self.embedding_dim, bias=False, device="meta")
         mix.weight = share(factors, "right transposed", right.T.contiguous())
-        return nn.Sequential(table, mix)
+        return PlainPair(table, mix)

@@ -9,11 +9,12 @@ from torch.nn import functional as F
 
 from spectrim.layers.base import OneWeight, Share
 from spectrim.layers.factors import Factors
+from spectrim.layers.plain import PlainPair
 from spectrim.linalg import Fold
 
 
-def linear_pair(factors: Factors, bias: nn.Parameter | None, share: Share) -> nn.Sequential:
-    """Return two `Linear` layers, in → rank → out, that share tied factors."""
+def linear_pair(factors: Factors, bias: nn.Parameter | None, share: Share, *, conv1d: bool = False) -> PlainPair:
+    """Return two `Linear` layers, in → rank → out, that share tied factors; they stand for a ``Conv1D`` where `conv1d` says so."""
     left, right = factors.balanced()
     out, in_ = factors.shape
     first = nn.Linear(in_, factors.rank, bias=False, device="meta")
@@ -21,7 +22,7 @@ def linear_pair(factors: Factors, bias: nn.Parameter | None, share: Share) -> nn
     first.weight, second.weight = share(factors, "right", right), share(factors, "left", left)
     if bias is not None:
         second.bias = bias
-    return nn.Sequential(first, second)
+    return PlainPair(first, second, conv1d=conv1d)
 
 
 def linear_of(factors: Factors, bias: nn.Parameter | None) -> "FactorizedLinear":
@@ -32,10 +33,20 @@ def linear_of(factors: Factors, bias: nn.Parameter | None) -> "FactorizedLinear"
     return layer
 
 
+SAME_AS_LINEAR = ("FalconLinear",)
+"""Sub-classes of `torch.nn.Linear` in transformers with a forward of their own that computes the same."""
+
+
 class FactorizedLinear(OneWeight, nn.Linear):
     """``y = x W^T + b`` with ``W = U diag(|S|) Vh`` of ``(out_features, in_features)``."""
 
     dense_kinds = (nn.Linear,)
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        """Recognise those of transformers by name, so that it need not be installed."""
+        kind = type(module)
+        return super().accepts(module) or (kind.__name__ in SAME_AS_LINEAR and kind.__module__.split(".")[0] == "transformers")
 
     @classmethod
     def work(cls, module: Any, name: str, scheme: Fold, rank: int | None, shape: Sequence[int] | None) -> float:
@@ -93,4 +104,4 @@ class FactorizedConv1D(OneWeight):
 
     def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
         """Two `Linear` layers, in → rank → out."""
-        return linear_pair(self.factors_of("weight"), self.bias, share) if "weight" in paying else None
+        return linear_pair(self.factors_of("weight"), self.bias, share, conv1d=True) if "weight" in paying else None

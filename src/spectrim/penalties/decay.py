@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spectrim.layers import Factors, named_factors
 from spectrim.penalties.sums import STACKED, check_weight, stack, total
+from spectrim.sharded import is_sharded, of_shards
 
 
 def half_squared_norm(left: Tensor, right: Tensor) -> Tensor:
@@ -22,10 +23,10 @@ def half_squared_norm(left: Tensor, right: Tensor) -> Tensor:
 
 
 def groups_of(model: nn.Module) -> list[list[Factors]]:
-    """Group the factors of equal shape, dtype and device; a group of several has at most `STACKED` elements."""
+    """Group the factors of equal shape, dtype and device; a group of several has at most `STACKED` elements. Sharded ones stand alone."""
     groups: dict[tuple[object, ...], list[Factors]] = {}
     for _, factors in named_factors(model):
-        key = (factors.U.shape[-2:], factors.Vh.shape[-2:], factors.U.dtype, factors.U.device)
+        key = (id(factors),) if is_sharded(factors.S) else (factors.U.shape[-2:], factors.Vh.shape[-2:], factors.U.dtype, factors.U.device)
         groups.setdefault(key, []).append(factors)
     chunks: list[list[Factors]] = []
     for group in groups.values():
@@ -68,6 +69,12 @@ class FrobeniusDecay:
         return self.weight * total(model, [self._of(group) for group in groups_of(model)])
 
     def _of(self, group: Sequence[Factors]) -> Tensor:
+        if is_sharded(group[0].S):
+            return of_shards(_half_squared_norm_of, group[0].U, group[0].S, group[0].Vh)
         U, S, Vh = stack([f.U for f in group]), stack([f.S for f in group], axes=1), stack([f.Vh for f in group])
-        with torch.autocast(U.device.type, enabled=False):
-            return half_squared_norm(U * S.abs().unsqueeze(-2), Vh)
+        return _half_squared_norm_of(U, S, Vh)
+
+
+def _half_squared_norm_of(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
+    with torch.autocast(U.device.type, enabled=False):
+        return half_squared_norm(U * S.abs().unsqueeze(-2), Vh)

@@ -1,7 +1,8 @@
 """Penalties on the spectrum of the dense weight itself: no factors, no singular value decomposition."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from spectrim.layers import kind_of, named_layers
 from spectrim.linalg import Fold
 from spectrim.penalties.sums import batches, check_weight, stack, total, unstack
 from spectrim.protocols import LayerFilter
+from spectrim.sharded import is_sharded, of_shards
 from spectrim.surgery import decide
 
 Measure = Callable[[Tensor, int], tuple[Tensor, Tensor]]
@@ -60,8 +62,14 @@ class _Spectral(torch.autograd.Function):
         return None, None, *unstack(grad * gradient, ctx.shapes)
 
 
-def matrices_of(model: nn.Module, where: LayerFilter | None, scheme: Fold) -> Iterator[Tensor]:
-    """Yield the folded weight of every dense layer that `factorize` would take, then every composed one; tied ones once."""
+Compose = Callable[..., Tensor]
+
+
+def weights_of(model: nn.Module, where: LayerFilter | None, scheme: Fold) -> Iterator[tuple[tuple[Tensor, ...], Compose]]:
+    """Yield the weight of every dense layer that `factorize` would take, then the factors of every composed one; tied ones once.
+
+    Each comes with what makes its folded matrix.
+    """
     modules = dict(model.named_modules())
     seen: set[int] = set()
     for name, reason in decide(model, where).items():
@@ -72,19 +80,34 @@ def matrices_of(model: nn.Module, where: LayerFilter | None, scheme: Fold) -> It
             if kind and id(weight) not in seen:
                 seen.add(id(weight))
                 offered = kind.schemes(module)
-                yield kind.fold(module, weight_name, weight, scheme if scheme in offered else offered[0])
+                yield (weight,), partial(kind.fold, module, weight_name, scheme=scheme if scheme in offered else offered[0])
     for name, layer in named_layers(model):
         for _, factors in layer.named_factors() if where is None or where(name, layer) else ():
             if id(factors) not in seen:
                 seen.add(id(factors))
-                with torch.autocast(factors.U.device.type, enabled=False):
-                    yield (factors.U * factors.S.abs().unsqueeze(-2)) @ factors.Vh
+                yield (factors.U, factors.S, factors.Vh), composed
+
+
+def composed(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
+    """Return ``U diag(|S|) Vh`` in the dtype of the factors."""
+    with torch.autocast(U.device.type, enabled=False):
+        return (U * S.abs().unsqueeze(-2)) @ Vh
 
 
 def over_weights(model: nn.Module, measure: Measure, where: LayerFilter | None, scheme: Fold, steps: int) -> Tensor:
-    """Sum a measure of every matrix; those of equal shape together."""
-    groups = batches(matrices_of(model, where, scheme))
-    return total(model, [_Spectral.apply(measure, steps, *group) for group in groups])  # type: ignore[no-untyped-call]
+    """Sum a measure of every matrix; those of equal shape together, those of sharded weights gathered one at a time."""
+
+    def spectral(group: Sequence[Tensor]) -> Tensor:
+        value: Tensor = _Spectral.apply(measure, steps, *group)  # type: ignore[no-untyped-call]
+        return value
+
+    plain, terms = [], []
+    for tensors, compose in weights_of(model, where, scheme):
+        if any(is_sharded(tensor) for tensor in tensors):
+            terms.append(of_shards(lambda *all_, compose=compose: spectral(batches([compose(*all_)])[0]), *tensors))
+        else:
+            plain.append(compose(*tensors))
+    return total(model, [*(spectral(group) for group in batches(plain)), *terms])
 
 
 @dataclass(frozen=True)

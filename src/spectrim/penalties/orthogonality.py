@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
 from spectrim.penalties.sums import batches, check_weight, stack, total, unstack
+from spectrim.sharded import defect_of_shards, is_sharded, of_shards
 
 
 def gram_defect(A: Tensor) -> Tensor:
@@ -62,7 +63,8 @@ def sampled_defect_of(group: Sequence[Tensor], sample: float) -> Tensor:
 class Orthogonality:
     """``weight * sum_l (||U^T U - I||_F^2 + ||Vh Vh^T - I||_F^2) / r_l^2``, over layers and their blocks; in float32 at least.
 
-    Factors of equal shape share one product, and the gradient is in closed form.
+    Factors of equal shape share one product, and the gradient is in closed form. Of factors that are sharded over processes the Gram
+    matrices are computed on the shards and summed.
 
     Args:
         weight: strength, >= 0. The paper takes 1.0 on CIFAR-10 and for the LSTM, 2.0 on ImageNet.
@@ -92,6 +94,13 @@ class Orthogonality:
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the weighted penalty of all factorized layers, a scalar."""
         matrices = [matrix for _, factors in named_factors(model) for matrix in (factors.U, factors.Vh.mT)]
-        groups = batches(matrices)
+        groups = batches(matrix for matrix in matrices if not is_sharded(matrix))
         terms = [defect_of(group) if self.sample is None else sampled_defect_of(group, self.sample) for group in groups]
-        return self.weight * total(model, terms)
+        return self.weight * total(model, [*terms, *(self._of_shards(matrix) for matrix in matrices if is_sharded(matrix))])
+
+    def _of_shards(self, matrix: Tensor) -> Tensor:
+        """Return the penalty of one sharded matrix; with a sample every process draws its own, which its shard of the gradient is of."""
+        matrix, sample = matrix.to(torch.promote_types(matrix.dtype, torch.float32)), self.sample
+        if sample is None:
+            return defect_of_shards(matrix) / matrix.shape[-1] ** 2
+        return of_shards(lambda A: sampled_defect_of([A], sample), matrix)

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from spectrim.layers import named_factors
 from spectrim.penalties.sums import batches, check_weight, stack, total
+from spectrim.sharded import whole
 
 
 def over_spectra(model: nn.Module, measure: Callable[[Tensor], Tensor]) -> Tensor:
     """Sum a measure, ``(blocks, rank) -> (blocks,)``, of every spectrum; those of equal rank together."""
-    groups = batches((factors.S for _, factors in named_factors(model)), axes=1)
+    groups = batches((whole(factors.S) for _, factors in named_factors(model)), axes=1)
     return total(model, [measure(stack(group, axes=1).abs()).sum() for group in groups])
 
 

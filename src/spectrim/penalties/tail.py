@@ -10,6 +10,7 @@ from spectrim.errors import SettingError
 from spectrim.factorize import check_names
 from spectrim.layers import named_factors
 from spectrim.penalties.sums import total
+from spectrim.sharded import whole
 
 
 def tail_share(S: Tensor, rank: int) -> Tensor:
@@ -22,7 +23,7 @@ def tail_share(S: Tensor, rank: int) -> Tensor:
         >>> tail_share(torch.tensor([3.0, -1.0, 0.0]), 1)
         tensor(0.1000)
     """
-    S = S.to(torch.promote_types(S.dtype, torch.float32))
+    S = whole(S).to(torch.promote_types(S.dtype, torch.float32))
     with torch.no_grad():
         size = S.abs()
         largest = size.max()

@@ -1,0 +1,1 @@
+"""Adapters for other people's tools; each file is imported only by those who ask for it."""

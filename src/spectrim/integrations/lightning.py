@@ -1,0 +1,175 @@
+"""Low-rank training in Lightning: a `SpectrimCallback`, and `penalty` for the ``training_step``."""
+
+import math
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+try:
+    # Lightning goes by two names: the one that is in use already, else the newer one, else the other
+    older = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
+    if older or find_spec("lightning") is None:
+        from pytorch_lightning import Callback
+    else:
+        from lightning.pytorch import Callback  # type: ignore[assignment,unused-ignore]
+except ImportError as error:
+    raise ImportError("spectrim.integrations.lightning needs Lightning: pip install 'spectrim[lightning]'") from error
+
+from spectrim.errors import SettingError
+from spectrim.fit import mean_rank
+from spectrim.integrations.steps import Steps, loading_ranks, sizes
+from spectrim.measure import inputs_of
+from spectrim.protocols import Penalty, RankSchedule
+
+
+class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]
+    """Penalties and a rank schedule for a Lightning ``Trainer``.
+
+    No callback of Lightning can add to the loss that ``training_step`` returned, and a backward pass of its own would miss loss scaling
+    and break DDP. So the loss says it where one can see it: ``return loss + penalty(self)``. When the first optimizer step ends and
+    `penalty` was never called, a `UserWarning` says that nothing is penalised.
+
+    It logs, after each optimizer step, what each penalty added and ``mean_rank``; at the end of each epoch ``params`` and the largest
+    ``orthogonality_defect``. Checkpoints hold the schedule's state. While a ``Trainer`` runs, whatever it loads (a checkpoint to resume
+    from, the best one to test) first gives the module the ranks of what is loaded.
+
+    Args:
+        penalties: each is called on the module and returns what it adds to the loss of an optimizer step.
+        rank_schedule: cuts ranks before optimizer steps, for example `Ramp`; the optimizer's moments are cut along. One that is a
+            `PenaltySchedule` too, for example `Squeeze`, adds its penalty. With automatic optimisation, one process and a known number of
+            steps.
+        inputs: from a batch of the data, what the module's ``forward`` takes (a tensor, a tuple of arguments or a dict of keyword
+            arguments), for the costs of a schedule; of a pair ``(inputs, target)`` the first when omitted.
+
+    Attributes:
+        cuts: one entry for each cut that changed a rank: ``step``, the number of optimizer steps before it, and ``ranks`` after it.
+
+    Raises:
+        SettingError: for something that cannot be called, and, when training starts, for a rank schedule where it cannot be followed.
+
+    Examples:
+        >>> from spectrim import Hoyer, Orthogonality, Ramp
+        >>> callback = SpectrimCallback(penalties=[Orthogonality(1.0), Hoyer(0.05)], rank_schedule=Ramp(0.9))
+    """
+
+    def __init__(
+        self,
+        penalties: Sequence[Penalty] = (),
+        rank_schedule: RankSchedule | None = None,
+        inputs: Callable[[Any], Any] = inputs_of,
+    ) -> None:
+        super().__init__()
+        self.steps = Steps("SpectrimCallback", penalties, rank_schedule)
+        self.inputs = inputs
+        self.total, self.step, self.batch = 0, 0, 0
+        self.warned = False
+        self.loading = ExitStack()
+
+    @property
+    def cuts(self) -> list[dict[str, Any]]:
+        """What was cut so far."""
+        return self.steps.cuts
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let whatever is loaded from now on bring its ranks along: Lightning loads weights before it tells callbacks."""
+        self.loading.close()
+        self.loading.enter_context(loading_ranks(pl_module))
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave the module as it was."""
+        self.loading.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        self.loading.close()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Check that this module can be penalised and cut here."""
+        self.steps.begin(pl_module, trainer.world_size, trainer.global_step)
+        self.warned = False
+        if self.steps.rank_schedule is None:
+            return
+        if not pl_module.automatic_optimization:
+            hint = "there only your code knows when a step begins: call prune_(self, ranks, optimizer) yourself"
+            raise SettingError(
+                "SpectrimCallback", "rank_schedule", got=self.steps.rank_schedule, rule="None with manual optimisation", hint=hint
+            )
+        if math.isinf(trainer.estimated_stepping_batches) or trainer.estimated_stepping_batches < 0:
+            rule = "None where the number of steps is not known"
+            raise SettingError(
+                "SpectrimCallback", "rank_schedule", got=self.steps.rank_schedule, rule=rule, hint="give the Trainer max_steps"
+            )
+        self.total = int(trainer.estimated_stepping_batches)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Cut what is due, before the first batch of an optimizer step."""
+        self.batch = batch_idx
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.step = trainer.global_step
+            if self.steps.rank_schedule is not None:
+                self.steps.advance(pl_module, self.inputs(batch), trainer.optimizers[0], self.step, self.total)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log after an optimizer step; warn when the loss never asked for the penalties."""
+        if trainer.global_step == self.step:
+            return
+        if self.steps.terms and not self.steps.called and not self.warned:
+            self.warned = True
+            hint = "write 'return loss + penalty(self)' there, with penalty from spectrim.integrations.lightning"
+            asked = "penalty was not called by training_step in the first optimizer step: nothing is penalised"
+            warnings.warn(f"SpectrimCallback: {asked}; {hint}", UserWarning, stacklevel=2)
+        rank = mean_rank(pl_module)
+        pl_module.log_dict(self.steps.added() | ({"mean_rank": rank} if rank else {}))
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Log sizes."""
+        pl_module.log_dict({name: value for name, value in sizes(pl_module).items() if name != "mean_rank"})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return self.steps.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.steps.load_state_dict(state_dict)
+
+    def penalty(self, module: nn.Module, trainer: Any) -> Tensor:
+        """Return what is added to the loss of the present batch; see the function `penalty`."""
+        divisor, batches = trainer.accumulate_grad_batches, _batches_of_step(trainer, self.batch)
+        device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+        return self.steps.penalty(module, 1 / batches, device) * float(divisor / batches)
+
+
+def penalty(module: Any) -> Tensor:
+    """Return what the `SpectrimCallback` of a module's trainer adds to the loss of a batch, for ``training_step`` to add it.
+
+    Each optimizer step gets the gradient of every penalty once, however many batches it accumulates: Lightning divides by
+    ``accumulate_grad_batches`` even where the last step of an epoch has fewer, and this is made up for.
+
+    Args:
+        module: a ``LightningModule``.
+
+    Returns:
+        A scalar on the module's device; zero outside of training, and where the trainer has no such callback.
+
+    Raises:
+        SettingError: for several callbacks of this kind.
+    """
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    trainer: Any = getattr(module, "_trainer", None)
+    found = [each for each in trainer.callbacks if isinstance(each, SpectrimCallback)] if trainer is not None else []
+    if len(found) > 1:
+        raise SettingError("Trainer", "callbacks", got=f"{len(found)} SpectrimCallbacks", rule="one with all penalties")
+    return found[0].penalty(module, trainer) if found and trainer.training else torch.zeros((), device=device)
+
+
+def _batches_of_step(trainer: Any, batch: int) -> int:
+    """Return how many batches make up the optimizer step that a batch belongs to; the last one of an epoch may have fewer."""
+    full: int = trainer.accumulate_grad_batches
+    return int(min(full, trainer.num_training_batches - (batch - batch % full)))
