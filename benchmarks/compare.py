@@ -418,7 +418,10 @@ class Start:
             seed_everything(seed)
             model = make(self.task.model, "model")
             dense = self.trained(model, data, seed) if self.task.dense else model
-            self.made[seed] = dense.to(DEVICE, memory_format=torch.channels_last), data  # a quarter faster, the same numbers but for rounding
+            self.made[seed] = (
+                dense.to(DEVICE, memory_format=torch.channels_last),
+                data,
+            )  # a quarter faster, the same numbers but for rounding
         return self.made[seed]
 
     def trained(self, model: nn.Module, data: Any, seed: int) -> nn.Module:

@@ -69,6 +69,7 @@ class Network:
     scheme: Any = "auto"
     clip: float | None = None
     smoke: int = 256
+    calibration: int = 256
     note: str = ""
 
 
@@ -96,7 +97,7 @@ NETWORKS = {
         lambda limit: zoo.stories(batch_size=16, length=256, limit=limit),
         zoo.language_model_loss,
         lambda parameters: torch.optim.Adam(parameters, lr=0.001),
-        "loss", budget=0.7, epochs=1, images=1_600, clip=1.0, smoke=16,
+        "loss", budget=0.7, epochs=1, images=1_000, clip=1.0, smoke=16, calibration=32,
     ),
 }  # fmt: skip
 
@@ -177,7 +178,8 @@ def run(name: str, settings: Settings) -> dict[str, Any]:
             rows[key] |= {name: report.to_dict()[name] for name in ("method", "error", "difference", "layers", "operators")}
     return {
         "network": name, "title": network.title, "merit": network.merit, "note": network.note, "budget_macs": network.budget,
-        "epochs": network.epochs, "images": network.images, "dense_epochs": network.dense_epochs, "calibration": asdict(Int8()),
+        "epochs": network.epochs, "images": network.images, "dense_epochs": network.dense_epochs,
+        "calibration": asdict(Int8()) | {"examples": network.calibration},
         "rows": rows, "choices": choices(folder, low, examples, data.val, network), "batch": 1, "threads": 1, "processor": processor(),
         "seconds": round(time.perf_counter() - begin, 1), "git": git_state(),
         "environment": environment() | {"runtime": {part: version(part) for part in ("onnx", "onnxruntime")}},
@@ -186,8 +188,7 @@ def run(name: str, settings: Settings) -> dict[str, Any]:
 
 def calibration(network: Network) -> list[Any]:
     """Return the training batches of the first epoch that calibrate."""
-    train = network.data(Int8().examples).train
-    return [batch for _, batch in zip(range(16), train, strict=False)]
+    return list(network.data(network.calibration).train)
 
 
 def write(folder: Path, dense: nn.Module, low: nn.Module, examples: list[Any]) -> tuple[dict[str, Path], dict[str, Quantized]]:
@@ -206,7 +207,6 @@ def choices(folder: Path, low: nn.Module, examples: list[Any], val: Any, network
     source, target = folder / "low-rank-float32.onnx", folder / "choice.onnx"
     static = network.merit == "accuracy"
     ways: dict[str, tuple[Int8, Any]] = {
-        "as in the table": (Int8(), None),
         "channels between pairs as they come": (Int8(equalize=False), None),
         "8-bit weights": (Int8(weight_bits=8), None),
         "low-rank pairs in float": (Int8(), sp.match(*pairs) if pairs else None),
@@ -291,12 +291,13 @@ def section(name: str, result: dict[str, Any] | None) -> str:
     kept = sorted({state for row in (dense, low) for state in row["layers"].values() if state != "int8"})
     parts = [f"{done[kind]} of {len(row['layers'])} layers of the {kind} network" for kind, row in (("dense", dense), ("low-rank", low))]
     count = f"int8 are {' and '.join(parts)}"
-    training = f"{result['epochs']} epochs of {result['images']:,} examples" if result["images"] else f"{result['epochs']} epochs"
+    training = f"epochs: {result['epochs']}" + (f" of {result['images']:,} examples" if result["images"] else "")
     flags, cpu = result["processor"]["flags"], result["processor"]["name"]
     wide = "with" if set(flags) & set(VNNI) else "without"
+    same = {"val": low["val"][merit], "error": low["error"], "size_bytes": low["size_bytes"]}
     choice = [
         [title, shown(merit, row["val"]), f"{100 * row['error']:.1f} %", f"{row['size_bytes'] / 1000:,.1f}"]
-        for title, row in result["choices"].items()
+        for title, row in {"as in the table": same, **result["choices"]}.items()
     ]
     text = [f"\n## {result['title']}\n\n", table(head, body), f"\n{count}"]
     text += [

@@ -25,7 +25,7 @@ from spectrim.measure import Measurement, compare_latency, compare_table, evalua
 from spectrim.penalties import L1, FrobeniusDecay, Hoyer, HoyerSquare, NuclearNorm, Orthogonality, PolarHoyer
 from spectrim.plan import Plan, plan
 from spectrim.prune import prune, prune_, prune_optimizer_state
-from spectrim.quantize import quantize
+from spectrim.quantize import Int8, quantize
 from spectrim.ranks import Energy, Fixed, Fraction
 from spectrim.report import write_report
 from spectrim.schedule import Ramp, Squeeze
@@ -45,6 +45,7 @@ __all__ = [
     "FrobeniusDecay",
     "Hoyer",
     "HoyerSquare",
+    "Int8",
     "LatencyTable",
     "LossSensitivity",
     "MeasuredLoss",

@@ -54,7 +54,7 @@ class Compressed:
     """What `compress` made, and what it cost.
 
     Attributes:
-        model: `torch.nn` layers only, in eval mode: what is shipped.
+        model: `torch.nn` layers (two in the place of one are a `PlainPair`), in eval mode: what is shipped.
         low: the same network before `merge`, factorized: to train on, to cut further, to `save`.
         measured: ``dense`` and ``final``: costs, latency side by side, and loss and accuracy as in `scores`.
         scores: loss and accuracy by stage: ``dense``, ``squeezed``, ``cut``, ``recalibrated``, ``corrected``, ``final``; what did not

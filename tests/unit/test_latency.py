@@ -16,7 +16,7 @@ from spectrim import latency as latency_module
 from spectrim.costs import rank_costs
 from spectrim.errors import FormatError, LayerError, SettingError
 from spectrim.latency import LatencyTable, TimedWeight, Timing, default_cache, latency_table
-from spectrim.layers.plain import PlainAttention, PlainRecurrent
+from spectrim.layers.plain import PlainAttention, PlainPair, PlainRecurrent
 from spectrim.measure import count_macs
 
 EVERYTHING = sp.match("*")
@@ -126,9 +126,9 @@ def test_merge_writes_what_the_table_says(clock: Clock) -> None:
     low, x = sp.prune(sp.factorize(network()), sp.Fixed(16)), torch.randn(1, 64)
     table = table_of(low, x, {"2": 2000.0})  # 2000 + 128 * 16 > 0.95 * 4096
     merged = sp.merge(low, latency=table)
-    assert [type(layer).__name__ for layer in merged] == ["Sequential", "ReLU", "Linear", "Flatten", "Linear"]
+    assert [type(layer).__name__ for layer in merged] == ["PlainPair", "ReLU", "Linear", "Flatten", "Linear"]
     torch.testing.assert_close(merged(x), low(x))
-    assert [type(layer).__name__ for layer in sp.merge(low)][2] == "Sequential"
+    assert [type(layer).__name__ for layer in sp.merge(low)][2] == "PlainPair"
     lines = {line.name: line.reason for line in sp.coverage(low, latency=table)}
     assert lines["0"] == "merges to two layers (rank 16 <= 24; as two 2.00x as fast)"
     assert lines["2"] == "merges to one dense layer (rank 16 > 8; as two 1.01x as fast)"
@@ -154,7 +154,7 @@ def test_allocate_respects_multiples_and_dense_layers(clock: Clock, fraction: fl
     assert ranks["0"] in (8, 16, 24)
     assert ranks["2"] == 64, "stays dense"
     merged = sp.merge(sp.prune(low, ranks), latency=table)
-    assert [type(merged[0]), type(merged[2])] == [nn.Sequential, nn.Linear]
+    assert [type(merged[0]), type(merged[2])] == [PlainPair, nn.Linear]
     limit = fraction * count_macs(dense, x)
     assert limit - 8 * 128 < count_macs(merged, x) <= limit or ranks["0"] == 24
     with pytest.raises(SettingError, match=r"Budget: macs must be at least 0\.6"):  # (1024 + 4096 + 320) / 8512

@@ -219,7 +219,7 @@ def test_coverage_says_what_merge_will_write() -> None:
     five, six = sp.coverage(low)
     assert (five.reason, six.reason) == ("merges to two layers (rank 5 <= 5)", "merges to one dense layer (rank 6 > 5)")
     assert (five.rank, five.break_even, five.shape, five.blocks, five.scheme) == (5, 5, (12, 12), 1, "channel")
-    assert [type(layer).__name__ for layer in sp.merge(low)] == ["Sequential", "Linear"]
+    assert [type(layer).__name__ for layer in sp.merge(low)] == ["PlainPair", "Linear"]
     text = str(sp.coverage(low))
     assert "5 of 12" in text
     assert "merges to two layers (rank 5 <= 5)" in text
