@@ -195,7 +195,7 @@ def test_yaml_goes_through_prune_and_recipes(opened: Any, file: Path, low: nn.Mo
     assert parse_recipe(recipe).prune.ranks == mapping
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.click("#copy")
-    page.wait_for_function("document.querySelector('[role=status]').textContent.startsWith('copied')")
+    page.locator("[role=status]", has_text="copied").wait_for()  # not wait_for_function, which the page's policy keeps from polling
     assert page.evaluate("navigator.clipboard.readText()") == text
 
 
