@@ -91,6 +91,14 @@ NETWORKS = {
         lambda parameters: torch.optim.Adam(parameters, lr=0.001),
         "accuracy", budget=0.5, epochs=2, images=None, dense_epochs=4, scheme="spatial",
     ),
+    "vgg_digits": Network(
+        "VGG, small, 8 x 8 digits",
+        lambda: zoo.vgg_small(in_channels=1),
+        lambda limit: zoo.digits(),
+        nn.CrossEntropyLoss(),
+        lambda parameters: torch.optim.Adam(parameters, lr=0.001),
+        "accuracy", budget=0.5, epochs=5, images=None, dense_epochs=10, calibration=1_078,
+    ),
     "stories260k": Network(
         "stories260K language model, TinyStories",
         lambda: zoo.stories260k(),
