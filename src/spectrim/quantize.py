@@ -35,7 +35,7 @@ WEIGHTS = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "LSTM": 1, "GR
 """Which input of an operator is the weight of a layer."""
 
 DYNAMIC = ("MatMul", "Gemm", "LSTM", "Gather", "Attention")
-"""What becomes int8 when ranges are taken at run time; convolutions would be slower than in float."""
+"""What becomes int8 when ranges are taken at run time; for convolutions there is ``static``."""
 
 SEQUENTIAL = frozenset({"LSTM", "GRU", "RNN", "Loop", "Scan", "Softmax", "LayerNormalization", "Attention", "MultiHeadAttention"})
 """Operators of recurrent networks and transformers, whose ranges differ too much between examples to be fixed."""
