@@ -91,11 +91,12 @@ class Task:
     calibration: int = 1024
     recalibration: int = 4096
     threads: int = 1
+    compiled: bool = False
     note: str = ""
 
     def shared(self) -> dict[str, Any]:
         """Return the settings that every run depends on."""
-        chosen = ("methods", "budgets", "seeds", "epochs", "merit", "note")
+        chosen = ("methods", "budgets", "seeds", "epochs", "merit", "compiled", "note")
         return {name: value for name, value in asdict(self).items() if name not in chosen}
 
 
@@ -129,23 +130,6 @@ def digest(task: Task, method: str, budget: float, seed: int, epochs: int) -> st
 
 def label(method: str, budget: float, seed: int, epochs: int) -> str:
     return f"{method}-{budget:g}-{seed}" + ("" if epochs else "-untrained")
-
-
-class Later:
-    """Training batches whose epochs begin at `first`, so that a method in two phases sees what one in a single phase sees."""
-
-    def __init__(self, data: Any, first: int) -> None:
-        self.data, self.first = data, first
-        self.set_epoch(0)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.data)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.data.set_epoch(self.first + epoch)
 
 
 @dataclass
@@ -226,8 +210,9 @@ class Job:
         optimizer, scheduler = trainer(self.task, model, peak, steps)
         teacher = Distillation(copy.deepcopy(self.dense), **self.task.distill) if distill else None
         history = fit(
-            model, Later(self.data.train, first), self.loss, optimizer, epochs, penalties=penalties, scheduler=scheduler,
-            scheduler_steps="batch", distill=teacher, clip=self.task.clip, checkpoint=self.folder / name, progress=False,
+            model, self.data.train, self.loss, optimizer, epochs, penalties=penalties, scheduler=scheduler,
+            scheduler_steps="batch", distill=teacher, clip=self.task.clip, compiled=self.task.compiled, checkpoint=self.folder / name,
+            first_epoch=first, progress=False,
         )  # fmt: skip
         self.log += history.epochs
         return model
@@ -321,14 +306,15 @@ def ours(job: Job) -> nn.Module:
     from spectrim.compress import compress
 
     peak, knobs = job.knobs.get("peak", job.task.peak), job.knobs
+    teaching = {name: knobs[name] for name in ("mix",) if name in knobs}
     penalties = [kind(knobs[name]) for name, kind in (("orthogonality", Orthogonality), ("decay", FrobeniusDecay)) if name in knobs]
     made = compress(
-        job.dense, Later(job.data.train, 0), job.loss, job.limits, job.epochs, example_inputs=job.example, eval_data=job.data.val,
+        job.dense, job.data.train, job.loss, job.limits, job.epochs, example_inputs=job.example, eval_data=job.data.val,
         scheme=job.task.scheme, where=None if job.task.where is None else match(*job.task.where),
-        distill=Distillation(copy.deepcopy(job.dense), **job.task.distill) if knobs.get("distill", True) else None,
+        distill=Distillation(copy.deepcopy(job.dense), **{**job.task.distill, **teaching}) if knobs.get("distill", True) else None,
         optimizer=lambda parameters: make(job.task.optimizer, "optimizer", list(parameters), lr=peak),
         examples=job.task.calibration, folder=job.folder, progress=False, squeeze=knobs.get("squeeze", 0.0),
-        penalties=penalties, clip=job.task.clip,
+        penalties=penalties, clip=job.task.clip, compiled=job.task.compiled,
     )  # fmt: skip
     job.notes["cut"] = made.cut
     job.log += made.history.epochs
@@ -396,7 +382,7 @@ METHODS: dict[str, Callable[[Job], nn.Module]] = {
         narrow_distilled,
         filters,
     )
-} | dict.fromkeys(("ours_squeezed", "ours_orthogonal", "ours_decayed", "ours_undistilled"), ours)
+} | dict.fromkeys(("ours_squeezed", "ours_orthogonal", "ours_decayed", "ours_undistilled", "ours_unmixed"), ours)
 
 
 # Runs
@@ -433,7 +419,7 @@ class Start:
             if not (folder / "done").exists():
                 epochs = self.task.dense["epochs"]
                 optimizer, scheduler = trainer(self.task, model, self.task.dense["peak"], epochs * len(data.train))
-                fit(model, Later(data.train, 0), self.loss, optimizer, epochs, scheduler=scheduler, scheduler_steps="batch",
+                fit(model, data.train, self.loss, optimizer, epochs, scheduler=scheduler, scheduler_steps="batch",
                     clip=self.task.clip, checkpoint=folder / "training", progress=False)  # fmt: skip
                 save(model, folder)
                 (folder / "done").touch()

@@ -37,6 +37,7 @@ METHODS = {
     "ours_orthogonal": "`compress`, orthogonality on",
     "ours_decayed": "`compress`, decay of the product",
     "ours_undistilled": "`compress`, no teacher",
+    "ours_unmixed": "`compress`, batches not mixed",
     "narrow": "narrower network, from nothing",
     "narrow_distilled": "narrower network, from nothing, distilled",
     "filters": "filter pruning (torch-pruning)",

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -116,6 +116,7 @@ def compress(
     penalties: Sequence[Penalty] = (),
     clip: float | None = None,
     precision: Precision = "no",
+    compiled: bool = False,
     examples: int = 1024,
     latency: Latencies | None = None,
     folder: str | Path | None = None,
@@ -150,6 +151,7 @@ def compress(
         penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`.
         clip: largest norm of the gradient, see `fit`.
         precision: of fine-tuning, see `fit`.
+        compiled: fine-tune through `torch.compile`, see `fit`.
         examples: how many training examples calibrate, >= 1.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
         folder: for the cut network, checkpoints, the final network and ``result.json``; a stopped call goes on from there. None for none.
@@ -201,7 +203,7 @@ def compress(
     scores, history = {"dense": cutter.score(dense)}, History()
     low = factorize(dense, scheme, where, progress=progress)
     teacher = teacher_for(dense, known[0]) if distill == "auto" else distill
-    tuner = _Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, store, progress)
+    tuner = _Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
     training = round(epochs * squeeze)
     if training:
         how = "squeezed"
@@ -319,6 +321,7 @@ class _Tuner:
     eval_data: Iterable[Any] | None
     clip: float | None
     precision: Precision
+    compiled: bool
     store: "_Store"
     progress: bool
     optimizer: Optimizer = field(init=False)
@@ -337,36 +340,12 @@ class _Tuner:
     def run(self, network: nn.Module, epochs: int, penalties: Sequence[Penalty], name: str, ranks: RankSchedule | None = None) -> History:
         """Train for some epochs, which follow those of earlier goes."""
         history = fit(
-            network, _From(self.data, self.done), self.loss, self.optimizer, epochs, penalties=penalties, eval_data=self.eval_data,
+            network, self.data, self.loss, self.optimizer, epochs, penalties=penalties, eval_data=self.eval_data,
             scheduler=self.scheduler, scheduler_steps="batch", distill=self.teacher, clip=self.clip, precision=self.precision,
-            rank_schedule=ranks, checkpoint=self.store.path(name), progress=self.progress,
+            rank_schedule=ranks, compiled=self.compiled, checkpoint=self.store.path(name), first_epoch=self.done, progress=self.progress,
         )  # fmt: skip
         self.done += epochs
         return history
-
-
-class _From:
-    """Batches whose epochs are numbered from `first`."""
-
-    sampler = None  # `fit` would number its epochs from 0
-
-    def __init__(self, data: Any, first: int) -> None:
-        self.data, self.first = data, first
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.data, name)  # its generator and its sampler, which a checkpoint keeps
-
-    def set_epoch(self, epoch: int) -> None:
-        parts: tuple[Any, ...] = (self.data, getattr(self.data, "sampler", None))
-        for part in parts:
-            if hasattr(part, "set_epoch"):
-                part.set_epoch(self.first + epoch)
 
 
 @dataclass

@@ -231,7 +231,7 @@ def open_exported(path: str | Path, threads: int | None = None) -> Runner:
     except ImportError:
         raise
     except Exception as error:  # each runtime has errors of its own
-        raise FormatError(path, f"{TITLES[format]} cannot read it: {_first_line(error)}") from error
+        raise FormatError(path, f"{TITLES[format]} cannot read it: {first_line(error)}") from error
 
 
 def compare_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
@@ -448,14 +448,14 @@ def _untraceable(format: Format, error: Exception, trace: Callable[[], Any], net
     if "Constraints violated" in str(error) or "marked batch as dynamic" in str(error):
         place = _specialization(trace, network)
         text = " ".join(line.strip(" -") for line in str(error).splitlines() if "your code specialized" in line or "must" in line)
-        problem = f"the model refuses a dynamic batch{place.line}: {text.split('. If')[0] or _first_line(error)}"
+        problem = f"the model refuses a dynamic batch{place.line}: {text.split('. If')[0] or first_line(error)}"
         hint = "write the layer for any batch, or export for the batch of the inputs: dynamic_batch=False, on the command line --static"
         return ExportError(format, problem, operator=place.operator, layer=place.layer, hint=hint)
     place = _blame(error, network)
     hint = ""
     if "data-dependent" in str(error):
         hint = "a branch on values cannot be written: use torch.where, or torch.cond"
-    problem = f"torch.export cannot follow it{place.line}: {_first_line(error)}"
+    problem = f"torch.export cannot follow it{place.line}: {first_line(error)}"
     return ExportError(format, problem, operator=place.operator, layer=place.layer, hint=hint)
 
 
@@ -548,7 +548,8 @@ def _root(error: BaseException) -> BaseException:
     return error if error.__cause__ is None else _root(error.__cause__)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".") if lines else type(error).__name__
 
@@ -573,13 +574,13 @@ def _write_pt2(program: ExportedProgram, file: Path, names: _Names, half: bool) 
 
 def _write_onnx(program: ExportedProgram, file: Path, names: _Names, half: bool) -> _Content:
     try:
-        with _no_noise():
+        with quietly():
             made: Any = torch.onnx.export(
                 program, dynamo=True, input_names=names.inputs, output_names=names.outputs, verbose=False, external_data=False
             )
     except torch.onnx.OnnxExporterError as error:
         place = _blame(error, nn.Module())
-        problem = f"it has no ONNX form: {_first_line(_root(error))}"
+        problem = f"it has no ONNX form: {first_line(_root(error))}"
         raise ExportError("onnx", problem, operator=place.operator, layer=place.layer, hint=_OTHER) from error
     sizes = [size for node in program.graph.find_nodes(op="placeholder") for size in getattr(node.meta.get("val"), "shape", ())]
     if hasattr(made, "rename_axes"):  # older torch cannot, and leaves names like s77
@@ -589,12 +590,12 @@ def _write_onnx(program: ExportedProgram, file: Path, names: _Names, half: bool)
 
 
 def _write_executorch(program: ExportedProgram, file: Path, names: _Names, half: bool) -> _Content:
-    with _no_noise():
+    with quietly():
         exir = import_module("executorch.exir")
         xnnpack = import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
         debug = import_module("executorch.devtools.backend_debug")
     try:
-        with _no_noise():
+        with quietly():
             # inputs have no names in the file, so it tells them as the result of a second method
             known = {INPUT_NAMES: ",".join(names.inputs)}
             edge = exir.to_edge_transform_and_lower(
@@ -611,7 +612,7 @@ def _write_executorch(program: ExportedProgram, file: Path, names: _Names, half:
         named = re.search(r"'(\w+::\w+)'", str(error))  # Missing out variants: {'mine::op'}
         if named and not place.operator:
             place = _Place(named[1], _layer_with(program.graph, named[1]))
-        problem = f"cannot be lowered: {_first_line(error)}"
+        problem = f"cannot be lowered: {first_line(error)}"
         raise ExportError("executorch", problem, operator=place.operator, layer=place.layer, hint=_OTHER) from error
     kernels = _executorch().operator_registry.operator_names
     for entry in made.executorch_program.execution_plan[0].operators:
@@ -649,7 +650,7 @@ def _write_openvino(program: ExportedProgram, file: Path, names: _Names, half: b
         except ExportError as error:
             raise ExportError("openvino", error.problem, operator=error.operator, layer=error.layer, hint=error.hint) from error
         try:
-            with _no_noise():
+            with quietly():
                 made = openvino.convert_model(between)
                 openvino.save_model(made, file, compress_to_fp16=half)
         except Exception as error:  # of its front end
@@ -661,7 +662,7 @@ def _write_openvino(program: ExportedProgram, file: Path, names: _Names, half: b
 
 def _conversion_problem(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
-    return next((line.lstrip("- ") for line in lines if "not support" in line or "No conversion rule" in line), _first_line(error))
+    return next((line.lstrip("- ") for line in lines if "not support" in line or "No conversion rule" in line), first_line(error))
 
 
 _OTHER = "write it with other operators, or choose another format"
@@ -693,7 +694,7 @@ def _open_onnx(path: Path, threads: int | None) -> Runner:
     names = [entry.name for entry in session.get_inputs()]
 
     def run(inputs: Any) -> list[Tensor]:
-        feed = {name: _array(tensor) for name, tensor in zip(names, _in_order(path, inputs, names), strict=True)}
+        feed = {name: array_of(tensor) for name, tensor in zip(names, in_order(path, inputs, names), strict=True)}
         return [torch.from_numpy(array) for array in session.run(None, feed)]
 
     return run
@@ -704,7 +705,7 @@ INPUT_NAMES = "input_names"
 
 
 def _executorch() -> Any:
-    with _no_noise():
+    with quietly():
         return import_module("executorch.runtime").Runtime.get()
 
 
@@ -720,7 +721,7 @@ def _open_executorch(path: Path, threads: int | None) -> Runner:
         names = [name for name in program.load_method(INPUT_NAMES).execute([])[0].split(",") if name]
 
     def run(inputs: Any) -> list[Tensor]:
-        given = [tensor.detach().cpu().contiguous() for tensor in _in_order(path, inputs, names)]
+        given = [tensor.detach().cpu().contiguous() for tensor in in_order(path, inputs, names)]
         return [tensor.clone() for tensor in method.execute(given)]
 
     return run
@@ -734,7 +735,7 @@ def _open_openvino(path: Path, threads: int | None) -> Runner:
     request = compiled.create_infer_request()
 
     def run(inputs: Any) -> list[Tensor]:
-        given = {index: _array(tensor) for index, tensor in enumerate(_in_order(path, inputs, names))}
+        given = {index: array_of(tensor) for index, tensor in enumerate(in_order(path, inputs, names))}
         found = request.infer(given)
         return [torch.from_numpy(found[port].copy()) for port in compiled.outputs]
 
@@ -749,7 +750,7 @@ _READERS: dict[Format, Callable[[Path, int | None], Runner]] = {
 }
 
 
-def _in_order(path: Path, inputs: Any, names: Sequence[str] | None) -> list[Tensor]:
+def in_order(path: Path, inputs: Any, names: Sequence[str] | None) -> list[Tensor]:
     """Return the tensors among the inputs as a file wants them: a dict's by name, others by position."""
     args, kwargs = _arguments(inputs)
     given = [pair for value in args for pair in _tensors(value, "")] + [pair for k, v in kwargs.items() for pair in _tensors(v, k)]
@@ -764,7 +765,8 @@ def _in_order(path: Path, inputs: Any, names: Sequence[str] | None) -> list[Tens
     return [tensor for _, tensor in given]
 
 
-def _array(tensor: Tensor) -> Any:
+def array_of(tensor: Tensor) -> Any:
+    """Return a tensor as a NumPy array."""
     if tensor.dtype is torch.bfloat16:
         hint = "NumPy, which this runtime takes its inputs from, has no bfloat16: export model.float() or model.half()"
         raise SettingError("run_exported", "inputs", got=tensor.dtype, rule="of a dtype that NumPy has", hint=hint)
@@ -805,7 +807,7 @@ def _proved(format: Format, file: Path, reference: nn.Module, inputs: Any, batch
 def _refused(format: Format, file: Path, error: BaseException, problem: str) -> ExportError:
     """Return the error for a file that its own runtime does not run, with the operator and layer that the runtime's message names."""
     operator, layer = _onnx_node(file, str(error)) if format == "onnx" else ("", "")
-    return ExportError(format, f"{problem}: {_first_line(error)}", operator=operator, layer=layer, hint=_OTHER)
+    return ExportError(format, f"{problem}: {first_line(error)}", operator=operator, layer=layer, hint=_OTHER)
 
 
 def _onnx_node(file: Path, message: str) -> tuple[str, str]:
@@ -865,7 +867,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _no_noise() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Run what only other packages do without their warnings and log lines, ExecuTorch's words, and handlers given to the root logger."""
     root = logging.getLogger()
     handlers, disabled = list(root.handlers), root.manager.disable

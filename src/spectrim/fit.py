@@ -7,9 +7,9 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, Literal, Protocol, SupportsIndex, cast, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spectrim import processes
 from spectrim.errors import DivergedError, FormatError, SettingError
@@ -54,16 +54,23 @@ class Distillation:
         temperature: ``T > 0``.
         weight: in [0, 1]: the teacher's share of the loss.
         dim: the axis of the classes.
+        mix: ``a >= 0``. Above 0, each batch is mixed with itself in another order, ``q * x + (1 - q) * x'`` with one ``q`` from
+            Beta(a, a); the loss of the task is mixed alike. The teacher then teaches between the training examples, too, where a network
+            that knows these by heart still has something to say. For inputs of floating numbers.
 
-    Source: Hinton, Vinyals and Dean, arXiv 1503.02531, section 2.
+    Source: Hinton, Vinyals and Dean, arXiv 1503.02531, section 2; `mix`: Zhang et al., arXiv 1710.09412, and Beyer et al., arXiv
+    2106.05237, for teachers.
     """
 
     teacher: nn.Module
     temperature: float = 4.0
     weight: float = 0.7
     dim: int = -1
+    mix: float = 0.0
 
     def __post_init__(self) -> None:
+        if not self.mix >= 0:
+            raise SettingError("Distillation", "mix", got=self.mix, rule=">= 0")
         if not self.temperature > 0:
             raise SettingError("Distillation", "temperature", got=self.temperature, rule="> 0")
         if not 0 <= self.weight <= 1:
@@ -76,6 +83,31 @@ class Distillation:
         student = F.log_softmax(output.float() / self.temperature, self.dim)
         divergence = (target.exp() * (target - student)).sum(self.dim).mean()
         return (1 - self.weight) * task + self.weight * self.temperature**2 * divergence
+
+    def mixed(self, inputs: Any, loss: Loss) -> tuple[Any, Loss]:
+        """Return the inputs of a step, mixed where `mix` is above 0, and the loss that belongs to them.
+
+        Args:
+            inputs: tensors ``(batch, ...)`` as the model takes them.
+            loss: ``(output, target) -> scalar``, of the unmixed batch.
+
+        Raises:
+            SettingError: for inputs that are no floating numbers.
+        """
+        if not self.mix:
+            return inputs, loss
+        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        if not tensors or not all(tensor.is_floating_point() for tensor in tensors):
+            got = ", ".join(str(tensor.dtype) for tensor in tensors) or "no tensor"
+            raise SettingError("Distillation", "mix", got=self.mix, rule=f"0 for inputs of {got}", hint="indices cannot be mixed")
+        share = float(torch.distributions.Beta(self.mix, self.mix).sample())
+        order = torch.randperm(len(tensors[0])).to(tensors[0].device)
+
+        def mixed_loss(output: Any, target: Any) -> Tensor:
+            other = tree_map_only(Tensor, lambda tensor: tensor[order], target)
+            return share * loss(output, target) + (1 - share) * loss(output, other)
+
+        return tree_map_only(Tensor, lambda tensor: torch.lerp(tensor[order], tensor, share), inputs), mixed_loss
 
 
 @dataclass
@@ -124,8 +156,10 @@ def fit(
     clip: float | None = None,
     rank_schedule: RankSchedule | None = None,
     execution: Execution = "macs",
+    compiled: bool = False,
     checkpoint: str | Path | None = None,
     resume: bool = True,
+    first_epoch: int = 0,
     callbacks: Sequence[EpochCallback] = (),
     accelerator: Any = None,
     progress: bool = True,
@@ -160,11 +194,15 @@ def fit(
             the log it goes by the schedule's name. Not when sharded: cut `gathered` models between two calls.
         execution: whether layers compose their weight or run two operations by ``macs``, or by ``measured`` seconds (`choose_execution`, at
             the start and after each cut; which form was faster may differ from run to run, and with it the rounding). Not when sharded.
+        compiled: run the training steps, the teacher's too, through `torch.compile`: the first step takes a minute or more, each later one
+            less time, and numbers differ by rounding. Each size of batch, and each cut of a `rank_schedule`, is compiled for itself; what
+            torch had compiled before is compiled anew when it is called again. Not when sharded.
         checkpoint: folder for ``checkpoint.pt``, written atomically after each epoch; None for none. One run has it for itself. All its
             processes see it. It holds whole tensors, sharded or not: a run may go on with another number of processes.
         resume: go on from the checkpoint when there is one. A resumed run ends with the same bits on a CPU, as long as everything random
             draws from the global generators of torch, numpy and Python, or from the generator of the `DataLoader` or its sampler; each
             process has its own, and as many processes have to go on.
+        first_epoch: what ``set_epoch`` gets for the first epoch, >= 0: the number of those before, for a further call on the same data.
         callbacks: called after each epoch, in every process.
         accelerator: your own `accelerate.Accelerator`, with its own precision; one is made when omitted.
         progress: whether to show a progress bar; the main process does.
@@ -189,6 +227,8 @@ def fit(
 
     if epochs < 0:
         raise SettingError("fit", "epochs", got=epochs, rule=">= 0")
+    if first_epoch < 0:
+        raise SettingError("fit", "first_epoch", got=first_epoch, rule=">= 0")
     if accumulate < 1:
         raise SettingError("fit", "accumulate", got=accumulate, rule=">= 1")
     if clip is not None and not clip > 0:
@@ -213,6 +253,8 @@ def fit(
         raise SettingError("fit", "rank_schedule", got=rank_schedule, rule="None for a model that FSDP2 shards", hint=hint)
     if sharded and execution == "measured":
         raise SettingError("fit", "execution", got=execution, rule="'macs' for a model that FSDP2 shards")
+    if sharded and compiled:
+        raise SettingError("fit", "compiled", got=True, rule="False for a model that FSDP2 shards")
     several, generators = accelerator.num_processes > 1, generators_of(data)
     own_data = processes.share(accelerator, data)
     length, generators = _length(own_data), generators or generators_of(data)
@@ -227,21 +269,23 @@ def fit(
         saver.resizes = rank_schedule is not None
     if saver is not None and resume:
         history = saver.restore()
-    names, timed, groups_per_epoch = _unique(names), False, -(-length // accumulate)
+    names, timed, groups_per_epoch = unique_names(names), False, -(-length // accumulate)
     if distill is not None:
         distill.teacher.to(accelerator.device)
+        if compiled:
+            distill = replace(distill, teacher=cast(nn.Module, torch.compile(distill.teacher, dynamic=False)))
 
     def diverged(what: str, epoch: int, step: int) -> DivergedError:
         layer, norm = largest_gradient(model)
         last = saver.path if saver is not None and saver.path.exists() else None
         return DivergedError(what, epoch=epoch, step=step, layer=layer, grad_norm=norm, checkpoint=last)
 
-    with _prepared(accelerator, model, optimizer) as (prepared, stepper), _bar(accelerator, progress, length) as bar:
+    with _prepared(accelerator, model, optimizer, compiled) as (prepared, stepper), _bar(accelerator, progress, length) as bar:
         for epoch in range(len(history.epochs), epochs):
             parts_of_data = {id(part): part for part in (data, getattr(data, "sampler", None), own_data)}
             for set_epoch in (getattr(part, "set_epoch", None) for part in parts_of_data.values()):
                 if set_epoch is not None:
-                    set_epoch(epoch)
+                    set_epoch(first_epoch + epoch)
             model.train()
             start, examples, sums, groups, rate = time.perf_counter(), 0, dict.fromkeys(("loss", *names), 0.0), 0, 0.0
             bar.start(epoch, epochs)
@@ -251,7 +295,7 @@ def fit(
                 cut: dict[str, int] | None = None
                 if rank_schedule is not None and index % accumulate == 0:  # not within a group: its gradients are of one shape
                     at = epoch * groups_per_epoch + index // accumulate, epochs * groups_per_epoch
-                    cut = _cut(model, processes.from_main(accelerator, rank_schedule(model, inputs, *at)), optimizer)
+                    cut = cut_ranks(model, processes.from_main(accelerator, rank_schedule(model, inputs, *at)), optimizer)
                     if cut is not None:
                         prepared.renew()
                         history.cuts.append({"step": at[0], "epoch": at[0] / groups_per_epoch, "ranks": cut})
@@ -263,13 +307,14 @@ def fit(
                         choose_execution(model, inputs)
                     timed = True
                 last = (index + 1) % accumulate == 0 or index + 1 == length
+                inputs, task_loss = (inputs, loss) if distill is None else distill.mixed(inputs, loss)
                 with processes.unsynchronised(accelerator, prepared.model, last):
                     if sharded:  # before the forward pass makes the tensors whole
                         reshard(model)
                         added = [whole(penalty(model)) for penalty in penalties]
                     with accelerator.autocast():
-                        output = convert_to_fp32(call_model(prepared.model, inputs))
-                        task = loss(output, target)
+                        output = convert_to_fp32(call_model(prepared.call, inputs))
+                        task = task_loss(output, target)
                         if distill is not None:
                             task = distill(task, inputs, output)
                     if not sharded:
@@ -330,7 +375,7 @@ def fit(
     return history
 
 
-def _cut(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex] | None, optimizer: Optimizer) -> dict[str, int] | None:
+def cut_ranks(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex] | None, optimizer: Optimizer) -> dict[str, int] | None:
     """Cut to what a schedule says, if anything; return the ranks after it, or None where they are as before."""
     if ranks is None:
         return None
@@ -619,10 +664,17 @@ def _accelerator(precision: Precision) -> Any:
 class _Prepared:
     """What is called in training in place of the model: the model, or with several processes its wrapper."""
 
-    def __init__(self, accelerator: Any, model: nn.Module, optimizer: Optimizer) -> None:
-        self.accelerator, self.plain, self.optimizer = accelerator, model, optimizer
+    def __init__(self, accelerator: Any, model: nn.Module, optimizer: Optimizer, compiled: bool) -> None:
+        self.accelerator, self.plain, self.optimizer, self.compiled = accelerator, model, optimizer, compiled
         self.had_forward = "forward" in vars(model)
         self.model = processes.wrap(accelerator, model)
+        self.call = self._callable()
+
+    def _callable(self) -> Callable[..., Any]:
+        if not self.compiled:
+            return self.model
+        torch.compiler.reset()  # it keeps eight programs for the same lines of code and runs what comes later as it is
+        return torch.compile(self.model, dynamic=False)  # else the last batch of an epoch makes all later ones slower
 
     def renew(self) -> None:
         """Wrap the model again when its parameters were exchanged; all processes go on with what the main one has."""
@@ -630,6 +682,7 @@ class _Prepared:
             self.close()
             self.model = processes.wrap(self.accelerator, self.plain)
             processes.same_moments(self.accelerator, self.optimizer)
+        self.call = self._callable()
 
     def close(self) -> None:
         """Make the model what it was before."""
@@ -639,13 +692,13 @@ class _Prepared:
 
 
 @contextmanager
-def _prepared(accelerator: Any, model: nn.Module, optimizer: Optimizer) -> Iterator[tuple[_Prepared, Any]]:
+def _prepared(accelerator: Any, model: nn.Module, optimizer: Optimizer, compiled: bool) -> Iterator[tuple[_Prepared, Any]]:
     """Give the model and optimizer to accelerate for the time of training; afterwards the model is what it was before, or sharded."""
     if not has_shards(model):
         model.to(accelerator.device)
         for state in optimizer.state.values():
             state.update({key: value.to(accelerator.device) for key, value in state.items() if isinstance(value, Tensor) and value.dim()})
-    prepared = _Prepared(accelerator, model, optimizer)
+    prepared = _Prepared(accelerator, model, optimizer, compiled)
     stepper = accelerator.prepare_optimizer(optimizer)
     try:
         yield prepared, stepper
@@ -669,7 +722,7 @@ def _count(target: Any) -> int:
     return len(first) if isinstance(first, Tensor) and first.dim() else 1
 
 
-def _unique(names: list[str]) -> list[str]:
+def unique_names(names: list[str]) -> list[str]:
     """Number repeated names."""
     return [name if names.count(name) == 1 else f"{name} {names[: index + 1].count(name)}" for index, name in enumerate(names)]
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spectrim.errors import ExportError, FormatError, LayerError, SettingError
-from spectrim.export import _array, _first_line, _in_order, _no_noise, compare_outputs, export, open_exported
+from spectrim.export import array_of, compare_outputs, export, first_line, in_order, open_exported, quietly
 from spectrim.measure import evaluate, first_examples, inputs_of, markdown_table
 from spectrim.protocols import LayerFilter
 
@@ -167,7 +167,7 @@ def quantize(
     if tolerance is not None and not tolerance > 0:
         raise SettingError("quantize", "tolerance", got=tolerance, rule="above 0")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder, _no_noise():
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder, quietly():
         network = _prepare(model, data, Path(folder), how)
         kept = _kept(model, network, keep)
         file = Path(folder) / path.name
@@ -203,7 +203,7 @@ def sensitivity(model: nn.Module | str | Path, data: Iterable[Any], how: Int8 | 
         ExportError, SettingError, FormatError, ImportError: as `quantize`.
     """
     errors: dict[str, float] = {}
-    with tempfile.TemporaryDirectory(suffix=".tmp") as folder, _no_noise():
+    with tempfile.TemporaryDirectory(suffix=".tmp") as folder, quietly():
         network = _prepare(model, data, Path(folder), how or Int8())
         for layer in network.layers:
             file = Path(folder) / "one.onnx"
@@ -287,7 +287,7 @@ class _Network:
         place = max(named, key=len, default="")
         hint = "keep that layer in float: keep=match(NAME)" if place else ""
         return ExportError(
-            "int8", f"{problem}: {_first_line(error)}", operator=operators.get(place, ""), layer=self.names.get(place, ""), hint=hint
+            "int8", f"{problem}: {first_line(error)}", operator=operators.get(place, ""), layer=self.names.get(place, ""), hint=hint
         )
 
 
@@ -329,7 +329,7 @@ def _load(path: Path) -> Any:
     try:
         return import_module("onnx").load(str(path))
     except Exception as error:  # of protobuf
-        raise FormatError(path, f"is not an ONNX file: {_first_line(error)}") from error
+        raise FormatError(path, f"is not an ONNX file: {first_line(error)}") from error
 
 
 def _save(proto: Any, path: Path) -> None:
@@ -345,7 +345,7 @@ def _optimize(source: Path, file: Path) -> None:
         try:
             process(str(source), str(file), skip_symbolic_shape=True)
         except Exception as error:
-            raise ExportError("int8", f"ONNX Runtime cannot optimise the float network: {_first_line(error)}") from error
+            raise ExportError("int8", f"ONNX Runtime cannot optimise the float network: {first_line(error)}") from error
 
 
 def _check_weights(graph: Any, names: Mapping[str, str]) -> None:
@@ -410,7 +410,7 @@ def _feeds(file: Path, batches: Sequence[Any]) -> list[dict[str, NDArray[Any]]]:
     graph = _load(file).graph
     initial = {tensor.name for tensor in graph.initializer}
     names = [entry.name for entry in graph.input if entry.name not in initial]
-    return [{name: _array(tensor) for name, tensor in zip(names, _in_order(file, inputs, names), strict=True)} for inputs in batches]
+    return [{name: array_of(tensor) for name, tensor in zip(names, in_order(file, inputs, names), strict=True)} for inputs in batches]
 
 
 def _session(model: Any, optimized: Path | None = None) -> Any:

@@ -74,11 +74,13 @@ class Teacher:
         temperature: > 0.
         weight: the teacher's share of the loss, in [0, 1].
         dim: the axis of the classes.
+        mix: >= 0; above 0 batches are mixed with themselves.
     """
 
     temperature: float = 4.0
     weight: float = 0.7
     dim: int = -1
+    mix: float = 0.0
 
 
 @dataclass

@@ -108,3 +108,20 @@ def test_penalties_compile_in_one_graph(penalty: Any) -> None:
         gradients.append([value.detach(), *(p.grad.clone() for p in low.parameters() if p.grad is not None)])
     assert len(gradients[0]) > 4
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.* is deprecated:DeprecationWarning")
+def test_training_through_a_compiler_ends_where_it_ends_without() -> None:
+    torch.manual_seed(0)
+    data = [(torch.randn(size, 12), torch.randint(3, (size,))) for size in (8, 8, 4)]
+    dense, made, frames = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3)), [], []
+    for compiled in (False, True):
+        torch._dynamo.utils.counters.clear()
+        settings: dict[str, Any] = {"where": lambda name, module: True, "compiled": compiled, "progress": False}
+        settings["optimizer"] = lambda parameters: torch.optim.SGD(parameters, 0.1)
+        made.append(sp.compress(dense, data, nn.CrossEntropyLoss(), sp.Budget(macs=0.7), 2, **settings))
+        frames.append(torch._dynamo.utils.counters["frames"]["ok"])
+    assert frames[0] == 0
+    assert frames[1] >= 4, "the network and its teacher, for both sizes of batch"
+    assert made[0].ranks == made[1].ranks
+    torch.testing.assert_close(made[1].low.state_dict(), made[0].low.state_dict())

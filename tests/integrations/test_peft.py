@@ -87,6 +87,16 @@ def test_a_pair_as_a_whole_is_no_target() -> None:
         adapted(sp.merge(sp.factorize(llama(), rank=2)), ["q_proj"])
 
 
+def test_merging_adapters_into_a_factorized_network_is_an_error_and_loses_nothing() -> None:
+    low = sp.factorize(llama(), rank=2)
+    model = adapted(low, ["q_proj"])
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(low))
+    with pytest.raises(RuntimeError, match=r"FactorizedLinear: its weight is composed of the factors U, S and Vh"):
+        model.merge_and_unload()
+    torch.testing.assert_close(logits(model), expected)
+
+
 def test_a_model_with_adapters_is_not_saved(tmp_path: Any) -> None:
     from spectrim.integrations.pretrained import save_pretrained
 

@@ -237,6 +237,35 @@ def test_distillation_trains_towards_the_teacher() -> None:
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_mixed_batches_by_hand() -> None:
+    """One share for the batch, and inputs and losses mixed alike: a linear loss cannot tell mixed targets from mixed losses."""
+    x, target, output = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 3), torch.randn(6, 3)
+    torch.manual_seed(1)
+    (inputs, same_inputs), mixed = Distillation(nn.Identity(), mix=0.5).mixed((x, x.float()), lambda output, y: (output * y).mean())
+    torch.manual_seed(1)
+    share, order = torch.distributions.Beta(0.5, 0.5).sample(), torch.randperm(6)
+    assert 0 < share < 1
+    assert not torch.equal(order, torch.arange(6))
+    torch.testing.assert_close(inputs, share * x + (1 - share) * x[order])
+    torch.testing.assert_close(same_inputs, inputs.float())
+    torch.testing.assert_close(mixed(output, target), (output * (share * target + (1 - share) * target[order])).mean())
+    x, loss = torch.zeros(6, dtype=torch.int64), nn.CrossEntropyLoss()
+    assert Distillation(nn.Identity()).mixed(x, loss) == (x, loss)
+    with pytest.raises(SettingError, match=r"Distillation: mix must be 0 for inputs of torch.int64, got 0.5; indices"):
+        Distillation(nn.Identity(), mix=0.5).mixed(x, loss)
+
+
+def test_student_and_teacher_see_the_same_mixture() -> None:
+    seen: dict[str, list[Tensor]] = {"teacher": [], "student": []}
+    teacher, student, data = net(), net(), batches()
+    for name, model in (("teacher", teacher), ("student", student)):
+        model.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0]))
+    run(student, data, distill=Distillation(teacher, mix=1.0))
+    assert len(seen["student"]) == 4
+    assert all(map(torch.equal, seen["teacher"], seen["student"]))
+    assert not any(torch.equal(x, batch) for x, (batch, _) in zip(seen["student"], data, strict=True))
+
+
 def test_inputs_may_be_tuples_and_dicts() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
@@ -276,6 +305,8 @@ def test_epochs_are_announced() -> None:
     data = Data(batches(1))
     run(net(), data, epochs=3)
     assert data.epochs == [0, 1, 2]
+    run(net(), data, epochs=2, first_epoch=3)
+    assert data.epochs == [0, 1, 2, 3, 4]
     examples = TensorDataset(*batches(1)[0])
     loader = DataLoader(examples, sampler=Sampler(examples), batch_size=4)
     run(net(), loader, epochs=2)
@@ -413,7 +444,8 @@ def test_the_optimizer_of_another_model_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "field"), [({"temperature": 0.0}, "temperature"), ({"weight": 1.5}, "weight"), ({"weight": -0.1}, "weight")]
+    ("settings", "field"),
+    [({"temperature": 0.0}, "temperature"), ({"weight": 1.5}, "weight"), ({"weight": -0.1}, "weight"), ({"mix": -1.0}, "mix")],
 )
 def test_distillation_settings(settings: dict[str, float], field: str) -> None:
     with pytest.raises(SettingError, match=f"Distillation: {field} must be"):

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from spectrim.errors import LayerError, SettingError
-from spectrim.fit import ScheduledPenalty, _cut, _unique, layer_lines, mean_rank
+from spectrim.fit import ScheduledPenalty, cut_ranks, layer_lines, mean_rank, unique_names
 from spectrim.layers import Factors, named_factors
 from spectrim.protocols import Penalty, PenaltySchedule, RankSchedule
 
@@ -47,7 +47,7 @@ class Steps:
         names = [type(penalty).__name__ for penalty in penalties]
         if self.scheduled is not None:
             names, penalties = [*names, type(rank_schedule).__name__], [*penalties, self.scheduled]
-        self.terms: dict[str, Penalty] = dict(zip(_unique(names), penalties, strict=True))
+        self.terms: dict[str, Penalty] = dict(zip(unique_names(names), penalties, strict=True))
         self.cuts: list[dict[str, Any]] = []
         self.called = False
         self._reset()
@@ -94,7 +94,7 @@ class Steps:
         """
         if self.rank_schedule is None:
             return
-        ranks = _cut(model, self.rank_schedule(model, inputs, step, steps), optimizer)
+        ranks = cut_ranks(model, self.rank_schedule(model, inputs, step, steps), optimizer)
         if ranks is not None:
             self.cuts.append({"step": step, "ranks": ranks})
         if self.scheduled is not None:

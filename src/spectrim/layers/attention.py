@@ -63,7 +63,7 @@ def plain_attention(attention: Any, paying: Collection[str]) -> nn.Module | None
     if "out_proj.weight" in paying:
         weights["out_proj.weight"] = out.factors_of("weight").balanced()
     else:
-        weights["out_proj.weight"] = out.weight.detach()
+        weights["out_proj.weight"] = out.dense_weight("weight").detach() if isinstance(out, FactorizedLayer) else out.weight.detach()
     if not paying:
         return None
     biases = {"in_proj_bias": attention.in_proj_bias, "out_proj.bias": out.bias, "bias_k": attention.bias_k, "bias_v": attention.bias_v}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import LayerError
 from spectrim.layers.factors import Factors
+from spectrim.layers.plain import Composed
 from spectrim.linalg import Fold
 
 TRAFFIC = 0.15
@@ -44,7 +45,7 @@ class FactorizedLayer(nn.Module):
     """Base of the factorized layers: a dense torch layer whose weights are composed from `Factors`.
 
     A sub-class names one kind of layer and adds `weights`, `fold`, `work` and `split`. Attributes of the dense layer stay what they were;
-    ``layer.weight`` gives the dense weight, composed on each access.
+    ``layer.weight`` gives the dense weight, composed on each use.
     """
 
     dense_kinds: ClassVar[tuple[type[nn.Module], ...]] = ()
@@ -245,8 +246,17 @@ class OneWeight(FactorizedLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight in torch's layout, composed on each access."""
-        return self.dense_weight("weight")
+        """The dense weight in torch's layout, composed when its values are asked for; read only.
+
+        Dtype, device and shape cost nothing, gradients reach the factors, and a change in place is an error.
+        """
+        if torch.compiler.is_compiling():
+            return self.dense_weight("weight")
+        factors = self.factors_of("weight")
+        folded = torch.empty(factors.U.shape[:-1] + factors.Vh.shape[-1:], device="meta")
+        shape = self.unfold(self, "weight", folded, self.scheme).shape
+        trained = any(parameter.requires_grad for parameter in factors.parameters())
+        return Composed(type(self).__name__, lambda: self.dense_weight("weight"), shape, factors.dtype, factors.U.device, trained)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:

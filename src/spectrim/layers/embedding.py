@@ -36,7 +36,7 @@ class FactorizedEmbedding(OneWeight, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Map indices ``(...)`` to ``(..., embedding_dim)``."""
         if self.scale_grad_by_freq or self.composes("weight", input.shape):
-            return F.embedding(input, self.weight, self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
+            return F.embedding(input, self.dense_weight("weight"), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq)
         left, right = self.factors_of("weight").pair()
         rows = F.embedding(input, left, self.padding_idx) @ right
         if self.padding_idx is None:

@@ -21,6 +21,9 @@ METADATA |= {"is_meta", "is_cpu", "is_cuda", "is_mps", "is_xpu", "is_sparse", "i
 METADATA |= {"size", "dim", "ndimension", "numel", "nelement", "element_size", "__len__", "get_device", "is_floating_point", "is_complex"}
 """What can be asked of a weight without knowing its values."""
 
+IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
+"""``weight += 1`` and its like."""
+
 
 class PlainPair(nn.Sequential):
     """Two ordinary layers in the place of one, which also answer for it: ``weight`` is the dense weight, ``stride`` its stride.
@@ -72,9 +75,8 @@ class PlainPair(nn.Sequential):
         first, second = self[0].weight, self[1].weight
         if torch.compiler.is_compiling() or not isinstance(second, Tensor):  # then it is a proxy of torch.fx
             return self._composed()
-        return _Composed(
-            self._composed, self._weight_shape(), second.dtype, second.device, requires_grad=first.requires_grad or second.requires_grad
-        )
+        trained = first.requires_grad or second.requires_grad
+        return Composed("PlainPair", self._composed, self._weight_shape(), second.dtype, second.device, trained)
 
     @property
     def bias(self) -> Tensor | None:
@@ -118,17 +120,26 @@ class PlainPair(nn.Sequential):
             super().__setattr__(name, value)
 
 
-class _Composed(Tensor):
-    """A weight that is composed when its values are asked for, and not before."""
+class Composed(Tensor):
+    """A weight that is composed when its values are asked for, and not before; it refuses to be changed, as a copy would change alone.
 
+    Args:
+        owner: kind of the layer, for errors.
+        compose: returns the weight.
+        shape, dtype, device: its own.
+        requires_grad: whether gradients reach what it is composed of.
+    """
+
+    _owner: str
     _compose: Callable[[], Tensor]
 
     @staticmethod
     def __new__(
-        cls: Any, compose: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device, requires_grad: bool
-    ) -> "_Composed":
-        weight: _Composed = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
-        weight._compose = compose
+        cls: Any, owner: str, compose: Callable[[], Tensor], shape: Sequence[int], dtype: Any, device: Any, requires_grad: bool
+    ) -> "Composed":
+        """Make one without composing it."""
+        weight: Composed = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
+        weight._owner, weight._compose = owner, compose
         return weight
 
     @classmethod
@@ -139,19 +150,18 @@ class _Composed(Tensor):
         if name in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        if name in ("data", "detach") and isinstance(args[0], _Composed):
-            weight = args[0]
-            return _Composed(lambda: weight._compose().detach(), weight.shape, weight.dtype, weight.device, False)
-        changes = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
-        if changes and isinstance(args[0], _Composed):
-            raise RuntimeError(
-                f"PlainPair: its weight is composed of those of its two layers; {name} would change a copy, so change the layers"
-            )
+        weight = args[0] if args and isinstance(args[0], Composed) else None
+        if weight is not None and name in ("data", "detach"):
+            return Composed(weight._owner, lambda: weight._compose().detach(), weight.shape, weight.dtype, weight.device, False)
+        changes = name in ("__set__", "__setitem__", *IN_PLACE) or (name.endswith("_") and not name.endswith("__"))
+        if weight is not None and changes:
+            parts = "weights of its two layers" if weight._owner == "PlainPair" else "factors U, S and Vh"
+            raise RuntimeError(f"{weight._owner}: its weight is composed of the {parts}; {name} would change a copy, so change those")
         return cls.__torch_dispatch__(func, types, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = tree_map_only(_Composed, lambda weight: weight._compose(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(Composed, lambda weight: weight._compose(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
