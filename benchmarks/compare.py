@@ -51,6 +51,7 @@ from spectrim import (
     prune,
     save,
 )
+from spectrim.files import write_text
 from spectrim.measure import count_macs, one_example
 from spectrim.recipe import environment, make, make_loss, seed_everything
 from spectrim.surgery import head_of
@@ -482,9 +483,7 @@ def finished(path: Path, task: Task, method: str, budget: float, seed: int, epoc
 
 def write(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def line(content: dict[str, Any], merit: str) -> str:

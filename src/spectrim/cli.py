@@ -65,7 +65,7 @@ def compress_(args: Namespace) -> None:
     made = compress(
         dense, job.data.train, job.loss, Budget(**limits), args.epochs, example_inputs=job.example, eval_data=job.data.val,
         scheme=recipe.factorize.scheme, where=recipe.factorize.layers(), cut=args.cut, squeeze=args.squeeze, examples=args.examples,
-        precision=recipe.precision, latency=table, folder=out / "compress", progress=not args.quiet,
+        precision=recipe.precision, compiled=recipe.compiled, latency=table, folder=out / "compress", progress=not args.quiet,
     )  # fmt: skip
     tested = {name: evaluate(model, job.data.test, job.loss) for name, model in (("dense", dense), ("final", made.model))}
     measured = {name: replace(made.measured[name], accuracy=found.get("accuracy"), loss=found["loss"]) for name, found in tested.items()}

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from spectrim import processes
 from spectrim.errors import DivergedError, FormatError, SettingError
 from spectrim.execution import choose_execution
+from spectrim.files import whole_file
 from spectrim.layers import Factors, named_factors, named_layers
 from spectrim.linalg import orthogonality_defect
 from spectrim.measure import call_model, evaluating, pair_of
@@ -482,16 +482,9 @@ class Checkpoint:
 
     def _write(self, state: dict[str, Any], history: History) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                happened = {"history": history.epochs, "cuts": history.cuts, "layers": history.layers}
-                torch.save(state | {"kinds": self._kinds()} | happened, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        happened = {"history": history.epochs, "cuts": history.cuts, "layers": history.layers}
+        with whole_file(self.path) as temporary:
+            torch.save(state | {"kinds": self._kinds()} | happened, temporary)
 
     def restore(self) -> History:
         """Load the state into model, optimizer, schedule and generators; a new history when there is no checkpoint.

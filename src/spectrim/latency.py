@@ -24,6 +24,7 @@ from torch.utils.benchmark import Timer
 
 from spectrim.costs import Call, calls
 from spectrim.errors import FormatError, LayerError, SettingError
+from spectrim.files import whole_file
 from spectrim.layers import FactorizedLayer, Factors, factor_name, named_layers, renew
 from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.linear import FactorizedLinear
@@ -630,13 +631,9 @@ def _read(path: Path) -> dict[str, Timing]:
 
 def _write(path: Path, machine: Mapping[str, str], timings: Mapping[str, Timing]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     entries = {key: asdict(timing) for key, timing in timings.items()}
-    try:
+    with whole_file(path) as temporary:  # another process may write it, too: the last one wins
         temporary.write_text(json.dumps({"machine": dict(machine), "timings": entries}, indent=1), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _timing(entry: Mapping[str, Any]) -> Timing:

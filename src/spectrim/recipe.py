@@ -156,6 +156,7 @@ class Recipe:
         loss: returns ``(output, target) -> scalar``; a plain function of two arguments is taken as it is.
         seed: seeds every generator at the start of each stage.
         precision: ``no``, ``bf16`` or ``fp16``.
+        compiled: run training steps through `torch.compile`; numbers differ by rounding.
         threads: CPU threads of training; 0 for torch's default.
         latency_threads: CPU threads of the latency measurement, at batch size 1.
         dense: stage 1.
@@ -172,6 +173,7 @@ class Recipe:
     loss: Component
     seed: int = 0
     precision: Precision = "no"
+    compiled: bool = False
     threads: int = 0
     latency_threads: int = 1
     dense: Phase = field(default_factory=Phase)
@@ -644,7 +646,8 @@ class Run:
         history = fit(
             model, self.data.train, self.loss, optimizer, phase.epochs, rank_schedule=schedule,
             penalties=penalties, eval_data=self.data.val, scheduler=scheduler, scheduler_steps=phase.scheduler_steps, distill=distill,
-            precision=self.recipe.precision, accumulate=phase.accumulate, clip=phase.clip, checkpoint=folder, progress=self.progress,
+            precision=self.recipe.precision, accumulate=phase.accumulate, clip=phase.clip, compiled=self.recipe.compiled, checkpoint=folder,
+            progress=self.progress,
         )  # fmt: skip
         return history.to_dict()
 
