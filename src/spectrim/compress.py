@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +25,11 @@ from spectrim.layers import named_factors
 from spectrim.measure import (
     Measurement,
     call_model,
-    compare_latency,
     compare_table,
     evaluate,
     evaluating,
     first_examples,
-    measure,
+    measure_together,
     one_example,
 )
 from spectrim.penalties import Orthogonality
@@ -225,7 +224,7 @@ def compress(
         scores["final"] = cutter.score(low)
     low.eval()
     final = merge(low, latency=latency)
-    measured = compare({"dense": dense.eval(), "final": final}, inputs, cutter.judged, loss)
+    measured = measure_together({"dense": dense.eval(), "final": final}, inputs, cutter.judged, loss)
     made = Compressed(final, low, measured, scores, how, history, coverage(low, where, latency=latency), store.settings)
     store.finish(made)
     return made
@@ -243,16 +242,6 @@ def teacher_for(dense: nn.Module, batch: tuple[Any, Tensor]) -> Distillation | N
         return None
     axes = [axis for axis in (1, output.dim() - 1) if output.dim() > 1 and output.shape[:axis] + output.shape[axis + 1 :] == target.shape]
     return Distillation(copy.deepcopy(dense), dim=axes[0]) if axes else None
-
-
-def compare(models: Mapping[str, nn.Module], inputs: Any, data: Iterable[Any], loss: Loss) -> dict[str, Measurement]:
-    """Measure networks side by side: costs and latency on `inputs`, loss and accuracy on `data`."""
-    speed = compare_latency(models, inputs)
-    measured = {name: measure(model, inputs, data=data, loss=loss, latency=False) for name, model in models.items()}
-    return {
-        name: replace(entry, latency_s=s.median_s, latency_iqr_s=s.iqr_s, batch=s.batch, threads=s.threads)
-        for (name, entry), s in zip(measured.items(), speed.values(), strict=True)
-    }
 
 
 @dataclass(frozen=True)

@@ -240,6 +240,26 @@ def latency(
     return compare_latency(models, inputs, threads=threads, repeats=repeats, min_time=min_time, batch_size=batch_size)["model"]
 
 
+def measure_together(
+    models: Mapping[str, nn.Module], inputs: Any, data: Iterable[Any], loss: Callable[[Any, Any], Tensor], threads: int = 1
+) -> dict[str, Measurement]:
+    """Measure several models: latencies side by side, see `compare_latency`; the rest as `measure` does.
+
+    Args:
+        models: name to module.
+        inputs: one batch for costs and latency.
+        data: batches ``(inputs, target)`` for loss and accuracy.
+        loss: ``(output, target) -> scalar``.
+        threads: CPU threads of the latencies.
+    """
+    times = compare_latency(models, inputs, threads=threads)
+    measured = {name: measure(model, inputs, data=data, loss=loss, latency=False) for name, model in models.items()}
+    return {
+        name: dataclasses.replace(entry, latency_s=time.median_s, latency_iqr_s=time.iqr_s, batch=time.batch, threads=time.threads)
+        for (name, entry), time in zip(measured.items(), times.values(), strict=True)
+    }
+
+
 def compare_latency(
     models: Mapping[str, nn.Module],
     inputs: Any,

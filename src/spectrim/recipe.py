@@ -39,7 +39,7 @@ from spectrim.factorize import Scheme, factorize, merge
 from spectrim.files import write_text
 from spectrim.fit import Distillation, Loss, Precision, fit, generators_of
 from spectrim.layers import factor_name, kind_of, named_factors
-from spectrim.measure import Measurement, compare_latency, evaluate, measure, one_example
+from spectrim.measure import Measurement, evaluate, measure, measure_together, one_example
 from spectrim.protocols import LayerFilter
 from spectrim.prune import prune
 from spectrim.surgery import decide, match
@@ -705,13 +705,8 @@ class Run:
         if state.get("digest") == self.digest and state.get("finished"):
             return {name: Measurement.from_dict(entry) for name, entry in state["numbers"].items()}
         self.console.rule("measure", align="left")
-        latencies = compare_latency(models, self.example, threads=self.recipe.latency_threads)
-        measured = {}
-        for name, model in models.items():
-            entry = measure(model, self.example, data=self.data.test, loss=self.loss, latency=False)
-            speed = latencies[name]
-            entry = replace(entry, latency_s=speed.median_s, latency_iqr_s=speed.iqr_s, batch=speed.batch, threads=speed.threads)
-            measured[name] = replace(entry, ranks=ranks(tuned)) if name == "final" else entry
+        measured = measure_together(models, self.example, self.data.test, self.loss, self.recipe.latency_threads)
+        measured["final"] = replace(measured["final"], ranks=ranks(tuned))
         folder.mkdir(exist_ok=True)
         numbers = {name: entry.to_dict() for name, entry in measured.items()}
         write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": True, "numbers": numbers}, indent=1))

@@ -4,6 +4,7 @@ import base64
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -203,7 +204,7 @@ def test_a_long_course_is_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_run_writes_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped path: recipe, stages on the disk, data of the page."""
-    monkeypatch.setattr(recipe, "compare_latency", partial(recipe.compare_latency, repeats=1, min_time=1e-3))
+    monkeypatch.setattr(sys.modules["spectrim.measure"], "compare_latency", partial(sp.compare_latency, repeats=1, min_time=1e-3))
     module = "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10))\n"
     (tmp_path / "smallnet.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
