@@ -95,6 +95,16 @@ class Task:
     compiled: bool = False
     note: str = ""
 
+    def runs(self, methods: Sequence[str], budgets: Sequence[float] | None, seeds: Sequence[int] | None) -> list[tuple[int, float, str]]:
+        """Return the runs of some methods, seed by seed; budgets and seeds are the method's own, or the task's, when not given."""
+        asked = {
+            (seed, budget, method)
+            for method in methods
+            for budget in budgets or self.methods[method].get("budgets", self.budgets)
+            for seed in seeds or self.methods[method].get("seeds", self.seeds)
+        }
+        return sorted(asked, key=lambda run: (run[0], -run[1], list(methods).index(run[2])))
+
     def shared(self) -> dict[str, Any]:
         """Return the settings that every run depends on."""
         chosen = ("methods", "budgets", "seeds", "epochs", "merit", "compiled", "note")
@@ -125,7 +135,8 @@ def read_task(name: str) -> Task:
 
 def digest(task: Task, method: str, budget: float, seed: int, epochs: int) -> str:
     """Return what says whether a result file is still that of the settings."""
-    content = [task.shared(), method, task.methods[method], budget, seed, epochs]
+    knobs = {name: value for name, value in task.methods[method].items() if name not in ("budgets", "seeds")}
+    content = [task.shared(), method, knobs, budget, seed, epochs]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -201,15 +212,16 @@ class Job:
         self.judge("recalibrated", model)
         return model
 
-    def train(
-        self, model: nn.Module, epochs: int, name: str, first: int = 0, penalties: Sequence[Any] = (), distill: bool = False
-    ) -> nn.Module:
-        """Train in place by the task's optimizer, peak rate and schedule, which spans these epochs; return the same model."""
+    def train(self, model: nn.Module, epochs: int, name: str, first: int = 0, penalties: Sequence[Any] = ()) -> nn.Module:
+        """Train in place by the task's optimizer, peak rate and schedule, which spans these epochs; return the same model.
+
+        The dense network teaches where the method's name ends on ``_distilled``.
+        """
         if not epochs:
             return model
         peak, steps = self.knobs.get("peak", self.task.peak), epochs * len(self.data.train)
         optimizer, scheduler = trainer(self.task, model, peak, steps)
-        teacher = Distillation(copy.deepcopy(self.dense), **self.task.distill) if distill else None
+        teacher = Distillation(copy.deepcopy(self.dense), **self.task.distill) if self.method.endswith("_distilled") else None
         history = fit(
             model, self.data.train, self.loss, optimizer, epochs, penalties=penalties, scheduler=scheduler,
             scheduler_steps="batch", distill=teacher, clip=self.task.clip, compiled=self.task.compiled, checkpoint=self.folder / name,
@@ -246,17 +258,12 @@ def largest(candidate: Callable[[float], nn.Module], fits: Callable[[nn.Module],
 # Methods: each returns the network as it will be judged
 
 
-def truncated(job: Job, distill: bool = False) -> nn.Module:
+def truncated(job: Job) -> nn.Module:
     """Cut the dense network at once by the knapsack over spectral energy, recalibrate, fine-tune."""
     low = job.factorized()
     job.scores["before_cut"] = job.scores["dense"]
     cut = job.judged_cut(prune(low, allocate(low, job.limits, job.example)))
-    return job.train(cut, job.epochs, "finetune", distill=distill)
-
-
-def truncated_distilled(job: Job) -> nn.Module:
-    """The same, fine-tuned with the dense network as the teacher."""
-    return truncated(job, distill=True)
+    return job.train(cut, job.epochs, "finetune")
 
 
 def whitened(job: Job) -> nn.Module:
@@ -324,7 +331,7 @@ def ours(job: Job) -> nn.Module:
     return made.low
 
 
-def narrow(job: Job, distill: bool = False) -> nn.Module:
+def narrow(job: Job) -> nn.Module:
     """A narrower dense network from random weights: it starts from nothing."""
     settings = component(job.knobs["model"])
 
@@ -333,12 +340,7 @@ def narrow(job: Job, distill: bool = False) -> nn.Module:
         return make({**settings, "init_args": {**settings["init_args"], "width": width}}, "model").to(DEVICE)
 
     job.notes["width"], model = largest(build, job.fits, steps=10)
-    return job.train(model, job.epochs, "train", distill=distill)
-
-
-def narrow_distilled(job: Job) -> nn.Module:
-    """The same, with the dense network as the teacher."""
-    return narrow(job, distill=True)
+    return job.train(model, job.epochs, "train")
 
 
 def filters(job: Job) -> nn.Module:
@@ -370,20 +372,10 @@ def filters(job: Job) -> nn.Module:
 
 
 METHODS: dict[str, Callable[[Job], nn.Module]] = {
-    method.__name__: method
-    for method in (
-        truncated,
-        truncated_distilled,
-        whitened,
-        paper,
-        l1,
-        polar_hoyer,
-        ours,
-        narrow,
-        narrow_distilled,
-        filters,
-    )
-} | dict.fromkeys(("ours_squeezed", "ours_orthogonal", "ours_decayed", "ours_undistilled", "ours_unmixed"), ours)
+    method.__name__: method for method in (truncated, whitened, paper, l1, polar_hoyer, ours, narrow, filters)
+}
+METHODS |= {f"{method.__name__}_distilled": method for method in (truncated, whitened, paper, narrow)}  # with a teacher, see `Job.train`
+METHODS |= dict.fromkeys(("ours_squeezed", "ours_orthogonal", "ours_decayed", "ours_undistilled", "ours_unmixed"), ours)
 
 
 # Runs
@@ -496,12 +488,13 @@ def line(content: dict[str, Any], merit: str) -> str:
 
 
 def run_task(
-    name: str, task: Task, methods: Sequence[str], budgets: Sequence[float], seeds: Sequence[int], epochs: int, results: Path, runs: Path
-) -> list[str]:
+    name: str, task: Task, methods: Sequence[str], budgets: Sequence[float] | None, seeds: Sequence[int] | None, epochs: int,
+    results: Path, runs: Path,
+) -> list[str]:  # fmt: skip
     """Do every run that is not finished, seed by seed; return the labels of those that failed."""
     torch.set_num_threads(task.threads)
     start, failed = Start(task, runs), []
-    for seed, budget, method in ((s, b, m) for s in seeds for b in budgets for m in methods):
+    for seed, budget, method in task.runs(methods, budgets, seeds):
         own = label(method, budget, seed, epochs)
         path = results / f"{own}.json"
         folder = runs / f"{own}-{digest(task, method, budget, seed, epochs)}"
@@ -552,7 +545,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.calibration_only:
         methods = [method for method in methods if method in CALIBRATION_ONLY]
     epochs = 0 if given.calibration_only else task.epochs
-    failed = run_task(given.task, task, methods, given.budgets or task.budgets, given.seeds or task.seeds, epochs, results, runs)
+    failed = run_task(given.task, task, methods, given.budgets, given.seeds, epochs, results, runs)
     return 1 if failed else 0
 
 

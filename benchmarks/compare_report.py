@@ -29,7 +29,9 @@ METHODS = {
     "truncated": "truncated SVD",
     "truncated_distilled": "truncated SVD, distilled",
     "whitened": "activation-whitened SVD",
+    "whitened_distilled": "activation-whitened SVD, distilled",
     "paper": "SVD training, Hoyer (the paper)",
+    "paper_distilled": "SVD training, Hoyer (the paper), distilled",
     "l1": "SVD training, L1",
     "polar_hoyer": "PolarHoyer on dense weights",
     "ours": "`compress` (ours)",
@@ -125,10 +127,13 @@ def grid(cells: Cells, methods: Sequence[str], budgets: Sequence[float], digits:
     return markdown(["method", *(f"{budget:g}" for budget in budgets)], rows)
 
 
-def missing(found: Sequence[Result], methods: Sequence[str], budgets: Sequence[float], seeds: Sequence[int]) -> str:
+def missing(found: Sequence[Result], task: dict[str, Any], methods: Sequence[str]) -> str:
     """Say how many runs of a table have not been made."""
     done = {(result["method"], result["budget"], result["seed"]) for result in found}
-    asked = set(itertools.product(methods, budgets, seeds))
+    asked = set()
+    for method in methods:
+        own = task["methods"][method] or {}
+        asked |= set(itertools.product([method], own.get("budgets", task["budgets"]), own.get("seeds", task["seeds"])))
     alone = [] if len({seed for _, _, seed in done}) > 1 else ["Every cell is of one seed, n=1."]
     lacking = len(asked - done)
     return " ".join([*alone, f"{lacking} of {len(asked)} runs are missing." if lacking else "Nothing is missing."]) + "\n"
@@ -179,7 +184,7 @@ def machines(found: Sequence[Result]) -> str:
 def section(name: str) -> str:
     task, found = settings(name), results(name)
     title = f"\n## {TITLES.get(name, name)}\n\n"
-    methods, budgets, seeds = list(task["methods"]), task["budgets"], task["seeds"]
+    methods, budgets = list(task["methods"]), task["budgets"]
     if not found:
         return title + "No run has been made yet.\n"
     budgets = sorted({*budgets, *(result["budget"] for result in found)}, reverse=True)
@@ -192,7 +197,7 @@ def section(name: str) -> str:
         kept = gather(trained, lambda result: 100 * result["final"]["macs_fraction"])
         means = {method: {budget: f"{statistics.fmean(values):.2f}" for budget, values in row.items()} for method, row in kept.items()}
         parts += [f"\n{MERITS[task.get('merit', 'accuracy')]}:\n\n".capitalize(), grid(tests, methods, budgets, digits, better), "\n"]
-        parts += [missing(trained, methods, task["budgets"], seeds)]
+        parts += [missing(trained, task, methods)]
         parts += [f"\n![Trade-off of {TITLES.get(name, name)}](plots/compare-{name}.svg)\n"]
         parts += ["\nMACs kept, % of dense:\n\n"]
         rows = [[METHODS[method], *(means.get(method, {}).get(budget, "-") for budget in budgets)] for method in methods]
@@ -210,7 +215,7 @@ def section(name: str) -> str:
         tests = gather(untrained, lambda result: merit_of(task, result["final"]["test"]))
         few = [method for method in methods if method in CALIBRATION_ONLY]
         parts += ["\n### Calibration only, no training\n\n", grid(tests, few, budgets, digits, better), "\n"]
-        parts += [missing(untrained, few, task["budgets"], seeds)]
+        parts += [missing(untrained, task, few)]
     return "".join(parts) + machines(found)
 
 

@@ -135,19 +135,21 @@ def test_a_budget_out_of_reach_is_reported_and_the_others_go_on(compare, tmp_pat
     assert "at least" in capsys.readouterr().out
 
 
-def test_a_second_phase_sees_the_batches_that_follow(compare):
-    from spectrim import zoo
+def test_a_second_phase_sees_the_batches_that_follow(compare, tmp_path, monkeypatch):
+    seen, own = [], compare.fit
+    monkeypatch.setattr(compare, "fit", lambda *args, **more: seen.append(more.get("first_epoch")) or own(*args, **more))
+    run(compare, compare.parse_task(TASK), tmp_path, "paper")
+    assert seen == [None, 0, TASK["epochs"] // 2]  # the dense network, then two phases
 
-    def targets(data, epochs):
-        seen = []
-        for epoch in epochs:
-            data.set_epoch(epoch)
-            seen += [target.tolist() for _, target in data]
-        return seen
 
-    whole = targets(zoo.digits(256).train, range(3))
-    parts = targets(compare.Later(zoo.digits(256).train, 0), range(1)) + targets(compare.Later(zoo.digits(256).train, 1), range(2))
-    assert parts == whole
+def test_a_method_may_have_budgets_and_seeds_of_its_own(compare):
+    methods = {"truncated": None, "narrow": {**TASK["methods"]["narrow"], "budgets": [0.5, 0.3], "seeds": [1]}}
+    task = compare.parse_task({**TASK, "budgets": [0.5], "seeds": [0, 1], "methods": methods})
+    names = ("truncated", "narrow")
+    assert task.runs(names, None, None) == [(0, 0.5, "truncated"), (1, 0.5, "truncated"), (1, 0.5, "narrow"), (1, 0.3, "narrow")]
+    assert task.runs(names, [0.3], [0]) == [(0, 0.3, "truncated"), (0, 0.3, "narrow")]
+    plain = compare.parse_task({**TASK, "budgets": [0.5], "seeds": [0, 1]})
+    assert compare.digest(task, "narrow", 0.5, 1, 2) == compare.digest(plain, "narrow", 0.5, 1, 2)
 
 
 def test_the_report_says_what_is_missing_and_how_many_seeds(compare, tmp_path, monkeypatch):
