@@ -181,7 +181,11 @@ def compress(
     if examples < 1:
         raise SettingError("compress", "examples", got=examples, rule=">= 1")
     store = _Store(None if folder is None else Path(folder))
-    teaching = distill if isinstance(distill, str) or distill is None else {"temperature": distill.temperature, "weight": distill.weight}
+    teaching = (
+        distill
+        if isinstance(distill, str) or distill is None
+        else {name: getattr(distill, name) for name in ("temperature", "weight", "mix")}
+    )
     store.claim(
         budget=repr(budget),
         epochs=epochs,
