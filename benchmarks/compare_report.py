@@ -206,7 +206,7 @@ def section(name: str) -> str:
         parts += [
             f"Validation split, {UNITS[task.get('merit', 'accuracy')]} against the same network just before the cut; smaller is better.\n"
         ]
-        for moment, text in (("cut", "As cut"), ("recalibrated", "BatchNorm recalibrated")):
+        for moment, text in (("cut", "As cut"), ("recalibrated", "BatchNorm recalibrated"), ("corrected", "Refitted by least squares")):
             values = gather(trained, lost_at_cut(task, moment))
             same = moment == "recalibrated" and values == gather(trained, lost_at_cut(task, "cut"))
             if values and not same:
@@ -254,7 +254,9 @@ def draw(name: str) -> None:
         bars = [statistics.stdev(values) if len(values := tests[method][budget]) > 1 else 0.0 for budget in budgets]
         width = 2.4 if method == "ours" else 1.2
         text = METHODS[method].replace("`", "")
-        axes.errorbar(x, y, bars, color=colors[index], marker=markers[index], linewidth=width, markersize=5, capsize=2, label=text)
+        axes.errorbar(
+            x, y, bars, color=colors[index], marker=markers[index % len(markers)], linewidth=width, markersize=5, capsize=2, label=text
+        )
     dense = statistics.fmean({result["seed"]: merit_of(task, result["dense"]["test"]) for result in found}.values())
     axes.axhline(dense, color="black", linestyle="--", linewidth=0.8, label="dense")
     seeds = len({result["seed"] for result in found})

@@ -55,8 +55,8 @@ class Distillation:
         weight: in [0, 1]: the teacher's share of the loss.
         dim: the axis of the classes.
         mix: ``a >= 0``. Above 0, each batch is mixed with itself in another order, ``q * x + (1 - q) * x'`` with one ``q`` from
-            Beta(a, a); the loss of the task is mixed alike. The teacher then teaches between the training examples, too, where a network
-            that knows these by heart still has something to say. For inputs of floating numbers.
+            Beta(a, a); the loss of the task is mixed alike, and the teacher teaches between the training examples, too. For inputs of
+            floating numbers.
 
     Source: Hinton, Vinyals and Dean, arXiv 1503.02531, section 2; `mix`: Zhang et al., arXiv 1710.09412, and Beyer et al., arXiv
     2106.05237, for teachers.
