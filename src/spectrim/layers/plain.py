@@ -132,6 +132,7 @@ class Composed(Tensor):
 
     _owner: str
     _compose: Callable[[], Tensor]
+    _detached: bool = False
 
     @staticmethod
     def __new__(
@@ -152,7 +153,11 @@ class Composed(Tensor):
                 return func(*args, **(kwargs or {}))
         weight = args[0] if args and isinstance(args[0], Composed) else None
         if weight is not None and name in ("data", "detach"):
-            return Composed(weight._owner, lambda: weight._compose().detach(), weight.shape, weight.dtype, weight.device, False)
+            detached = Composed(weight._owner, lambda: weight._compose().detach(), weight.shape, weight.dtype, weight.device, False)
+            detached._detached = True
+            return detached
+        if weight is not None and weight._detached and name == "requires_grad_":  # to differentiate by a copy, as is usual
+            return weight._compose().requires_grad_(*args[1:], **(kwargs or {}))
         changes = name in ("__set__", "__setitem__", *IN_PLACE) or (name.endswith("_") and not name.endswith("__"))
         if weight is not None and changes:
             parts = "weights of its two layers" if weight._owner == "PlainPair" else "factors U, S and Vh"

@@ -149,3 +149,15 @@ def test_the_file_imports_torch_alone() -> None:
     with open(plain.__file__, encoding="utf-8") as file:
         imports = [line.split()[1].split(".")[0] for line in file if line.startswith(("import ", "from "))]
     assert set(imports) == {"collections", "typing", "torch"}
+
+
+def test_a_detached_weight_may_be_differentiated_by_and_the_weight_itself_not_frozen() -> None:
+    low = sp.factorize(nn.Linear(7, 5), rank=2)
+    weight = low.weight.detach().requires_grad_()
+    weight.square().sum().backward()
+    torch.testing.assert_close(weight.grad, 2 * low.dense_weight("weight").detach())
+    for frozen in (low.weight, low.weight.detach()):
+        with pytest.raises(RuntimeError, match="would change a copy"):
+            frozen.add_(1)
+    with pytest.raises(RuntimeError, match="requires_grad_ would change a copy"):
+        low.weight.requires_grad_(False)
