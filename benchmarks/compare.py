@@ -442,6 +442,7 @@ def run_one(name: str, start: Start, method: str, budget: float, seed: int, epoc
     """Run one method and return the content of its result file; the test split is read at the very end."""
     task, begin = start.task, time.perf_counter()
     dense, data = start.of(seed)
+    data.train.set_epoch(0)  # what calibrates does not depend on the runs before
     job = Job(task, method, budget, seed, epochs, dense, data, start.loss, folder)
     job.scores["dense"] = start.score(seed, "val")
     seed_everything(seed)

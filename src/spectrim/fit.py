@@ -194,8 +194,8 @@ def fit(
             the log it goes by the schedule's name. Not when sharded: cut `gathered` models between two calls.
         execution: whether layers compose their weight or run two operations by ``macs``, or by ``measured`` seconds (`choose_execution`, at
             the start and after each cut; which form was faster may differ from run to run, and with it the rounding). Not when sharded.
-        compiled: run the training steps, the teacher's too, through `torch.compile`: the first step takes a minute or more, each later one
-            less time, and numbers differ by rounding. Each size of batch, and each cut of a `rank_schedule`, is compiled for itself; what
+        compiled: run the training steps, the teacher's too, through `torch.compile`: the first step compiles, for a minute or more, and
+            numbers differ by rounding. Each size of batch, and each cut of a `rank_schedule`, is compiled for itself; what
             torch had compiled before is compiled anew when it is called again. Not when sharded.
         checkpoint: folder for ``checkpoint.pt``, written atomically after each epoch; None for none. One run has it for itself. All its
             processes see it. It holds whole tensors, sharded or not: a run may go on with another number of processes.

@@ -127,6 +127,14 @@ def interrupted(job, model):
     raise KeyboardInterrupt
 
 
+def test_a_run_does_not_depend_on_those_before_it_in_the_process(compare, tmp_path):
+    task = compare.parse_task(TASK)
+    (alone,) = run(compare, task, tmp_path / "alone", "ours").values()
+    after = run(compare, task, tmp_path / "after", "truncated", "ours")["ours-0.5-0"]
+    assert after["val"] == alone["val"]
+    assert after["final"] == alone["final"]
+
+
 def test_a_budget_out_of_reach_is_reported_and_the_others_go_on(compare, tmp_path, capsys):
     task, results = compare.parse_task(TASK), tmp_path / "results"
     failed = compare.run_task("small", task, ["truncated"], [0.001, 0.5], [0], 0, results, tmp_path / "runs")
