@@ -52,6 +52,7 @@ from spectrim import (
     save,
 )
 from spectrim.files import write_text
+from spectrim.fit import Precision
 from spectrim.measure import count_macs, one_example
 from spectrim.recipe import environment, make, make_loss, seed_everything
 from spectrim.surgery import head_of
@@ -93,6 +94,7 @@ class Task:
     recalibration: int = 4096
     threads: int = 1
     compiled: bool = False
+    precision: Precision = "no"
     note: str = ""
 
     def runs(self, methods: Sequence[str], budgets: Sequence[float] | None, seeds: Sequence[int] | None) -> list[tuple[int, float, str]]:
@@ -108,7 +110,7 @@ class Task:
     def shared(self) -> dict[str, Any]:
         """Return the settings that every run depends on."""
         chosen = ("methods", "budgets", "seeds", "epochs", "merit", "compiled", "note")
-        return {name: value for name, value in asdict(self).items() if name not in chosen}
+        return {name: value for name, value in asdict(self).items() if name not in chosen and (name, value) != ("precision", "no")}
 
 
 def component(value: str | Component) -> Component:
@@ -224,8 +226,8 @@ class Job:
         teacher = Distillation(copy.deepcopy(self.dense), **self.task.distill) if self.method.endswith("_distilled") else None
         history = fit(
             model, self.data.train, self.loss, optimizer, epochs, penalties=penalties, scheduler=scheduler,
-            scheduler_steps="batch", distill=teacher, clip=self.task.clip, compiled=self.task.compiled, checkpoint=self.folder / name,
-            first_epoch=first, progress=False,
+            scheduler_steps="batch", distill=teacher, clip=self.task.clip, compiled=self.task.compiled,
+            precision=self.task.precision, checkpoint=self.folder / name, first_epoch=first, progress=False,
         )  # fmt: skip
         self.log += history.epochs
         return model
@@ -311,10 +313,10 @@ def polar_hoyer(job: Job) -> nn.Module:
 
 def ours(job: Job) -> nn.Module:
     """`spectrim.compress`; rows of another name differ in what their knobs say."""
-    from spectrim.compress import compress
+    from spectrim.compress import FEATURES, compress
 
     peak, knobs = job.knobs.get("peak", job.task.peak), job.knobs
-    teaching = {name: knobs[name] for name in ("mix",) if name in knobs}
+    teaching = {"features": FEATURES, **{name: knobs[name] for name in ("mix", "features") if name in knobs}}
     penalties = [kind(knobs[name]) for name, kind in (("orthogonality", Orthogonality), ("decay", FrobeniusDecay)) if name in knobs]
     made = compress(
         job.dense, job.data.train, job.loss, job.limits, job.epochs, example_inputs=job.example, eval_data=job.data.val,
@@ -322,7 +324,7 @@ def ours(job: Job) -> nn.Module:
         distill=Distillation(copy.deepcopy(job.dense), **{**job.task.distill, **teaching}) if knobs.get("distill", True) else None,
         optimizer=lambda parameters: make(job.task.optimizer, "optimizer", list(parameters), lr=peak),
         examples=job.task.calibration, folder=job.folder, progress=False, squeeze=knobs.get("squeeze", 0.0),
-        penalties=penalties, clip=job.task.clip, compiled=job.task.compiled,
+        penalties=penalties, clip=job.task.clip, compiled=job.task.compiled, precision=job.task.precision,
     )  # fmt: skip
     job.notes["cut"] = made.cut
     job.log += made.history.epochs
@@ -375,7 +377,7 @@ METHODS: dict[str, Callable[[Job], nn.Module]] = {
     method.__name__: method for method in (truncated, whitened, paper, l1, polar_hoyer, ours, narrow, filters)
 }
 METHODS |= {f"{method.__name__}_distilled": method for method in (truncated, whitened, paper, narrow)}  # with a teacher, see `Job.train`
-METHODS |= dict.fromkeys(("ours_squeezed", "ours_orthogonal", "ours_decayed", "ours_undistilled", "ours_unmixed"), ours)
+METHODS |= dict.fromkeys(("ours_squeezed", "ours_orthogonal", "ours_decayed", "ours_undistilled", "ours_unhinted"), ours)
 
 
 # Runs

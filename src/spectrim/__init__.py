@@ -7,10 +7,11 @@ from spectrim.calibration import calibrate
 from spectrim.checkpoint import load, save
 from spectrim.compress import compress
 from spectrim.correction import correct, recalibrate
+from spectrim.distillation import Distillation
 from spectrim.execution import choose_execution
 from spectrim.export import export
 from spectrim.factorize import factorize, merge
-from spectrim.fit import Distillation, fit
+from spectrim.fit import fit
 from spectrim.importance import (
     LossSensitivity,
     MeasuredLoss,

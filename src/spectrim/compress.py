@@ -16,10 +16,11 @@ from spectrim.allocate import Budget, allocate
 from spectrim.calibration import Calibration, calibrate
 from spectrim.checkpoint import load, save
 from spectrim.correction import correct, recalibrate
+from spectrim.distillation import Distillation, Loss
 from spectrim.errors import FormatError, SettingError
 from spectrim.factorize import Scheme, factorize, merge
 from spectrim.files import write_text
-from spectrim.fit import Distillation, History, Loss, Precision, fit
+from spectrim.fit import History, Precision, fit
 from spectrim.importance import LossSensitivity, WhitenedEnergy
 from spectrim.layers import named_factors
 from spectrim.measure import (
@@ -43,6 +44,9 @@ Cut = Literal["auto", "plain", "whitened", "sensitive"]
 RESULT, SETTINGS, CUT = "result.json", "settings.json", "cut.json"
 LEARNING_RATE = 1e-3
 """Of the default optimizer, Adam."""
+
+FEATURES = 2.0
+"""Weight of what each layer of the dense network puts out, where it teaches; see the comparison."""
 
 WARMUP = 0.2
 """Share of the steps in which the learning rate rises; it falls along a cosine to zero in the rest."""
@@ -181,11 +185,6 @@ def compress(
     if examples < 1:
         raise SettingError("compress", "examples", got=examples, rule=">= 1")
     store = _Store(None if folder is None else Path(folder))
-    teaching = (
-        distill
-        if isinstance(distill, str) or distill is None
-        else {name: getattr(distill, name) for name in ("temperature", "weight", "mix")}
-    )
     store.claim(
         budget=repr(budget),
         epochs=epochs,
@@ -193,7 +192,7 @@ def compress(
         cut=cut,
         importance=None if importance is None else repr(importance),
         squeeze=squeeze,
-        distill=teaching,
+        distill=distill if isinstance(distill, str) or distill is None else distill.settings,
         penalties=[repr(penalty) for penalty in penalties],
         clip=clip,
         precision=precision,
@@ -245,7 +244,7 @@ def teacher_for(dense: nn.Module, batch: tuple[Any, Tensor]) -> Distillation | N
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)) or target.is_floating_point() or not output.is_floating_point():
         return None
     axes = [axis for axis in (1, output.dim() - 1) if output.dim() > 1 and output.shape[:axis] + output.shape[axis + 1 :] == target.shape]
-    return Distillation(copy.deepcopy(dense), dim=axes[0]) if axes else None
+    return Distillation(copy.deepcopy(dense), dim=axes[0], features=FEATURES) if axes else None
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ import copy
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, SupportsIndex, cast, runtime_checkable
 
@@ -14,23 +16,22 @@ import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from spectrim import processes
+from spectrim.distillation import Distillation, Loss, missed, outputs_of, taught_layers
 from spectrim.errors import DivergedError, FormatError, SettingError
 from spectrim.execution import choose_execution
 from spectrim.files import whole_file
 from spectrim.layers import Factors, named_factors, named_layers
 from spectrim.linalg import orthogonality_defect
-from spectrim.measure import call_model, evaluating, pair_of
+from spectrim.measure import call_model, pair_of
 from spectrim.protocols import Penalty, PenaltySchedule, RankRule, RankSchedule
 from spectrim.prune import prune_
 from spectrim.sharded import has_shards, is_sharded, reshard, shard_like, whole
 
-Loss = Callable[[Any, Any], Tensor]
 Precision = Literal["no", "bf16", "fp16"]
 Execution = Literal["macs", "measured"]
 
@@ -43,71 +44,6 @@ class EpochCallback(Protocol):
 
     def __call__(self, epoch: int, metrics: dict[str, float], model: nn.Module, /) -> None:
         """Take the number of finished epochs, the epoch's line of the log, and the model."""
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """Learn from a teacher's outputs: ``(1 - weight) * task + weight * T^2 * KL(softmax(teacher / T) || softmax(student / T))``.
-
-    Args:
-        teacher: the dense network; it is run without gradient, in eval mode.
-        temperature: ``T > 0``.
-        weight: in [0, 1]: the teacher's share of the loss.
-        dim: the axis of the classes.
-        mix: ``a >= 0``. Above 0, each batch is mixed with itself in another order, ``q * x + (1 - q) * x'`` with one ``q`` from
-            Beta(a, a); the loss of the task is mixed alike, and the teacher teaches between the training examples, too. For inputs of
-            floating numbers.
-
-    Source: Hinton, Vinyals and Dean, arXiv 1503.02531, section 2; `mix`: Zhang et al., arXiv 1710.09412, and Beyer et al., arXiv
-    2106.05237, for teachers.
-    """
-
-    teacher: nn.Module
-    temperature: float = 4.0
-    weight: float = 0.7
-    dim: int = -1
-    mix: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not self.mix >= 0:
-            raise SettingError("Distillation", "mix", got=self.mix, rule=">= 0")
-        if not self.temperature > 0:
-            raise SettingError("Distillation", "temperature", got=self.temperature, rule="> 0")
-        if not 0 <= self.weight <= 1:
-            raise SettingError("Distillation", "weight", got=self.weight, rule="a fraction in [0, 1]")
-
-    def __call__(self, task: Tensor, inputs: Any, output: Tensor) -> Tensor:
-        """Mix the task's loss with the teacher's."""
-        with evaluating(self.teacher):
-            target = F.log_softmax(call_model(self.teacher, inputs).float() / self.temperature, self.dim)
-        student = F.log_softmax(output.float() / self.temperature, self.dim)
-        divergence = (target.exp() * (target - student)).sum(self.dim).mean()
-        return (1 - self.weight) * task + self.weight * self.temperature**2 * divergence
-
-    def mixed(self, inputs: Any, loss: Loss) -> tuple[Any, Loss]:
-        """Return the inputs of a step, mixed where `mix` is above 0, and the loss that belongs to them.
-
-        Args:
-            inputs: tensors ``(batch, ...)`` as the model takes them.
-            loss: ``(output, target) -> scalar``, of the unmixed batch.
-
-        Raises:
-            SettingError: for inputs that are no floating numbers.
-        """
-        if not self.mix:
-            return inputs, loss
-        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        if not tensors or not all(tensor.is_floating_point() for tensor in tensors):
-            got = ", ".join(str(tensor.dtype) for tensor in tensors) or "no tensor"
-            raise SettingError("Distillation", "mix", got=self.mix, rule=f"0 for inputs of {got}", hint="indices cannot be mixed")
-        share = float(torch.distributions.Beta(self.mix, self.mix).sample())
-        order = torch.randperm(len(tensors[0])).to(tensors[0].device)
-
-        def mixed_loss(output: Any, target: Any) -> Tensor:
-            other = tree_map_only(Tensor, lambda tensor: tensor[order], target)
-            return share * loss(output, target) + (1 - share) * loss(output, other)
-
-        return tree_map_only(Tensor, lambda tensor: torch.lerp(tensor[order], tensor, share), inputs), mixed_loss
 
 
 @dataclass
@@ -272,15 +208,17 @@ def fit(
     names, timed, groups_per_epoch = unique_names(names), False, -(-length // accumulate)
     if distill is not None:
         distill.teacher.to(accelerator.device)
-        if compiled:
-            distill = replace(distill, teacher=cast(nn.Module, torch.compile(distill.teacher, dynamic=False)))
 
     def diverged(what: str, epoch: int, step: int) -> DivergedError:
         layer, norm = largest_gradient(model)
         last = saver.path if saver is not None and saver.path.exists() else None
         return DivergedError(what, epoch=epoch, step=step, layer=layer, grad_norm=norm, checkpoint=last)
 
-    with _prepared(accelerator, model, optimizer, compiled) as (prepared, stepper), _bar(accelerator, progress, length) as bar:
+    with (
+        _lesson(distill, model, compiled) as lesson,
+        _prepared(accelerator, model, optimizer, compiled) as (prepared, stepper),
+        _bar(accelerator, progress, length) as bar,
+    ):
         for epoch in range(len(history.epochs), epochs):
             parts_of_data = {id(part): part for part in (data, getattr(data, "sampler", None), own_data)}
             for set_epoch in (getattr(part, "set_epoch", None) for part in parts_of_data.values()):
@@ -315,8 +253,8 @@ def fit(
                     with accelerator.autocast():
                         output = convert_to_fp32(call_model(prepared.call, inputs))
                         task = task_loss(output, target)
-                        if distill is not None:
-                            task = distill(task, inputs, output)
+                        if lesson is not None:
+                            task = lesson(task, inputs, output)
                     if not sharded:
                         added = [penalty(model) for penalty in penalties]
                     penalty_sum = sum(added, start=torch.zeros((), device=task.device))
@@ -373,6 +311,40 @@ def fit(
                 saver.write(history)
             bar.finish(line)
     return history
+
+
+@contextmanager
+def _lesson(distill: Distillation | None, model: nn.Module, compiled: bool) -> Iterator[Callable[[Tensor, Any, Any], Tensor] | None]:
+    """Give the loss with a teacher, who watches the layers of the model for the time of training where he teaches by them."""
+    if distill is None:
+        yield None
+        return
+    names = (taught_layers(model) if distill.layers is None else distill.layers) if distill.features else ()
+    with outputs_of(model, names) as own, outputs_of(distill.teacher, names) as taught:
+        share: Callable[..., Tensor] = missed
+        if compiled:  # with the watching inside
+            share = _compiled(missed)
+            distill = replace(distill, teacher=cast(nn.Module, torch.compile(distill.teacher, dynamic=False)))
+
+        def loss(task: Tensor, inputs: Any, output: Any) -> Tensor:
+            taught_loss = distill(task, inputs, output, partial(share, own, taught) if names else None)
+            own.clear()  # nothing is held for longer than a step
+            taught.clear()
+            return taught_loss
+
+        yield loss
+
+
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile a function of tensors that are results: torch's compiler looks at their gradients, and torch warns of that."""
+    fast = torch.compile(function, dynamic=False)
+
+    def call(*arguments: Any) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+            return fast(*arguments)
+
+    return call
 
 
 def cut_ranks(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex] | None, optimizer: Optimizer) -> dict[str, int] | None:

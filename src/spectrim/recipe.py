@@ -34,10 +34,11 @@ from spectrim.allocate import Budget, allocate
 from spectrim.checkpoint import load, save
 from spectrim.correction import recalibrate
 from spectrim.costs import spectra
+from spectrim.distillation import Distillation, Loss
 from spectrim.errors import FormatError, RecipeError, SettingError
 from spectrim.factorize import Scheme, factorize, merge
 from spectrim.files import write_text
-from spectrim.fit import Distillation, Loss, Precision, fit, generators_of
+from spectrim.fit import Precision, fit, generators_of
 from spectrim.layers import factor_name, kind_of, named_factors
 from spectrim.measure import Measurement, evaluate, measure, measure_together, one_example
 from spectrim.protocols import LayerFilter
@@ -75,12 +76,16 @@ class Teacher:
         weight: the teacher's share of the loss, in [0, 1].
         dim: the axis of the classes.
         mix: >= 0; above 0 batches are mixed with themselves.
+        features: >= 0; above 0 what the layers put out is learned from, too.
+        layers: their names; the factorized ones when omitted.
     """
 
     temperature: float = 4.0
     weight: float = 0.7
     dim: int = -1
     mix: float = 0.0
+    features: float = 0.0
+    layers: tuple[str, ...] | None = None
 
 
 @dataclass

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import spectrim as sp
 from spectrim import zoo
+from spectrim.distillation import Distillation
 from spectrim.errors import DivergedError, FormatError, SettingError
-from spectrim.fit import CHECKPOINT, Distillation, History, fit, largest_gradient, mean_rank, random_state, restore_random_state
+from spectrim.fit import CHECKPOINT, History, fit, largest_gradient, mean_rank, random_state, restore_random_state
 from spectrim.measure import evaluate, one_example
 
 LOSS = nn.CrossEntropyLoss()
