@@ -313,20 +313,22 @@ def polar_hoyer(job: Job) -> nn.Module:
 
 def ours(job: Job) -> nn.Module:
     """`spectrim.compress`; rows of another name differ in what their knobs say."""
-    from spectrim.compress import FEATURES, compress
+    from spectrim.compress import compress
 
     peak, knobs = job.knobs.get("peak", job.task.peak), job.knobs
-    teaching = {"features": FEATURES, **{name: knobs[name] for name in ("mix", "features") if name in knobs}}
+    distill: Any = "auto" if knobs.get("distill", True) else None
+    if "features" in knobs:
+        distill = Distillation(copy.deepcopy(job.dense), **job.task.distill, features=knobs["features"])
     penalties = [kind(knobs[name]) for name, kind in (("orthogonality", Orthogonality), ("decay", FrobeniusDecay)) if name in knobs]
     made = compress(
         job.dense, job.data.train, job.loss, job.limits, job.epochs, example_inputs=job.example, eval_data=job.data.val,
         scheme=job.task.scheme, where=None if job.task.where is None else match(*job.task.where),
-        distill=Distillation(copy.deepcopy(job.dense), **{**job.task.distill, **teaching}) if knobs.get("distill", True) else None,
+        distill=distill,
         optimizer=lambda parameters: make(job.task.optimizer, "optimizer", list(parameters), lr=peak),
         examples=job.task.calibration, folder=job.folder, progress=False, squeeze=knobs.get("squeeze", 0.0),
         penalties=penalties, clip=job.task.clip, compiled=job.task.compiled, precision=job.task.precision,
     )  # fmt: skip
-    job.notes["cut"] = made.cut
+    job.notes |= {"cut": made.cut, "teacher": made.teacher}
     job.log += made.history.epochs
     job.scores["before_cut"] = made.scores.get("squeezed", job.scores["dense"])
     job.scores |= {name: made.scores[name] for name in ("cut", "recalibrated", "corrected") if name in made.scores}

@@ -39,7 +39,7 @@ METHODS = {
     "ours_orthogonal": "`compress`, orthogonality on",
     "ours_decayed": "`compress`, decay of the product",
     "ours_undistilled": "`compress`, no teacher",
-    "ours_unmixed": "`compress`, batches not mixed",
+    "ours_unhinted": "`compress`, teacher's outputs alone",
     "narrow": "narrower network, from nothing",
     "narrow_distilled": "narrower network, from nothing, distilled",
     "filters": "filter pruning (torch-pruning)",
@@ -61,7 +61,8 @@ column is bold. A dash is a run that has not been made; how many are missing sta
 - **SVD training**: half of the epochs with orthogonality and a sparsity penalty, then the energy threshold that meets the budget, then
   fine-tuning with orthogonality.
 - **PolarHoyer**: half of the epochs with the penalty on the dense weights, then as truncated SVD.
-- **`compress`**: ours, with its own defaults and the dense network as the teacher, like the rows that say *distilled*.
+- **`compress`**: ours, with its own defaults: where the dense network is far ahead of the cut one it teaches, by its outputs, as in the rows
+  that say *distilled*, and by what its layers put out.
 - **narrower network**: the largest multiple of all widths that fits, trained from random weights, with its own peak learning rate.
 - **filter pruning**: whole channels by group norm, uniformly or globally, whichever does better on the validation split before fine-tuning.
 """
@@ -150,7 +151,8 @@ def opening(task: dict[str, Any], found: Sequence[Result]) -> str:
     dense = {result["seed"]: merit_of(task, result["dense"]["test"]) for result in found}
     first = found[0]["dense"]
     mixed = ", mixed with themselves where a teacher teaches" if task.get("distill", {}).get("mix") else ""
-    head = f"{shared}{others}, batches of {batch}{mixed}. Columns: the fraction of the {limits} that may be kept. "
+    half = ", bfloat16 where autocast says so" if task.get("precision") == "bf16" else ""
+    head = f"{shared}{others}, batches of {batch}{mixed}{half}. Columns: the fraction of the {limits} that may be kept. "
     values = cell(list(dict.fromkeys(dense.values())) if len(set(dense.values())) == 1 else list(dense.values()), digits_of(task))
     return (
         f"{head}Dense: {MERITS[task.get('merit', 'accuracy')]} {values}, {first['macs']:,} MACs, {first['params']:,} parameters."

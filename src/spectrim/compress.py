@@ -48,6 +48,9 @@ LEARNING_RATE = 1e-3
 FEATURES = 2.0
 """Weight of what each layer of the dense network puts out, where it teaches; see the comparison."""
 
+AHEAD = 2.0
+"""The loss of a cut network on training examples, over the dense network's, from which on the dense network is a teacher by default."""
+
 WARMUP = 0.2
 """Share of the steps in which the learning rate rises; it falls along a cosine to zero in the rest."""
 
@@ -63,6 +66,7 @@ class Compressed:
         scores: loss and accuracy by stage: ``dense``, ``squeezed``, ``cut``, ``recalibrated``, ``corrected``, ``final``; what did not
             happen is missing. On the evaluation split, or without one on the training examples that calibrate.
         cut: how the cut was made.
+        teacher: how the dense network taught (the fields of `Distillation`); None where it did not.
         history: of the fine-tuning; empty without epochs.
         coverage: each layer: factorized, or why not; and what `merge` wrote.
         settings: what was asked for, as plain data.
@@ -73,6 +77,7 @@ class Compressed:
     measured: dict[str, Measurement]
     scores: dict[str, dict[str, float]]
     cut: str
+    teacher: dict[str, Any] | None
     history: History
     coverage: Coverage
     settings: dict[str, Any] = field(default_factory=dict)
@@ -87,7 +92,13 @@ class Compressed:
         """Everything but the networks, as plain data for JSON."""
         measured = {name: entry.to_dict() for name, entry in self.measured.items()}
         measured["final"]["ranks"] = self.ranks
-        rest = {"scores": self.scores, "cut": self.cut, "history": self.history.to_dict(), "settings": self.settings}
+        rest = {
+            "scores": self.scores,
+            "cut": self.cut,
+            "teacher": self.teacher,
+            "history": self.history.to_dict(),
+            "settings": self.settings,
+        }
         return measured | rest | {"coverage": [vars(line) for line in self.coverage]}
 
     def summary(self) -> str:
@@ -147,8 +158,9 @@ def compress(
             after the refit, on `eval_data` or else on the examples.
         importance: ranks by this instead of the importance that belongs to the cut.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
-        distill: how to learn from the dense network while fine-tuning; ``auto`` does (temperature 4, 0.7 of the loss) where outputs are
-            scores of classes and targets are their numbers, else not. None for never.
+        distill: how to learn from the dense network while fine-tuning. ``auto`` does where outputs are scores of classes, targets are
+            their numbers, and the network, once cut, has at least twice the dense one's loss on the examples: by what it says (temperature
+            4, 0.7 of the loss) and by what its layers put out (`Distillation.features`). None for never.
         optimizer: makes an optimizer from parameters; Adam with rate 0.001 when omitted. Its rate rises for a fifth of the steps and
             falls along a cosine to zero.
         penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`.
@@ -220,6 +232,8 @@ def compress(
     else:
         low, how, found = store.cut(dense, lambda: cutter.cut(low, "plain" if cut == "auto" and epochs else cut))
         scores |= found
+        if distill == "auto" and epochs and not is_ahead(dense, low, known, loss):
+            tuner.teacher = None
         tuner.start(low)
     if epochs > training:
         rest = tuner.run(low, epochs - training, penalties, "finetune")
@@ -228,7 +242,8 @@ def compress(
     low.eval()
     final = merge(low, latency=latency)
     measured = measure_together({"dense": dense.eval(), "final": final}, inputs, cutter.judged, loss)
-    made = Compressed(final, low, measured, scores, how, history, coverage(low, where, latency=latency), store.settings)
+    taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
+    made = Compressed(final, low, measured, scores, how, taught, history, coverage(low, where, latency=latency), store.settings)
     store.finish(made)
     return made
 
@@ -245,6 +260,20 @@ def teacher_for(dense: nn.Module, batch: tuple[Any, Tensor]) -> Distillation | N
         return None
     axes = [axis for axis in (1, output.dim() - 1) if output.dim() > 1 and output.shape[:axis] + output.shape[axis + 1 :] == target.shape]
     return Distillation(copy.deepcopy(dense), dim=axes[0], features=FEATURES) if axes else None
+
+
+def is_ahead(dense: nn.Module, low: nn.Module, examples: list[Any], loss: Loss) -> bool:
+    """Return whether the dense network is so far ahead on training examples that it has something to teach.
+
+    Where the cut network is nearly as good already, it soon knows what its teacher knows, and labels take it further.
+
+    Args:
+        dense: the network before the cut.
+        low: after it, refitted.
+        examples: training batches ``(inputs, target)``.
+        loss: of the task.
+    """
+    return evaluate(low, examples, loss)["loss"] >= AHEAD * evaluate(dense, examples, loss)["loss"]
 
 
 @dataclass(frozen=True)
