@@ -39,6 +39,7 @@ METHODS = {
     "ours_orthogonal": "`compress`, orthogonality on",
     "ours_decayed": "`compress`, decay of the product",
     "ours_undistilled": "`compress`, no teacher",
+    "ours_taught": "`compress`, taught all the same",
     "ours_unhinted": "`compress`, teacher's outputs alone",
     "narrow": "narrower network, from nothing",
     "narrow_distilled": "narrower network, from nothing, distilled",

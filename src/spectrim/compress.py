@@ -49,7 +49,11 @@ FEATURES = 2.0
 """Weight of what each layer of the dense network puts out, where it teaches; see the comparison."""
 
 AHEAD = 2.0
-"""The loss of a cut network on training examples, over the dense network's, from which on the dense network is a teacher by default."""
+"""Loss of a cut network on training examples, over the dense network's, from which on fine-tuning has far to go.
+
+Then the largest singular values are the better start, and the dense network is worth learning from; nearer to it what the network computes
+is worth keeping, and labels teach more. From ResNet-8 and LeNet-5, see the comparison.
+"""
 
 WARMUP = 0.2
 """Share of the steps in which the learning rate rises; it falls along a cosine to zero in the rest."""
@@ -106,9 +110,12 @@ class Compressed:
         return compare_table({"dense": self.measured["dense"], "low-rank": self.measured["final"]})
 
     def stages(self) -> str:
-        """Return one line for each stage that was scored, and how the cut was made."""
+        """Return one line for each stage that was scored, how the cut was made, and how the dense network taught."""
         lines = [f"{stage:14}" + ", ".join(f"{name} {value:.4g}" for name, value in found.items()) for stage, found in self.scores.items()]
-        return "\n".join([f"cut: {self.cut}", *lines])
+        told = {"weight": "what it says", "features": "what its layers put out"}
+        ways = [way for name, way in told.items() if (self.teacher or {}).get(name)]
+        taught = [f"the dense network taught by {' and '.join(ways)}"] if ways else []
+        return "\n".join([f"cut: {self.cut}", *taught, *lines])
 
 
 def compress(
@@ -153,9 +160,9 @@ def compress(
         scheme: how convolution kernels are folded, see `factorize`.
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
-            examples; ``sensitive`` what changes the loss least to second order. ``auto`` is ``plain`` where fine-tuning follows: no other
-            was better there on the whole, see the comparison. Without epochs it makes all three and keeps the one with the lowest loss
-            after the refit, on `eval_data` or else on the examples.
+            examples; ``sensitive`` what changes the loss least to second order. ``auto`` makes all three and keeps the one with the lowest
+            loss after the refit, on `eval_data` or else on the examples; but ``plain`` where fine-tuning follows and has far to go: with
+            at least twice the dense network's loss on the examples.
         importance: ranks by this instead of the importance that belongs to the cut.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: how to learn from the dense network while fine-tuning. ``auto`` does where outputs are scores of classes, targets are
@@ -230,9 +237,9 @@ def compress(
         recalibrate(low, known)
         scores["recalibrated"] = cutter.score(low)
     else:
-        low, how, found = store.cut(dense, lambda: cutter.cut(low, "plain" if cut == "auto" and epochs else cut))
+        low, how, found = store.cut(dense, lambda: cutter.cut(low, cut, trained=epochs > 0))
         scores |= found
-        if distill == "auto" and epochs and not is_ahead(dense, low, known, loss):
+        if distill == "auto" and epochs and not cutter.far(low):
             tuner.teacher = None
         tuner.start(low)
     if epochs > training:
@@ -262,20 +269,6 @@ def teacher_for(dense: nn.Module, batch: tuple[Any, Tensor]) -> Distillation | N
     return Distillation(copy.deepcopy(dense), dim=axes[0], features=FEATURES) if axes else None
 
 
-def is_ahead(dense: nn.Module, low: nn.Module, examples: list[Any], loss: Loss) -> bool:
-    """Return whether the dense network is so far ahead on training examples that it has something to teach.
-
-    Where the cut network is nearly as good already, it soon knows what its teacher knows, and labels take it further.
-
-    Args:
-        dense: the network before the cut.
-        low: after it, refitted.
-        examples: training batches ``(inputs, target)``.
-        loss: of the task.
-    """
-    return evaluate(low, examples, loss)["loss"] >= AHEAD * evaluate(dense, examples, loss)["loss"]
-
-
 @dataclass(frozen=True)
 class _Cutter:
     """Cuts a factorized network to the budget and scores it."""
@@ -292,17 +285,30 @@ class _Cutter:
     def score(self, network: nn.Module) -> dict[str, float]:
         return evaluate(network, self.judged, self.loss)
 
-    def cut(self, full: nn.Module, cut: Cut) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
-        """Return the network cut as asked, or in the way that scores best, with that way's name and its scores by stage."""
-        kinds = ("plain", "whitened", "sensitive") if cut == "auto" else (cut,)
-        moments = calibrate(full, self.known, self.loss, examples=None) if kinds != ("plain",) else None
-        best: tuple[nn.Module, str, dict[str, dict[str, float]]] | None = None
-        for kind in kinds:
-            network, scores = self._stages(full, *self._way(kind, moments))
-            if best is None or _last(scores) < _last(best[2]):
-                best = network, kind, scores
-        assert best is not None
-        return best
+    def far(self, cut: nn.Module) -> bool:
+        """Return whether a cut network is so far behind the dense one, on training examples, that it has to learn from it anew."""
+        behind, ahead = (evaluate(network, self.known, self.loss)["loss"] for network in (cut, self.dense))
+        return behind >= AHEAD * ahead
+
+    def cut(self, full: nn.Module, cut: Cut, trained: bool) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
+        """Return the network cut as asked, with that way's name and its scores by stage.
+
+        Left to itself it is the way that scores best; where training follows (`trained`) and has far to go, the plain one.
+        """
+        made = self._made(full, "plain" if cut == "auto" else cut)
+        if cut != "auto" or (trained and self.far(made[0])):
+            return made
+        moments = self._moments(full)
+        others = (self._made(full, kind, moments) for kind in ("whitened", "sensitive"))
+        return min(made, *others, key=lambda made: _last(made[2]))
+
+    def _moments(self, full: nn.Module) -> Calibration:
+        return calibrate(full, self.known, self.loss, examples=None)
+
+    def _made(self, full: nn.Module, kind: str, moments: Calibration | None = None) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
+        if kind != "plain" and moments is None:
+            moments = self._moments(full)
+        return self._stages(full, kind, *self._way(kind, moments))
 
     def _way(self, kind: str, moments: Calibration | None) -> tuple[Importance | None, Calibration | None]:
         """Return the importance and the metric of one way to cut."""
@@ -314,8 +320,8 @@ class _Cutter:
         return self.importance or LossSensitivity(moments), moments
 
     def _stages(
-        self, full: nn.Module, importance: Importance | None, metric: Calibration | None
-    ) -> tuple[nn.Module, dict[str, dict[str, float]]]:
+        self, full: nn.Module, kind: str, importance: Importance | None, metric: Calibration | None
+    ) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
         """Cut, renew the statistics of BatchNorm, refit the factors; keep the refit only where it scores better."""
         network = prune(full, allocate(full, self.budget, self.inputs, importance=importance, latency=self.latency), calibration=metric)
         scores = {"cut": self.score(network)}
@@ -323,7 +329,9 @@ class _Cutter:
         for candidate in (network, refitted):
             recalibrate(candidate, self.known)
         scores["recalibrated"], found = self.score(network), self.score(refitted)
-        return (refitted, scores | {"corrected": found}) if found["loss"] < scores["recalibrated"]["loss"] else (network, scores)
+        if found["loss"] < scores["recalibrated"]["loss"]:
+            return refitted, kind, scores | {"corrected": found}
+        return network, kind, scores
 
 
 def _last(scores: dict[str, dict[str, float]]) -> float:

@@ -73,6 +73,20 @@ def test_fine_tuning_recovers(trained: tuple[nn.Module, Any]) -> None:
     assert result.stages().splitlines()[0] == f"cut: {result.cut}"
 
 
+def test_the_dense_network_teaches_where_it_is_far_ahead_of_the_cut_one(trained: tuple[nn.Module, Any]) -> None:
+    far = made(trained, budget=sp.Budget(macs=0.15), epochs=1)
+    assert far.teacher is not None
+    assert far.teacher["features"] > 0
+    assert far.report["teacher"] == json.loads(json.dumps(far.teacher))
+    near = made(trained, budget=sp.Budget(macs=0.95), epochs=1)
+    assert near.teacher is None
+    assert "the dense network taught by what it says and what its layers put out" in far.stages()
+    assert "taught" not in near.stages()
+    assert made(trained, budget=sp.Budget(macs=0.15), epochs=0).teacher is None
+    asked = made(trained, budget=sp.Budget(macs=0.95), epochs=1, distill=sp.Distillation(trained[0], weight=0.2, layers=("features.0",)))
+    assert asked.teacher == {"temperature": 4.0, "weight": 0.2, "dim": -1, "mix": 0.0, "features": 0.0, "layers": ["features.0"]}
+
+
 def test_squeezing_first_makes_the_cut_nearly_free(trained: tuple[nn.Module, Any]) -> None:
     at_once = made(trained, cut="plain")
     squeezed = made(trained, epochs=6, squeeze=0.8, optimizer=lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9))
