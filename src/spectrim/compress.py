@@ -55,6 +55,9 @@ Then the largest singular values are the better start, and the dense network is 
 is worth keeping, and labels teach more. From ResNet-8 and LeNet-5, see the comparison.
 """
 
+NATS_AHEAD = 0.5
+"""The dense network is worth learning from at this distance, too, where even its own loss is large, as in language."""
+
 WARMUP = 0.2
 """Share of the steps in which the learning rate rises; it falls along a cosine to zero in the rest."""
 
@@ -166,8 +169,8 @@ def compress(
         importance: ranks by this instead of the importance that belongs to the cut.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: how to learn from the dense network while fine-tuning. ``auto`` does where outputs are scores of classes, targets are
-            their numbers, and the network, once cut, has at least twice the dense one's loss on the examples: by what it says (temperature
-            4, 0.7 of the loss) and by what its layers put out (`Distillation.features`). None for never.
+            their numbers, and the network, once cut, has at least twice the dense one's loss on the examples, or half a nat more: by what
+            it says (temperature 4, 0.7 of the loss) and by what its layers put out (`Distillation.features`). None for never.
         optimizer: makes an optimizer from parameters; Adam with rate 0.001 when omitted. Its rate rises for a fifth of the steps and
             falls along a cosine to zero.
         penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`.
@@ -239,7 +242,7 @@ def compress(
     else:
         low, how, found = store.cut(dense, lambda: cutter.cut(low, cut, trained=epochs > 0))
         scores |= found
-        if distill == "auto" and epochs and not cutter.far(low):
+        if distill == "auto" and epochs and not cutter.worth_a_teacher(low):
             tuner.teacher = None
         tuner.start(low)
     if epochs > training:
@@ -286,9 +289,18 @@ class _Cutter:
         return evaluate(network, self.judged, self.loss)
 
     def far(self, cut: nn.Module) -> bool:
-        """Return whether a cut network is so far behind the dense one, on training examples, that it has to learn from it anew."""
-        behind, ahead = (evaluate(network, self.known, self.loss)["loss"] for network in (cut, self.dense))
+        """Return whether a cut network is so far behind the dense one, on training examples, that what it computes is lost anyway."""
+        behind, ahead = self._losses(cut)
         return behind >= AHEAD * ahead
+
+    def worth_a_teacher(self, cut: nn.Module) -> bool:
+        """Return whether the dense network knows that much more of the training examples than a cut one, a classifier."""
+        behind, ahead = self._losses(cut)
+        return behind >= min(AHEAD * ahead, ahead + NATS_AHEAD)
+
+    def _losses(self, cut: nn.Module) -> tuple[float, float]:
+        behind, ahead = (evaluate(network, self.known, self.loss)["loss"] for network in (cut, self.dense))
+        return behind, ahead
 
     def cut(self, full: nn.Module, cut: Cut, trained: bool) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
         """Return the network cut as asked, with that way's name and its scores by stage.
