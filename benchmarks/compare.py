@@ -379,7 +379,7 @@ METHODS: dict[str, Callable[[Job], nn.Module]] = {
     method.__name__: method for method in (truncated, whitened, paper, l1, polar_hoyer, ours, narrow, filters)
 }
 METHODS |= {f"{method.__name__}_distilled": method for method in (truncated, whitened, paper, narrow)}  # with a teacher, see `Job.train`
-METHODS |= dict.fromkeys(("ours_squeezed", "ours_orthogonal", "ours_decayed", "ours_undistilled", "ours_unhinted", "ours_taught"), ours)
+METHODS |= dict.fromkeys(("ours_squeezed", "ours_orthogonal", "ours_decayed", "ours_undistilled", "ours_hinted", "ours_taught"), ours)
 
 
 # Runs

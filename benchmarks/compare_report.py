@@ -40,7 +40,7 @@ METHODS = {
     "ours_decayed": "`compress`, decay of the product",
     "ours_undistilled": "`compress`, no teacher",
     "ours_taught": "`compress`, taught all the same",
-    "ours_unhinted": "`compress`, teacher's outputs alone",
+    "ours_hinted": "`compress`, taught by layers, too",
     "narrow": "narrower network, from nothing",
     "narrow_distilled": "narrower network, from nothing, distilled",
     "filters": "filter pruning (torch-pruning)",
@@ -62,8 +62,8 @@ column is bold. A dash is a run that has not been made; how many are missing sta
 - **SVD training**: half of the epochs with orthogonality and a sparsity penalty, then the energy threshold that meets the budget, then
   fine-tuning with orthogonality.
 - **PolarHoyer**: half of the epochs with the penalty on the dense weights, then as truncated SVD.
-- **`compress`**: ours, with its own defaults: where the dense network is far ahead of the cut one it teaches, by its outputs, as in the
-  rows that say *distilled*, and by what its layers put out.
+- **`compress`**: ours, with its own defaults: where the dense network is far ahead of the cut one it teaches, as in the rows that say
+  *distilled*. *Taught all the same*: it teaches although it is not; *by layers, too*: by what its layers put out (`Distillation(features=2)`).
 - **narrower network**: the largest multiple of all widths that fits, trained from random weights, with its own peak learning rate.
 - **filter pruning**: whole channels by group norm, uniformly or globally, whichever does better on the validation split before fine-tuning.
 """

@@ -45,18 +45,12 @@ RESULT, SETTINGS, CUT = "result.json", "settings.json", "cut.json"
 LEARNING_RATE = 1e-3
 """Of the default optimizer, Adam."""
 
-FEATURES = 2.0
-"""Weight of what each layer of the dense network puts out, where it teaches; see the comparison."""
-
-AHEAD = 2.0
-"""Loss of a cut network on training examples, over the dense network's, from which on fine-tuning has far to go.
+AHEAD, NATS_AHEAD = 2.0, 0.25
+"""From which on a cut network has far to go: its loss on training examples over the dense network's, or of a classifier above it.
 
 Then the largest singular values are the better start, and the dense network is worth learning from; nearer to it what the network computes
-is worth keeping, and labels teach more. From ResNet-8 and LeNet-5, see the comparison.
+is worth keeping, and labels teach more. From ResNet-8, ResNet-20 and LeNet-5, see the comparison.
 """
-
-NATS_AHEAD = 0.5
-"""The dense network is worth learning from at this distance, too, where even its own loss is large, as in language."""
 
 WARMUP = 0.2
 """Share of the steps in which the learning rate rises; it falls along a cosine to zero in the rest."""
@@ -165,12 +159,11 @@ def compress(
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
             examples; ``sensitive`` what changes the loss least to second order. ``auto`` makes all three and keeps the one with the lowest
             loss after the refit, on `eval_data` or else on the examples; but ``plain`` where fine-tuning follows and has far to go: with
-            at least twice the dense network's loss on the examples.
+            at least twice the dense network's loss on the examples or, of a classifier, a quarter of a nat more.
         importance: ranks by this instead of the importance that belongs to the cut.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: how to learn from the dense network while fine-tuning. ``auto`` does where outputs are scores of classes, targets are
-            their numbers, and the network, once cut, has at least twice the dense one's loss on the examples, or half a nat more: by what
-            it says (temperature 4, 0.7 of the loss) and by what its layers put out (`Distillation.features`). None for never.
+            their numbers, and the network, once cut, has as far to go: by what it says (temperature 4, 0.7 of the loss). None for never.
         optimizer: makes an optimizer from parameters; Adam with rate 0.001 when omitted. Its rate rises for a fifth of the steps and
             falls along a cosine to zero.
         penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`.
@@ -223,10 +216,12 @@ def compress(
     inputs = one_example(data) if example_inputs is None else example_inputs
     known = first_examples(data, examples)
     dense = copy.deepcopy(model)
-    cutter = _Cutter(dense, loss, budget, inputs, known, known if eval_data is None else eval_data, importance, latency)
+    own_teacher = teacher_for(dense, known[0])
+    judged = known if eval_data is None else eval_data
+    cutter = _Cutter(dense, loss, budget, inputs, known, judged, importance, latency, classifies=own_teacher is not None)
     scores, history = {"dense": cutter.score(dense)}, History()
     low = factorize(dense, scheme, where, progress=progress)
-    teacher = teacher_for(dense, known[0]) if distill == "auto" else distill
+    teacher = own_teacher if distill == "auto" else distill
     tuner = _Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
     training = round(epochs * squeeze)
     if training:
@@ -242,7 +237,7 @@ def compress(
     else:
         low, how, found = store.cut(dense, lambda: cutter.cut(low, cut, trained=epochs > 0))
         scores |= found
-        if distill == "auto" and epochs and not cutter.worth_a_teacher(low):
+        if distill == "auto" and epochs and not cutter.far(low):
             tuner.teacher = None
         tuner.start(low)
     if epochs > training:
@@ -269,7 +264,7 @@ def teacher_for(dense: nn.Module, batch: tuple[Any, Tensor]) -> Distillation | N
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)) or target.is_floating_point() or not output.is_floating_point():
         return None
     axes = [axis for axis in (1, output.dim() - 1) if output.dim() > 1 and output.shape[:axis] + output.shape[axis + 1 :] == target.shape]
-    return Distillation(copy.deepcopy(dense), dim=axes[0], features=FEATURES) if axes else None
+    return Distillation(copy.deepcopy(dense), dim=axes[0]) if axes else None
 
 
 @dataclass(frozen=True)
@@ -284,23 +279,15 @@ class _Cutter:
     judged: Iterable[Any]
     importance: Importance | None
     latency: Latencies | None
+    classifies: bool
 
     def score(self, network: nn.Module) -> dict[str, float]:
         return evaluate(network, self.judged, self.loss)
 
     def far(self, cut: nn.Module) -> bool:
-        """Return whether a cut network is so far behind the dense one, on training examples, that what it computes is lost anyway."""
-        behind, ahead = self._losses(cut)
-        return behind >= AHEAD * ahead
-
-    def worth_a_teacher(self, cut: nn.Module) -> bool:
-        """Return whether the dense network knows that much more of the training examples than a cut one, a classifier."""
-        behind, ahead = self._losses(cut)
-        return behind >= min(AHEAD * ahead, ahead + NATS_AHEAD)
-
-    def _losses(self, cut: nn.Module) -> tuple[float, float]:
+        """Return whether a cut network knows that much less of the training examples than the dense one."""
         behind, ahead = (evaluate(network, self.known, self.loss)["loss"] for network in (cut, self.dense))
-        return behind, ahead
+        return behind >= (min(AHEAD * ahead, ahead + NATS_AHEAD) if self.classifies else AHEAD * ahead)
 
     def cut(self, full: nn.Module, cut: Cut, trained: bool) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
         """Return the network cut as asked, with that way's name and its scores by stage.
