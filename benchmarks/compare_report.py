@@ -63,7 +63,7 @@ column is bold. A dash is a run that has not been made; how many are missing sta
   fine-tuning with orthogonality.
 - **PolarHoyer**: half of the epochs with the penalty on the dense weights, then as truncated SVD.
 - **`compress`**: ours, with its own defaults: where the dense network is far ahead of the cut one it teaches, as in the rows that say
-  *distilled*. *Taught all the same*: it teaches although it is not; *by layers, too*: by what its layers put out (`Distillation(features=2)`).
+  *distilled*. *Taught all the same*: it teaches although it is not far ahead; *taught by layers, too*: `Distillation(features=2)`.
 - **narrower network**: the largest multiple of all widths that fits, trained from random weights, with its own peak learning rate.
 - **filter pruning**: whole channels by group norm, uniformly or globally, whichever does better on the validation split before fine-tuning.
 """
