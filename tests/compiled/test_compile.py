@@ -119,6 +119,7 @@ def test_training_through_a_compiler_ends_where_it_ends_without() -> None:
         torch._dynamo.utils.counters.clear()
         settings: dict[str, Any] = {"where": lambda name, module: True, "compiled": compiled, "progress": False}
         settings["optimizer"] = lambda parameters: torch.optim.SGD(parameters, 0.1)
+        settings["distill"] = sp.Distillation(dense, features=1.0)  # what layers put out is read within the compiled networks
         made.append(sp.compress(dense, data, nn.CrossEntropyLoss(), sp.Budget(macs=0.7), 2, **settings))
         frames.append(torch._dynamo.utils.counters["frames"]["ok"])
     assert frames[0] == 0
