@@ -151,9 +151,8 @@ def opening(task: dict[str, Any], found: Sequence[Result]) -> str:
     limits = " and ".join({"macs": "MACs", "params": "parameters"}[name] for name in task.get("limits", ["macs"]))
     dense = {result["seed"]: merit_of(task, result["dense"]["test"]) for result in found}
     first = found[0]["dense"]
-    mixed = ", mixed with themselves where a teacher teaches" if task.get("distill", {}).get("mix") else ""
     half = ", bfloat16 where autocast says so" if task.get("precision") == "bf16" else ""
-    head = f"{shared}{others}, batches of {batch}{mixed}{half}. Columns: the fraction of the {limits} that may be kept. "
+    head = f"{shared}{others}, batches of {batch}{half}. Columns: the fraction of the {limits} that may be kept. "
     values = cell(list(dict.fromkeys(dense.values())) if len(set(dense.values())) == 1 else list(dense.values()), digits_of(task))
     return (
         f"{head}Dense: {MERITS[task.get('merit', 'accuracy')]} {values}, {first['macs']:,} MACs, {first['params']:,} parameters."
