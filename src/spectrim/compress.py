@@ -48,8 +48,8 @@ LEARNING_RATE = 1e-3
 AHEAD, NATS_AHEAD = 2.0, 0.25
 """From which on a cut network has far to go: its loss on training examples over the dense network's, or of a classifier above it.
 
-Then the cut is plain and the dense network teaches; nearer to it the cut that scores best is kept, and labels alone teach. Chosen by trials on
-ResNet-8, ResNet-20 and LeNet-5: a rule of few networks.
+Then the cut is plain and the dense network teaches; nearer to it the cut that scores best is kept, and labels alone teach. Chosen by trials
+on ResNet-8, ResNet-20 and LeNet-5: a rule of few networks.
 """
 
 WARMUP = 0.2
