@@ -187,6 +187,23 @@ def test_channels_last_is_kept(scheme: Any, rank: int | None) -> None:
     assert all(p.is_contiguous() for p in sp.merge(sp.factorize(model.to(memory_format=torch.contiguous_format), rank=rank)).parameters())
 
 
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("rank", [None, 2])
+def test_a_factorized_network_computes_channels_last_where_the_dense_one_did(scheme: Any, rank: int | None) -> None:
+    """A kernel that is laid out otherwise makes torch compute this layer, and all after it, the slow way."""
+    model = nn.Sequential(nn.Conv2d(96, 96, 3), nn.ReLU(), nn.Conv2d(96, 8, 3, stride=2)).to(memory_format=torch.channels_last)
+    low = sp.factorize(model, scheme, EVERYTHING, rank=rank)
+    plain = sp.factorize(model.to(memory_format=torch.contiguous_format), scheme, EVERYTHING, rank=rank)
+    x = torch.randn(2, 96, 9, 9)
+    for network, last in ((low, True), (plain, False)):
+        output = network(x)
+        assert output.is_contiguous(memory_format=torch.channels_last) is last
+        assert output.is_contiguous() is not last
+        output.square().sum().backward()  # where the weight is large it is composed anew
+    for found, wanted in zip(low.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-3, atol=1e-3)
+
+
 def test_channels_last_in_three_dimensions() -> None:
     model = nn.Sequential(nn.Conv3d(8, 8, 3), nn.ReLU()).to(memory_format=torch.channels_last_3d)
     merged = sp.merge(sp.factorize(model, where=EVERYTHING, rank=2))

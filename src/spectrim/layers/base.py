@@ -183,7 +183,7 @@ class FactorizedLayer(nn.Module):
             operation: uses the weight; what it returns is returned.
         """
         factors = self.factors_of(name)
-        weight = self.unfold(self, name, factors.product(), self.scheme)
+        weight = self.laid_out(self.unfold(self, name, factors.product(), self.scheme))
         cheap = factors.compose_macs <= RECOMPUTE_SHARE * 3 * self.work(self, name, self.scheme, None, shape)
         if not (cheap and weight.numel() >= RECOMPUTE_SIZE and weight.requires_grad) or torch.compiler.is_compiling():
             return operation(weight)  # a compiler decides by itself what it keeps
@@ -197,7 +197,7 @@ class FactorizedLayer(nn.Module):
             if isinstance(kept, Tensor):
                 return kept
             with torch.no_grad(), torch.autocast(device, dtype, enabled=dtype != factors.dtype):
-                return self.unfold(self, name, factors.product(), self.scheme).as_strided(*kept)
+                return self.laid_out(self.unfold(self, name, factors.product(), self.scheme)).as_strided(*kept)
 
         with torch.autograd.graph.saved_tensors_hooks(forget, recall):
             return operation(weight)

@@ -199,7 +199,7 @@ class FactorizedConv(OneWeight):
         return float(batch * rank * (vertical + horizontal))
 
     def _kernels(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Reshape the two factors to the kernels of the two operations."""
+        """Reshape the two factors to the kernels of the two operations, in the memory format that the dense kernel had."""
         module: Any = self
         blocks, rank = self.factors_of("weight").blocks, self.rank
         in_, out = module.in_channels // blocks, module.out_channels // blocks
@@ -212,7 +212,7 @@ class FactorizedConv(OneWeight):
             second = left.reshape(blocks, out, second_shape[1], rank).transpose(2, 3).unsqueeze(-2)
             if module.transposed:
                 second = second.transpose(1, 2)
-        return first.flatten(0, 1).contiguous(), second.flatten(0, 1).contiguous()
+        return self.laid_out(first.flatten(0, 1)), self.laid_out(second.flatten(0, 1))
 
     def forward(self, input: Tensor, *output: Any, **options: Any) -> Tensor:
         """Convolve ``(batch, in, size...)`` or ``(in, size...)``; a transposed convolution takes ``output_size`` too, as torch's does."""
@@ -315,7 +315,7 @@ class FactorizedConv(OneWeight):
             return None
         module: Any = self
         factors = self.factors_of("weight")
-        first, second = (self.laid_out(kernel) for kernel in self._kernels(*factors.balanced()))
+        first, second = self._kernels(*factors.balanced())
         one, two = geometry(module, self.scheme)
         middle, common = factors.blocks * self.rank, {"groups": module.groups, "device": "meta"}
         head: Any = base_of(self)(module.in_channels, middle, bias=False, padding_mode=module.padding_mode, **one, **common)

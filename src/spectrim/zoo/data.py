@@ -200,5 +200,5 @@ class Normalize:
 
 
 def as_float(images: UInt8[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Bytes to floats 0..255, unscaled."""
-    return images.float()
+    """Bytes to floats 0..255, unscaled; images channels last in memory, as `Normalize` puts them."""
+    return images.float().contiguous(memory_format=torch.channels_last if images.dim() == 4 else torch.contiguous_format)
