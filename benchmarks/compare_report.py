@@ -39,8 +39,8 @@ METHODS = {
     "ours_orthogonal": "`compress`, orthogonality on",
     "ours_decayed": "`compress`, decay of the product",
     "ours_undistilled": "`compress`, no teacher",
-    "ours_taught": "`compress`, taught all the same",
-    "ours_hinted": "`compress`, taught by layers, too",
+    "ours_taught": "`compress`, taught by outputs alone",
+    "ours_hinted": "`compress`, taught by layers all along",
     "narrow": "narrower network, from nothing",
     "narrow_distilled": "narrower network, from nothing, distilled",
     "filters": "filter pruning (torch-pruning)",
@@ -63,7 +63,8 @@ column is bold. A dash is a run that has not been made; how many are missing sta
   fine-tuning with orthogonality.
 - **PolarHoyer**: half of the epochs with the penalty on the dense weights, then as truncated SVD.
 - **`compress`**: ours, with its own defaults: where the dense network is far ahead of the cut one it teaches, as in the rows that say
-  *distilled*. *Taught all the same*: it teaches although it is not far ahead; *taught by layers, too*: `Distillation(features=2)`.
+  *distilled*, and in the first half of the steps by what its layers put out, too. *By outputs alone*: as in the rows that say *distilled*,
+  however far ahead it is; *by layers all along*: in the second half, too.
 - **narrower network**: the largest multiple of all widths that fits, trained from random weights, with its own peak learning rate.
 - **filter pruning**: whole channels by group norm, uniformly or globally, whichever does better on the validation split before fine-tuning.
 """

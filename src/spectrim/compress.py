@@ -16,7 +16,7 @@ from spectrim.allocate import Budget, allocate
 from spectrim.calibration import Calibration, calibrate
 from spectrim.checkpoint import load, save
 from spectrim.correction import correct, recalibrate
-from spectrim.distillation import Distillation, Loss
+from spectrim.distillation import Distillation, Loss, outputs_of, taught_layers
 from spectrim.errors import FormatError, SettingError
 from spectrim.factorize import Scheme, factorize, merge
 from spectrim.files import write_text
@@ -48,9 +48,11 @@ LEARNING_RATE = 1e-3
 AHEAD, NATS_AHEAD = 2.0, 0.25
 """From which on a cut network has far to go: its loss on training examples over the dense network's, or of a classifier above it.
 
-Then the cut is plain and the dense network teaches; nearer to it the cut that scores best is kept, and labels alone teach. Chosen by trials
-on ResNet-8, ResNet-20 and LeNet-5: a rule of few networks.
+Then the dense network teaches; nearer to it labels alone do. Chosen by trials on ResNet-8, ResNet-20 and LeNet-5: a rule of few networks.
 """
+
+TEACHING = {"temperature": 4.0, "weight": 0.7, "features": 2.0, "until": 0.5}
+"""How the dense network teaches by default: by what it says, and in the first half of the steps by what its layers put out."""
 
 WARMUP = 0.2
 """Share of the steps in which the learning rate rises; it falls along a cosine to zero in the rest."""
@@ -158,12 +160,13 @@ def compress(
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
             examples; ``sensitive`` what changes the loss least to second order. ``auto`` makes all three and keeps the one with the lowest
-            loss after the refit, on `eval_data` or else on the examples; but ``plain`` where fine-tuning follows and has far to go: with
-            at least twice the dense network's loss on the examples or, of a classifier, a quarter of a nat more.
+            loss after the refit, on `eval_data` or else on the examples.
         importance: ranks by this instead of the importance that belongs to the cut.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: how to learn from the dense network while fine-tuning. ``auto`` does where outputs are scores of classes, targets are
-            their numbers, and the network, once cut, has as far to go: by what it says (temperature 4, 0.7 of the loss). None for never.
+            their numbers, and the network, once cut, has far to go: at least twice the dense network's loss on the examples, or a quarter
+            of a nat more. It teaches by what it says (temperature 4, 0.7 of the loss) and, in the first half of the steps, by what its
+            layers put out. None for never.
         optimizer: makes an optimizer from parameters; Adam with rate 0.001 when omitted. Its rate rises for a fifth of the steps and
             falls along a cosine to zero.
         penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`.
@@ -221,7 +224,9 @@ def compress(
     cutter = _Cutter(dense, loss, budget, inputs, known, judged, importance, latency, classifies=own_teacher is not None)
     scores, history = {"dense": cutter.score(dense)}, History()
     low = factorize(dense, scheme, where, progress=progress)
-    teacher = own_teacher if distill == "auto" else distill
+    teacher = distill if isinstance(distill, Distillation) else None
+    if distill == "auto" and epochs and own_teacher is not None:
+        teacher = showing(own_teacher, low, known[0])
     tuner = _Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
     training = round(epochs * squeeze)
     if training:
@@ -235,7 +240,7 @@ def compress(
         recalibrate(low, known)
         scores["recalibrated"] = cutter.score(low)
     else:
-        low, how, found = store.cut(dense, lambda: cutter.cut(low, cut, trained=epochs > 0))
+        low, how, found = store.cut(dense, lambda: cutter.cut(low, cut))
         scores |= found
         if distill == "auto" and epochs and not cutter.far(low):
             tuner.teacher = None
@@ -264,7 +269,23 @@ def teacher_for(dense: nn.Module, batch: tuple[Any, Tensor]) -> Distillation | N
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)) or target.is_floating_point() or not output.is_floating_point():
         return None
     axes = [axis for axis in (1, output.dim() - 1) if output.dim() > 1 and output.shape[:axis] + output.shape[axis + 1 :] == target.shape]
-    return Distillation(copy.deepcopy(dense), dim=axes[0]) if axes else None
+    return Distillation(copy.deepcopy(dense), dim=axes[0], **TEACHING) if axes else None
+
+
+def showing(teacher: Distillation, low: nn.Module, batch: tuple[Any, Tensor]) -> Distillation:
+    """Return the teacher with those layers to show whose outputs can be seen in both networks, and are alike in shape.
+
+    Args:
+        teacher: with layers or none.
+        low: factorized, what it will teach.
+        batch: ``(inputs, target)``.
+    """
+    names = taught_layers(low)
+    with evaluating(low), evaluating(teacher.teacher), outputs_of(low, names) as own, outputs_of(teacher.teacher, names) as taught:
+        for network in (low, teacher.teacher):
+            call_model(network, batch[0])
+    seen = tuple(name for name in names if name in own and name in taught and own[name].shape == taught[name].shape)
+    return replace(teacher, layers=None if seen == names else seen, features=teacher.features if seen else 0.0)
 
 
 @dataclass(frozen=True)
@@ -289,17 +310,12 @@ class _Cutter:
         behind, ahead = (evaluate(network, self.known, self.loss)["loss"] for network in (cut, self.dense))
         return behind >= (min(AHEAD * ahead, ahead + NATS_AHEAD) if self.classifies else AHEAD * ahead)
 
-    def cut(self, full: nn.Module, cut: Cut, trained: bool) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
-        """Return the network cut as asked, with that way's name and its scores by stage.
-
-        Left to itself it is the way that scores best; where training follows (`trained`) and has far to go, the plain one.
-        """
-        made = self._made(full, "plain" if cut == "auto" else cut)
-        if cut != "auto" or (trained and self.far(made[0])):
-            return made
+    def cut(self, full: nn.Module, cut: Cut) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
+        """Return the network cut as asked, with that way's name and its scores by stage; left to itself the one that scores best."""
+        if cut != "auto":
+            return self._made(full, cut)
         moments = self._moments(full)
-        others = (self._made(full, kind, moments) for kind in ("whitened", "sensitive"))
-        return min(made, *others, key=lambda made: _last(made[2]))
+        return min((self._made(full, kind, moments) for kind in ("plain", "whitened", "sensitive")), key=lambda made: _last(made[2]))
 
     def _moments(self, full: nn.Module) -> Calibration:
         return calibrate(full, self.known, self.loss, examples=None)

@@ -23,7 +23,9 @@ class Distillation:
 
     `hints` is the sum over layers of ``mean((f - f_teacher)^2) / var(f_teacher)``, where ``f`` is what a layer of the student puts out:
     the share of the teacher's variance that it misses, so that no layer counts more for its scale. A low-rank network has the layers of
-    the dense one, at the same sizes, so that nothing has to be projected to compare the two.
+    the dense one, at the same sizes, so that nothing has to be projected to compare the two. Hints bring a network that is far from its
+    teacher near to it fast; what they bring near to the end is the teacher's own memory of the training examples, so that it is better
+    to stop before (`until`).
 
     Args:
         teacher: the dense network; it is run without gradient, in eval mode.
@@ -34,12 +36,13 @@ class Distillation:
             Beta(a, a); the loss of the task is mixed alike, and the teacher teaches between the training examples, too. For inputs of
             floating numbers.
         features: ``>= 0``: the weight of each layer's hint, whatever the other two have. Student and teacher need the same layers.
+        until: in [0, 1]: the share of the steps, from the first one on, in which `features` teach.
         layers: names of the modules whose outputs are compared; None for those that `taught_layers` chooses.
 
     Source: Hinton, Vinyals and Dean, arXiv 1503.02531, section 2; `features`: Romero et al., arXiv 1412.6550, equation 3; `mix`: Zhang et
     al., arXiv 1710.09412, and Beyer et al., arXiv 2106.05237, for teachers.
-    Deviation: hints need no regressor between student and teacher, are in units of the teacher's variance, and are given all along instead
-    of in a stage of their own.
+    Deviation: hints need no regressor between student and teacher, are in units of the teacher's variance, come from all layers, and beside
+    the other two losses instead of in a stage before them.
     """
 
     teacher: nn.Module
@@ -48,6 +51,7 @@ class Distillation:
     dim: int = -1
     mix: float = 0.0
     features: float = 0.0
+    until: float = 1.0
     layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -56,8 +60,9 @@ class Distillation:
                 raise SettingError("Distillation", name, got=getattr(self, name), rule=">= 0")
         if not self.temperature > 0:
             raise SettingError("Distillation", "temperature", got=self.temperature, rule="> 0")
-        if not 0 <= self.weight <= 1:
-            raise SettingError("Distillation", "weight", got=self.weight, rule="a fraction in [0, 1]")
+        for name in ("weight", "until"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingError("Distillation", name, got=getattr(self, name), rule="a fraction in [0, 1]")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -254,7 +254,7 @@ def fit(
                         output = convert_to_fp32(call_model(prepared.call, inputs))
                         task = task_loss(output, target)
                         if lesson is not None:
-                            task = lesson(task, inputs, output)
+                            task = lesson(task, inputs, output, step / (epochs * length))
                     if not sharded:
                         added = [penalty(model) for penalty in penalties]
                     penalty_sum = sum(added, start=torch.zeros((), device=task.device))
@@ -314,7 +314,7 @@ def fit(
 
 
 @contextmanager
-def _lesson(distill: Distillation | None, model: nn.Module, compiled: bool) -> Iterator[Callable[[Tensor, Any, Any], Tensor] | None]:
+def _lesson(distill: Distillation | None, model: nn.Module, compiled: bool) -> Iterator[Callable[[Tensor, Any, Any, float], Tensor] | None]:
     """Give the loss with a teacher, who watches the layers of the model for the time of training where he teaches by them."""
     if distill is None:
         yield None
@@ -326,8 +326,9 @@ def _lesson(distill: Distillation | None, model: nn.Module, compiled: bool) -> I
             share = _compiled(missed)
             distill = replace(distill, teacher=cast(nn.Module, torch.compile(distill.teacher, dynamic=False)))
 
-        def loss(task: Tensor, inputs: Any, output: Any) -> Tensor:
-            taught_loss = distill(task, inputs, output, partial(share, own, taught) if names else None)
+        def loss(task: Tensor, inputs: Any, output: Any, done: float) -> Tensor:
+            hints = partial(share, own, taught) if names and done < distill.until else None
+            taught_loss = distill(task, inputs, output, hints)
             own.clear()  # nothing is held for longer than a step
             taught.clear()
             return taught_loss

@@ -77,6 +77,7 @@ class Teacher:
         dim: the axis of the classes.
         mix: >= 0; above 0 batches are mixed with themselves.
         features: >= 0; above 0 what the layers put out is learned from, too.
+        until: in [0, 1]; the share of the steps in which it is.
         layers: their names; the factorized ones when omitted.
     """
 
@@ -85,6 +86,7 @@ class Teacher:
     dim: int = -1
     mix: float = 0.0
     features: float = 0.0
+    until: float = 1.0
     layers: tuple[str, ...] | None = None
 
 

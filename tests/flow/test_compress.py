@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim import cli, zoo
-from spectrim.compress import Compressed, compress, teacher_for
+from spectrim.compress import Compressed, compress, showing, teacher_for
 from spectrim.errors import FormatError, SettingError
 from spectrim.layers import FactorizedLayer
 from spectrim.measure import first_examples
@@ -79,13 +79,40 @@ def test_the_dense_network_teaches_where_it_is_far_ahead_of_the_cut_one(trained:
     assert far.report["teacher"] == json.loads(json.dumps(far.teacher))
     near = made(trained, budget=sp.Budget(macs=0.95), epochs=1)
     assert near.teacher is None
-    assert "the dense network taught by what it says" in far.stages()
     assert "taught" not in near.stages()
-    both = made(trained, budget=sp.Budget(macs=0.15), epochs=1, distill=sp.Distillation(trained[0], features=1.0))
-    assert "the dense network taught by what it says and what its layers put out" in both.stages()
+    assert "the dense network taught by what it says and what its layers put out" in far.stages()
+    assert (far.teacher["features"], far.teacher["until"], far.teacher["layers"]) == (2.0, 0.5, None)
+    told = made(trained, budget=sp.Budget(macs=0.15), epochs=1, distill=sp.Distillation(trained[0]))
+    assert "the dense network taught by what it says\n" in told.stages()
     assert made(trained, budget=sp.Budget(macs=0.15), epochs=0).teacher is None
     asked = made(trained, budget=sp.Budget(macs=0.95), epochs=1, distill=sp.Distillation(trained[0], weight=0.2, layers=("features.0",)))
-    assert asked.teacher == {"temperature": 4.0, "weight": 0.2, "dim": -1, "mix": 0.0, "features": 0.0, "layers": ["features.0"]}
+    assert asked.teacher == {
+        "temperature": 4.0,
+        "weight": 0.2,
+        "dim": -1,
+        "mix": 0.0,
+        "features": 0.0,
+        "until": 1.0,
+        "layers": ["features.0"],
+    }
+
+
+def test_layers_that_cannot_be_compared_do_not_teach() -> None:
+    class Reads(nn.Module):
+        """Uses the weight of a layer that it never calls."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.read, self.last = nn.Linear(16, 24), nn.Linear(24, 24), nn.Linear(24, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(nn.functional.linear(self.first(x).relu(), self.read.weight).relu())
+
+    dense, batch = Reads(), (torch.randn(8, 16), torch.zeros(8, dtype=torch.int64))
+    taught = teacher_for(dense, batch)
+    assert showing(taught, sp.factorize(dense, where=lambda name, _: name in ("first", "read")), batch).layers == ("first",)
+    assert showing(taught, sp.factorize(dense, where=lambda name, _: name == "first"), batch).layers is None
+    assert showing(taught, sp.factorize(dense, where=lambda name, _: name == "read"), batch).features == 0.0
 
 
 def test_squeezing_first_makes_the_cut_nearly_free(trained: tuple[nn.Module, Any]) -> None:

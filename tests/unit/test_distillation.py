@@ -100,6 +100,21 @@ def test_features_bring_the_layers_nearer_to_the_teachers() -> None:
     assert gap(teacher, hinted) < 0.8 * gap(teacher, plain)
 
 
+def test_features_teach_until_a_share_of_the_steps() -> None:
+    teacher = net()
+    students = [student_of(teacher) for _ in range(4)]
+    never, early, all_along, zero = (
+        fitted(teacher, student, epochs=4, **settings)
+        for student, settings in zip(
+            students, ({}, {"features": 9.0, "until": 0.5}, {"features": 9.0}, {"features": 9.0, "until": 0.0}), strict=True
+        )
+    )
+    assert zero == never
+    assert early[:2] == all_along[:2]
+    assert early[2] < all_along[2]
+    assert early[2] != never[2]
+
+
 def test_training_leaves_no_hook_and_no_output_behind() -> None:
     teacher = net()
     student = student_of(teacher)
@@ -134,15 +149,22 @@ def test_resumed_training_ends_with_the_same_bits(tmp_path: object, layers: tupl
     teacher = net()
     whole, stopped = student_of(teacher), student_of(teacher)
 
-    def run(model: nn.Module, epochs: int) -> None:
+    def run(model: nn.Module, *callbacks: Callable[..., None]) -> None:
         optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-        distill = Distillation(teacher, features=2.0, layers=layers)
+        distill = Distillation(teacher, features=2.0, until=0.6, layers=layers)
         folder = tmp_path / ("whole" if model is whole else "stopped")  # type: ignore[operator]
-        fit(model, batches(), nn.CrossEntropyLoss(), optimizer, epochs, distill=distill, checkpoint=folder, progress=False)
+        fit(
+            model, batches(), nn.CrossEntropyLoss(), optimizer, 3, distill=distill, checkpoint=folder, callbacks=callbacks, progress=False
+        )  # fmt: skip
 
-    run(whole, 3)
-    run(stopped, 1)
-    run(stopped, 3)
+    def stop(epoch: int, *_: object) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+
+    run(whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, stop)
+    run(stopped)
     assert all(map(torch.equal, whole.state_dict().values(), stopped.state_dict().values()))
 
 
@@ -194,5 +216,7 @@ def test_modules_without_tensors_are_named() -> None:
 
 
 def test_a_negative_weight_is_refused() -> None:
+    with pytest.raises(SettingError, match=r"Distillation: until must be a fraction in \[0, 1\], got 2"):
+        Distillation(nn.Identity(), until=2.0)
     with pytest.raises(SettingError, match="Distillation: features must be >= 0, got -1"):
         Distillation(nn.Identity(), features=-1.0)
