@@ -51,7 +51,7 @@ AHEAD, NATS_AHEAD = 2.0, 0.25
 Then the dense network teaches; nearer to it labels alone do. Chosen by trials on ResNet-8, ResNet-20 and LeNet-5: a rule of few networks.
 """
 
-TEACHING = {"temperature": 4.0, "weight": 0.7, "features": 2.0, "until": 0.5}
+TEACHING = {"temperature": 2.0, "weight": 0.5, "features": 2.0, "until": 0.5}
 """How the dense network teaches by default: by what it says, and in the first half of the steps by what its layers put out."""
 
 WARMUP = 0.2
@@ -165,7 +165,7 @@ def compress(
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: how to learn from the dense network while fine-tuning. ``auto`` does where outputs are scores of classes, targets are
             their numbers, and the network, once cut, has far to go: at least twice the dense network's loss on the examples, or a quarter
-            of a nat more. It teaches by what it says (temperature 4, 0.7 of the loss) and, in the first half of the steps, by what its
+            of a nat more. It teaches by what it says (temperature 2, half of the loss) and, in the first half of the steps, by what its
             layers put out. None for never.
         optimizer: makes an optimizer from parameters; Adam with rate 0.001 when omitted. Its rate rises for a fifth of the steps and
             falls along a cosine to zero.
