@@ -313,12 +313,14 @@ def polar_hoyer(job: Job) -> nn.Module:
 
 def ours(job: Job) -> nn.Module:
     """`spectrim.compress`; rows of another name differ in what their knobs say."""
-    from spectrim.compress import compress
+    from spectrim.compress import compress, teacher_for
 
     peak, knobs = job.knobs.get("peak", job.task.peak), job.knobs
     distill: Any = "auto" if knobs.get("distill", True) else None
-    if "features" in knobs:
-        distill = Distillation(copy.deepcopy(job.dense), **job.task.distill, features=knobs["features"])
+    if "teach" in knobs:
+        teacher = teacher_for(job.dense, job.some(1)[0])
+        assert teacher is not None
+        distill = replace(teacher, **knobs["teach"])
     penalties = [kind(knobs[name]) for name, kind in (("orthogonality", Orthogonality), ("decay", FrobeniusDecay)) if name in knobs]
     made = compress(
         job.dense, job.data.train, job.loss, job.limits, job.epochs, example_inputs=job.example, eval_data=job.data.val,

@@ -51,7 +51,7 @@ AHEAD, NATS_AHEAD = 2.0, 0.25
 Then the dense network teaches; nearer to it labels alone do. Chosen by trials on ResNet-8, ResNet-20 and LeNet-5: a rule of few networks.
 """
 
-TEACHING = {"temperature": 2.0, "weight": 0.5, "features": 2.0, "until": 0.5}
+TEACHING: dict[str, Any] = {"temperature": 2.0, "weight": 0.5, "features": 2.0, "until": 0.5}
 """How the dense network teaches by default: by what it says, and in the first half of the steps by what its layers put out."""
 
 WARMUP = 0.2
