@@ -210,7 +210,7 @@ def compress(
         cut=cut,
         importance=None if importance is None else repr(importance),
         squeeze=squeeze,
-        distill=distill if isinstance(distill, str) or distill is None else distill.settings,
+        distill=distill.settings if isinstance(distill, Distillation) else {"auto": TEACHING} if distill == "auto" else distill,
         penalties=[repr(penalty) for penalty in penalties],
         clip=clip,
         precision=precision,
