@@ -62,9 +62,9 @@ column is bold. A dash is a run that has not been made; how many are missing sta
 - **SVD training**: half of the epochs with orthogonality and a sparsity penalty, then the energy threshold that meets the budget, then
   fine-tuning with orthogonality.
 - **PolarHoyer**: half of the epochs with the penalty on the dense weights, then as truncated SVD.
-- **`compress`**: ours, with its own defaults: where the dense network is far ahead of the cut one it teaches, by what it says, as in the
-  rows that say *distilled*, and in the first half of the steps by what its layers put out, too. *By outputs alone*: never by layers, and
-  however far ahead it is; *by layers all along*: in the second half, too.
+- **`compress`**: ours, with its own defaults: where the dense network is far ahead of the cut one it teaches, by what it says (temperature
+  2, half of the loss; rows that say *distilled* have 4 and 0.7 on images) and in the first half of the steps by what its layers put out,
+  too. *By outputs alone*: never by layers, and however far ahead it is; *by layers all along*: in the second half, too.
 - **narrower network**: the largest multiple of all widths that fits, trained from random weights, with its own peak learning rate.
 - **filter pruning**: whole channels by group norm, uniformly or globally, whichever does better on the validation split before fine-tuning.
 """
