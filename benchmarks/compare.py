@@ -318,7 +318,7 @@ def ours(job: Job) -> nn.Module:
     peak, knobs = job.knobs.get("peak", job.task.peak), job.knobs
     distill: Any = "auto" if knobs.get("distill", True) else None
     if "teach" in knobs:
-        teacher = teacher_for(job.dense, job.some(1)[0])
+        teacher = teacher_for(job.dense, job.some(job.task.calibration), job.loss)
         assert teacher is not None
         distill = replace(teacher, **knobs["teach"])
     penalties = [kind(knobs[name]) for name, kind in (("orthogonality", Orthogonality), ("decay", FrobeniusDecay)) if name in knobs]

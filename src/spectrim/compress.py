@@ -54,6 +54,15 @@ Then the dense network teaches; nearer to it labels alone do. Chosen by trials o
 TEACHING: dict[str, Any] = {"temperature": 2.0, "weight": 0.5, "features": 2.0, "until": 0.5}
 """How the dense network teaches by default: by what it says, and in the first half of the steps by what its layers put out."""
 
+BY_HEART = 0.05
+"""Nats: below this loss on training examples a dense network knows them by heart."""
+
+RECITING: dict[str, Any] = {"temperature": 4.0, "weight": 0.7}
+"""How a dense network teaches that knows the training examples by heart: by what it says alone, softened more.
+
+What such a network says of them is hardly more than their labels, until softened, and what its layers put out is its memory of them.
+"""
+
 WARMUP = 0.2
 """Share of the steps in which the learning rate rises; it falls along a cosine to zero in the rest."""
 
@@ -166,7 +175,8 @@ def compress(
         distill: how to learn from the dense network while fine-tuning. ``auto`` does where outputs are scores of classes, targets are
             their numbers, and the network, once cut, has far to go: at least twice the dense network's loss on the examples, or a quarter
             of a nat more. It teaches by what it says (temperature 2, half of the loss) and, in the first half of the steps, by what its
-            layers put out. None for never.
+            layers put out; where it knows the examples by heart (a loss below 0.05) by what it says alone (temperature 4, 0.7 of the
+            loss). None for never.
         optimizer: makes an optimizer from parameters; Adam with rate 0.001 when omitted. Its rate rises for a fifth of the steps and
             falls along a cosine to zero.
         penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`.
@@ -210,7 +220,7 @@ def compress(
         cut=cut,
         importance=None if importance is None else repr(importance),
         squeeze=squeeze,
-        distill=distill.settings if isinstance(distill, Distillation) else {"auto": TEACHING} if distill == "auto" else distill,
+        distill=distill.settings if isinstance(distill, Distillation) else {"auto": [TEACHING, RECITING]} if distill == "auto" else distill,
         penalties=[repr(penalty) for penalty in penalties],
         clip=clip,
         precision=precision,
@@ -219,7 +229,7 @@ def compress(
     inputs = one_example(data) if example_inputs is None else example_inputs
     known = first_examples(data, examples)
     dense = copy.deepcopy(model)
-    own_teacher = teacher_for(dense, known[0])
+    own_teacher = teacher_for(dense, known, loss)
     judged = known if eval_data is None else eval_data
     cutter = _Cutter(dense, loss, budget, inputs, known, judged, importance, latency, classifies=own_teacher is not None)
     scores, history = {"dense": cutter.score(dense)}, History()
@@ -258,18 +268,27 @@ def compress(
     return made
 
 
-def teacher_for(dense: nn.Module, batch: tuple[Any, Tensor]) -> Distillation | None:
+def teacher_for(dense: nn.Module, examples: Sequence[tuple[Any, Tensor]], loss: Loss) -> Distillation | None:
     """Return distillation from the dense network where outputs are scores of classes and targets are their numbers, else None.
 
-    The axis of the classes is the one without which the output has the target's shape.
+    The axis of the classes is the one without which the output has the target's shape. How it teaches is `TEACHING`, or `RECITING` where
+    its loss on the examples is below `BY_HEART`.
+
+    Args:
+        dense: what teaches.
+        examples: batches ``(inputs, target)`` of the training data.
+        loss: ``(output, target) -> scalar``, in nats.
     """
-    inputs, target = batch
+    inputs, target = examples[0]
     with evaluating(dense):
         output = call_model(dense, inputs)
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)) or target.is_floating_point() or not output.is_floating_point():
         return None
     axes = [axis for axis in (1, output.dim() - 1) if output.dim() > 1 and output.shape[:axis] + output.shape[axis + 1 :] == target.shape]
-    return Distillation(copy.deepcopy(dense), dim=axes[0], **TEACHING) if axes else None
+    if not axes:
+        return None
+    way = RECITING if evaluate(dense, examples, loss)["loss"] < BY_HEART else TEACHING
+    return Distillation(copy.deepcopy(dense), dim=axes[0], **way)
 
 
 def showing(teacher: Distillation, low: nn.Module, batch: tuple[Any, Tensor]) -> Distillation:
@@ -280,6 +299,8 @@ def showing(teacher: Distillation, low: nn.Module, batch: tuple[Any, Tensor]) ->
         low: factorized, what it will teach.
         batch: ``(inputs, target)``.
     """
+    if not teacher.features:
+        return teacher
     names = taught_layers(low)
     with evaluating(low), evaluating(teacher.teacher), outputs_of(low, names) as own, outputs_of(teacher.teacher, names) as taught:
         for network in (low, teacher.teacher):

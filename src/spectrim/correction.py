@@ -1,7 +1,7 @@
 """`correct` refits the weights of a cut network to what the network before the cut computes; `recalibrate` renews BatchNorm."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,8 +102,8 @@ def correct(
     The closed form of what the first steps of fine-tuning would do, and no more: errors on the calibration data fall, layer by layer, but
     few examples and wide layers fit those examples. BatchNorm layers keep their statistics, which `recalibrate` renews afterwards.
 
-    Takes one pass over the data for each layer, through both networks. Refitted are linear layers and convolutions; `uncorrected` lists
-    what is not.
+    Takes one pass over the data for each layer, through both networks as far as that layer. Refitted are linear layers and convolutions;
+    `uncorrected` lists what is not.
 
     Args:
         cut: factorized, at its final ranks; it is left untouched.
@@ -146,9 +146,9 @@ def correct(
     console = Console(stderr=True)
     with isolated(corrected), evaluating(corrected), evaluating(dense):
         order = _order(corrected, layers, batches[0])
-        bar = track(order, "correct", console=console, transient=True, disable=not (progress and console.is_terminal))
-        for name in bar:
-            moments = _moments(corrected, dense, layers[name], originals[name], batches)
+        bar = track(order.items(), "correct", console=console, transient=True, disable=not (progress and console.is_terminal))
+        for name, calls in bar:
+            moments = _moments(corrected, dense, layers[name], originals[name], batches, calls)
             left = None if calibration is None else calibration.metrics(name, layers[name].factors_of("weight").shape)[0]
             _refit(layers[name], originals[name], moments, left)
     return corrected
@@ -165,21 +165,31 @@ def _originals(dense: nn.Module, layers: dict[str, OneWeight]) -> dict[str, nn.M
     return found
 
 
-@contextmanager
-def _inputs_of(layer: nn.Module) -> Iterator[list[tuple[Tensor, torch.Size]]]:
-    """Yield a list that gets the input and the shape of the output of each call of a layer."""
-    calls: list[tuple[Tensor, torch.Size]] = []
-    handle = layer.register_forward_hook(
-        lambda module, args, kwargs, output: calls.append((first_argument(args, kwargs).detach(), output.shape)), with_kwargs=True
-    )
+class _Seen(Exception):  # noqa: N818 it is no error
+    """Ends a pass through a network whose rest nobody reads."""
+
+
+def _inputs_of(layer: nn.Module, model: nn.Module, inputs: Any, calls: int) -> list[tuple[Tensor, torch.Size]]:
+    """Run the model to the last of that many calls of a layer; return the input and the shape of the output of each."""
+    found: list[tuple[Tensor, torch.Size]] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        found.append((first_argument(args, kwargs).detach(), output.shape))
+        if len(found) == calls:
+            raise _Seen
+
+    handle = layer.register_forward_hook(keep, with_kwargs=True)
     try:
-        yield calls
+        call_model(model, inputs)
+    except _Seen:
+        pass
     finally:
         handle.remove()
+    return found
 
 
-def _order(model: nn.Module, layers: dict[str, OneWeight], inputs: Any) -> list[str]:
-    """Return the names of the layers in the order of their first calls; of those that are called."""
+def _order(model: nn.Module, layers: dict[str, OneWeight], inputs: Any) -> Counter[str]:
+    """Return how often each layer is called, in the order of their first calls; without those that are not called."""
     names: list[str] = []
     handles = [layer.register_forward_pre_hook(lambda *_, name=name: names.append(name)) for name, layer in layers.items()]
     try:
@@ -187,7 +197,7 @@ def _order(model: nn.Module, layers: dict[str, OneWeight], inputs: Any) -> list[
     finally:
         for handle in handles:
             handle.remove()
-    return list(dict.fromkeys(names))
+    return Counter(names)
 
 
 @dataclass(frozen=True)
@@ -207,14 +217,12 @@ class _Moments:
     own_mean: Tensor
 
 
-def _moments(corrected: nn.Module, dense: nn.Module, layer: OneWeight, original: nn.Module, batches: Iterable[Any]) -> _Moments:
-    """Run both networks over the data."""
+def _moments(corrected: nn.Module, dense: nn.Module, layer: OneWeight, original: nn.Module, batches: Iterable[Any], calls: int) -> _Moments:
+    """Run both networks over the data, as far as the layer, which they call that often."""
     own = cross = dense_sum = own_sum = torch.zeros((), dtype=torch.float64)
     count = 0
     for inputs in batches:
-        with _inputs_of(original) as before, _inputs_of(layer) as now:
-            call_model(dense, inputs)
-            call_model(corrected, inputs)
+        before, now = _inputs_of(original, dense, inputs, calls), _inputs_of(layer, corrected, inputs, calls)
         for (x, shape), (x_now, _) in zip(before, now, strict=True):
             pairs = zip(layer.input_rows(x, shape, "channel"), layer.input_rows(x_now, shape, "channel"), strict=True)
             for rows, rows_now in ((a.double(), b.double()) for a, b in pairs):

@@ -109,7 +109,8 @@ def test_layers_that_cannot_be_compared_do_not_teach() -> None:
             return self.last(nn.functional.linear(self.first(x).relu(), self.read.weight).relu())
 
     dense, batch = Reads(), (torch.randn(8, 16), torch.zeros(8, dtype=torch.int64))
-    taught = teacher_for(dense, batch)
+    taught = teacher_for(dense, [batch], LOSS)
+    assert taught is not None
     assert showing(taught, sp.factorize(dense, where=lambda name, _: name in ("first", "read")), batch).layers == ("first",)
     assert showing(taught, sp.factorize(dense, where=lambda name, _: name == "first"), batch).layers is None
     assert showing(taught, sp.factorize(dense, where=lambda name, _: name == "read"), batch).features == 0.0
@@ -249,14 +250,32 @@ def test_a_recurrent_language_model_with_two_limits() -> None:
 
 
 def test_the_teacher_knows_the_axis_of_the_classes() -> None:
-    images = (torch.zeros(2, 6), torch.zeros(2, dtype=torch.int64))
-    assert teacher_for(nn.Linear(6, 3), images).dim == 1  # type: ignore[union-attr]
-    sequence = (torch.zeros(2, 5, 6), torch.zeros(2, 5, dtype=torch.int64))
-    assert teacher_for(nn.Linear(6, 3), sequence).dim == 2  # type: ignore[union-attr]
-    pixels = (torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4, dtype=torch.int64))
-    assert teacher_for(nn.Conv2d(1, 3, 1), pixels).dim == 1  # type: ignore[union-attr]
-    assert teacher_for(nn.Linear(6, 3), (torch.zeros(2, 6), torch.zeros(2, 3))) is None  # a regression
-    assert teacher_for(nn.Linear(6, 1), (torch.zeros(2, 6), torch.zeros(2, 1, dtype=torch.int64))) is None
+    def axis(dense: nn.Module, inputs: Tensor, target: Tensor) -> int | None:
+        found = teacher_for(dense, [(inputs, target)], nn.CrossEntropyLoss() if target.dim() != 2 else zoo.language_model_loss)
+        return None if found is None else found.dim
+
+    labels = torch.int64
+    assert axis(nn.Linear(6, 3), torch.zeros(2, 6), torch.zeros(2, dtype=labels)) == 1
+    assert axis(nn.Linear(6, 3), torch.zeros(2, 5, 6), torch.zeros(2, 5, dtype=labels)) == 2
+    assert axis(nn.Conv2d(1, 3, 1), torch.zeros(2, 1, 4, 4), torch.zeros(2, 4, 4, dtype=labels)) == 1
+    assert axis(nn.Linear(6, 3), torch.zeros(2, 6), torch.zeros(2, 3)) is None  # a regression
+    assert axis(nn.Linear(6, 1), torch.zeros(2, 6), torch.zeros(2, 1, dtype=labels)) is None
+
+
+def test_a_teacher_that_knows_the_examples_by_heart_shows_no_layers_and_says_it_softer(trained: tuple[nn.Module, Any]) -> None:
+    dense = copy.deepcopy(trained[0])
+    known = [(images, dense(images).argmax(1)) for images, _ in trained[1].train]  # labels it never misses
+    for share, way in ((1.0, (2.0, 0.5, 2.0, 0.5)), (100.0, (4.0, 0.7, 0.0, 1.0))):
+        with torch.no_grad():
+            dense.head.weight.mul_(share)
+            dense.head.bias.mul_(share)
+        knows = sp.evaluate(dense, known, LOSS)["loss"] < 0.05
+        taught = teacher_for(dense, known, LOSS)
+        assert taught is not None
+        assert (knows, taught.temperature, taught.weight, taught.features, taught.until) == (share > 1, *way)
+    result = compress(dense, known, LOSS, budget=sp.Budget(macs=0.3), epochs=1, progress=False, examples=256)
+    assert result.teacher is not None
+    assert (result.teacher["temperature"], result.teacher["features"]) == (4.0, 0.0)
 
 
 def test_first_examples_are_whole_batches() -> None:

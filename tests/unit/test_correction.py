@@ -175,6 +175,30 @@ class Several(nn.Module):
         return self.twice(torch.tanh(self.twice(self.two(torch.tanh(self.one(y))))))
 
 
+def test_passes_end_at_the_layer_that_they_are_for() -> None:
+    """Also at the last of several calls of it: the middle layer runs twice."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.middle, self.last = (nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.middle(self.middle(self.first(x).relu()).relu()))
+
+    dense, data = Twice(), [torch.randn(32, 6) for _ in range(2)]
+    runs: list[str] = []
+    for name, layer in dense.named_children():
+        layer.register_forward_hook(lambda *_, name=name: runs.append(name))
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(5))  # with the same hooks
+    corrected = correct(cut, dense, data)
+    once, both, batches = 1, 2, len(data)  # to see the order; for each layer
+    assert runs.count("first") == once + both * batches * 3
+    assert runs.count("middle") == 2 * (once + both * batches * 2)
+    assert runs.count("last") == once + both * batches
+    assert all(len(layer._forward_hooks) == 1 for _, layer in named_layers(corrected))
+
+
 def test_what_is_left_out_is_listed() -> None:
     dense = Several().double()
     cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(3))
