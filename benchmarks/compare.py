@@ -40,6 +40,7 @@ from spectrim import (
     Orthogonality,
     PolarHoyer,
     allocate,
+    balance_,
     evaluate,
     factorize,
     fit,
@@ -221,6 +222,8 @@ class Job:
         """
         if not epochs:
             return model
+        if not penalties:
+            balance_(model)
         peak, steps = self.knobs.get("peak", self.task.peak), epochs * len(self.data.train)
         optimizer, scheduler = trainer(self.task, model, peak, steps)
         teacher = Distillation(copy.deepcopy(self.dense), **self.task.distill) if self.method.endswith("_distilled") else None

@@ -64,7 +64,8 @@ column is bold. A dash is a run that has not been made; how many are missing sta
 - **PolarHoyer**: half of the epochs with the penalty on the dense weights, then as truncated SVD.
 - **`compress`**: ours, with its own defaults: where the dense network is far ahead of the cut one it teaches, by what it says (temperature
   2, half of the loss; rows that say *distilled* have 4 and 0.7 on images) and in the first half of the steps by what its layers put out,
-  too; one that knows its training images by heart (ResNet-20 and 56) as in the rows that say *distilled*. *By outputs alone*: never by layers, and however far ahead it is; *by layers all along*: in the second half, too.
+  too; one that knows its training images by heart (ResNet-20 and 56) as in the rows that say *distilled*. *By outputs alone*: never by
+  layers, and however far ahead it is; *by layers all along*: in the second half, too.
 - **narrower network**: the largest multiple of all widths that fits, trained from random weights, with its own peak learning rate.
 - **filter pruning**: whole channels by group norm, uniformly or globally, whichever does better on the validation split before fine-tuning.
 """

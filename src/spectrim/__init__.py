@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from spectrim.allocate import Budget, allocate
+from spectrim.balance import balance_
 from spectrim.calibration import calibrate
 from spectrim.checkpoint import load, save
 from spectrim.compress import compress
@@ -62,6 +63,7 @@ __all__ = [
     "Tracking",
     "WhitenedEnergy",
     "allocate",
+    "balance_",
     "calibrate",
     "choose_execution",
     "compare_importances",

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from spectrim.allocate import Budget, allocate
+from spectrim.balance import balance_
 from spectrim.calibration import Calibration, calibrate
 from spectrim.checkpoint import load, save
 from spectrim.correction import correct, recalibrate
@@ -179,7 +180,8 @@ def compress(
             loss). None for never.
         optimizer: makes an optimizer from parameters; Adam with rate 0.001 when omitted. Its rate rises for a fifth of the steps and
             falls along a cosine to zero.
-        penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`.
+        penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`. Without any, and without
+            `squeeze`, the factors of large weights are fine-tuned as `balance_` leaves them, and orthonormal again in the end.
         clip: largest norm of the gradient, see `fit`.
         precision: of fine-tuning, see `fit`.
         compiled: fine-tune through `torch.compile`, see `fit`.
@@ -238,7 +240,7 @@ def compress(
     if distill == "auto" and epochs and own_teacher is not None:
         teacher = showing(own_teacher, low, known[0])
     tuner = _Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
-    training = round(epochs * squeeze)
+    training, balanced = round(epochs * squeeze), []  # type: tuple[int, list[str]]
     if training:
         how = "squeezed"
         tuner.start(low)
@@ -254,11 +256,14 @@ def compress(
         scores |= found
         if distill == "auto" and epochs and not cutter.far(low):
             tuner.teacher = None
+        balanced = [] if penalties else balance_(low)
         tuner.start(low)
     if epochs > training:
         rest = tuner.run(low, epochs - training, penalties, "finetune")
         history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
         scores["final"] = cutter.score(low)
+    if balanced:  # S is a spectrum again
+        prune_(low, {name: factors.rank for name, factors in named_factors(low) if name in balanced})
     low.eval()
     final = merge(low, latency=latency)
     measured = measure_together({"dense": dense.eval(), "final": final}, inputs, cutter.judged, loss)

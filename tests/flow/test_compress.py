@@ -306,3 +306,19 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     with pytest.raises(SystemExit, match="2"):
         cli.main(["compress", str(recipe), "--quiet"])
     assert "no budget" in capsys.readouterr().err
+
+
+def test_large_weights_are_balanced_while_they_are_fine_tuned_and_orthonormal_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(nn.Embedding(1500, 8), nn.Flatten(), nn.Linear(8, 3))
+    data = [(torch.randint(1500, (64, 1)), torch.randint(3, (64,))) for _ in range(4)]
+    seen: list[list[str]] = []
+    module = sys.modules["spectrim.compress"]
+    monkeypatch.setattr(module, "balance_", lambda network: seen.append(sp.balance_(network)) or seen[-1])
+    call = {"budget": sp.Budget(params=0.7), "epochs": 1, "where": sp.match("*"), "progress": False, "distill": None}
+    made = compress(model, data, LOSS, **call)
+    assert seen == [["0"]]
+    factors = dict(sp.named_factors(made.low))["0"]
+    assert torch.allclose(factors.U.mT @ factors.U, torch.eye(factors.rank), atol=1e-5)
+    assert torch.allclose(made.model(data[0][0]), made.low(data[0][0]), atol=1e-5)
+    compress(model, data, LOSS, penalties=[sp.Orthogonality()], **call)
+    assert len(seen) == 1  # a penalty on the factors wants them as they are
