@@ -177,7 +177,7 @@ def compress(
             their numbers, and the network, once cut, has far to go: at least twice the dense network's loss on the examples, or a quarter
             of a nat more. It teaches by what it says (temperature 2, half of the loss) and, in the first half of the steps, by what its
             layers put out; where it knows the examples by heart (a loss below 0.05) by what it says alone (temperature 4, 0.7 of the
-            loss). None for never.
+            loss). With `squeeze` it teaches from the first epoch on, however near the cut network is. None for never.
         optimizer: makes an optimizer from parameters; Adam with rate 0.001 when omitted. Its rate rises for a fifth of the steps and
             falls along a cosine to zero.
         penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`. Without any, and without
