@@ -1,10 +1,14 @@
 """`balance_` gives the factors of large weights entries of one size, which is what optimizers with one step size for all expect."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
 from spectrim.errors import SettingError
 from spectrim.layers import Factors, named_factors
+from spectrim.prune import prune_
 from spectrim.sharded import refuse_shards
 
 
@@ -48,6 +52,19 @@ def balance_(model: nn.Module, above: int = 1024) -> list[str]:
             _balance(factors)
             names.append(name)
     return names
+
+
+@contextmanager
+def balanced(model: nn.Module) -> Iterator[list[str]]:
+    """Balance a model's large weights for the body, and make their factors orthonormal again after it, `S` their spectrum.
+
+    Args:
+        model: factorized, or dense: nothing happens then.
+    """
+    names = balance_(model)
+    yield names
+    if names:
+        prune_(model, {name: factors.rank for name, factors in named_factors(model) if name in names})
 
 
 def _balance(factors: Factors) -> None:

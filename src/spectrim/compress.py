@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from spectrim.allocate import Budget, allocate
-from spectrim.balance import balance_
+from spectrim.balance import balanced
 from spectrim.calibration import Calibration, calibrate
 from spectrim.checkpoint import load, save
 from spectrim.correction import correct, recalibrate
@@ -240,7 +241,7 @@ def compress(
     if distill == "auto" and epochs and own_teacher is not None:
         teacher = showing(own_teacher, low, known[0])
     tuner = _Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
-    training, balanced = round(epochs * squeeze), []  # type: tuple[int, list[str]]
+    training = round(epochs * squeeze)
     if training:
         how = "squeezed"
         tuner.start(low)
@@ -256,14 +257,12 @@ def compress(
         scores |= found
         if distill == "auto" and epochs and not cutter.far(low):
             tuner.teacher = None
-        balanced = [] if penalties else balance_(low)
         tuner.start(low)
     if epochs > training:
-        rest = tuner.run(low, epochs - training, penalties, "finetune")
+        with nullcontext() if training or penalties else balanced(low):
+            rest = tuner.run(low, epochs - training, penalties, "finetune")
         history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
         scores["final"] = cutter.score(low)
-    if balanced:  # S is a spectrum again
-        prune_(low, {name: factors.rank for name, factors in named_factors(low) if name in balanced})
     low.eval()
     final = merge(low, latency=latency)
     measured = measure_together({"dense": dense.eval(), "final": final}, inputs, cutter.judged, loss)

@@ -312,9 +312,13 @@ def test_large_weights_are_balanced_while_they_are_fine_tuned_and_orthonormal_ag
     model = nn.Sequential(nn.Embedding(1500, 8), nn.Flatten(), nn.Linear(8, 3))
     data = [(torch.randint(1500, (64, 1)), torch.randint(3, (64,))) for _ in range(4)]
     seen: list[list[str]] = []
-    module = sys.modules["spectrim.compress"]
-    monkeypatch.setattr(module, "balance_", lambda network: seen.append(sp.balance_(network)) or seen[-1])
-    call = {"budget": sp.Budget(params=0.7), "epochs": 1, "where": sp.match("*"), "progress": False, "distill": None}
+
+    def noted(network: nn.Module) -> list[str]:
+        seen.append(sp.balance_(network))
+        return seen[-1]
+
+    monkeypatch.setattr(sys.modules["spectrim.balance"], "balance_", noted)
+    call: dict[str, Any] = {"budget": sp.Budget(params=0.7), "epochs": 1, "where": sp.match("*"), "progress": False, "distill": None}
     made = compress(model, data, LOSS, **call)
     assert seen == [["0"]]
     factors = dict(sp.named_factors(made.low))["0"]
