@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -31,7 +31,6 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from spectrim.allocate import Budget, allocate
-from spectrim.balance import balanced
 from spectrim.checkpoint import load, save
 from spectrim.correction import recalibrate
 from spectrim.costs import spectra
@@ -688,8 +687,7 @@ class Run:
 
     def _finetune(self, cut: nn.Module, dense: nn.Module, phase: Phase, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         tuned = copy.deepcopy(cut)
-        with nullcontext() if phase.penalties or phase.rank_schedule else balanced(tuned):
-            log = self._fit(tuned, phase, folder / "phase-0", dense)
+        log = self._fit(tuned, phase, folder / "phase-0", dense)
         return tuned, {**log, "val": self._validate(tuned)}
 
     def _truncated(self, dense: nn.Module, final: nn.Module, phase: Phase, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
