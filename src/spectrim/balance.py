@@ -19,8 +19,9 @@ def balance_(model: nn.Module, above: int = 1024) -> list[str]:
     With the ``c`` for which the entries of both factors have the same root mean square. The weights stay the same. Columns of `U` that are
     orthonormal have entries of size ``1 / sqrt(rows)``: of a vocabulary of 10,000 words, 0.01, and Adam, whose every step is as large as
     the learning rate in every entry, moves them by a tenth of their size with a rate of 0.001, times a singular value in the hundreds.
-    Balanced factors move about as far as the dense weight would, fit faster, and overfit sooner. `S` of a balanced weight is no spectrum, and its factors are not
-    orthonormal, until `prune` cuts it: so this is for fine-tuning without penalties on factors, and before the optimizer is made.
+    Balanced factors move about as far as the dense weight would, fit faster, and overfit sooner. `S` of a balanced weight is no spectrum,
+    and its factors are not orthonormal, until `prune` cuts it: so this is for fine-tuning without penalties on factors, and before the
+    optimizer is made.
 
     Args:
         model: factorized.
