@@ -53,7 +53,8 @@ HEAD = """# Comparison
 This page is written by `python benchmarks/compare_report.py` from the files in `benchmarks/results/compare`, which
 `python benchmarks/compare.py TASK` wrote. All methods of a task start from the same dense network (the narrower one from random weights),
 and get the same epochs, optimizer, batches and shape of learning-rate schedule, and at most the stated fraction of the dense network's
-multiply-accumulates. Numbers are those of the test split, which is read once, at the end of a run, unless a table says validation; mean `±`
+multiply-accumulates. Fine-tuning without a penalty on the factors balances those of weights with a side above 1,024 (`balance_`), in all
+rows alike. Numbers are those of the test split, which is read once, at the end of a run, unless a table says validation; mean `±`
 sample standard deviation over `n` seeds. With n=1 there is no deviation, and differences below about 0.3 point mean nothing. The best of a
 column is bold. A dash is a run that has not been made; how many are missing stands below each table.
 

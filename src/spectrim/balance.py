@@ -25,7 +25,7 @@ def balance_(model: nn.Module, above: int = 1024) -> list[str]:
 
     Args:
         model: factorized.
-        above: balance the weights with a side longer than this, >= 0. The smaller ones gain nothing.
+        above: balance the weights with a side longer than this, >= 0. Smaller ones gained nothing in trials.
 
     Returns:
         The names of the weights that were balanced, tied ones once.
@@ -69,6 +69,7 @@ def balanced(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _balance(factors: Factors) -> None:
+    # not `Factors.balanced`, whose halves are of one norm: the long one would keep the smaller entries
     U = factors.U.double() * factors.S.double().abs().unsqueeze(-2)
     Vh = factors.Vh.double()
     mine, theirs = U.square().mean().sqrt(), Vh.square().mean().sqrt()

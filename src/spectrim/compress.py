@@ -62,7 +62,7 @@ BY_HEART = 0.05
 RECITING: dict[str, Any] = {"temperature": 4.0, "weight": 0.7}
 """How a dense network teaches that knows the training examples by heart: by what it says alone, softened more.
 
-What such a network says of them is hardly more than their labels, until softened, and what its layers put out is its memory of them.
+A guess at why: what it says of them is hardly more than their labels, until softened, and what its layers put out is its memory of them.
 """
 
 WARMUP = 0.2
