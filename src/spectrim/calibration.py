@@ -1,9 +1,9 @@
 """`calibrate` runs a factorized model on some data and keeps the second moments of what each weight meets."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from spectrim.errors import LayerError, SettingError
-from spectrim.layers import FactorizedLayer, Factors, named_factors
+from spectrim.layers import FactorizedLayer, Factors, factor_name, named_factors, named_layers
 from spectrim.layers.attention import observed_attention
 from spectrim.layers.base import OneWeight
 from spectrim.layers.embedding import FactorizedEmbedding
@@ -30,6 +30,9 @@ NOT_CALLED = "the model did not call its layer on these data"
 WIDE = "it has so many inputs that their moments would fill the memory"
 EMBEDDING = "an embedding: whatever its data leave out would be lost, so it is cut by its own spectrum"
 
+CONSTANT = 1e-12
+"""Inputs that vary by less than this share of their second moment are taken for constant, and their mean is not taken out."""
+
 Loss = Callable[[Any, Any], Tensor]
 
 
@@ -43,16 +46,22 @@ class Calibration:
     horizontal offset is an output of its own. Tied weights and layers that run more than once add up; a packed projection of attention on
     a query, a key and a value that differ sees each of them.
 
+    Where a bias can take up what a cut does to the mean of the output, ``b <- b + D m``, only the inputs' deviations from their mean
+    count (see `absorbing`).
+
     Attributes:
-        inputs: ``(in, in)`` or ``(blocks, in, in)``, float64: the mean over examples of the sum over positions of ``x x^T``.
+        inputs: ``(in, in)`` or ``(blocks, in, in)``, float64: the mean over examples of the sum over positions of ``x x^T``, or of
+            ``(x - m) (x - m)^T`` for the weights in `means`.
         outputs: ``(out, out)`` or ``(blocks, out, out)``, float64: the mean over examples and positions of ``g g^T``, ``g`` the gradient of
             one example's loss. Empty without a loss; of more than `WIDEST` outputs it is left out.
         slopes: ``(rank,)`` or ``(blocks, rank)``: the mean gradient of the loss with respect to ``S``. Empty without a loss.
         skipped: weights without moments (embeddings, more than `WIDEST_INPUTS` inputs, what the model does not call), and why.
         examples: how many were seen.
+        means: ``m``, ``(in,)`` or ``(blocks, in)``, float64: the mean over examples and positions, for weights whose bias takes it up.
 
     Source: Martens and Grosse, arXiv 1503.05671, section 3; Grosse and Martens, arXiv 1602.01407, section 3 (convolutions).
-    Deviation: gradients are those of the targets given (the empirical Fisher), not of targets drawn from the model.
+    Deviation: gradients are those of the targets given (the empirical Fisher), not of targets drawn from the model; means are taken out
+    where they cost nothing.
     """
 
     inputs: Mapping[str, Tensor]
@@ -60,6 +69,7 @@ class Calibration:
     slopes: Mapping[str, Tensor]
     skipped: Mapping[str, str]
     examples: int
+    means: Mapping[str, Tensor] = field(default_factory=dict)
 
     def metrics(self, name: str, shape: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
         """Return the metrics ``(left, right)`` of one weight for `linalg.weighted_svd`; None for one that there is not.
@@ -79,12 +89,18 @@ class Calibration:
 
 
 def calibrate(
-    model: nn.Module, data: Iterable[Any], loss: Loss | None = None, *, examples: int | None = 1024, progress: bool = False
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Loss | None = None,
+    *,
+    examples: int | None = 1024,
+    centered: bool = True,
+    progress: bool = False,
 ) -> Calibration:
     """Run a factorized model in eval mode and measure the second moments at each of its weights.
 
-    ``A = 1/n sum_examples sum_positions x x^T`` of each weight's inputs; with a loss also ``G``, the same mean, over positions too, of the
-    gradients at its outputs, for one backward pass a batch.
+    ``A = 1/n sum_examples sum_positions x x^T`` of each weight's inputs, less their mean where a bias takes it up; with a loss also ``G``,
+    the same mean, over positions too, of the gradients at its outputs, for one backward pass a batch.
 
     Runs on a copy of the model, in which recurrent layers loop over time and attention calls its projections one by one: the same function
     in layers that can be observed. Nothing about the model changes, nor do torch's random generators.
@@ -94,6 +110,7 @@ def calibrate(
         data: batches ``(inputs, target)``; without a loss bare inputs too (a tuple or list of two is taken for inputs and target).
         loss: called as ``loss(output, target)``, gives the mean over a batch; None for `inputs` alone.
         examples: stop after the batch that completes this number, counted along the leading dimension, >= 1; None for all data.
+        centered: whether to take the mean out of the inputs where a bias takes it up (see `absorbing`); the sources do not.
         progress: whether to show a progress bar, on stderr and on a terminal only.
 
     Returns:
@@ -105,9 +122,11 @@ def calibrate(
 
     Examples:
         >>> from spectrim.factorize import factorize
-        >>> low = factorize(nn.Linear(2, 2))
-        >>> calibrate(low, [torch.tensor([[1.0, 0.0], [3.0, 0.0]])]).inputs[""].tolist()
+        >>> inputs = [torch.tensor([[1.0, 0.0], [3.0, 0.0]])]
+        >>> calibrate(factorize(nn.Linear(2, 2, bias=False)), inputs).inputs[""].tolist()
         [[5.0, 0.0], [0.0, 0.0]]
+        >>> calibrate(factorize(nn.Linear(2, 2)), inputs).inputs[""].tolist()
+        [[1.0, 0.0], [0.0, 0.0]]
 
     Source: Martens and Grosse, arXiv 1503.05671; Grosse and Martens, arXiv 1602.01407.
     """
@@ -115,7 +134,7 @@ def calibrate(
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
     check_examples("calibrate", examples)
     observed, held = _observable(model)
-    sums = _Sums({id(factors): name for name, factors in held.items()})
+    sums = _Sums({id(factors): name for name, factors in held.items()}, absorbing(model) if centered else ())
     for factors in held.values():
         factors.S.requires_grad_(loss is not None)
     seen = 0
@@ -137,10 +156,13 @@ class _Sums:
 
     Args:
         names: by the ``id`` of factors.
+        absorbing: those whose mean is taken out.
     """
 
-    def __init__(self, names: Mapping[int, str]) -> None:
-        self.names = names
+    def __init__(self, names: Mapping[int, str], absorbing: Collection[str]) -> None:
+        self.names, self.absorbing = names, absorbing
+        self.totals: dict[str, Tensor] = {}
+        self.rows: dict[str, int] = defaultdict(int)
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.slopes: dict[str, Tensor] = {}
@@ -170,6 +192,9 @@ class _Sums:
             return
         for rows in layer.input_rows(x.detach(), output.shape):
             add_gram(self.inputs, name, rows)
+            if name in self.absorbing:
+                total = rows.sum(-2, dtype=torch.float64)
+                self.totals[name], self.rows[name] = self.totals.get(name, 0) + total, self.rows[name] + rows.shape[-2]
         if output.requires_grad and factors.shape[0] <= WIDEST:
             observe: Any = output.register_hook
             observe(lambda grad: self._differentiated(layer, name, x.shape, grad))
@@ -196,13 +221,49 @@ class _Sums:
                 if name in sums and not torch.isfinite(sums[name]).all():
                     raise LayerError(name, f"its {side} are not finite", hint="look for NaN or overflow in the data or the model")
         skipped = {name: self.skipped.get(name, NOT_CALLED) for name in held if name not in inputs}
+        means = {}
+        for name, total in self.totals.items():
+            mean = total / self.rows[name]
+            centered = inputs[name] - total.unsqueeze(-1) * mean.unsqueeze(-2)
+            trace, rest = (float(moment.diagonal(dim1=-2, dim2=-1).sum()) for moment in (inputs[name], centered))
+            if rest > CONSTANT * trace:
+                inputs[name], means[name] = centered, mean if held[name].S.dim() > 1 else mean[0]
         return Calibration(
             {name: _blocked(moment, held[name]) / examples for name, moment in inputs.items()},
             {name: _blocked(moment, held[name]) / self.positions[name] for name, moment in outputs.items()},
             {name: self.slopes[name] / examples for name in held if name in self.slopes},
             skipped,
             examples,
+            means,
         )
+
+
+def absorbing(model: nn.Module) -> dict[str, OneWeight]:
+    """Return the layers whose bias takes up whatever a cut of their weight does to the mean of their output, by the weight's name.
+
+    Linear layers and convolutions with a bias and a weight of their own. Not in the spatial scheme, where each horizontal offset is an
+    output of its own and the padding keeps some of them from reaching the bias; not packed or recurrent weights.
+
+    Args:
+        model: factorized.
+
+    Examples:
+        >>> from spectrim.factorize import factorize
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=False))
+        >>> list(absorbing(factorize(model, where=lambda name, module: True)))
+        ['0']
+    """
+    users = Counter(id(factors) for _, layer in named_layers(model) for _, factors in layer.named_factors())
+    users += Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
+
+    def absorbs(layer: OneWeight) -> bool:
+        factors, bias = layer.factors_of("weight"), getattr(layer, "bias", None)
+        if not isinstance(bias, Tensor) or layer.scheme == "spatial" or isinstance(layer, FactorizedEmbedding):
+            return False
+        return bias.shape == (factors.U[..., 0].numel(),) and users[id(factors)] == users[id(bias)] == 1
+
+    layers = ((factor_name(name, "weight"), layer) for name, layer in named_layers(model) if isinstance(layer, OneWeight))
+    return {name: layer for name, layer in layers if absorbs(layer)}
 
 
 def _blocked(moment: Tensor, factors: Factors) -> Tensor:

@@ -48,7 +48,7 @@ LEARNING_RATE = 1e-3
 """Of the default optimizer, Adam."""
 
 AHEAD, NATS_AHEAD = 2.0, 0.25
-"""From which on a cut network has far to go: its loss on training examples over the dense network's, or of a classifier above it.
+"""From which on a cut classifier has far to go: its loss on training examples over the dense network's, or above it.
 
 Then the dense network teaches; nearer to it labels alone do. Chosen by trials on ResNet-8, ResNet-20 and LeNet-5: a rule of few networks.
 """
@@ -232,14 +232,13 @@ def compress(
     inputs = one_example(data) if example_inputs is None else example_inputs
     known = first_examples(data, examples)
     dense = copy.deepcopy(model)
-    own_teacher = teacher_for(dense, known, loss)
     judged = known if eval_data is None else eval_data
-    cutter = _Cutter(dense, loss, budget, inputs, known, judged, importance, latency, classifies=own_teacher is not None)
+    cutter = _Cutter(dense, loss, budget, inputs, known, judged, importance, latency)
     scores, history = {"dense": cutter.score(dense)}, History()
     low = factorize(dense, scheme, where, progress=progress)
-    teacher = distill if isinstance(distill, Distillation) else None
-    if distill == "auto" and epochs and own_teacher is not None:
-        teacher = showing(own_teacher, low, known[0])
+    teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
+    if chosen and (able := teacher_for(dense, known, loss)):
+        teacher = showing(able, low, known[0])
     tuner = _Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
     training = round(epochs * squeeze)
     if training:
@@ -247,6 +246,7 @@ def compress(
         tuner.start(low)
         toward = Squeeze(budget, end=1.0, importance=importance, latency=latency, cut=False)
         history = tuner.run(low, training, [Orthogonality(), *penalties], "squeeze", toward)
+        recalibrate(low, known)  # at a high learning rate the running statistics are behind
         scores["squeezed"] = cutter.score(low)
         prune_(low, allocate(low, budget, inputs, importance=importance, latency=latency), tuner.optimizer)
         scores["cut"] = cutter.score(low)
@@ -255,7 +255,7 @@ def compress(
     else:
         low, how, found = store.cut(dense, lambda: cutter.cut(low, cut))
         scores |= found
-        if distill == "auto" and epochs and not cutter.far(low):
+        if chosen and teacher is not None and not cutter.far(low):
             tuner.teacher = None
         tuner.start(low)
     if epochs > training:
@@ -325,15 +325,14 @@ class _Cutter:
     judged: Iterable[Any]
     importance: Importance | None
     latency: Latencies | None
-    classifies: bool
 
     def score(self, network: nn.Module) -> dict[str, float]:
         return evaluate(network, self.judged, self.loss)
 
     def far(self, cut: nn.Module) -> bool:
-        """Return whether a cut network knows that much less of the training examples than the dense one."""
+        """Return whether a cut classifier knows that much less of the training examples than the dense one."""
         behind, ahead = (evaluate(network, self.known, self.loss)["loss"] for network in (cut, self.dense))
-        return behind >= (min(AHEAD * ahead, ahead + NATS_AHEAD) if self.classifies else AHEAD * ahead)
+        return behind >= min(AHEAD * ahead, ahead + NATS_AHEAD)
 
     def cut(self, full: nn.Module, cut: Cut) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
         """Return the network cut as asked, with that way's name and its scores by stage; left to itself the one that scores best."""

@@ -176,6 +176,8 @@ class NormalizedEnergy:
 class WhitenedEnergy:
     """Energy of what a cut changes in a weight's output, relative to all of it: that of ``W A^(1/2)``, ``A`` the inputs' second moment.
 
+    Where a bias takes up the mean (`Calibration.means`) it is the variance of the output that counts.
+
     ``harm(r) = min_{rank(W_r) = r} tr((W - W_r) A (W - W_r)^T) / tr(W A W^T)``: the share of the output's energy that is lost when the
     weight is cut as ``prune`` cuts it with a calibration made without a loss. Directions into which no input points cost nothing.
 
@@ -188,7 +190,7 @@ class WhitenedEnergy:
         LayerError: when called, if the calibration is of another model.
 
     Source: Yuan et al. (ASVD), arXiv 2312.05821; Wang et al. (SVD-LLM), arXiv 2403.07378, section 3.1, and BALF, as a budget over layers.
-    Deviation: the symmetric root by eigenvalues and not Cholesky's factor, so that inputs may span less than the whole space.
+    Deviation: the symmetric root by eigenvalues and not Cholesky's factor, so that inputs may span less than the whole space; centered inputs.
     """
 
     calibration: Calibration = field(repr=False)

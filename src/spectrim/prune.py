@@ -1,13 +1,13 @@
 """`prune` cuts ranks; `prune_optimizer_state` lets training go on with its moments."""
 
 from collections.abc import Iterable, Mapping
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from spectrim.calibration import Calibration
+from spectrim.calibration import Calibration, absorbing
 from spectrim.errors import LayerError
 from spectrim.factorize import check_names, chooser
 from spectrim.layers import Factors, named_factors
@@ -30,7 +30,9 @@ def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], *, ca
 
     With a calibration each weight ``W`` is cut where its output changes least on the calibration data, or the loss, when the calibration
     was made with one: ``W_r = argmin ||G^1/2 (W - W_r) A^1/2||_F`` with ``A`` the second moment of its inputs and ``G`` that of the loss's
-    gradient at its outputs (none without a loss, or where it is not known). A weight that the calibration skipped is cut plainly.
+    gradient at its outputs (none without a loss, or where it is not known). A weight that the calibration skipped is cut plainly. Where
+    the calibration took the inputs' mean ``m`` out of ``A``, the layer's bias becomes ``b + (W - W_r) m``, so that the mean of the output
+    stays what it was.
 
     Args:
         model: factorized; it is left untouched.
@@ -60,7 +62,9 @@ def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], *, ca
     """
     refuse_shards(model, "prune")
     cut = duplicate(model)
-    for old, new in _cuts(cut, ranks, calibration).values():
+    cuts = _cuts(cut, ranks, calibration)
+    _shift_biases(cut, cuts, calibration)
+    for old, new in cuts.values():
         _swap(old, new)
     return cut
 
@@ -97,6 +101,7 @@ def prune_(
     maps = _rotations((name, *pair) for name, pair in cuts.items())
     if optimizer is not None:
         _check_trained(optimizer, before, before)
+    _shift_biases(model, cuts, calibration)
     for old, new in cuts.values():
         _swap(old, new)
     if optimizer is not None:
@@ -124,6 +129,20 @@ def _cut(name: str, factors: Factors, ranks: RankRule | Mapping[str, SupportsInd
         return factors.cut(chooser(ranks, name, factors.shape, factors.rank), left, right)
     except LayerError as error:
         raise LayerError(name, str(error)) from None
+
+
+@torch.no_grad()
+def _shift_biases(model: nn.Module, cuts: Mapping[str, tuple[Factors, Factors]], calibration: Calibration | None) -> None:
+    """Let the biases take up what the cuts, which are still to be made, do to the mean of each output."""
+    means = {} if calibration is None else calibration.means
+    after = {id(old): new for old, new in cuts.values()}
+    for name, layer in absorbing(model).items() if means else ():
+        old, new = layer.factors_of("weight"), after[id(layer.factors_of("weight"))]
+        if name in means and new.rank < old.rank:
+            mean = means[name].unsqueeze(-1)
+            before, now = ((f.U.double() * f.S.double().abs().unsqueeze(-2)) @ (f.Vh.double() @ mean) for f in (old, new))
+            bias: Any = layer.bias
+            bias.add_((before - now).reshape(bias.shape).to(bias))
 
 
 def _swap(factors: Factors, other: Factors) -> None:

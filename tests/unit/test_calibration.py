@@ -128,7 +128,7 @@ def test_moments_of_a_linear_layer_by_hand() -> None:
 
 def test_every_use_adds_up() -> None:
     low, batches = net(), data()
-    found = calibrate(low, batches)
+    found = calibrate(low, batches, centered=False)
     low.eval()
     sums = {"one": 0, "again": 0}
     with torch.no_grad():
@@ -194,6 +194,60 @@ def test_hidden_states_of_a_deep_bidirectional_layer(backwards: bool) -> None:
         near(found.inputs[f"weight_{kind}_l1{suffix}"], rows.flatten(0, 1).T @ rows.flatten(0, 1) / 3)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel:UserWarning")
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_bias_takes_up_the_mean_of_what_is_cut(name: str) -> None:
+    make, shape = LAYERS[name]
+    low, x = sp.factorize(make().double(), "channel", EVERYTHING), double(*shape) + 2
+    found, raw = calibrate(low, [x]), calibrate(low, [x], centered=False)
+    if low.bias is None:
+        assert not found.means
+        assert torch.equal(found.inputs[""], raw.inputs[""])
+        return
+    y = low(x)
+    rows = rows_of(low.input_rows(x, y.shape))
+    deviations = rows - rows.mean(-2, keepdim=True)
+    near(found.inputs[""], (deviations.mT @ deviations).reshape(found.inputs[""].shape) / found.examples)
+    near(found.means[""], rows.mean(-2).reshape(found.means[""].shape))
+    before = low.bias.detach().clone()
+    change, plain = (sp.prune(low, sp.Fixed(1), calibration=c)(x) - y for c in (found, raw))
+    channel = -1 if name == "linear" else 0 if "unbatched" in name else 1
+    near(change.detach().transpose(0, channel).flatten(1).mean(1), torch.zeros(change.shape[channel]).double())
+    assert change.square().sum() < plain.square().sum()
+    assert torch.equal(low.bias, before)
+    in_place = copy.deepcopy(low)
+    sp.prune_(in_place, sp.Fixed(1), calibration=found)
+    near((in_place(x) - y).detach(), change.detach())
+
+
+def test_only_a_bias_and_a_weight_of_its_own_take_up_a_mean() -> None:
+    low = net()
+    assert set(module.absorbing(low)) == {"again", "encoder.self_attn.out_proj", "encoder.linear1", "encoder.linear2", "idle"}
+    assert set(calibrate(low, data()).means) == {"again", "encoder.self_attn.out_proj", "encoder.linear1", "encoder.linear2"}
+    spatial = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 6, 1))
+    assert set(module.absorbing(sp.factorize(spatial, "spatial", EVERYTHING))) == {"1"}
+    shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    shared[1].bias = shared[0].bias
+    assert not module.absorbing(sp.factorize(shared, where=EVERYTHING))
+
+
+def test_inputs_that_never_vary_keep_their_mean() -> None:
+    low, x = sp.factorize(nn.Linear(6, 5).double(), where=EVERYTHING), double(1, 6).expand(8, 6)
+    found = calibrate(low, [x])
+    assert not found.means
+    near(sp.prune(low, sp.Fixed(1), calibration=found)(x).detach(), low(x).detach())
+
+
+def test_a_cut_that_is_refused_leaves_biases_alone() -> None:
+    low, x = sp.factorize(nn.Linear(6, 5).double(), where=EVERYTHING), double(8, 6) + 1
+    found, before = calibrate(low, [x]), low.bias.detach().clone()
+    stranger = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
+    with pytest.raises(LayerError, match="is trained by the optimizer but is not in both models"):
+        sp.prune_(low, sp.Fixed(1), stranger, calibration=found)
+    assert torch.equal(low.bias, before)
+    assert low.rank == 5
+
+
 def test_packed_sequences_count_what_is_there() -> None:
     low = sp.factorize(nn.GRU(6, 5).double(), where=EVERYTHING)
     sequences = [double(2, 6), double(4, 6)]
@@ -208,7 +262,7 @@ def test_packed_sequences_count_what_is_there() -> None:
 def test_attention() -> None:
     low = sp.factorize(nn.MultiheadAttention(6, 2, batch_first=True).double(), where=EVERYTHING)
     query, key, value = double(2, 3, 6), double(2, 4, 6), double(2, 4, 6)
-    found = calibrate(low, [((query, key, value), None)], squares)
+    found = calibrate(low, [((query, key, value), None)], squares, centered=False)
     near(found.inputs["in_proj_weight"], sum(x.flatten(0, 1).T @ x.flatten(0, 1) for x in (query, key, value)) / 2)
     assert found.outputs["in_proj_weight"][:6, 6:].abs().max() == 0  # a query's gradient is not a key's
     identity = copy.deepcopy(low.out_proj)
