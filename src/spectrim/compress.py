@@ -347,16 +347,8 @@ class _Cutter:
     def _made(self, full: nn.Module, kind: str, moments: Calibration | None = None) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
         if kind != "plain" and moments is None:
             moments = self._moments(full)
-        return self._stages(full, kind, *self._way(kind, moments))
-
-    def _way(self, kind: str, moments: Calibration | None) -> tuple[Importance | None, Calibration | None]:
-        """Return the importance and the metric of one way to cut."""
-        if kind == "plain" or moments is None:
-            return self.importance, None
-        if kind == "whitened":
-            moments = replace(moments, outputs={}, slopes={})
-            return self.importance or WhitenedEnergy(moments), moments
-        return self.importance or LossSensitivity(moments), moments
+        importance, metric = way_to_cut(kind, moments)
+        return self._stages(full, kind, self.importance or importance, metric)
 
     def _stages(
         self, full: nn.Module, kind: str, importance: Importance | None, metric: Calibration | None
@@ -371,6 +363,21 @@ class _Cutter:
         if found["loss"] < scores["recalibrated"]["loss"]:
             return refitted, kind, scores | {"corrected": found}
         return network, kind, scores
+
+
+def way_to_cut(kind: str, moments: Calibration | None) -> tuple[Importance | None, Calibration | None]:
+    """Return what `allocate` and `prune` take for one way to cut: the importance and the calibration.
+
+    Args:
+        kind: ``plain``, ``whitened`` or ``sensitive``.
+        moments: of the network that is cut, with a loss for ``sensitive``; ``plain`` needs none.
+    """
+    if kind == "plain" or moments is None:
+        return None, None
+    if kind == "whitened":
+        moments = replace(moments, outputs={}, slopes={})
+        return WhitenedEnergy(moments), moments
+    return LossSensitivity(moments), moments
 
 
 def _last(scores: dict[str, dict[str, float]]) -> float:

@@ -31,8 +31,10 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from spectrim.allocate import Budget, allocate
+from spectrim.calibration import calibrate
 from spectrim.checkpoint import load, save
-from spectrim.correction import recalibrate
+from spectrim.compress import way_to_cut
+from spectrim.correction import correct, recalibrate
 from spectrim.costs import spectra
 from spectrim.distillation import Distillation, Loss
 from spectrim.errors import FormatError, RecipeError, SettingError
@@ -40,7 +42,7 @@ from spectrim.factorize import Scheme, factorize, merge
 from spectrim.files import write_text
 from spectrim.fit import Precision, fit, generators_of
 from spectrim.layers import factor_name, kind_of, named_factors
-from spectrim.measure import Measurement, evaluate, measure, measure_together, one_example
+from spectrim.measure import Measurement, evaluate, first_examples, measure, measure_together, one_example
 from spectrim.protocols import LayerFilter
 from spectrim.prune import prune
 from spectrim.surgery import decide, match
@@ -138,18 +140,25 @@ class Factorization:
 
 @dataclass
 class Cut:
-    """How ranks are chosen; exactly one of the three.
+    """How ranks are chosen, by exactly one of `rule`, `budget` and `ranks`, and how the weights are cut to them.
 
     Args:
         rule: a rank rule.
-        budget: what the whole network keeps; ranks by the knapsack over spectral energy.
+        budget: what the whole network keeps; ranks by the knapsack over the importance that belongs to the cut.
         ranks: ``{layer: rank}``.
+        cut: ``plain`` keeps the largest singular values of each weight, ``whitened`` what changes its output least on training examples,
+            ``sensitive`` what changes the loss least.
+        correct: refit each layer to its output before the cut by least squares on training examples.
+        examples: how many there are, >= 1.
         recalibrate: renew the statistics of BatchNorm on the training split after the cut.
     """
 
     rule: Component | None = None
     budget: Budget | None = None
     ranks: dict[str, int] | None = None
+    cut: Literal["plain", "whitened", "sensitive"] = "plain"
+    correct: bool = False
+    examples: int = 1024
     recalibrate: bool = False
 
 
@@ -330,7 +339,12 @@ def _check(recipe: Recipe, cut: bool) -> None:
             raise RecipeError(
                 f"prune.budget.{name}", problem, allowed="macs, params, size, size_bytes; or latency_table and allocate in Python"
             )
-    for key, value, least in (("threads", recipe.threads, 0), ("latency_threads", recipe.latency_threads, 1)):
+    least_values = (
+        ("threads", recipe.threads, 0),
+        ("latency_threads", recipe.latency_threads, 1),
+        ("prune.examples", recipe.prune.examples, 1),
+    )
+    for key, value, least in least_values:
         if value < least:
             raise RecipeError(key, f"got {value}", allowed=f">= {least}")
     for name, rank in (recipe.prune.ranks or {}).items():
@@ -673,12 +687,17 @@ class Run:
 
     def _cut(self, low: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         settings = self.recipe.prune
+        known = first_examples(self.data.train, settings.examples) if settings.correct or settings.cut != "plain" else []
+        moments = calibrate(low, known, self.loss, examples=None) if settings.cut != "plain" else None
+        importance, metric = way_to_cut(settings.cut, moments)
         rule: Any = settings.ranks
         if settings.rule is not None:
             rule = make(settings.rule, "prune.rule")
         elif settings.budget is not None:
-            rule = allocate(low, settings.budget, self.example)
-        cut = prune(low, rule)
+            rule = allocate(low, settings.budget, self.example, importance=importance)
+        cut = prune(low, rule, calibration=metric)
+        if settings.correct:
+            cut = correct(cut, low, known, examples=None)
         numbers: dict[str, Any] = {"ranks": ranks(cut), "val_cut": self._validate(cut)}
         if settings.recalibrate:
             recalibrate(cut, self.data.train)

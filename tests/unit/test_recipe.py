@@ -133,7 +133,9 @@ def changed(*changes: str) -> recipes.Recipe:
         ("foo=1", "'foo': unknown key; allowed: model, data, loss, seed, precision"),
         ("dense.epoch=3", "'dense.epoch': unknown key; allowed: epochs, optimizer, scheduler"),
         ("train.0.foo=1", "'train.0.foo': unknown key; allowed: epochs, optimizer"),
-        ("prune.keep=1", "'prune.keep': unknown key; allowed: rule, budget, ranks, recalibrate"),
+        ("prune.keep=1", "'prune.keep': unknown key; allowed: rule, budget, ranks, cut, correct, examples, recalibrate"),
+        ("prune.cut=auto", "'prune.cut': got 'auto'; allowed: plain, whitened, sensitive"),
+        ("prune.examples=0", "'prune.examples': got 0; allowed: >= 1"),
         ("finetune.distill.temp=1", "'finetune.distill.temp': unknown key; allowed: temperature, weight, dim"),
         ("model.foo=1", "'model': got {'class_path': 'mymodule.Net', 'foo': 1}; allowed: an import path, or {class_path"),
         ("model.init_args.foo=1", "'model.init_args.foo': unknown argument; allowed: depth, width"),
@@ -478,6 +480,29 @@ def test_ranks_and_budgets_are_what_the_recipe_says(folder: Path) -> None:
     assert result["stages"]["3-prune"]["val"] != result["stages"]["3-prune"]["val_cut"], "statistics of BatchNorm were renewed"
     with pytest.raises(SettingError, match=r"macs must be at least 0\.\d+ for this network, got 0.01"):
         Run(changed("prune={budget: {macs: 0.01}}"), folder / "small", progress=False).run()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_cut_is_calibrated_where_the_recipe_says_so(folder: Path) -> None:
+    cuts = {}
+    for name, how in {
+        "plain": "",
+        "refit": "correct: true,",
+        "whitened": "cut: whitened,",
+        "sensitive": "cut: sensitive, examples: 8,",
+    }.items():
+        recipe = changed(f"prune={{{how} ranks: {{middle: 2}}}}", "train.0.epochs=0")
+        stages = Run(recipe, folder / name, progress=False).run()["stages"]
+        assert stages["3-prune"]["ranks"] == {"first": 8, "middle": 2}
+        cuts[name] = sp.load(folder / name / "3-prune", make_model(recipe))
+    before = sp.load(folder / "plain" / "2-train", make_model(recipe)).eval()
+    x = torch.cat([inputs for inputs, _ in make_data(recipe).train])
+    with torch.no_grad():
+        read = before.norm(before.first(x))  # what the middle layer reads: it alone is cut
+        errors = {name: float((net.middle(read) - before.middle(read)).square().sum()) for name, net in cuts.items()}
+    assert errors["whitened"] < errors["plain"]
+    assert errors["refit"] == pytest.approx(errors["whitened"], rel=1e-3)  # both are the optimum of that rank
+    assert len({round(error, 4) for error in errors.values()}) == 3, "the loss is harmed least by another cut"
 
 
 @pytest.mark.usefixtures("quick")
