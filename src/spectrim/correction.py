@@ -1,11 +1,14 @@
 """`correct` refits the weights of a cut network to what the network before the cut computes; `recalibrate` renews BatchNorm."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -22,6 +25,12 @@ from spectrim.surgery import duplicate
 
 CUTOFF = 1e-6
 """Directions of the inputs whose second moment is below this share of the largest keep the dense weight: they tell nothing."""
+
+ALIVE = 8
+"""Tensors as large as the largest input of a layer that a network may hold at once, for each batch, in both networks together."""
+
+LARGEST = 2**31
+"""Bytes that all batches may hold at once; with more, networks run anew for each layer, batch by batch."""
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -102,8 +111,9 @@ def correct(
     The closed form of what the first steps of fine-tuning would do, and no more: errors on the calibration data fall, layer by layer, but
     few examples and wide layers fit those examples. BatchNorm layers keep their statistics, which `recalibrate` renews afterwards.
 
-    Takes one pass over the data for each layer, through both networks as far as that layer. Refitted are linear layers and convolutions;
-    `uncorrected` lists what is not.
+    Takes one pass over the data through both networks, which wait at each layer while that is refitted. Where a layer runs more than once
+    or 2 GB would not hold what waits, each layer takes a pass of its own, as far as that layer. Refitted are linear layers and
+    convolutions; `uncorrected` lists what is not.
 
     Args:
         cut: factorized, at its final ranks; it is left untouched.
@@ -145,12 +155,22 @@ def correct(
     originals = _originals(dense, layers)
     console = Console(stderr=True)
     with isolated(corrected), evaluating(corrected), evaluating(dense):
-        order = _order(corrected, layers, batches[0])
-        bar = track(order.items(), "correct", console=console, transient=True, disable=not (progress and console.is_terminal))
-        for name, calls in bar:
-            moments = _moments(corrected, dense, layers[name], originals[name], batches, calls)
-            left = None if calibration is None else calibration.metrics(name, layers[name].factors_of("weight").shape)[0]
-            _refit(layers[name], originals[name], moments, left)
+        order, size = _order(corrected, layers, batches[0])
+
+        def refit(meetings: Iterable[tuple[str, Iterable[_Met]]]) -> None:
+            bar = track(meetings, "correct", len(order), console=console, transient=True, disable=not (progress and console.is_terminal))
+            for name, met in bar:
+                left = None if calibration is None else calibration.metrics(name, layers[name].factors_of("weight").shape)[0]
+                _refit(layers[name], originals[name], _moments(layers[name], met), left)
+
+        if max(order.values(), default=1) == 1 and ALIVE * size * len(batches) <= LARGEST:
+            try:
+                with closing(_in_one_pass(corrected, dense, layers, originals, batches, order)) as meetings:
+                    refit(meetings)
+                return corrected
+            except _Unsteady:
+                corrected.load_state_dict(cut.state_dict())
+        refit(_layer_by_layer(corrected, dense, layers, originals, batches, order))
     return corrected
 
 
@@ -163,6 +183,45 @@ def _originals(dense: nn.Module, layers: dict[str, OneWeight]) -> dict[str, nn.M
             raise LayerError(name, "is not in the network before the cut", hint="give the very network that was factorized and cut")
         found[name] = modules[name]
     return found
+
+
+_Met = tuple[Tensor, torch.Size, Tensor]
+"""What reaches a layer in the dense network, the shape of what it puts out, and what reaches it in the network that is corrected."""
+
+
+def _order(model: nn.Module, layers: dict[str, OneWeight], inputs: Any) -> tuple[Counter[str], int]:
+    """Return how often each layer that is called is, in the order of first calls; and the bytes of the largest input."""
+    names: list[str] = []
+    sizes = [0]
+
+    def note(name: str, args: Any, kwargs: Any) -> None:
+        names.append(name)
+        sizes.append(first_argument(args, kwargs).nbytes)
+
+    def hook(name: str) -> Any:
+        return lambda _, args, kwargs: note(name, args, kwargs)
+
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        call_model(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Counter(names), max(sizes)
+
+
+def _layer_by_layer(
+    corrected: nn.Module,
+    dense: nn.Module,
+    layers: Mapping[str, OneWeight],
+    originals: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    order: Mapping[str, int],
+) -> Iterator[tuple[str, Iterator[_Met]]]:
+    """Yield each layer with what it meets; both networks run anew for each, as far as the layer."""
+    for name, calls in order.items():
+        seen = ((_inputs_of(originals[name], dense, x, calls), _inputs_of(layers[name], corrected, x, calls)) for x in batches)
+        yield name, ((x, shape, now) for before, after in seen for (x, shape), (now, _) in zip(before, after, strict=True))
 
 
 class _Seen(Exception):  # noqa: N818 it is no error
@@ -188,16 +247,58 @@ def _inputs_of(layer: nn.Module, model: nn.Module, inputs: Any, calls: int) -> l
     return found
 
 
-def _order(model: nn.Module, layers: dict[str, OneWeight], inputs: Any) -> Counter[str]:
-    """Return how often each layer is called, in the order of their first calls; without those that are not called."""
-    names: list[str] = []
-    handles = [layer.register_forward_pre_hook(lambda *_, name=name: names.append(name)) for name, layer in layers.items()]
+class _Unsteady(Exception):  # noqa: N818 it is no error
+    """The networks cannot be run side by side: they call layers in different orders, or inside modes of torch that would leak."""
+
+
+def _in_one_pass(
+    corrected: nn.Module,
+    dense: nn.Module,
+    layers: Mapping[str, OneWeight],
+    originals: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    order: Iterable[str],
+) -> Generator[tuple[str, Iterator[_Met]], None, None]:
+    """Yield each layer with what it meets; each network runs once through each batch and waits at the layer while that is refitted.
+
+    Each run is a coroutine of its own: the dense ones wait behind the layer, the corrected ones before it.
+    """
+
+    def stop(name: str, args: Any, kwargs: Any, shape: torch.Size | None) -> None:
+        getcurrent().parent.switch((name, first_argument(args, kwargs).detach(), shape))
+
+    def behind(name: str) -> Any:
+        return lambda _, args, kwargs, output: stop(name, args, kwargs, output.shape)
+
+    def before(name: str) -> Any:
+        return lambda _, args, kwargs: stop(name, args, kwargs, None)
+
+    handles = [originals[name].register_forward_hook(behind(name), with_kwargs=True) for name in order]
+    handles += [layers[name].register_forward_pre_hook(before(name), with_kwargs=True) for name in order]
+    runs = [tuple(greenlet(partial(call_model, network, inputs)) for network in (dense, corrected)) for inputs in batches]
+
+    def advance(run: greenlet, name: str) -> tuple[Tensor, Any]:
+        modes = _modes()
+        stopped = run.switch()
+        if run.dead or stopped[0] != name or _modes() != modes:
+            raise _Unsteady
+        return stopped[1], stopped[2]
+
     try:
-        call_model(model, inputs)
+        for name in order:
+            met = ((advance(first, name), advance(second, name)) for first, second in runs)
+            yield name, ((x, shape, now) for (x, shape), (now, _) in met)
     finally:
+        for run in (run for pair in runs for run in pair):
+            if not run.dead:
+                run.throw()
         for handle in handles:
             handle.remove()
-    return Counter(names)
+
+
+def _modes() -> tuple[bool, ...]:
+    """Return torch's modes, which belong to the thread and so to all coroutines in it."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))
 
 
 @dataclass(frozen=True)
@@ -217,18 +318,16 @@ class _Moments:
     own_mean: Tensor
 
 
-def _moments(corrected: nn.Module, dense: nn.Module, layer: OneWeight, original: nn.Module, batches: Iterable[Any], calls: int) -> _Moments:
-    """Run both networks over the data, as far as the layer, which they call that often."""
+def _moments(layer: OneWeight, met: Iterable[_Met]) -> _Moments:
+    """Add up over all that a layer meets."""
     own = cross = dense_sum = own_sum = torch.zeros((), dtype=torch.float64)
     count = 0
-    for inputs in batches:
-        before, now = _inputs_of(original, dense, inputs, calls), _inputs_of(layer, corrected, inputs, calls)
-        for (x, shape), (x_now, _) in zip(before, now, strict=True):
-            pairs = zip(layer.input_rows(x, shape, "channel"), layer.input_rows(x_now, shape, "channel"), strict=True)
-            for rows, rows_now in ((a.double(), b.double()) for a, b in pairs):
-                own, cross = own + rows_now.mT @ rows_now, cross + rows.mT @ rows_now
-                dense_sum, own_sum = dense_sum + rows.sum(-2), own_sum + rows_now.sum(-2)
-                count += rows.shape[-2]
+    for x, shape, x_now in met:
+        pairs = zip(layer.input_rows(x, shape, "channel"), layer.input_rows(x_now, shape, "channel"), strict=True)
+        for rows, rows_now in ((a.double(), b.double()) for a, b in pairs):
+            own, cross = own + rows_now.mT @ rows_now, cross + rows.mT @ rows_now
+            dense_sum, own_sum = dense_sum + rows.sum(-2), own_sum + rows_now.sum(-2)
+            count += rows.shape[-2]
     own, cross, dense_mean, own_mean = own / count, cross / count, dense_sum / count, own_sum / count
     if layer.bias is not None:
         own = own - own_mean.unsqueeze(-1) * own_mean.unsqueeze(-2)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as sp
+from spectrim import correction as module
 from spectrim.calibration import calibrate
 from spectrim.correction import correct, recalibrate, uncorrected
 from spectrim.errors import LayerError, SettingError
@@ -197,6 +198,58 @@ def test_passes_end_at_the_layer_that_they_are_for() -> None:
     assert runs.count("middle") == 2 * (once + both * batches * 2)
     assert runs.count("last") == once + both * batches
     assert all(len(layer._forward_hooks) == 1 for _, layer in named_layers(corrected))
+
+
+class Residual(nn.Module):
+    """Convolutions and normalisations with a shortcut, in place where it can be; runs its middle in a mode of torch's, or fails."""
+
+    def __init__(self, mode: str = "") -> None:
+        super().__init__()
+        self.one, self.two, self.short = nn.Conv2d(4, 6, 3, bias=False), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(4, 6, 3)
+        self.norm, self.last = nn.BatchNorm2d(6), nn.Linear(6, 5)
+        self.mode, self.runs = mode, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.runs += 1
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.mode == "autocast"):
+            y = torch.relu_(self.norm(self.one(x)))
+            y = self.two(y) + self.short(x)
+        if self.mode == "fails" and self.runs > 3:
+            raise RuntimeError("out of luck")
+        return self.last(y.float().mean((2, 3)))
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("mode", ["", "autocast"])
+def test_one_pass_gives_the_numbers_of_a_pass_for_each_layer(mode: str, scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a network runs its layers in a mode, which would reach the others that wait: they are run one by one then."""
+    dense, data = Residual(mode), [torch.randn(16, 4, 8, 8) for _ in range(3)]
+    cut = sp.prune(sp.factorize(dense, scheme, EVERYTHING), sp.Fixed(3))
+    dense.runs = 0
+    at_once = correct(cut, dense, data)
+    runs = dense.runs
+    monkeypatch.setattr(module, "LARGEST", 0)
+    dense.runs = 0
+    step_by_step = correct(cut, dense, data)
+    assert dense.runs == len(data) * 4  # its four layers
+    assert runs == len(data) if not mode else runs > len(data) * 4
+    for (name, one), other in zip(at_once.named_parameters(), step_by_step.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert any(not torch.equal(one, old) for one, old in zip(at_once.parameters(), cut.parameters(), strict=True))
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.is_grad_enabled()
+    for network in (dense, at_once):
+        assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in network.modules())
+
+
+def test_a_network_that_fails_on_the_way_keeps_no_hooks() -> None:
+    dense, data = Residual("fails"), [torch.randn(16, 4, 8, 8) for _ in range(3)]
+    cut = sp.prune(sp.factorize(dense, "channel", EVERYTHING), sp.Fixed(3))
+    dense.runs = 1
+    with pytest.raises(RuntimeError, match="out of luck"):
+        correct(cut, dense, data)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in dense.modules())
+    assert torch.is_grad_enabled()
 
 
 def test_what_is_left_out_is_listed() -> None:
