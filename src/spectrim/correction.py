@@ -263,9 +263,10 @@ def _in_one_pass(
 
     Each run is a coroutine of its own: the dense ones wait behind the layer, the corrected ones before it.
     """
+    outside = getcurrent()
 
     def stop(name: str, args: Any, kwargs: Any, shape: torch.Size | None) -> None:
-        getcurrent().parent.switch((name, first_argument(args, kwargs).detach(), shape))
+        outside.switch((name, first_argument(args, kwargs).detach(), shape))
 
     def behind(name: str) -> Any:
         return lambda _, args, kwargs, output: stop(name, args, kwargs, output.shape)
