@@ -96,9 +96,10 @@ def allocate(
     """Return the rank of each factorized weight that does the least harm within a budget.
 
     The multiple-choice knapsack ``min sum_l harm_l(r_l)`` subject to ``sum_l cost_l(r_l) <= budget - fixed`` for each limit of the budget,
-    solved to a relative gap of 1e-4 (or to the best found in a minute). Costs are those of the network that `merge` will write, and
-    multiply-accumulates, parameters and bytes are met by count. Seconds are the table's for the weights that it timed; the rest of the
-    network takes what the dense one, run once as a whole in the table's backend, takes beyond its timed weights.
+    solved exactly by dynamic programming where one limit is counted in units that are large enough (most budgets of multiply-accumulates),
+    else by mixed-integer programming to a relative gap of 1e-4 (or to the best found in a minute). Costs are those of the network that
+    `merge` will write, and multiply-accumulates, parameters and bytes are met by count. Seconds are the table's for the weights that it
+    timed; the rest of the network takes what the dense one, run once as a whole in the table's backend, takes beyond its timed weights.
 
     Args:
         model: factorized, at any rank.
@@ -342,12 +343,17 @@ def _knapsack(losses: Sequence[Tensor], limits: Sequence[_Limit], scale: float) 
         scale, most = lost, 2.0  # once more in the unit of what was lost; a choice that alone loses more than all is not in the best
 
 
+STATES = 2**28
+"""Choices times units of cost up to which the knapsack is solved by dynamic programming: a second or two."""
+
 RESOLVED = 1e-2
 """Loss, in the unit that the solver sees, above which its absolute gap of 1e-6 is no wider than its relative one of 1e-4."""
 
 
 def _solve(objective: NDArray[np.float64], starts: NDArray[np.int64], limits: Sequence[_Limit]) -> list[int]:
     """Return the place of the choice for each weight, whose choices are those from its start to the next."""
+    if len(limits) == 1 and (exact := _by_dynamic_programming(objective, starts, limits[0])) is not None:
+        return exact
     from scipy.optimize import Bounds, LinearConstraint, milp  # here, because it takes long to import and few commands need it
     from scipy.sparse import csr_array
 
@@ -378,3 +384,35 @@ def _solve(objective: NDArray[np.float64], starts: NDArray[np.int64], limits: Se
     got = "limits that no ranks meet together" if infeasible else "limits for which no ranks were found in a minute"
     hint = str(solution.message) if infeasible else "multiple=4 leaves fewer ranks to choose from"
     raise SettingError("Budget", together, got=got, rule="looser", hint=hint)
+
+
+def _by_dynamic_programming(objective: NDArray[np.float64], starts: NDArray[np.int64], limit: _Limit) -> list[int] | None:
+    """Return the optimum for one limit of whole numbers, in units of their greatest common divisor; None where that takes too long.
+
+    Ranks of one layer cost multiples of one number, and those numbers have large divisors in common.
+    """
+    if not (np.mod(limit.row, 1) == 0).all() or limit.row.max() > 2**53:
+        return None
+    costs = [limit.row[start:end].astype(np.int64) for start, end in itertools.pairwise(starts)]
+    least = [int(cost.min()) for cost in costs]
+    extra = [cost - low for cost, low in zip(costs, least, strict=True)]
+    unit = int(np.gcd.reduce(np.concatenate(extra))) or 1
+    room = min(math.floor(limit.most) - sum(least), sum(int(cost.max()) for cost in extra)) // unit
+    if (room + 1) * len(objective) > STATES:
+        return None
+    best, places = np.zeros(room + 1), []  # the least loss of the weights so far, with at most so many units
+    for cost, start in zip(extra, starts[:-1], strict=True):
+        found, place = np.full(room + 1, np.inf), np.zeros(room + 1, dtype=np.int32)
+        for choice, units in enumerate((cost // unit).tolist()):
+            if units <= room:
+                candidate = best[: room + 1 - units] + objective[start + choice]
+                better = candidate < found[units:]
+                np.copyto(found[units:], candidate, where=better)
+                place[units:][better] = choice
+        best = found
+        places.append(place)
+    picked = []
+    for place, cost in zip(reversed(places), reversed(extra), strict=True):
+        picked.append(int(place[room]))
+        room -= int(cost[picked[-1]]) // unit
+    return picked[::-1]

@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from spectrim.layers import named_factors
 from spectrim.linalg import tail_energy
 from spectrim.measure import Latency, count_macs, measure
 
+knapsack = sys.modules["spectrim.allocate"]  # spectrim.allocate is the function
 EVERYTHING = sp.match("*")
 
 
@@ -87,7 +89,9 @@ def loss(low: nn.Module, ranks: dict[str, int]) -> float:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("kind", ["macs", "params"])
-def test_nothing_better_exists_on_a_small_case(seed: int, kind: str) -> None:
+@pytest.mark.parametrize("states", [0, 2**28], ids=["solver", "dynamic programming"])
+def test_nothing_better_exists_on_a_small_case(seed: int, kind: str, states: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knapsack, "STATES", states)
     torch.default_generator.manual_seed(seed)
     dense, x = nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 6), nn.Conv1d(5, 4, 2)), torch.randn(2, 5, 7)
     with torch.no_grad():
@@ -105,6 +109,35 @@ def test_nothing_better_exists_on_a_small_case(seed: int, kind: str) -> None:
         if extra + sum(getattr(cost, kind)[rank - 1] for cost, rank in zip(costs.values(), choice, strict=True)) <= limit
     )
     assert loss(low, ranks) == pytest.approx(best, rel=2e-4)  # the solver's relative gap is 1e-4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_dynamic_programming_finds_the_optimum_that_the_solver_comes_near(seed: int) -> None:
+    """Of weights with different numbers of choices, costs in different units, and choices that cost more and lose more."""
+    random = np.random.default_rng(seed)
+    sizes = random.integers(1, 6, size=5)
+    starts = np.cumsum([0, *sizes])
+    objective, row = random.random(starts[-1]), 6.0 * random.integers(1, 9, size=starts[-1]) * random.integers(1, 3)
+    every = list(itertools.product(*(range(size) for size in sizes)))
+    costs = [sum(row[start + place] for start, place in zip(starts, places, strict=False)) for places in every]
+    losses = [sum(objective[start + place] for start, place in zip(starts, places, strict=False)) for places in every]
+    for most in np.quantile(costs, [0.0, 0.2, 0.5, 1.0]):
+        limit = knapsack._Limit("macs", row, float(most), float(row.sum()))
+        picked = knapsack._by_dynamic_programming(objective, starts, limit)
+        assert picked is not None
+        place = every.index(tuple(picked))
+        assert costs[place] <= most
+        assert losses[place] == pytest.approx(min(loss for loss, cost in zip(losses, costs, strict=True) if cost <= most))
+
+
+def test_dynamic_programming_leaves_seconds_and_fine_units_to_the_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    starts, objective, row = np.array([0, 2, 4]), np.array([1.0, 0.0, 1.0, 0.0]), np.array([1.0, 5.0, 2.0, 7.0])
+    limit = knapsack._Limit("macs", row, 8.0, 12.0)
+    assert knapsack._by_dynamic_programming(objective, starts, limit) in ([1, 0], [0, 1])
+    assert knapsack._by_dynamic_programming(objective, starts, replace(limit, row=row / 3)) is None
+    monkeypatch.setattr(knapsack, "STATES", 10)
+    assert knapsack._by_dynamic_programming(objective, starts, limit) is None
+    assert knapsack._solve(objective, starts, [limit]) in ([1, 0], [0, 1])
 
 
 def test_more_budget_never_loses_more() -> None:
@@ -157,8 +190,10 @@ def test_a_network_that_was_cut_before() -> None:
     assert count_macs(sp.merge(sp.prune(low, ranks)), x) <= 0.3 * count_macs(dense, x), "fractions are of the dense network"
 
 
-def test_the_solvers_tolerance_does_not_break_the_budget() -> None:
+@pytest.mark.parametrize("states", [0, 2**28], ids=["solver", "dynamic programming"])
+def test_the_solvers_tolerance_does_not_break_the_budget(states: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large counts: a millionth of the network is thousands of multiply-accumulates."""
+    monkeypatch.setattr(knapsack, "STATES", states)
     dense, x = nn.Sequential(nn.Linear(90, 120), nn.ReLU(), nn.Linear(120, 90)), torch.randn(1, 5000, 90)
     low = sp.factorize(dense, where=EVERYTHING)
     full = count_macs(dense, x)
