@@ -238,7 +238,7 @@ def parser() -> ArgumentParser:
     sub.add_argument("--backend", choices=["eager", "compile", "onnx"], help="time layers there; what no rank makes faster stays dense")
     sub.add_argument("--epochs", type=NonNegativeInt, default=0, help="of fine-tuning (default: none, calibration only)")
     sub.add_argument("--examples", type=PositiveInt, default=1024, help="training examples that calibrate")
-    sub.add_argument("--cut", choices=["auto", "plain", "whitened", "sensitive"], default="auto", help="how the cut is made")
+    sub.add_argument("--cut", choices=["auto", "plain", "whitened", "sensitive", "mixed"], default="auto", help="how the cut is made")
     sub.add_argument("--squeeze", type=float, default=0.0, help="share of the epochs spent training toward the budget before the cut")
     sub.add_argument("--out", type=str, help="folder (default: runs/NAME-compress)")
     sub.add_argument("--set", type=str, action="append", metavar="KEY=VALUE", help="change a key of the recipe")

@@ -23,7 +23,7 @@ from spectrim.errors import FormatError, SettingError
 from spectrim.factorize import Scheme, factorize, merge
 from spectrim.files import write_text
 from spectrim.fit import History, Precision, fit
-from spectrim.importance import LossSensitivity, WhitenedEnergy
+from spectrim.importance import LossSensitivity, SpectralEnergy, WhitenedEnergy
 from spectrim.layers import named_factors
 from spectrim.measure import (
     Measurement,
@@ -41,17 +41,20 @@ from spectrim.prune import prune, prune_
 from spectrim.schedule import Squeeze
 from spectrim.surgery import Coverage, coverage
 
-Cut = Literal["auto", "plain", "whitened", "sensitive"]
+Cut = Literal["auto", "plain", "whitened", "sensitive", "mixed"]
 
 RESULT, SETTINGS, CUT = "result.json", "settings.json", "cut.json"
 LEARNING_RATE = 1e-3
 """Of the default optimizer, Adam."""
 
 AHEAD, NATS_AHEAD = 2.0, 0.25
-"""From which on a cut classifier has far to go: its loss on training examples over the dense network's, or above it.
+"""From which on a cut network has far to go: its loss on training examples over the dense network's, or of a classifier above it.
 
 Then the dense network teaches; nearer to it labels alone do. Chosen by trials on ResNet-8, ResNet-20 and LeNet-5: a rule of few networks.
 """
+
+LEVEL = 1.25
+"""A cut that suits training may start from a loss this much higher than the best one."""
 
 TEACHING: dict[str, Any] = {"temperature": 2.0, "weight": 0.5, "features": 2.0, "until": 0.5}
 """How the dense network teaches by default: by what it says, and in the first half of the steps by what its layers put out."""
@@ -170,8 +173,10 @@ def compress(
         scheme: how convolution kernels are folded, see `factorize`.
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
-            examples; ``sensitive`` what changes the loss least to second order. ``auto`` makes all three and keeps the one with the lowest
-            loss after the refit, on `eval_data` or else on the examples.
+            examples; ``sensitive`` what changes the loss least to second order; ``mixed`` as ``whitened``, with ranks by the mean of the
+            plain and the whitened energy. ``auto`` makes the first three and keeps the one with the lowest loss after the refit, on
+            `eval_data` or else on the examples; where training then has far to go (as under `distill`), ``mixed`` takes its place unless
+            its loss is a quarter higher.
         importance: ranks by this instead of the importance that belongs to the cut.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: how to learn from the dense network while fine-tuning. ``auto`` does where outputs are scores of classes, targets are
@@ -211,8 +216,8 @@ def compress(
         raise SettingError("compress", "epochs", got=epochs, rule=">= 0")
     if not 0 <= squeeze < 1:
         raise SettingError("compress", "squeeze", got=squeeze, rule="a share of the epochs in [0, 1)")
-    if cut not in ("auto", "plain", "whitened", "sensitive"):
-        raise SettingError("compress", "cut", got=cut, rule="'auto', 'plain', 'whitened' or 'sensitive'")
+    if cut not in ("auto", "plain", "whitened", "sensitive", "mixed"):
+        raise SettingError("compress", "cut", got=cut, rule="'auto', 'plain', 'whitened', 'sensitive' or 'mixed'")
     if examples < 1:
         raise SettingError("compress", "examples", got=examples, rule=">= 1")
     store = _Store(None if folder is None else Path(folder))
@@ -253,7 +258,7 @@ def compress(
         recalibrate(low, known)
         scores["recalibrated"] = cutter.score(low)
     else:
-        low, how, found = store.cut(dense, lambda: cutter.cut(low, cut))
+        low, how, found = store.cut(dense, lambda: cutter.cut(low, cut, epochs > 0))
         scores |= found
         if chosen and teacher is not None and not cutter.far(low):
             tuner.teacher = None
@@ -275,24 +280,34 @@ def compress(
 def teacher_for(dense: nn.Module, examples: Sequence[tuple[Any, Tensor]], loss: Loss) -> Distillation | None:
     """Return distillation from the dense network where outputs are scores of classes and targets are their numbers, else None.
 
-    The axis of the classes is the one without which the output has the target's shape. How it teaches is `TEACHING`, or `RECITING` where
-    its loss on the examples is below `BY_HEART`.
+    How it teaches is `TEACHING`, or `RECITING` where its loss on the examples is below `BY_HEART`.
 
     Args:
         dense: what teaches.
         examples: batches ``(inputs, target)`` of the training data.
         loss: ``(output, target) -> scalar``, in nats.
     """
-    inputs, target = examples[0]
-    with evaluating(dense):
-        output = call_model(dense, inputs)
+    axis = axis_of_classes(dense, examples[0])
+    if axis is None:
+        return None
+    way = RECITING if evaluate(dense, examples, loss)["loss"] < BY_HEART else TEACHING
+    return Distillation(copy.deepcopy(dense), dim=axis, **way)
+
+
+def axis_of_classes(network: nn.Module, batch: tuple[Any, Any]) -> int | None:
+    """Return the axis without which the output has the shape of the targets, which are numbers of classes; None where they are not.
+
+    Args:
+        network: runs once.
+        batch: ``(inputs, target)``.
+    """
+    inputs, target = batch
+    with evaluating(network):
+        output = call_model(network, inputs)
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)) or target.is_floating_point() or not output.is_floating_point():
         return None
     axes = [axis for axis in (1, output.dim() - 1) if output.dim() > 1 and output.shape[:axis] + output.shape[axis + 1 :] == target.shape]
-    if not axes:
-        return None
-    way = RECITING if evaluate(dense, examples, loss)["loss"] < BY_HEART else TEACHING
-    return Distillation(copy.deepcopy(dense), dim=axes[0], **way)
+    return axes[0] if axes else None
 
 
 def showing(teacher: Distillation, low: nn.Module, batch: tuple[Any, Tensor]) -> Distillation:
@@ -330,16 +345,22 @@ class _Cutter:
         return evaluate(network, self.judged, self.loss)
 
     def far(self, cut: nn.Module) -> bool:
-        """Return whether a cut classifier knows that much less of the training examples than the dense one."""
+        """Return whether a cut network knows that much less of the training examples than the dense one."""
         behind, ahead = (evaluate(network, self.known, self.loss)["loss"] for network in (cut, self.dense))
-        return behind >= min(AHEAD * ahead, ahead + NATS_AHEAD)
+        classifies = axis_of_classes(self.dense, self.known[0]) is not None
+        return behind >= (min(AHEAD * ahead, ahead + NATS_AHEAD) if classifies else AHEAD * ahead)
 
-    def cut(self, full: nn.Module, cut: Cut) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
-        """Return the network cut as asked, with that way's name and its scores by stage; left to itself the one that scores best."""
+    def cut(self, full: nn.Module, cut: Cut, trains: bool) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
+        """Return the network cut as asked, with that way's name and its scores by stage; left to itself the one that suits best."""
         if cut != "auto":
             return self._made(full, cut)
         moments = self._moments(full)
-        return min((self._made(full, kind, moments) for kind in ("plain", "whitened", "sensitive")), key=lambda made: _last(made[2]))
+        best = min((self._made(full, kind, moments) for kind in ("plain", "whitened", "sensitive")), key=lambda made: _last(made[2]))
+        if trains and self.far(best[0]):
+            mixed = self._made(full, "mixed", moments)
+            if _last(mixed[2]) <= LEVEL * _last(best[2]):
+                return mixed
+        return best
 
     def _moments(self, full: nn.Module) -> Calibration:
         return calibrate(full, self.known, self.loss, examples=None)
@@ -369,15 +390,27 @@ def way_to_cut(kind: str, moments: Calibration | None) -> tuple[Importance | Non
     """Return what `allocate` and `prune` take for one way to cut: the importance and the calibration.
 
     Args:
-        kind: ``plain``, ``whitened`` or ``sensitive``.
+        kind: ``plain``, ``whitened``, ``sensitive`` or ``mixed``.
         moments: of the network that is cut, with a loss for ``sensitive``; ``plain`` needs none.
     """
     if kind == "plain" or moments is None:
         return None, None
-    if kind == "whitened":
-        moments = replace(moments, outputs={}, slopes={})
-        return WhitenedEnergy(moments), moments
-    return LossSensitivity(moments), moments
+    if kind == "sensitive":
+        return LossSensitivity(moments), moments
+    moments = replace(moments, outputs={}, slopes={})
+    whitened = WhitenedEnergy(moments)
+    return (_Mean((SpectralEnergy(), whitened)) if kind == "mixed" else whitened), moments
+
+
+@dataclass(frozen=True)
+class _Mean:
+    """The mean of several importances of one unit."""
+
+    of: tuple[Importance, ...]
+
+    def __call__(self, model: nn.Module, /) -> dict[str, Tensor]:
+        found = [importance(model) for importance in self.of]
+        return {name: torch.stack([torch.as_tensor(harms[name]).cpu() for harms in found]).mean(0) for name in found[0]}
 
 
 def _last(scores: dict[str, dict[str, float]]) -> float:

@@ -147,7 +147,7 @@ class Cut:
         budget: what the whole network keeps; ranks by the knapsack over the importance that belongs to the cut.
         ranks: ``{layer: rank}``.
         cut: ``plain`` keeps the largest singular values of each weight, ``whitened`` what changes its output least on training examples,
-            ``sensitive`` what changes the loss least.
+            ``sensitive`` what changes the loss least, ``mixed`` as whitened with ranks by both energies.
         correct: refit each layer to its output before the cut by least squares on training examples.
         examples: how many there are, >= 1.
         recalibrate: renew the statistics of BatchNorm on the training split after the cut.
@@ -156,7 +156,7 @@ class Cut:
     rule: Component | None = None
     budget: Budget | None = None
     ranks: dict[str, int] | None = None
-    cut: Literal["plain", "whitened", "sensitive"] = "plain"
+    cut: Literal["plain", "whitened", "sensitive", "mixed"] = "plain"
     correct: bool = False
     examples: int = 1024
     recalibrate: bool = False

@@ -97,6 +97,20 @@ def test_the_dense_network_teaches_where_it_is_far_ahead_of_the_cut_one(trained:
     }
 
 
+def test_ranks_are_mixed_where_training_has_far_to_go(trained: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["spectrim.compress"]  # spectrim.compress is the function
+    tight = sp.Budget(macs=0.15)
+    monkeypatch.setattr(module, "LEVEL", 10.0)
+    assert made(trained, budget=tight, epochs=1).cut == "mixed"
+    assert made(trained, budget=tight).cut != "mixed", "without training the best start is the best end"
+    assert made(trained, budget=sp.Budget(macs=0.95), epochs=1).cut != "mixed"
+    monkeypatch.setattr(module, "LEVEL", 0.0)
+    assert made(trained, budget=tight, epochs=1).cut != "mixed", "it starts too high"
+    asked, whitened = (made(trained, budget=tight, cut=cut) for cut in ("mixed", "whitened"))
+    assert asked.cut == "mixed"
+    assert asked.ranks != whitened.ranks
+
+
 def test_layers_that_cannot_be_compared_do_not_teach() -> None:
     class Reads(nn.Module):
         """Uses the weight of a layer that it never calls."""

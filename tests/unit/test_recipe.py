@@ -134,7 +134,7 @@ def changed(*changes: str) -> recipes.Recipe:
         ("dense.epoch=3", "'dense.epoch': unknown key; allowed: epochs, optimizer, scheduler"),
         ("train.0.foo=1", "'train.0.foo': unknown key; allowed: epochs, optimizer"),
         ("prune.keep=1", "'prune.keep': unknown key; allowed: rule, budget, ranks, cut, correct, examples, recalibrate"),
-        ("prune.cut=auto", "'prune.cut': got 'auto'; allowed: plain, whitened, sensitive"),
+        ("prune.cut=auto", "'prune.cut': got 'auto'; allowed: plain, whitened, sensitive, mixed"),
         ("prune.examples=0", "'prune.examples': got 0; allowed: >= 1"),
         ("finetune.distill.temp=1", "'finetune.distill.temp': unknown key; allowed: temperature, weight, dim"),
         ("model.foo=1", "'model': got {'class_path': 'mymodule.Net', 'foo': 1}; allowed: an import path, or {class_path"),
