@@ -331,6 +331,7 @@ def ours(job: Job) -> nn.Module:
         distill=distill,
         optimizer=lambda parameters: make(job.task.optimizer, "optimizer", list(parameters), lr=peak),
         examples=job.task.calibration, folder=job.folder, progress=False, squeeze=knobs.get("squeeze", 0.0),
+        cut=knobs.get("cut", "auto"),
         penalties=penalties, clip=job.task.clip, compiled=job.task.compiled, precision=job.task.precision,
     )  # fmt: skip
     job.notes |= {"cut": made.cut, "teacher": made.teacher}
@@ -384,7 +385,9 @@ METHODS: dict[str, Callable[[Job], nn.Module]] = {
     method.__name__: method for method in (truncated, whitened, paper, l1, polar_hoyer, ours, narrow, filters)
 }
 METHODS |= {f"{method.__name__}_distilled": method for method in (truncated, whitened, paper, narrow)}  # with a teacher, see `Job.train`
-METHODS |= dict.fromkeys(("ours_squeezed", "ours_orthogonal", "ours_decayed", "ours_undistilled", "ours_hinted", "ours_taught"), ours)
+METHODS |= dict.fromkeys(
+    ("ours_squeezed", "ours_orthogonal", "ours_decayed", "ours_undistilled", "ours_hinted", "ours_taught", "ours_whitened"), ours
+)
 
 
 # Runs

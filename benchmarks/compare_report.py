@@ -41,6 +41,7 @@ METHODS = {
     "ours_undistilled": "`compress`, no teacher",
     "ours_taught": "`compress`, taught by outputs alone",
     "ours_hinted": "`compress`, taught by layers all along",
+    "ours_whitened": "`compress`, ranks by whitened energy",
     "narrow": "narrower network, from nothing",
     "narrow_distilled": "narrower network, from nothing, distilled",
     "filters": "filter pruning (torch-pruning)",
