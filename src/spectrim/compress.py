@@ -356,7 +356,7 @@ class _Cutter:
             return self._made(full, cut)
         moments = self._moments(full)
         best = min((self._made(full, kind, moments) for kind in ("plain", "whitened", "sensitive")), key=lambda made: _last(made[2]))
-        if trains and self.far(best[0]):
+        if trains and self.importance is None and self.far(best[0]):
             mixed = self._made(full, "mixed", moments)
             if _last(mixed[2]) <= LEVEL * _last(best[2]):
                 return mixed
