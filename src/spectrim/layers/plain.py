@@ -52,7 +52,7 @@ class PlainPair(nn.Sequential):
         """Run both layers.
 
         Args:
-            input: as for the dense layer; not annotated, as torch.fx gives a proxy and torch.jit takes no other type than a tensor.
+            input (Any): as for the dense layer; not annotated, as torch.fx gives a proxy and torch.jit takes no other type than a tensor.
             output_size: of a transposed convolution, as `nn.ConvTranspose2d` takes it.
         """
         if not torch.jit.is_scripting() and output_size is not None:  # type: ignore[attr-defined]
