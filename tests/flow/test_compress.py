@@ -99,13 +99,23 @@ def test_the_dense_network_teaches_where_it_is_far_ahead_of_the_cut_one(trained:
 
 def test_ranks_are_mixed_where_training_has_far_to_go(trained: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["spectrim.compress"]  # spectrim.compress is the function
-    tight = sp.Budget(macs=0.15)
-    monkeypatch.setattr(module, "LEVEL", 10.0)
-    assert made(trained, budget=tight, epochs=1).cut == "mixed"
-    assert made(trained, budget=tight).cut != "mixed", "without training the best start is the best end"
-    assert made(trained, budget=sp.Budget(macs=0.95), epochs=1).cut != "mixed"
-    monkeypatch.setattr(module, "LEVEL", 0.0)
-    assert made(trained, budget=tight, epochs=1).cut != "mixed", "it starts too high"
+    tight, make = sp.Budget(macs=0.15), module._Cutter._made
+
+    def chosen(best: str, mixed: float, **settings: Any) -> str:
+        """Let one of the three score 1.0 once it is refitted, the others 2.0."""
+
+        def scored(self: Any, full: nn.Module, kind: str, moments: Any = None) -> Any:
+            network, how, scores = make(self, full, kind, moments)
+            return network, how, scores | {"corrected": {"loss": {best: 1.0, "mixed": mixed}.get(kind, 2.0)}}
+
+        monkeypatch.setattr(module._Cutter, "_made", scored)
+        return made(trained, budget=tight, **settings).cut
+
+    assert chosen("plain", 1.2, epochs=1) == chosen("whitened", 1.2, epochs=1) == "mixed"
+    assert chosen("whitened", 1.3, epochs=1) == "whitened", "mixed ranks start too high"
+    assert chosen("sensitive", 1.2, epochs=1) == "sensitive"
+    assert chosen("whitened", 1.2) == "whitened", "without training the best start is the best end"
+    monkeypatch.undo()
     asked, whitened = (made(trained, budget=tight, cut=cut) for cut in ("mixed", "whitened"))
     assert asked.cut == "mixed"
     assert asked.ranks != whitened.ranks
