@@ -16,7 +16,7 @@ import torch
 
 import spectrim as sp
 
-KILLS, EPOCHS, AT_MOST = 10, 120, 5  # a child is killed in one of its first epochs, so that no run ends before the last: on a fast machine, too
+KILLS, EPOCHS, AT_MOST = 10, 120, 5  # killed in one of its first epochs, so that no run ends before the last, on a fast machine, too
 PROGRAM = """
 import hashlib, random, sys
 import numpy as np
