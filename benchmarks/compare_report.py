@@ -57,7 +57,8 @@ and get the same epochs, optimizer, batches and shape of learning-rate schedule,
 multiply-accumulates. Fine-tuning without a penalty on the factors balances those of weights with a side above 1,024 (`balance_`), in all
 rows alike. Numbers are those of the test split, which is read once, at the end of a run, unless a table says validation; mean `±`
 sample standard deviation over `n` seeds. With n=1 there is no deviation, and differences below about 0.3 point mean nothing. The best of a
-column is bold. A dash is a run that has not been made; how many are missing stands below each table.
+column is bold. A dash is a run that has not been made; how many are missing stands below each table. Each file names the commit that made
+it: where only the library has changed since, and not a setting, the row stands until it is run again.
 
 - **truncated SVD**: cut at once, ranks by the knapsack over spectral energy; *distilled*: fine-tuned with the dense network as the teacher.
 - **activation-whitened SVD**: cut where each layer's output changes least on training examples, ranks by the same measure.

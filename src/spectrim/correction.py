@@ -153,6 +153,7 @@ def correct(
     left_out = uncorrected(corrected)
     layers = {name: layer for name, layer in named_layers(corrected) if isinstance(layer, OneWeight) and name not in left_out}
     originals = _originals(dense, layers)
+    both = _Both(dense, corrected, originals, layers, batches)
     console = Console(stderr=True)
     with isolated(corrected), evaluating(corrected), evaluating(dense):
         order, size = _order(corrected, layers, batches[0])
@@ -165,12 +166,12 @@ def correct(
 
         if max(order.values(), default=1) == 1 and ALIVE * size * len(batches) <= LARGEST:
             try:
-                with closing(_in_one_pass(corrected, dense, layers, originals, batches, order)) as meetings:
+                with closing(_in_one_pass(both, order)) as meetings:
                     refit(meetings)
                 return corrected
             except _Unsteady:
                 corrected.load_state_dict(cut.state_dict())
-        refit(_layer_by_layer(corrected, dense, layers, originals, batches, order))
+        refit(_layer_by_layer(both, order))
     return corrected
 
 
@@ -183,6 +184,17 @@ def _originals(dense: nn.Module, layers: dict[str, OneWeight]) -> dict[str, nn.M
             raise LayerError(name, "is not in the network before the cut", hint="give the very network that was factorized and cut")
         found[name] = modules[name]
     return found
+
+
+@dataclass(frozen=True)
+class _Both:
+    """The network before the cut and the one that is corrected, the layers of each that are looked at, by name, and what both run on."""
+
+    dense: nn.Module
+    corrected: nn.Module
+    originals: Mapping[str, nn.Module]
+    layers: Mapping[str, OneWeight]
+    batches: Sequence[Any]
 
 
 _Met = tuple[Tensor, torch.Size, Tensor]
@@ -210,17 +222,13 @@ def _order(model: nn.Module, layers: dict[str, OneWeight], inputs: Any) -> tuple
     return Counter(names), max(sizes)
 
 
-def _layer_by_layer(
-    corrected: nn.Module,
-    dense: nn.Module,
-    layers: Mapping[str, OneWeight],
-    originals: Mapping[str, nn.Module],
-    batches: Sequence[Any],
-    order: Mapping[str, int],
-) -> Iterator[tuple[str, Iterator[_Met]]]:
+def _layer_by_layer(both: _Both, order: Mapping[str, int]) -> Iterator[tuple[str, Iterator[_Met]]]:
     """Yield each layer with what it meets; both networks run anew for each, as far as the layer."""
     for name, calls in order.items():
-        seen = ((_inputs_of(originals[name], dense, x, calls), _inputs_of(layers[name], corrected, x, calls)) for x in batches)
+        seen = (
+            (_inputs_of(both.originals[name], both.dense, x, calls), _inputs_of(both.layers[name], both.corrected, x, calls))
+            for x in both.batches
+        )
         yield name, ((x, shape, now) for before, after in seen for (x, shape), (now, _) in zip(before, after, strict=True))
 
 
@@ -251,14 +259,7 @@ class _Unsteady(Exception):  # noqa: N818 it is no error
     """The networks cannot be run side by side: they call layers in different orders, or inside modes of torch that would leak."""
 
 
-def _in_one_pass(
-    corrected: nn.Module,
-    dense: nn.Module,
-    layers: Mapping[str, OneWeight],
-    originals: Mapping[str, nn.Module],
-    batches: Sequence[Any],
-    order: Iterable[str],
-) -> Generator[tuple[str, Iterator[_Met]], None, None]:
+def _in_one_pass(both: _Both, order: Iterable[str]) -> Generator[tuple[str, Iterator[_Met]], None, None]:
     """Yield each layer with what it meets; each network runs once through each batch and waits at the layer while that is refitted.
 
     Each run is a coroutine of its own: the dense ones wait behind the layer, the corrected ones before it.
@@ -274,9 +275,9 @@ def _in_one_pass(
     def before(name: str) -> Any:
         return lambda _, args, kwargs: stop(name, args, kwargs, None)
 
-    handles = [originals[name].register_forward_hook(behind(name), with_kwargs=True) for name in order]
-    handles += [layers[name].register_forward_pre_hook(before(name), with_kwargs=True) for name in order]
-    runs = [tuple(greenlet(partial(call_model, network, inputs)) for network in (dense, corrected)) for inputs in batches]
+    handles = [both.originals[name].register_forward_hook(behind(name), with_kwargs=True) for name in order]
+    handles += [both.layers[name].register_forward_pre_hook(before(name), with_kwargs=True) for name in order]
+    runs = [tuple(greenlet(partial(call_model, network, inputs)) for network in (both.dense, both.corrected)) for inputs in both.batches]
 
     def advance(run: greenlet, name: str) -> tuple[Tensor, Any]:
         modes = _modes()

@@ -190,7 +190,7 @@ class WhitenedEnergy:
         LayerError: when called, if the calibration is of another model.
 
     Source: Yuan et al. (ASVD), arXiv 2312.05821; Wang et al. (SVD-LLM), arXiv 2403.07378, section 3.1, and BALF, as a budget over layers.
-    Deviation: the symmetric root by eigenvalues and not Cholesky's factor, inputs may span less than the whole space; they are centered.
+    Deviation: the symmetric root by eigenvalues and not Cholesky's factor: inputs may span less than the whole space; centered inputs.
     """
 
     calibration: Calibration = field(repr=False)
