@@ -405,7 +405,7 @@ class Start:
     def of(self, seed: int) -> tuple[nn.Module, Any]:
         if seed not in self.made:
             settings = {**self.task.data, "init_args": {**self.task.data["init_args"], "seed": seed}}
-            data = make(settings, "data")
+            data = make(settings, "data").to(DEVICE)  # small enough to lie on a GPU as a whole
             seed_everything(seed)
             model = make(self.task.model, "model")
             dense = self.trained(model, data, seed) if self.task.dense else model
@@ -544,9 +544,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, kind in (("methods", str), ("budgets", float), ("seeds", int)):
         parser.add_argument(f"--{name}", type=lambda text, kind=kind: [kind(part) for part in text.split(",")])
     parser.add_argument("--calibration-only", action="store_true", help=f"train nothing; {', '.join(CALIBRATION_ONLY)}")
+    parser.add_argument("--eager", action="store_true", help="train without torch.compile, whatever the task says")
     parser.add_argument("--smoke", action="store_true", help="512 examples, 2 epochs, results into a temporary folder")
     given = parser.parse_args(arguments)
     task = read_task(given.task)
+    if given.eager:
+        task = replace(task, compiled=False)
     results, runs = RESULTS / given.task, RUNS / given.task
     if given.smoke:
         task, folder = smoke(task), Path(tempfile.mkdtemp(prefix="compare-"))

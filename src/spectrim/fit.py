@@ -259,8 +259,8 @@ def fit(
                         added = [penalty(model) for penalty in penalties]
                     penalty_sum = sum(added, start=torch.zeros((), device=task.device))
                     total = task + penalty_sum
-                    shares = processes.reduced(accelerator, [term.detach() for term in (total, task, *added)]) if several else []
-                    value = shares[0] if several else float(total.detach())
+                    terms = [term.detach() for term in (total, task, *added)]
+                    value, *shares = processes.reduced(accelerator, terms)
                     if not math.isfinite(value):  # so in every process, none of which is left waiting
                         raise diverged(f"loss became {value}", epoch, step)
                     if index % accumulate == 0:
@@ -279,10 +279,10 @@ def fit(
                     stepper.step()
                     if scheduler is not None and scheduler_steps == "batch" and not stepper.step_was_skipped:
                         scheduler.step()
-                for name, term in zip(sums, shares[1:] or (float(term.detach()) for term in (task, *added)), strict=True):
+                for name, term in zip(sums, shares, strict=True):
                     sums[name] += term
                 examples += _count(target)
-                bar.advance(sums, index + 1, examples / (time.perf_counter() - start), mean_rank(model))
+                bar.advance(sums, index + 1, examples / (time.perf_counter() - start), partial(mean_rank, model))
             reshard(model)
             finite = all(bool(torch.isfinite(_local(p)).all()) for p in model.parameters())
             if not processes.everywhere(accelerator, finite):
@@ -708,10 +708,10 @@ class _Bar:
                 self.progress.remove_task(self.task)
             self.task = self.progress.add_task(self.title, total=self.length, status="")
 
-    def advance(self, sums: dict[str, float], done: int, rate: float, rank: float) -> None:
+    def advance(self, sums: dict[str, float], done: int, rate: float, mean: Callable[[], float]) -> None:
         if self.progress is None or (done < self.length and time.monotonic() - self.shown < 0.2):
             return
-        self.shown = time.monotonic()
+        self.shown, rank = time.monotonic(), mean()
         terms = "  ".join(f"{name} {value / done:.4g}" for name, value in sums.items())
         status = f"{terms}  {f'mean rank {rank:.1f}  ' if rank else ''}{rate:,.0f} examples/s"
         self.progress.update(self.task, completed=done, status=status)

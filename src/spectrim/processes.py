@@ -80,7 +80,7 @@ def reduced(accelerator: Any, values: Sequence[Tensor | float], how: str = "mean
     """Return the mean (or ``sum``) over processes of some scalars, in float64 where the device has it; not finite where any is not."""
     kind = torch.float32 if accelerator.device.type == "mps" else torch.float64
     own = torch.stack([torch.as_tensor(value, dtype=kind, device=accelerator.device) for value in values])
-    return [float(value) for value in accelerator.reduce(own, how)]
+    return list(accelerator.reduce(own, how).tolist())  # an accelerator is waited for once
 
 
 def everywhere(accelerator: Any, holds: bool) -> bool:

@@ -1,5 +1,6 @@
 """The loader that the project uses, augmentation in batches, and where data lies."""
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -109,6 +110,15 @@ class Batches:
             raise SettingError("Batches", "epoch", got=epoch, rule="an integer >= 0")
         self._epoch = epoch
 
+    def to(self, device: torch.device | str) -> "Batches":
+        """Return the same batches from tensors on `device`; the draws stay those of the CPU, whatever the device.
+
+        A small data set that lies on an accelerator is augmented there, and no step waits for a copy.
+        """
+        moved = copy.copy(self)
+        moved.inputs, moved.targets = self.inputs.to(device), self.targets.to(device)
+        return moved
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, self._epoch = self._epoch, self._epoch + 1
         return self._pass(epoch)
@@ -131,6 +141,10 @@ class Splits(NamedTuple):
     train: Batches
     val: Batches
     test: Batches
+
+    def to(self, device: torch.device | str) -> "Splits":
+        """Return the three with their tensors on `device`, see `Batches.to`."""
+        return Splits(*(part.to(device) for part in self))
 
 
 @dataclass(frozen=True)
@@ -195,7 +209,7 @@ class Normalize:
 
     def __call__(self, images: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
         """Return the normalised images in float32, channels last in memory, which CPU convolutions are faster on."""
-        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
         return images.float().sub_(255 * mean).div_(255 * std).contiguous(memory_format=torch.channels_last)
 
 
