@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -349,9 +350,14 @@ class _Cutter:
 
     def far(self, cut: nn.Module) -> bool:
         """Return whether a cut network knows that much less of the training examples than the dense one."""
-        behind, ahead = (evaluate(network, self.known, self.loss)["loss"] for network in (cut, self.dense))
+        return evaluate(cut, self.known, self.loss)["loss"] >= self._level
+
+    @cached_property
+    def _level(self) -> float:
+        """The loss on the examples from which on a network has far to go."""
+        ahead = evaluate(self.dense, self.known, self.loss)["loss"]
         classifies = axis_of_classes(self.dense, self.known[0]) is not None
-        return behind >= (min(AHEAD * ahead, ahead + NATS_AHEAD) if classifies else AHEAD * ahead)
+        return min(AHEAD * ahead, ahead + NATS_AHEAD) if classifies else AHEAD * ahead
 
     def cut(self, full: nn.Module, cut: Cut, trains: bool) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
         """Return the network cut as asked, with that way's name and its scores by stage; left to itself the one that suits best."""

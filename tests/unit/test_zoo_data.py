@@ -37,6 +37,20 @@ def test_same_seed_and_epoch_give_the_same_bytes():
     assert not torch.equal(drain(make(seed=4))[1], epochs[0][1])
 
 
+def test_moved_batches_stay_on_their_device_and_keep_their_bytes():
+    data = make(transform=Normalize((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
+    assert all(part.device.type == "meta" for batch in data.to("meta") for part in batch)
+    assert data.inputs.device.type == "cpu"
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    here = drain(data)  # moved after a pass: the next one is the same in all
+    for device in devices:
+        moved = data.to(device)
+        moved.set_epoch(0)
+        inputs, targets = (part.cpu() for part in drain(moved))
+        torch.testing.assert_close(inputs, here[0])
+        assert torch.equal(targets, here[1])
+
+
 def test_augmentation_is_new_in_each_epoch():
     batches = make(shuffle=False)
     (first, _), (second, _) = drain(batches), drain(batches)
