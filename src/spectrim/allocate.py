@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from spectrim.costs import calls, rank_costs
 from spectrim.errors import SettingError
 from spectrim.factorize import merge
+from spectrim.files import printing_to_stderr
 from spectrim.importance import SpectralEnergy, harms_of
 from spectrim.latency import LatencyTable, _key
 from spectrim.layers import factor_name, named_factors, named_layers
@@ -365,13 +366,14 @@ def _solve(objective: NDArray[np.float64], starts: NDArray[np.int64], limits: Se
             LinearConstraint(limit.row[None] / limit.scale, ub=(limit.most - less) / limit.scale)
             for limit, less in zip(limits, slack, strict=True)
         ]
-        solution = milp(
-            objective,
-            integrality=np.ones(len(choices), int),
-            bounds=Bounds(0, 1),
-            constraints=[LinearConstraint(one_each, 1, 1), *rows],
-            options={"mip_rel_gap": 1e-4, "time_limit": 60},
-        )
+        with printing_to_stderr():
+            solution = milp(
+                objective,
+                integrality=np.ones(len(choices), int),
+                bounds=Bounds(0, 1),
+                constraints=[LinearConstraint(one_each, 1, 1), *rows],
+                options={"mip_rel_gap": 1e-4, "time_limit": 60},
+            )
         if solution.x is None:
             break
         picked = [int(np.argmax(solution.x[start:end])) for start, end in itertools.pairwise(starts)]

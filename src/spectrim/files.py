@@ -1,6 +1,8 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and standard output that is a program's own."""
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,3 +36,27 @@ def write_text(path: Path, text: str) -> None:
         leftover.unlink(missing_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def printing_to_stderr() -> Iterator[None]:
+    """Send to standard error what compiled code prints to standard output inside, which stays for results.
+
+    HiGHS as scipy has it prints lines of its own now and then, whatever its options say. Nothing is sent anywhere else where the C library
+    cannot be told to write out what it holds (Windows), or where there is no standard output.
+    """
+    try:
+        flush, kept = ctypes.CDLL(None).fflush, os.dup(1)
+    except (OSError, TypeError, AttributeError):
+        yield
+        return
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        flush(None)
+        os.dup2(2, 1)
+        yield
+    finally:
+        flush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
