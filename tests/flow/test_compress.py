@@ -97,7 +97,7 @@ def test_the_dense_network_teaches_where_it_is_far_ahead_of_the_cut_one(trained:
     }
 
 
-def test_ranks_are_mixed_where_training_has_far_to_go(trained: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_are_mixed_where_that_costs_little(trained: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules["spectrim.compress"]  # spectrim.compress is the function
     tight, make = sp.Budget(macs=0.15), module._Cutter._made
 
@@ -114,7 +114,11 @@ def test_ranks_are_mixed_where_training_has_far_to_go(trained: tuple[nn.Module, 
     assert chosen("plain", 1.2, epochs=1) == chosen("whitened", 1.2, epochs=1) == "mixed"
     assert chosen("whitened", 1.3, epochs=1) == "whitened", "mixed ranks start too high"
     assert chosen("sensitive", 1.2, epochs=1) == "sensitive"
-    assert chosen("whitened", 1.2) == "whitened", "without training the best start is the best end"
+    assert chosen("sensitive", 1.005, epochs=1) == "mixed", "a tie"
+    assert chosen("whitened", 1.0) == "whitened", "without training the best start is the best end"
+    monkeypatch.setattr(module._Cutter, "far", lambda *_: False)
+    assert chosen("whitened", 1.005, epochs=1) == "mixed"
+    assert chosen("whitened", 1.02, epochs=1) == "whitened", "near to its end, training does not make up for the start"
     monkeypatch.undo()
     asked, whitened = (made(trained, budget=tight, cut=cut) for cut in ("mixed", "whitened"))
     assert asked.cut == "mixed"
