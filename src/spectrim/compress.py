@@ -58,8 +58,8 @@ TIE = 0.1
 """With training to come, mixed ranks may add this share more to the loss of the dense network than the best of the other cuts.
 
 Trials: on LeNet-5 they added up to 9 % more and ended at lower losses than sensitive and whitened ranks; on a language model they added 5 %
-more than sensitive ones and ended level, and 14 % more and were behind. What the loss hardly feels when it is cut can still be what training
-would have used.
+more than sensitive ones and ended level, and 14 % more and were behind. What the loss hardly feels when it is cut can still be what
+training would have used.
 """
 
 LEVEL = 1.25
