@@ -54,18 +54,13 @@ AHEAD, NATS_AHEAD = 2.0, 0.25
 Then the dense network teaches; nearer to it labels alone do. Chosen by trials on ResNet-8, ResNet-20 and LeNet-5: a rule of few networks.
 """
 
-TIE = 0.1
-"""With training to come, mixed ranks may add this share more to the loss of the dense network than the best of the other cuts.
-
-Trials: on LeNet-5 they added up to 9 % more and ended at lower losses than sensitive and whitened ranks; on a language model they added 5 %
-more than sensitive ones and ended level, and 14 % more and were behind. What the loss hardly feels when it is cut can still be what
-training would have used.
-"""
-
 LEVEL = 1.25
-"""Mixed ranks may start from a loss this much higher where training has far to go and the best start is that of plain or whitened ranks.
+"""With training to come, mixed ranks may start this much worse than the best of the other cuts.
 
-Trials: they ended above whitened ones on ResNet-8 and ResNet-20.
+Where training has far to go, from a loss this much higher, unless sensitive ranks start best: in trials mixed ones ended above whitened ones
+on ResNet-8 and ResNet-20, and level with or below sensitive ones on a language model. Nearer, with this much more added to the dense
+network's loss: on LeNet-5 they ended above sensitive ones. What the loss hardly feels when it is cut can still be what training would have
+used.
 """
 
 TEACHING: dict[str, Any] = {"temperature": 2.0, "weight": 0.5, "features": 2.0, "until": 0.5}
@@ -187,9 +182,9 @@ def compress(
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
             examples; ``sensitive`` what changes the loss least to second order; ``mixed`` as ``whitened``, with ranks by the mean of the
             plain and the whitened energy. ``auto`` makes the first three and keeps the one with the lowest loss after the refit, on
-            `eval_data` or else on the examples. With epochs, ``mixed`` takes its place where that adds no more than a tenth more to the
-            dense network's loss; where training has far to go (as under `distill`), where it starts from a loss no more than a quarter
-            higher, unless that of ``sensitive`` is the lowest.
+            `eval_data` or else on the examples. With epochs, ``mixed`` takes its place where it starts little worse: with at most a quarter
+            more added to the dense network's loss, or, where training has far to go (as under `distill`), from a loss at most a quarter
+            higher, and no higher than that of ``sensitive`` where this is the lowest.
         importance: ranks by this instead of the importance that belongs to the cut.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: how to learn from the dense network while fine-tuning. ``auto`` does where outputs are scores of classes, targets are
@@ -381,8 +376,11 @@ class _Cutter:
         best = min((self._made(full, kind, moments) for kind in ("plain", "whitened", "sensitive")), key=lambda made: _last(made[2]))
         if trains and self.importance is None:
             mixed = self._made(full, "mixed", moments)
-            loss = _last(best[2])
-            allowed = LEVEL * loss if best[1] != "sensitive" and self.far(best[0]) else loss + TIE * max(loss - self.uncut["loss"], 0.0)
+            loss, dense = _last(best[2]), self.uncut["loss"]
+            if self.far(best[0]):
+                allowed = loss if best[1] == "sensitive" else LEVEL * loss
+            else:
+                allowed = max(loss, dense + LEVEL * (loss - dense))
             if _last(mixed[2]) <= allowed:
                 return mixed
         return best
