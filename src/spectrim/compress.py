@@ -57,8 +57,8 @@ Then the dense network teaches; nearer to it labels alone do. Chosen by trials o
 LEVEL = 1.25
 """With training to come, mixed ranks may start this much worse than the best of the other cuts.
 
-Where training has far to go, from a loss this much higher, unless sensitive ranks start best: in trials mixed ones ended above whitened ones
-on ResNet-8 and ResNet-20, and level with or below sensitive ones on a language model. Nearer, with this much more added to the dense
+Where training has far to go, from a loss this much higher, unless sensitive ranks start best: in trials mixed ones ended above whitened
+ones on ResNet-8 and ResNet-20, and level with or below sensitive ones on a language model. Nearer, with this much more added to the dense
 network's loss: on LeNet-5 they ended above sensitive ones. What the loss hardly feels when it is cut can still be what training would have
 used.
 """
@@ -376,14 +376,16 @@ class _Cutter:
         best = min((self._made(full, kind, moments) for kind in ("plain", "whitened", "sensitive")), key=lambda made: _last(made[2]))
         if trains and self.importance is None:
             mixed = self._made(full, "mixed", moments)
-            loss, dense = _last(best[2]), self.uncut["loss"]
-            if self.far(best[0]):
-                allowed = loss if best[1] == "sensitive" else LEVEL * loss
-            else:
-                allowed = max(loss, dense + LEVEL * (loss - dense))
-            if _last(mixed[2]) <= allowed:
+            if _last(mixed[2]) <= self._allowed(best[0], best[1], _last(best[2])):
                 return mixed
         return best
+
+    def _allowed(self, cut: nn.Module, kind: str, loss: float) -> float:
+        """Return the largest loss from which mixed ranks may start in the place of the best start."""
+        dense = self.uncut["loss"]
+        if not self.far(cut):
+            return max(loss, dense + LEVEL * (loss - dense))
+        return loss if kind == "sensitive" else LEVEL * loss
 
     def _moments(self, full: nn.Module) -> Calibration:
         return calibrate(full, self.known, self.loss, examples=None)
