@@ -4,7 +4,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -54,7 +54,8 @@ def printing_to_stderr() -> Iterator[None]:
         if sys.stdout is not None:
             sys.stdout.flush()
         flush(None)
-        os.dup2(2, 1)
+        with suppress(OSError):  # no standard error
+            os.dup2(2, 1)
         yield
     finally:
         flush(None)
