@@ -398,6 +398,7 @@ class Start:
 
     def __init__(self, task: Task, runs: Path) -> None:
         self.task, self.runs = task, runs
+        self.git = git_state()  # of the code that is loaded, whatever lies in the folder when a run ends
         self.loss = make_loss(task.loss)
         self.made: dict[int, tuple[nn.Module, Any]] = {}
         self.scored: dict[tuple[int, str], Scores] = {}
@@ -476,7 +477,7 @@ def run_one(name: str, start: Start, method: str, budget: float, seed: int, epoc
         },
         "val": job.scores, "ranks": ranks, "notes": job.notes, "log": job.log,
         "seconds": round(time.perf_counter() - begin, 1), "training_seconds": round(sum(line["seconds"] for line in job.log), 1),
-        "environment": environment(), "git": git_state(),
+        "environment": environment(), "git": start.git,
     }  # fmt: skip
 
 
