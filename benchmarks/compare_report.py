@@ -16,10 +16,11 @@ RESULTS = HERE / "results" / "compare"
 TASKS = HERE / "compare"
 DOCS = HERE.parent / "docs"
 PAGE, PLOTS = DOCS / "comparison.md", DOCS / "plots"
-ORDER = ("resnet8", "lenet5", "resnet20", "resnet56", "stories260k", "ptb_lstm")
+ORDER = ("resnet8", "lenet5", "vit", "resnet20", "resnet56", "stories260k", "ptb_lstm")
 TITLES = {
     "resnet8": "MLPerf-Tiny ResNet-8, CIFAR-10",
     "lenet5": "LeNet-5, Fashion-MNIST",
+    "vit": "Small ViT (transformers), Fashion-MNIST",
     "resnet20": "ResNet-20, CIFAR-10",
     "resnet56": "ResNet-56, CIFAR-10",
     "stories260k": "stories260K language model",

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as sp
+from networks import vit
 from run import git_state
 from spectrim import zoo
 from spectrim.errors import ExportError, FormatError
@@ -59,14 +60,6 @@ class Case:
     scheme: Any = "auto"
     weights: str = "pretrained"
     where: Any = None
-
-
-def vit() -> nn.Module:
-    """A small ViT of transformers, for 32 x 32 images."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    sizes = {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 768}
-    return ViTForImageClassification(ViTConfig(**sizes, image_size=32, patch_size=4, num_labels=10))
 
 
 def images() -> zoo.Splits:

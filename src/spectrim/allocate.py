@@ -366,7 +366,7 @@ def _solve(objective: NDArray[np.float64], starts: NDArray[np.int64], limits: Se
             LinearConstraint(limit.row[None] / limit.scale, ub=(limit.most - less) / limit.scale)
             for limit, less in zip(limits, slack, strict=True)
         ]
-        with printing_to_stderr():
+        with printing_to_stderr(unless=b"HighsMipSolverData::"):
             solution = milp(
                 objective,
                 integrality=np.ones(len(choices), int),

@@ -35,6 +35,7 @@ from spectrim.measure import (
     first_examples,
     measure_together,
     one_example,
+    scores_of,
 )
 from spectrim.penalties import Orthogonality
 from spectrim.protocols import Importance, Latencies, LayerFilter, Penalty, RankSchedule
@@ -187,11 +188,11 @@ def compress(
             higher, and no higher than that of ``sensitive`` where this is the lowest.
         importance: ranks by this instead of the importance that belongs to the cut.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
-        distill: how to learn from the dense network while fine-tuning. ``auto`` does where outputs are scores of classes, targets are
-            their numbers, and the network, once cut, has far to go: at least twice the dense network's loss on the examples, or a quarter
-            of a nat more. It teaches by what it says (temperature 2, half of the loss) and, in the first half of the steps, by what its
-            layers put out; where it knows the examples by heart (a loss below 0.05) by what it says alone (temperature 4, 0.7 of the
-            loss). With `squeeze` it teaches from the first epoch on, however near the cut network is. None for never.
+        distill: how to learn from the dense network while fine-tuning. ``auto`` does where outputs (or their ``logits``) are scores of
+            classes, targets are their numbers, and the network, once cut, has far to go: at least twice the dense network's loss on the
+            examples, or a quarter of a nat more. It teaches by what it says (temperature 2, half of the loss) and, in the first half of the
+            steps, by what its layers put out; where it knows the examples by heart (a loss below 0.05) by what it says alone (temperature
+            4, 0.7 of the loss). With `squeeze` it teaches from the first epoch on, however near the cut network is. None for never.
         optimizer: makes an optimizer from parameters; Adam with rate 0.001 when omitted. Its rate rises for a fifth of the steps and
             falls along a cosine to zero.
         penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`. Without any, and without
@@ -311,7 +312,7 @@ def axis_of_classes(network: nn.Module, batch: tuple[Any, Any]) -> int | None:
     """
     inputs, target = batch
     with evaluating(network):
-        output = call_model(network, inputs)
+        output = scores_of(call_model(network, inputs))
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)) or target.is_floating_point() or not output.is_floating_point():
         return None
     axes = [axis for axis in (1, output.dim() - 1) if output.dim() > 1 and output.shape[:axis] + output.shape[axis + 1 :] == target.shape]

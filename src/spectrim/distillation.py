@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_layers
-from spectrim.measure import call_model, evaluating
+from spectrim.measure import call_model, evaluating, scores_of
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -76,15 +76,15 @@ class Distillation:
         Args:
             task: the loss of the task.
             inputs: of this step, as the model takes them.
-            output: the student's.
+            output: the student's; of one with ``logits`` these are compared (`scores_of`).
             hints: returns the `missed` shares of the layers' outputs, once the teacher has run; what `features` weighs.
         """
         with evaluating(self.teacher):
             theirs = call_model(self.teacher, inputs)
         loss = task
         if self.weight:  # else outputs may be anything
-            target = F.log_softmax(theirs.float() / self.temperature, self.dim)
-            student = F.log_softmax(output.float() / self.temperature, self.dim)
+            target = F.log_softmax(scores_of(theirs).float() / self.temperature, self.dim)
+            student = F.log_softmax(scores_of(output).float() / self.temperature, self.dim)
             divergence = (target.exp() * (target - student)).sum(self.dim).mean()
             loss = (1 - self.weight) * task + self.weight * self.temperature**2 * divergence
         return loss if hints is None else loss + self.features * hints()

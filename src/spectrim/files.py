@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 
 @contextmanager
@@ -39,25 +40,31 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def printing_to_stderr() -> Iterator[None]:
+def printing_to_stderr(unless: bytes) -> Iterator[None]:
     """Send to standard error what compiled code prints to standard output inside, which stays for results.
 
     HiGHS as scipy has it prints lines of its own now and then, whatever its options say. Nothing is sent anywhere else where the C library
     cannot be told to write out what it holds (Windows), or where there is no standard output.
+
+    Args:
+        unless: lines that begin so are dropped.
     """
     try:
         flush, kept = ctypes.CDLL(None).fflush, os.dup(1)
     except (OSError, TypeError, AttributeError):
         yield
         return
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        flush(None)
-        with suppress(OSError):  # no standard error
-            os.dup2(2, 1)
-        yield
-    finally:
-        flush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
+    with TemporaryFile() as printed:
+        try:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            flush(None)
+            os.dup2(printed.fileno(), 1)
+            yield
+        finally:
+            flush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
+            printed.seek(0)
+            with suppress(OSError):  # no standard error
+                os.write(2, b"".join(line for line in printed if not line.startswith(unless)))

@@ -167,8 +167,8 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], T
         loss: called as ``loss(output, target)``, gives a scalar: the mean over the targets of a batch.
 
     Returns:
-        ``loss``, the mean over all targets (each batch weighs ``target.numel()``), and ``accuracy``, a fraction, where the output is
-        ``(N, classes)`` and the target ``(N,)`` integers.
+        ``loss``, the mean over all targets (each batch weighs ``target.numel()``), and ``accuracy``, a fraction, where the output (or its
+        ``logits``, see `scores_of`) is ``(N, classes)`` and the target ``(N,)`` integers.
 
     Raises:
         SettingError: `data` yields nothing, or something that is not ``(inputs, target)``.
@@ -188,8 +188,9 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], T
             output = model(*args, **kwargs)
             total += float(loss(output, target)) * target.numel()
             count += target.numel()
-            if _is_classification(output, target):
-                correct += int((output.argmax(1) == target).sum())
+            scores = scores_of(output)
+            if _is_classification(scores, target):
+                correct += int((scores.argmax(1) == target).sum())
                 judged += len(target)
     if not count:
         hint = "a generator can be read only once: give a list or a DataLoader"
@@ -438,6 +439,22 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
     """
     args, kwargs = _arguments(inputs)
     return model(*args, **kwargs)
+
+
+def scores_of(output: Any) -> Any:
+    """Return the scores in what a model puts out: its ``logits``, an attribute or a key, as models of transformers have; else all of it.
+
+    Args:
+        output: of a forward pass.
+
+    Examples:
+        >>> scores_of({"logits": torch.tensor(1), "hidden_states": torch.tensor(2)})
+        tensor(1)
+        >>> scores_of(torch.tensor(3))
+        tensor(3)
+    """
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else output
 
 
 def batch_size_of(inputs: Any, given: int | None = None) -> int:

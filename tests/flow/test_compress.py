@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,34 @@ def test_ranks_are_mixed_where_that_costs_little(trained: tuple[nn.Module, Any],
     asked, whitened = (made(trained, budget=tight, cut=cut) for cut in ("mixed", "whitened"))
     assert asked.cut == "mixed"
     assert asked.ranks != whitened.ranks
+
+
+class Answering(nn.Module):
+    """Puts out an object with logits among other things, as models of transformers do."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor) -> Any:
+        return SimpleNamespace(loss=None, logits=self.net(images), hidden_states=())
+
+
+def test_logits_among_other_outputs_are_judged_and_taught(trained: tuple[nn.Module, Any]) -> None:
+    model, splits = trained
+
+    def of_logits(output: Any, target: Tensor) -> Tensor:
+        return LOSS(output.logits, target)
+
+    settings: dict[str, Any] = {"budget": sp.Budget(macs=0.15), "epochs": 1, "examples": 256, "eval_data": splits.val, "progress": False}
+    splits.train.set_epoch(0)
+    wrapped = compress(Answering(model), splits.train, of_logits, **settings)
+    splits.train.set_epoch(0)
+    bare = compress(model, splits.train, LOSS, **settings)
+    assert wrapped.teacher is not None
+    assert wrapped.teacher["weight"] == 0.5
+    assert wrapped.scores["final"] == bare.scores["final"]
+    assert wrapped.measured["final"].accuracy == bare.measured["final"].accuracy
 
 
 def test_layers_that_cannot_be_compared_do_not_teach() -> None:
