@@ -17,7 +17,7 @@ from spectrim.layers.attention import observed_attention
 from spectrim.layers.base import OneWeight
 from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.recurrent import FactorizedRecurrent
-from spectrim.measure import _send, batch_size_of, call_model, unfused
+from spectrim.measure import _send, batch_size_of, call_model, loss_of, unfused
 from spectrim.surgery import carry_hooks, duplicate, replace
 
 WIDEST = 8192
@@ -143,7 +143,7 @@ def calibrate(
             count = batch_size_of(inputs)
             output = call_model(observed, inputs)
             if loss is not None:
-                sums.add_slopes(held, loss(output, target) * count)
+                sums.add_slopes(held, loss_of(loss, output, target, "calibrate") * count)
             seen += count
     if not seen:
         hint = "a generator can be read only once: give a list or a DataLoader"

@@ -16,6 +16,9 @@ from spectrim.measure import call_model, evaluating, scores_of
 
 Loss = Callable[[Any, Any], Tensor]
 
+IGNORED = -100
+"""The target that torch's `cross_entropy` leaves out, and transformers give padding."""
+
 
 @dataclass(frozen=True)
 class Distillation:
@@ -70,7 +73,7 @@ class Distillation:
         plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "teacher"}
         return plain | {"layers": None if self.layers is None else list(self.layers)}
 
-    def __call__(self, task: Tensor, inputs: Any, output: Any, hints: Callable[[], Tensor] | None = None) -> Tensor:
+    def __call__(self, task: Tensor, inputs: Any, output: Any, hints: Callable[[], Tensor] | None = None, target: Any = None) -> Tensor:
         """Mix the task's loss with the teacher's.
 
         Args:
@@ -78,14 +81,15 @@ class Distillation:
             inputs: of this step, as the model takes them.
             output: the student's; of one with ``logits`` these are compared (`scores_of`).
             hints: returns the `missed` shares of the layers' outputs, once the teacher has run; what `features` weighs.
+            target: of this step; where it holds `IGNORED`, at a place that has scores, the teacher is not heard: padding.
         """
         with evaluating(self.teacher):
             theirs = call_model(self.teacher, inputs)
         loss = task
         if self.weight:  # else outputs may be anything
-            target = F.log_softmax(scores_of(theirs).float() / self.temperature, self.dim)
+            teacher = F.log_softmax(scores_of(theirs).float() / self.temperature, self.dim)
             student = F.log_softmax(scores_of(output).float() / self.temperature, self.dim)
-            divergence = (target.exp() * (target - student)).sum(self.dim).mean()
+            divergence = _mean((teacher.exp() * (teacher - student)).sum(self.dim), target)
             loss = (1 - self.weight) * task + self.weight * self.temperature**2 * divergence
         return loss if hints is None else loss + self.features * hints()
 
@@ -113,6 +117,14 @@ class Distillation:
             return share * loss(output, target) + (1 - share) * loss(output, other)
 
         return tree_map_only(Tensor, lambda tensor: torch.lerp(tensor[order], tensor, share), inputs), mixed_loss
+
+
+def _mean(divergence: Tensor, target: Any) -> Tensor:
+    """Return the mean over the places that the target counts; over all where it does not say."""
+    if not isinstance(target, Tensor) or target.shape != divergence.shape or target.is_floating_point():
+        return divergence.mean()
+    counted = target != IGNORED
+    return torch.where(counted, divergence, 0.0).sum() / counted.sum().clamp_min(1)
 
 
 def taught_layers(model: nn.Module) -> tuple[str, ...]:

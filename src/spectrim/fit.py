@@ -27,7 +27,7 @@ from spectrim.execution import choose_execution
 from spectrim.files import whole_file
 from spectrim.layers import Factors, named_factors, named_layers
 from spectrim.linalg import orthogonality_defect
-from spectrim.measure import call_model, pair_of
+from spectrim.measure import call_model, loss_of, pair_of
 from spectrim.protocols import Penalty, PenaltySchedule, RankRule, RankSchedule
 from spectrim.prune import prune_
 from spectrim.sharded import has_shards, is_sharded, reshard, shard_like, whole
@@ -252,9 +252,9 @@ def fit(
                         added = [whole(penalty(model)) for penalty in penalties]
                     with accelerator.autocast():
                         output = convert_to_fp32(call_model(prepared.call, inputs))
-                        task = task_loss(output, target)
+                        task = loss_of(task_loss, output, target, "fit")
                         if lesson is not None:
-                            task = lesson(task, inputs, output, step / (epochs * length))
+                            task = lesson(task, inputs, output, target, step / (epochs * length))
                     if not sharded:
                         added = [penalty(model) for penalty in penalties]
                     penalty_sum = sum(added, start=torch.zeros((), device=task.device))
@@ -314,7 +314,7 @@ def fit(
 
 
 @contextmanager
-def _lesson(distill: Distillation | None, model: nn.Module, compiled: bool) -> Iterator[Callable[[Tensor, Any, Any, float], Tensor] | None]:
+def _lesson(distill: Distillation | None, model: nn.Module, compiled: bool) -> Iterator[Callable[..., Tensor] | None]:
     """Give the loss with a teacher, who watches the layers of the model for the time of training where he teaches by them."""
     if distill is None:
         yield None
@@ -326,9 +326,9 @@ def _lesson(distill: Distillation | None, model: nn.Module, compiled: bool) -> I
             share = _compiled(missed)
             distill = replace(distill, teacher=cast(nn.Module, torch.compile(distill.teacher, dynamic=False)))
 
-        def loss(task: Tensor, inputs: Any, output: Any, done: float) -> Tensor:
+        def loss(task: Tensor, inputs: Any, output: Any, target: Any, done: float) -> Tensor:
             hints = partial(share, own, taught) if names and done < distill.until else None
-            taught_loss = distill(task, inputs, output, hints)
+            taught_loss = distill(task, inputs, output, hints, target)
             own.clear()  # nothing is held for longer than a step
             taught.clear()
             return taught_loss

@@ -186,7 +186,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], T
                 raise SettingError("evaluate", "data", got=type(target), rule="batches (inputs, target) with a tensor as target")
             (args, kwargs), target = _send((_arguments(inputs), target), model)
             output = model(*args, **kwargs)
-            total += float(loss(output, target)) * target.numel()
+            total += float(loss_of(loss, output, target, "evaluate")) * target.numel()
             count += target.numel()
             scores = scores_of(output)
             if _is_classification(scores, target):
@@ -455,6 +455,28 @@ def scores_of(output: Any) -> Any:
     """
     found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     return found if isinstance(found, Tensor) else output
+
+
+def loss_of(loss: Callable[[Any, Any], Tensor], output: Any, target: Any, owner: str) -> Tensor:
+    """Return the loss of a forward pass.
+
+    Args:
+        loss: called as ``loss(output, target)``.
+        output: whatever the model puts out.
+        target: of the batch.
+        owner: what an error names.
+
+    Raises:
+        SettingError: where a loss of tensors gets an output that only holds one, as those of transformers' models do.
+    """
+    try:
+        return loss(output, target)
+    except (TypeError, AttributeError) as error:
+        if scores_of(output) is output:
+            raise
+        rule = f"(output, target) -> scalar for an output of type {type(output).__name__}"
+        hint = "which holds its scores as logits: give lambda output, target: loss(output.logits, target)"
+        raise SettingError(owner, "loss", got=loss, rule=rule, hint=hint) from error
 
 
 def batch_size_of(inputs: Any, given: int | None = None) -> int:

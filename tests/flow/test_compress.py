@@ -154,6 +154,22 @@ def test_logits_among_other_outputs_are_judged_and_taught(trained: tuple[nn.Modu
     assert wrapped.measured["final"].accuracy == bare.measured["final"].accuracy
 
 
+def test_a_loss_of_tensors_with_an_output_that_holds_one_says_what_to_give(trained: tuple[nn.Module, Any]) -> None:
+    data = [(torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.int64))]
+    model = Answering(copy.deepcopy(trained[0]))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for loss in (LOSS, lambda output, target: LOSS(output.flatten(1), target)):
+        for work in (
+            lambda loss: sp.evaluate(model, data, loss),
+            lambda loss: sp.fit(model, data, loss, optimizer, 1, progress=False),
+            lambda loss: sp.calibrate(sp.factorize(model), data, loss),
+        ):
+            with pytest.raises(SettingError, match=r"SimpleNamespace.*output\.logits"):
+                work(loss)
+    with pytest.raises(AttributeError, match="scores"):
+        sp.evaluate(trained[0], data, lambda output, target: LOSS(output.scores, target))
+
+
 def test_layers_that_cannot_be_compared_do_not_teach() -> None:
     class Reads(nn.Module):
         """Uses the weight of a layer that it never calls."""

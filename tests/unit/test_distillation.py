@@ -50,6 +50,29 @@ def test_the_loss_by_hand() -> None:
     torch.testing.assert_close(loss, Distillation(teacher, 2.0, 0.4)(task, x, output) + 5 * hints)
 
 
+def test_padding_teaches_nothing() -> None:
+    teacher, student = nn.Linear(3, 5), nn.Linear(3, 5)
+    x, y = torch.randn(2, 4, 3), torch.randint(5, (2, 4))
+    y[0, 2:], y[1, 3:] = -100, -100
+    distill = Distillation(teacher, temperature=1.0, weight=1.0)
+    kept = y != -100
+    task = torch.zeros(())
+    torch.testing.assert_close(distill(task, x, student(x), target=y), distill(task, x[kept], student(x[kept])))
+    assert not torch.allclose(distill(task, x, student(x), target=y), distill(task, x, student(x)))
+    assert distill(task, x, student(x), target=torch.full_like(y, -100)) == 0
+    torch.testing.assert_close(distill(task, x, student(x), target=y[:, 0]), distill(task, x, student(x)))  # says nothing of the places
+
+    def masked(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output.transpose(1, 2), target)
+
+    ends = []
+    for noise in (0.0, 5.0):  # what stands at the padding does not matter while training, either
+        low, inputs = copy.deepcopy(student), torch.where(kept.unsqueeze(-1), x, x + noise)
+        fit(low, [(inputs, y)], masked, torch.optim.SGD(low.parameters(), 0.1), 1, distill=distill, progress=False)
+        ends.append(low.weight.detach())
+    torch.testing.assert_close(*ends)
+
+
 def test_the_share_that_is_missed_is_blind_to_scale_and_zero_for_equal_outputs() -> None:
     f, g = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
     for scale in (1e-3, 1.0, 1e3):
