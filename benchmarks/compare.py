@@ -236,8 +236,8 @@ class Job:
         return model
 
 
-def trainer(task: Task, model: nn.Module, peak: float, steps: int) -> tuple[Any, Any]:
-    optimizer = make(task.optimizer, "optimizer", [p for p in model.parameters() if p.requires_grad], lr=peak)
+def trainer(task: Task, model: nn.Module, peak: float, steps: int, **own: float) -> tuple[Any, Any]:
+    optimizer = make(task.optimizer, "optimizer", [p for p in model.parameters() if p.requires_grad], lr=peak, **own)
     return optimizer, make(task.scheduler, "scheduler", optimizer, total_steps=steps, T_max=steps, max_lr=peak)
 
 
@@ -423,10 +423,11 @@ class Start:
         assert self.task.dense is not None
         with claimed(folder.with_suffix(".lock"), wait=True):
             if not (folder / "done").exists():
-                epochs = self.task.dense["epochs"]
-                optimizer, scheduler = trainer(self.task, model, self.task.dense["peak"], epochs * len(data.train))
-                fit(model, data.train, self.loss, optimizer, epochs, scheduler=scheduler, scheduler_steps="batch",
-                    clip=self.task.clip, checkpoint=folder / "training", progress=False)  # fmt: skip
+                own = dict(self.task.dense)
+                epochs, peak = own.pop("epochs"), own.pop("peak")
+                optimizer, scheduler = trainer(self.task, model.to(DEVICE), peak, epochs * len(data.train), **own)
+                fit(model, data.train, self.loss, optimizer, epochs, scheduler=scheduler, scheduler_steps="batch", clip=self.task.clip,
+                    compiled=self.task.compiled, precision=self.task.precision, checkpoint=folder / "training", progress=False)  # fmt: skip
                 save(model, folder)
                 (folder / "done").touch()
             return load(folder, model)

@@ -16,13 +16,15 @@ RESULTS = HERE / "results" / "compare"
 TASKS = HERE / "compare"
 DOCS = HERE.parent / "docs"
 PAGE, PLOTS = DOCS / "comparison.md", DOCS / "plots"
-ORDER = ("resnet8", "lenet5", "vit", "resnet20", "resnet56", "stories260k", "ptb_lstm")
+ORDER = ("resnet8", "lenet5", "vit", "resnet20", "resnet20_full", "resnet56", "resnet56_full", "stories260k", "ptb_lstm")
 TITLES = {
     "resnet8": "MLPerf-Tiny ResNet-8, CIFAR-10",
     "lenet5": "LeNet-5, Fashion-MNIST",
     "vit": "Small ViT (transformers), Fashion-MNIST",
     "resnet20": "ResNet-20, CIFAR-10",
+    "resnet20_full": "ResNet-20, CIFAR-10, full length",
     "resnet56": "ResNet-56, CIFAR-10",
+    "resnet56_full": "ResNet-56, CIFAR-10, full length",
     "stories260k": "stories260K language model",
     "ptb_lstm": "LSTM language model, Penn Treebank",
 }
@@ -201,7 +203,7 @@ def section(name: str) -> str:
     title = f"\n## {TITLES.get(name, name)}\n\n"
     methods, budgets = list(task["methods"]), task["budgets"]
     if not found:
-        return title + "No run has been made yet.\n"
+        return title + "No run has been made yet: it is meant for a GPU.\n"
     budgets = sorted({*budgets, *(result["budget"] for result in found)}, reverse=True)
     trained = [result for result in found if result["epochs"]]
     untrained = [result for result in found if not result["epochs"]]
