@@ -1,5 +1,6 @@
 """`correct` refits the weights of a cut network to what the network before the cut computes; `recalibrate` renews BatchNorm."""
 
+import math
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 from greenlet import getcurrent, greenlet
 from rich.console import Console
@@ -24,13 +26,19 @@ from spectrim.measure import call_model, evaluating
 from spectrim.surgery import duplicate
 
 CUTOFF = 1e-6
-"""Directions of the inputs whose second moment is below this share of the largest keep the dense weight: they tell nothing."""
+"""Directions of the inputs whose second moment is far below this share of its Frobenius norm keep the dense weight: they tell nothing."""
+
+REFINEMENTS = 4
+"""Solutions of the regularised equations that are added up, each for what the ones before have left."""
+
+ROWS, FEWEST_ROWS = 32, 2**16
+"""Positions that are looked at for each input of a weight, drawn among those of all examples, and how many they are at least."""
 
 ALIVE = 8
 """Tensors as large as the largest input of a layer that a network may hold at once, for each batch, in both networks together."""
 
-LARGEST = 2**31
-"""Bytes that all batches may hold at once; with more, networks run anew for each layer, batch by batch."""
+LEAST_ROOM = 2**31
+"""Bytes that all batches may hold at once, or half of the memory that is free; with more, networks run anew for each layer."""
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -59,6 +67,20 @@ class _Called(nn.Module):
 
     def forward(self, inputs: Any) -> Any:
         return call_model(self.model, inputs)
+
+
+def room(device: torch.device) -> int:
+    """Return how many bytes may be held on a device at once: half of what is free, or `LEAST_ROOM`.
+
+    Args:
+        device: a processor, a CUDA GPU, or another, whose memory is not asked for.
+    """
+    free = 0
+    if device.type == "cpu":
+        free = psutil.virtual_memory().available
+    elif device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    return max(LEAST_ROOM, free // 2)
 
 
 def uncorrected(model: nn.Module) -> dict[str, str]:
@@ -109,11 +131,12 @@ def correct(
     with that of the truncation over columns, and the better is taken. Where nothing improves on the present weight it stays.
 
     The closed form of what the first steps of fine-tuning would do, and no more: errors on the calibration data fall, layer by layer, but
-    few examples and wide layers fit those examples. BatchNorm layers keep their statistics, which `recalibrate` renews afterwards.
+    few examples and wide layers fit those examples. BatchNorm layers keep their statistics, which `recalibrate` renews afterwards. Of the
+    positions in images and sequences some are drawn, 32 for each input of a weight and at least 65,536 over all examples.
 
     Takes one pass over the data through both networks, which wait at each layer while that is refitted. Where a layer runs more than once
-    or 2 GB would not hold what waits, each layer takes a pass of its own, as far as that layer. Refitted are linear layers and
-    convolutions; `uncorrected` lists what is not.
+    or half of the free memory would not hold what waits, each layer takes a pass of its own, as far as that layer. Refitted are linear
+    layers and convolutions; `uncorrected` lists what is not.
 
     Args:
         cut: factorized, at its final ranks; it is left untouched.
@@ -142,7 +165,7 @@ def correct(
 
     Source: the asymmetric data reconstruction of Zhang, Zou, He and Sun, arXiv 1505.06798, section 3.3, for linear responses.
     Deviation: the regression starts from ``W``, so that directions that the data leave out keep the dense weight; pseudo-inverses by
-    eigenvalues above 1e-6 of the largest; no response of a non-linearity is fitted; the spatial scheme is ours.
+    iterated Tikhonov regularisation; no response of a non-linearity is fitted; the spatial scheme is ours.
     """
     check_examples("correct", examples)
     corrected = duplicate(cut)
@@ -161,10 +184,14 @@ def correct(
         def refit(meetings: Iterable[tuple[str, Iterable[_Met]]]) -> None:
             bar = track(meetings, "correct", len(order), console=console, transient=True, disable=not (progress and console.is_terminal))
             for name, met in bar:
-                left = None if calibration is None else calibration.metrics(name, layers[name].factors_of("weight").shape)[0]
-                _refit(layers[name], originals[name], _moments(layers[name], met), left)
+                layer, original = layers[name], originals[name]
+                left = None if calibration is None else calibration.metrics(name, layer.factors_of("weight").shape)[0]
+                dense = _folded(layer, original)
+                most = max(FEWEST_ROWS, ROWS * dense.shape[-1]) / (len(batches) * order[name])
+                moments = _moments(layer, met, dense.shape[:-1].numel(), most)
+                _refit(layer, original, dense, moments, left)
 
-        if max(order.values(), default=1) == 1 and ALIVE * size * len(batches) <= LARGEST:
+        if max(order.values(), default=1) == 1 and ALIVE * size * len(batches) <= room(next(corrected.parameters()).device):
             try:
                 with closing(_in_one_pass(both, order)) as meetings:
                     refit(meetings)
@@ -305,7 +332,7 @@ def _modes() -> tuple[bool, ...]:
 
 @dataclass(frozen=True)
 class _Moments:
-    """Of the inputs of one layer, dense ``x`` and present ``x~``, as rows of the channel fold: means over all rows, in float64.
+    """Of the inputs of one layer, dense ``x`` and present ``x~``, as rows of the channel fold: means over rows, in float64.
 
     Attributes:
         own: ``E[x~ x~^T]``, ``(blocks, in, in)``; less the means where the layer has a bias.
@@ -320,13 +347,27 @@ class _Moments:
     own_mean: Tensor
 
 
-def _moments(layer: OneWeight, met: Iterable[_Met]) -> _Moments:
-    """Add up over all that a layer meets."""
+def _moments(layer: OneWeight, met: Iterable[_Met], outputs: int, most: float) -> _Moments:
+    """Add up over what a layer meets.
+
+    Args:
+        layer: of the corrected network.
+        met: what it meets, each time it is called.
+        outputs: of the layer, at one position.
+        most: how many rows to look at each time, drawn among all; neighbours tell little more.
+    """
+    generator = torch.Generator().manual_seed(0)
     own = cross = dense_sum = own_sum = torch.zeros((), dtype=torch.float64)
     count = 0
     for x, shape, x_now in met:
-        pairs = zip(layer.input_rows(x, shape, "channel"), layer.input_rows(x_now, shape, "channel"), strict=True)
-        for rows, rows_now in ((a.double(), b.double()) for a, b in pairs):
+        share = most * outputs / max(1, shape.numel())
+        for pair in zip(layer.input_rows(x, shape, "channel"), layer.input_rows(x_now, shape, "channel"), strict=True):
+            if share < 1:
+                size = pair[0].shape[-2]
+                drawn = torch.randperm(size, generator=generator)[: math.ceil(share * size)].to(x.device)
+                rows, rows_now = (part.index_select(-2, drawn).double() for part in pair)
+            else:
+                rows, rows_now = (part.double() for part in pair)
             own, cross = own + rows_now.mT @ rows_now, cross + rows.mT @ rows_now
             dense_sum, own_sum = dense_sum + rows.sum(-2), own_sum + rows_now.sum(-2)
             count += rows.shape[-2]
@@ -337,21 +378,27 @@ def _moments(layer: OneWeight, met: Iterable[_Met]) -> _Moments:
     return _Moments(own, cross, dense_mean, own_mean)
 
 
-def _refit(layer: Any, original: Any, moments: _Moments, left: Tensor | None) -> None:
-    """Give one layer its best weight and bias, in place."""
+def _folded(layer: Any, original: Any) -> Tensor:
+    """Return the weight that a layer had before the cut, in the channel fold, ``(blocks, out, in)``, in float64."""
+    matrix: Tensor = layer.fold(original, "weight", original.weight.detach().double(), "channel")
+    return matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
+
+
+def _refit(layer: Any, original: Any, dense: Tensor, moments: _Moments, left: Tensor | None) -> None:
+    """Give one layer its best weight and bias, in place; ``dense`` is the original's weight, folded, ``(blocks, out, in)``."""
     factors = layer.factors_of("weight")
-    fold = layer.fold(original, "weight", original.weight.detach().double(), "channel")
-    dense, held = (matrix if matrix.dim() == 3 else matrix.unsqueeze(0) for matrix in (fold, _composed(layer, *_parts(factors))))
-    target = dense + dense @ (moments.cross - moments.own) @ _pseudo_inverse(moments.own)
+    held = _composed(layer, *_parts(factors))
+    wanted = dense @ moments.cross
+    target = dense + _divided(wanted - dense @ moments.own, moments.own)
     candidates = (
-        _of_columns(layer, dense, target, moments, left)
+        _of_columns(layer, wanted, target, moments, left)
         if layer.scheme == "spatial"
         else [_truncated(factors.rank, target, moments.own, left)]
     )
     judged = None if layer.scheme == "spatial" else left
-    best, error = None, _error(held, dense, moments, judged)
+    best, error = None, _error(held, wanted, moments.own, judged)
     for candidate in candidates:
-        found = _error(_composed(layer, *candidate), dense, moments, judged)
+        found = _error(_composed(layer, *candidate), wanted, moments.own, judged)
         if found < error:
             best, error = candidate, found
     with torch.no_grad():
@@ -364,19 +411,25 @@ def _refit(layer: Any, original: Any, moments: _Moments, left: Tensor | None) ->
             layer.bias.copy_(original.bias.detach().double() + shift.flatten())
 
 
-def _error(weight: Tensor, dense: Tensor, moments: _Moments, left: Tensor | None) -> float:
-    """Return the mean squared error of the output, in the metric `left`, less what no weight can change."""
-    change = weight @ moments.own - 2 * dense @ moments.cross
+def _error(weight: Tensor, wanted: Tensor, own: Tensor, left: Tensor | None) -> float:
+    """Return the mean squared error of the output, in the metric `left`, less what no weight can change; ``wanted = W C_xx~``."""
+    change = weight @ own - 2 * wanted
     return float(((change if left is None else left @ change) * weight).sum())
 
 
-def _pseudo_inverse(moment: Tensor) -> Tensor:
-    """Return the pseudo-inverse of a second moment, by eigenvalues above `CUTOFF` of the largest."""
-    values, basis = torch.linalg.eigh((moment + moment.mT) / 2)
-    kept = values > CUTOFF * values[..., -1:]
-    inverse = torch.where(kept, torch.where(kept, values, 1.0).reciprocal(), 0.0)
-    pseudo: Tensor = (basis * inverse.unsqueeze(-2)) @ basis.mT
-    return pseudo
+def _divided(right: Tensor, moment: Tensor) -> Tensor:
+    """Return ``right @ moment^+``, where eigenvalues far below `CUTOFF` of the norm count as zero.
+
+    By iterated Tikhonov regularisation: an eigenvalue ``s`` is inverted to ``(1 - (r / (s + r))^n) / s``, with ``r`` the ridge and ``n``
+    `REFINEMENTS`. An eigendecomposition of thousands of inputs would take ten times as long.
+    """
+    moment = (moment + moment.mT) / 2
+    ridge = (CUTOFF * torch.linalg.matrix_norm(moment)).clamp_min(torch.finfo(moment.dtype).tiny)[..., None, None]
+    triangle = torch.linalg.cholesky(moment + ridge * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device))
+    solution = torch.zeros_like(right)
+    for _ in range(REFINEMENTS):
+        solution = solution + torch.cholesky_solve((right - solution @ moment).mT, triangle).mT
+    return solution
 
 
 Parts = tuple[Tensor, Tensor, Tensor]
@@ -411,11 +464,11 @@ def _composed(layer: Any, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     return matrix.reshape(-1, out, width, in_, height).permute(0, 1, 3, 4, 2).reshape(-1, out, in_ * height * width)
 
 
-def _of_columns(layer: Any, dense: Tensor, target: Tensor, moments: _Moments, metric: Tensor | None) -> list[Parts]:
+def _of_columns(layer: Any, wanted: Tensor, target: Tensor, moments: _Moments, metric: Tensor | None) -> list[Parts]:
     """Refit the second factor of the spatial scheme to the output: with the first one that is held, and with that of the truncation.
 
     With ``B`` the map from patches to the outputs of the first operation at each horizontal offset, ``L <- L + (W C_xx~ - L B C) B^T
-    (B C B^T)^+``.
+    (B C B^T)^+``; ``wanted = W C_xx~``.
     """
     out, in_, height, width = _sizes(layer)
     factors = layer.factors_of("weight")
@@ -428,6 +481,6 @@ def _of_columns(layer: Any, dense: Tensor, target: Tensor, moments: _Moments, me
         left = (U * S.unsqueeze(-2)).reshape(-1, out, width * rank)
         B = torch.einsum("grm,bc->gbrmc", Vh, eye).reshape(-1, width * rank, in_ * height * width)
         seen = moments.own @ B.mT
-        left = left + (dense @ moments.cross @ B.mT - left @ (B @ seen)) @ _pseudo_inverse(B @ seen)
+        left = left + _divided(wanted @ B.mT - left @ (B @ seen), B @ seen)
         candidates.append(linalg.svd_of_product(left.reshape(-1, out * width, rank), torch.ones_like(S), Vh))
     return candidates

@@ -228,7 +228,7 @@ def test_one_pass_gives_the_numbers_of_a_pass_for_each_layer(mode: str, scheme: 
     dense.runs = 0
     at_once = correct(cut, dense, data)
     runs = dense.runs
-    monkeypatch.setattr(module, "LARGEST", 0)
+    monkeypatch.setattr(module, "room", lambda _: 0)
     dense.runs = 0
     step_by_step = correct(cut, dense, data)
     assert dense.runs == len(data) * 4  # its four layers
@@ -320,3 +320,34 @@ def test_recalibrate_takes_inputs_as_data_give_them() -> None:
         torch.testing.assert_close(model.norm.running_mean, 2 * x.mean(0))
         torch.testing.assert_close(model.norm.running_var, 4 * x.var(0))
         assert not model.training
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+def test_some_positions_are_as_good_as_all(scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ones in both networks."""
+    dense, data = convolutions(), images(12)
+    cut = sp.prune(sp.factorize(dense, scheme, EVERYTHING), sp.Fixed(3))
+    whole = correct(cut, dense, data)
+    looked_at: list[int] = []
+    gram = module._moments
+
+    def counted(layer: Any, met: Any, outputs: int, most: float) -> Any:
+        looked_at.append(round(most * len(data)))
+        return gram(layer, met, outputs, most)
+
+    monkeypatch.setattr(module, "_moments", counted)
+    monkeypatch.setattr(module, "FEWEST_ROWS", 10)
+    monkeypatch.setattr(module, "ROWS", 50)
+    some = correct(cut, dense, data)
+    assert looked_at[0] == 50 * 4 * 9 < 12 * 8 * 8 * 8
+    with torch.no_grad():
+        errors = [sum(float((network(x) - dense(x)).square().sum()) for x, _ in data) for network in (cut, some, whole)]
+    assert errors[1] < errors[0]
+    assert errors[1] == pytest.approx(errors[2], rel=0.05)
+    assert not torch.equal(some[0].weight, whole[0].weight)
+    assert torch.equal(correct(cut, dense, data)[0].weight, some[0].weight)
+
+
+def test_there_is_room_on_every_device() -> None:
+    assert module.room(torch.device("cpu")) >= 2**31
+    assert module.room(torch.device("meta")) == 2**31

@@ -243,6 +243,9 @@ class FactorizedConv(OneWeight):
         module: Any = self
         count, scheme = len(module.kernel_size), scheme or self.scheme
         x, after = self._padded(x if x.dim() == count + 2 else x.unsqueeze(0)), output_shape[-count:]
+        if count == 2 and scheme == "channel" and not module.transposed:
+            yield from self._unfolded(x, self._part(after))
+            return
         axes = range(1 if scheme == "spatial" else count)
         if scheme == "spatial":
             x = x.index_select(3, self._columns(x.shape[3], after[1])[0].to(x.device))
@@ -253,6 +256,14 @@ class FactorizedConv(OneWeight):
             taps = [3 + 2 * axis for axis in axes]
             positions = [axis for axis in range(2, rows.dim()) if axis not in taps]
             yield rows.permute(0, *positions, 1, *taps).reshape(-1, module.groups, width // module.groups).transpose(0, 1)
+
+    def _unfolded(self, x: Tensor, part: int) -> Iterator[Tensor]:
+        """Yield the patches of images as torch has them in one call, that many images at a time."""
+        module: Any = self
+        zeros = [side for pair in reversed(self._sides()) for side in pair] if module.padding_mode == "zeros" else [0] * 4
+        for images in torch.split(x, part):
+            patches = F.unfold(F.pad(images, zeros), module.kernel_size, module.dilation, 0, module.stride)
+            yield patches.reshape(len(images), module.groups, -1, patches.shape[-1]).permute(1, 0, 3, 2).flatten(1, 2)
 
     def output_rows(self, y: Tensor, input_shape: Sequence[int]) -> Iterator[Tensor]:
         """Yield the outputs ``(groups, n, out)``; in the spatial scheme those of each horizontal offset, ``(groups, n, out * kw)``."""
