@@ -31,8 +31,11 @@ CUTOFF = 1e-6
 REFINEMENTS = 4
 """Solutions of the regularised equations that are added up, each for what the ones before have left."""
 
-ROWS, FEWEST_ROWS = 32, 2**16
-"""Positions that are looked at for each input of a weight, drawn among those of all examples, and how many they are at least."""
+ROWS, FEWEST_ROWS = 128, 2**18
+"""Positions that are looked at for each input of a weight, drawn among those of all examples, and how many they are at least.
+
+With a quarter of them the refit of ResNet-8 at a fifth of its multiply-accumulates ended as much as 0.6 nats higher.
+"""
 
 ALIVE = 8
 """Tensors as large as the largest input of a layer that a network may hold at once, for each batch, in both networks together."""
@@ -132,7 +135,7 @@ def correct(
 
     The closed form of what the first steps of fine-tuning would do, and no more: errors on the calibration data fall, layer by layer, but
     few examples and wide layers fit those examples. BatchNorm layers keep their statistics, which `recalibrate` renews afterwards. Of the
-    positions in images and sequences some are drawn, 32 for each input of a weight and at least 65,536 over all examples.
+    positions in images and sequences some are drawn, 128 for each input of a weight and at least 262,144 over all examples.
 
     Takes one pass over the data through both networks, which wait at each layer while that is refitted. Where a layer runs more than once
     or half of the free memory would not hold what waits, each layer takes a pass of its own, as far as that layer. Refitted are linear
