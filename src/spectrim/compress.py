@@ -182,10 +182,10 @@ def compress(
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
             examples; ``sensitive`` what changes the loss least to second order; ``mixed`` as ``whitened``, with ranks by the mean of the
-            plain and the whitened energy. ``auto`` makes the first three and keeps the one with the lowest loss after the refit, on
-            `eval_data` or else on the examples. With epochs, ``mixed`` takes its place where it starts little worse: with at most a quarter
-            more added to the dense network's loss, or, where training has far to go (as under `distill`), from a loss at most a quarter
-            higher, and no higher than that of ``sensitive`` where this is the lowest.
+            plain and the whitened energy. ``auto`` makes the first three and keeps the one that is best after the refit, on `eval_data` or
+            else on the examples: by accuracy, where there is one and nothing is trained, else by loss. With epochs, ``mixed`` takes its
+            place where it starts little worse: with at most a quarter more added to the dense network's loss, or, where training has far
+            to go (as under `distill`), from a loss at most a quarter higher, and no higher than that of ``sensitive`` where that is lowest.
         importance: ranks by this instead of the importance that belongs to the cut.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: how to learn from the dense network while fine-tuning. ``auto`` does where outputs (or their ``logits``) are scores of
@@ -374,10 +374,13 @@ class _Cutter:
         if cut != "auto":
             return self._made(full, cut)
         moments = self._moments(full)
-        best = min((self._made(full, kind, moments) for kind in ("plain", "whitened", "sensitive")), key=lambda made: _last(made[2]))
-        if trains and self.importance is None:
+        made = [self._made(full, kind, moments) for kind in ("plain", "whitened", "sensitive")]
+        if not trains:
+            return min(made, key=lambda one: _rank(one[2]))
+        best = min(made, key=lambda one: _last(one[2])["loss"])
+        if self.importance is None:
             mixed = self._made(full, "mixed", moments)
-            if _last(mixed[2]) <= self._allowed(best[0], best[1], _last(best[2])):
+            if _last(mixed[2])["loss"] <= self._allowed(best[0], best[1], _last(best[2])["loss"]):
                 return mixed
         return best
 
@@ -439,8 +442,14 @@ class _Mean:
         return {name: torch.stack([torch.as_tensor(harms[name]).cpu() for harms in found]).mean(0) for name in found[0]}
 
 
-def _last(scores: dict[str, dict[str, float]]) -> float:
-    return list(scores.values())[-1]["loss"]
+def _last(scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    return list(scores.values())[-1]
+
+
+def _rank(scores: dict[str, dict[str, float]]) -> tuple[float, float]:
+    """Return what is smaller for a better network that is not trained any more: by accuracy where there is one, then by loss."""
+    last = _last(scores)
+    return -last.get("accuracy", 0.0), last["loss"]
 
 
 @dataclass

@@ -59,9 +59,10 @@ def test_calibration_alone_beats_plain_truncation(trained: tuple[nn.Module, Any]
     for result in (auto, plain):
         assert result.measured["final"].macs <= 0.4 * result.measured["dense"].macs  # type: ignore[operator]
         assert not any(isinstance(module, FactorizedLayer) for module in result.model.modules())
-    best = min(found["loss"] for stage, found in auto.scores.items() if stage in ("recalibrated", "corrected"))
-    assert auto.measured["final"].loss == pytest.approx(best, abs=1e-5)  # merged: other rounding
-    assert best < plain.scores["recalibrated"]["loss"]
+    best = min((found for stage, found in auto.scores.items() if stage in ("recalibrated", "corrected")), key=lambda found: found["loss"])
+    assert auto.measured["final"].loss == pytest.approx(best["loss"], abs=1e-5)  # merged: other rounding
+    assert best["accuracy"] >= plain.scores["recalibrated"]["accuracy"]
+    assert best["loss"] < plain.scores["recalibrated"]["loss"]
     assert all(torch.equal(before[name], tensor) for name, tensor in trained[0].state_dict().items())
 
 
@@ -102,12 +103,13 @@ def test_ranks_are_mixed_where_that_costs_little(trained: tuple[nn.Module, Any],
     module = sys.modules["spectrim.compress"]  # spectrim.compress is the function
     tight, make = sp.Budget(macs=0.15), module._Cutter._made
 
-    def chosen(best: str, mixed: float, **settings: Any) -> str:
-        """Let one of the three score 1.0 once it is refitted, the others 2.0."""
+    def chosen(best: str, mixed: float, accurate: str = "", **settings: Any) -> str:
+        """Let one of the three have a loss of 1.0 once it is refitted, the others 2.0; and one the highest accuracy."""
 
         def scored(self: Any, full: nn.Module, kind: str, moments: Any = None) -> Any:
             network, how, scores = make(self, full, kind, moments)
-            return network, how, scores | {"corrected": {"loss": {best: 1.0, "mixed": mixed}.get(kind, 2.0)}}
+            loss = {best: 1.0, "mixed": mixed}.get(kind, 2.0)
+            return network, how, scores | {"corrected": {"loss": loss, "accuracy": 0.5 if kind == accurate else 0.4}}
 
         monkeypatch.setattr(module._Cutter, "_made", scored)
         return made(trained, budget=tight, **settings).cut
@@ -117,6 +119,8 @@ def test_ranks_are_mixed_where_that_costs_little(trained: tuple[nn.Module, Any],
     assert chosen("sensitive", 1.2, epochs=1) == "sensitive"
     assert chosen("sensitive", 0.99, epochs=1) == "mixed"
     assert chosen("whitened", 1.0) == "whitened", "without training the best start is the best end"
+    assert chosen("sensitive", 1.0, accurate="plain") == "plain", "without training accuracy counts"
+    assert chosen("sensitive", 2.0, accurate="plain", epochs=1) == "sensitive", "training mends the rest"
     monkeypatch.setattr(module._Cutter, "far", lambda *_: False)
     assert chosen("sensitive", 1.1, epochs=1) == chosen("whitened", 1.1, epochs=1) == "mixed"
     assert chosen("whitened", 1.3, epochs=1) == "whitened", "near to its end, training does not make up for the start"
