@@ -62,8 +62,9 @@ rows alike. Numbers are those of the test split, which is read once, at the end 
 sample standard deviation over `n` seeds. With n=1 there is no deviation, and differences below about 0.3 point mean nothing. The best of a
 column is bold. A dash is a run that has not been made; how many are missing stands below each table. Each file names the commit that made
 it: where only the library has changed since, and not a setting, the row stands until it is run again. The rules of `compress` were chosen
-by trials on networks of this page, judged by validation scores; the last change of its rule for ranks came after test scores of LeNet-5
-had been seen, so that its rows there are not blind.
+by trials on networks of this page, judged by validation scores. The last change of its rule for ranks came after test scores of LeNet-5
+had been seen, and that of its choice between cuts without training after those of ResNet-8, so that these rows are not blind. None was
+chosen on the ViT.
 
 - **truncated SVD**: cut at once, ranks by the knapsack over spectral energy; *distilled*: fine-tuned with the dense network as the teacher.
 - **activation-whitened SVD**: cut where each layer's output changes least on training examples, ranks by the same measure.
