@@ -386,7 +386,17 @@ METHODS: dict[str, Callable[[Job], nn.Module]] = {
 }
 METHODS |= {f"{method.__name__}_distilled": method for method in (truncated, whitened, paper, narrow)}  # with a teacher, see `Job.train`
 METHODS |= dict.fromkeys(
-    ("ours_squeezed", "ours_orthogonal", "ours_decayed", "ours_undistilled", "ours_hinted", "ours_taught", "ours_whitened"), ours
+    (
+        "ours_squeezed",
+        "ours_squeezed_fast",
+        "ours_orthogonal",
+        "ours_decayed",
+        "ours_undistilled",
+        "ours_hinted",
+        "ours_taught",
+        "ours_whitened",
+    ),
+    ours,
 )
 
 
