@@ -39,7 +39,7 @@ METHODS = {
     "polar_hoyer": "PolarHoyer on dense weights",
     "ours": "`compress` (ours)",
     "ours_squeezed": "`compress`, first half toward the budget",
-    "ours_squeezed_fast": "`compress`, the same at four times the rate",
+    "ours_squeezed_fast": "`compress`, toward the budget at four times the rate",
     "ours_orthogonal": "`compress`, orthogonality on",
     "ours_decayed": "`compress`, decay of the product",
     "ours_undistilled": "`compress`, no teacher",
