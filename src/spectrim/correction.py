@@ -31,6 +31,9 @@ CUTOFF = 1e-6
 REFINEMENTS = 4
 """Solutions of the regularised equations that are added up, each for what the ones before have left."""
 
+FLOOR = 1e-12
+"""Added to the second moments of all inputs, as a share of the largest: above what rounding leaves of constant inputs when centered."""
+
 ROWS, FEWEST_ROWS = 128, 2**18
 """Positions that are looked at for each input of a weight, drawn among those of all examples, and how many they are at least.
 
@@ -154,7 +157,7 @@ def correct(
         The corrected copy, of the same ranks.
 
     Raises:
-        LayerError: when `dense` has no layer of the name and sizes of one that is corrected.
+        LayerError: when `dense` has no layer of the name and sizes of one that is corrected, or its inputs are not finite.
         SettingError: for `examples` below 1, or when `data` holds nothing.
 
     Examples:
@@ -192,6 +195,8 @@ def correct(
                 dense = _folded(layer, original)
                 most = max(FEWEST_ROWS, ROWS * dense.shape[-1]) / (len(batches) * order[name])
                 moments = _moments(layer, met, dense.shape[:-1].numel(), most)
+                if not (torch.isfinite(moments.own).all() and torch.isfinite(moments.cross).all()):
+                    raise LayerError(name, "its inputs are not finite", hint="look for NaN or overflow in the data or either model")
                 _refit(layer, original, dense, moments, left)
 
         if max(order.values(), default=1) == 1 and ALIVE * size * len(batches) <= room(next(corrected.parameters()).device):
@@ -375,6 +380,8 @@ def _moments(layer: OneWeight, met: Iterable[_Met], outputs: int, most: float) -
             dense_sum, own_sum = dense_sum + rows.sum(-2), own_sum + rows_now.sum(-2)
             count += rows.shape[-2]
     own, cross, dense_mean, own_mean = own / count, cross / count, dense_sum / count, own_sum / count
+    floor = torch.diag_embed(FLOOR * own.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).expand_as(own_mean))
+    own, cross = own + floor, cross + floor  # in both: what the inputs never do asks for no change of the weight
     if layer.bias is not None:
         own = own - own_mean.unsqueeze(-1) * own_mean.unsqueeze(-2)
         cross = cross - dense_mean.unsqueeze(-1) * own_mean.unsqueeze(-2)

@@ -351,3 +351,24 @@ def test_some_positions_are_as_good_as_all(scheme: Any, monkeypatch: pytest.Monk
 def test_there_is_room_on_every_device() -> None:
     assert module.room(torch.device("cpu")) >= 2**31
     assert module.room(torch.device("meta")) == 2**31
+
+
+@pytest.mark.parametrize("value", [0.0, 3.7, 1e4])
+def test_constant_inputs_change_no_weight_to_speak_of(value: float) -> None:
+    """Centered they leave nothing but rounding, which is no matrix to divide by."""
+    dense = nn.Linear(6, 4).double()
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(4))
+    x = torch.full((64, 6), value).double()
+    corrected = correct(cut, dense, [x, x])
+    torch.testing.assert_close(corrected(x), dense(x))
+    eye = torch.eye(6).double()
+    torch.testing.assert_close(corrected(eye) - corrected(0 * eye), dense(eye) - dense(0 * eye), rtol=0, atol=0.01)
+
+
+def test_inputs_that_are_not_finite_name_the_layer() -> None:
+    dense = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(2))
+    x = torch.ones(8, 4)
+    x[0, 0] = torch.inf
+    with pytest.raises(LayerError, match="layer '0': its inputs are not finite"):
+        correct(cut, dense, [x])
