@@ -403,7 +403,7 @@ class _Cutter:
     def _stages(
         self, full: nn.Module, kind: str, importance: Importance | None, metric: Calibration | None
     ) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
-        """Cut, renew the statistics of BatchNorm, refit the factors; keep the refit only where it scores better."""
+        """Cut, renew the statistics of BatchNorm, refit the factors; keep the refit only where its loss is lower."""
         network = prune(full, allocate(full, self.budget, self.inputs, importance=importance, latency=self.latency), calibration=metric)
         scores = {"cut": self.score(network)}
         refitted = correct(network, self.dense, self.known, examples=None)
