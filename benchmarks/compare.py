@@ -53,10 +53,12 @@ from spectrim import (
     save,
 )
 from spectrim.files import write_text
-from spectrim.fit import Precision
-from spectrim.measure import count_macs, one_example
-from spectrim.recipe import environment, make, make_loss, seed_everything
-from spectrim.surgery import head_of
+from spectrim.metrics.inputs import one_example
+from spectrim.metrics.macs import count_macs
+from spectrim.pipeline.components import make, make_loss, seed_everything
+from spectrim.pipeline.run import environment
+from spectrim.surgery.select import head_of
+from spectrim.training.fit import Precision
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -273,8 +275,8 @@ def truncated(job: Job) -> nn.Module:
 
 def whitened(job: Job) -> nn.Module:
     """Cut each weight where the layer's output changes least on calibration examples; ranks by the same measure; fine-tune."""
-    from spectrim.calibration import calibrate
-    from spectrim.importance import WhitenedEnergy
+    from spectrim.budget.distortion.energy import WhitenedEnergy
+    from spectrim.surgery.calibrate import calibrate
 
     low = job.factorized()
     job.scores["before_cut"] = job.scores["dense"]
@@ -316,7 +318,8 @@ def polar_hoyer(job: Job) -> nn.Module:
 
 def ours(job: Job) -> nn.Module:
     """`spectrim.compress`; rows of another name differ in what their knobs say."""
-    from spectrim.compress import compress, teacher_for
+    from spectrim.pipeline.compress import compress
+    from spectrim.pipeline.teaching import teacher_for
 
     peak, knobs = job.knobs.get("peak", job.task.peak), job.knobs
     distill: Any = "auto" if knobs.get("distill", True) else None

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import spectrim as sp
 from spectrim import zoo
-from spectrim.sharded import gathered
+from spectrim.layers.sharded import gathered
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results" / "distributed" / "digits", HERE.parent / "docs" / "howto" / "many-gpus.md"

@@ -27,10 +27,14 @@ from networks import vit
 from run import git_state
 from spectrim import zoo
 from spectrim.errors import ExportError, FormatError
-from spectrim.export import SUFFIXES, TITLES, TOLERANCE, Runner, compare_outputs, export, open_exported
 from spectrim.files import write_text
-from spectrim.measure import Latency, call_model, compare_latency, count_macs
-from spectrim.recipe import environment
+from spectrim.metrics.clock import Latency, compare_latency
+from spectrim.metrics.inputs import call_model
+from spectrim.metrics.macs import count_macs
+from spectrim.pipeline.run import environment
+from spectrim.runtimes.export import TOLERANCE, export
+from spectrim.runtimes.formats import SUFFIXES, TITLES, Runner, open_exported
+from spectrim.runtimes.tensors import compare_outputs
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "export"

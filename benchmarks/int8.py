@@ -24,11 +24,12 @@ from torch import nn
 import spectrim as sp
 from run import git_state
 from spectrim import zoo
-from spectrim.compress import compress
-from spectrim.export import export, open_exported
-from spectrim.measure import one_example
-from spectrim.quantize import Int8, Quantized, _Runtime, evaluate_exported, quantize
-from spectrim.recipe import environment
+from spectrim.metrics.inputs import one_example
+from spectrim.pipeline.compress import compress
+from spectrim.pipeline.run import environment
+from spectrim.runtimes.export import export
+from spectrim.runtimes.formats import open_exported
+from spectrim.runtimes.int8 import Int8, Quantized, _Runtime, evaluate_exported, quantize
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

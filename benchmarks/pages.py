@@ -15,7 +15,7 @@ from torch import nn
 
 import spectrim as sp
 from spectrim import cli
-from spectrim.plan import plan
+from spectrim.budget.plan import plan
 from spectrim.report import write_report
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,8 @@ from typing import Any
 import yaml
 
 import report
-from spectrim.recipe import Run, read_recipe
+from spectrim.pipeline.recipe import read_recipe
+from spectrim.pipeline.run import Run
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -7,7 +7,7 @@ from torch import nn
 
 import spectrim as sp
 from spectrim.layers import KINDS, kind_of
-from spectrim.surgery import refusal
+from spectrim.surgery.select import refusal
 
 PAGE = Path(__file__).with_name("supported-layers.md")
 HEAD = """# Supported layers

@@ -19,7 +19,7 @@ import spectrim as sp
 from harness import Step, in_turns, ratios, write
 from networks import INFERENCE, Case
 from spectrim.errors import SettingError
-from spectrim.measure import count_macs
+from spectrim.metrics.macs import count_macs
 
 BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 

@@ -2,38 +2,44 @@
 
 from importlib.metadata import version
 
-from spectrim.allocate import Budget, allocate
-from spectrim.balance import balance_
-from spectrim.calibration import calibrate
-from spectrim.checkpoint import load, save
-from spectrim.compress import compress
-from spectrim.correction import correct, recalibrate
-from spectrim.distillation import Distillation
-from spectrim.execution import choose_execution
-from spectrim.export import export
-from spectrim.factorize import factorize, merge
-from spectrim.fit import fit
-from spectrim.importance import (
-    LossSensitivity,
-    MeasuredLoss,
-    NormalizedEnergy,
-    SpectralEnergy,
-    WhitenedEnergy,
-    compare_importances,
-)
-from spectrim.latency import LatencyTable, latency_table
+from spectrim.budget.allocate import allocate
+from spectrim.budget.budget import Budget
+from spectrim.budget.distortion.compare import compare_importances
+from spectrim.budget.distortion.energy import SpectralEnergy, WhitenedEnergy
+from spectrim.budget.distortion.loss import LossSensitivity
+from spectrim.budget.distortion.measured import MeasuredLoss
+from spectrim.budget.distortion.normalized import NormalizedEnergy
+from spectrim.budget.latency_table import LatencyTable, latency_table
+from spectrim.budget.plan import plan
+from spectrim.budget.plan_table import Plan
+from spectrim.budget.rules import Energy, Fixed, Fraction
+from spectrim.integrations.tracking import Tracking
 from spectrim.layers import named_factors
-from spectrim.measure import Measurement, compare_latency, compare_table, evaluate, measure
+from spectrim.layers.sharded import gathered
+from spectrim.metrics.clock import compare_latency
+from spectrim.metrics.evaluate import evaluate
+from spectrim.metrics.measurement import Measurement, compare_table, measure
 from spectrim.penalties import L1, FrobeniusDecay, Hoyer, HoyerSquare, NuclearNorm, Orthogonality, PolarHoyer
-from spectrim.plan import Plan, plan
-from spectrim.prune import prune, prune_, prune_optimizer_state
-from spectrim.quantize import Int8, quantize
-from spectrim.ranks import Energy, Fixed, Fraction
+from spectrim.pipeline.compress import compress
 from spectrim.report import write_report
-from spectrim.schedule import Ramp, Squeeze
-from spectrim.sharded import gathered
-from spectrim.surgery import coverage, match
-from spectrim.tracking import Tracking
+from spectrim.runtimes.export import export
+from spectrim.runtimes.int8 import Int8, quantize
+from spectrim.storage.save import load, save
+from spectrim.surgery.balance import balance_
+from spectrim.surgery.calibrate import calibrate
+from spectrim.surgery.correct import correct
+from spectrim.surgery.coverage import coverage
+from spectrim.surgery.factorize import factorize
+from spectrim.surgery.merge import merge
+from spectrim.surgery.optimizer_state import prune_optimizer_state
+from spectrim.surgery.prune import prune, prune_
+from spectrim.surgery.recalibrate import recalibrate
+from spectrim.surgery.select import match
+from spectrim.training.distillation import Distillation
+from spectrim.training.execution import choose_execution
+from spectrim.training.fit import fit
+from spectrim.training.ramp import Ramp
+from spectrim.training.squeeze import Squeeze
 
 __version__ = version("spectrim")
 

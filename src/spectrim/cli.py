@@ -17,19 +17,24 @@ from rich.console import Console
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from spectrim.allocate import Budget
-from spectrim.checkpoint import load
-from spectrim.compress import compress
+from spectrim.budget.budget import Budget
+from spectrim.budget.latency_table import latency_table
+from spectrim.budget.plan import BUDGETS, plan
 from spectrim.errors import FormatError, RecipeError
-from spectrim.export import SUFFIXES, export
-from spectrim.factorize import factorize
-from spectrim.latency import latency_table
-from spectrim.measure import Measurement, batch_size_of, compare_table, evaluate, first_examples, measure, one_example
-from spectrim.plan import BUDGETS, plan
-from spectrim.quantize import quantize
-from spectrim.recipe import RECIPE, Run, make_data, make_loss, make_model, read_recipe
+from spectrim.metrics.evaluate import evaluate
+from spectrim.metrics.inputs import batch_size_of, first_examples, one_example
+from spectrim.metrics.measurement import Measurement, compare_table, measure
+from spectrim.pipeline.components import make_loss
+from spectrim.pipeline.compress import compress
+from spectrim.pipeline.recipe import read_recipe
+from spectrim.pipeline.run import RECIPE, Run, make_data, make_model
 from spectrim.report import PLAN, text_report, write_report
-from spectrim.surgery import coverage
+from spectrim.runtimes.export import export
+from spectrim.runtimes.formats import SUFFIXES
+from spectrim.runtimes.int8 import quantize
+from spectrim.storage.save import load
+from spectrim.surgery.coverage import coverage
+from spectrim.surgery.factorize import factorize
 
 LIMITS = ("macs", "params", "size", "size_bytes", "latency", "latency_s")
 PAGE_BUDGETS = (0.65, 0.5, 0.33)

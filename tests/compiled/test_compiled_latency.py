@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
-from spectrim.latency import latency_table
+from spectrim.budget.latency_table import latency_table
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("JAXTYPING_DISABLE"), reason="needs JAXTYPING_DISABLE=1: torch.compile does not go through the jaxtyping hook"

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim.errors import ExportError
-from spectrim.export import SUFFIXES, Exported, export, run_exported
 from spectrim.layers import named_layers
-from spectrim.layers.plain import PlainAttention, PlainRecurrent
+from spectrim.plain.attention import PlainAttention
+from spectrim.plain.recurrent import PlainRecurrent
+from spectrim.runtimes.export import Exported, export
+from spectrim.runtimes.formats import SUFFIXES, run_exported
 
 PACKAGES = {".pt2": (), ".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pte": ("executorch",), ".xml": ("openvino", "onnx", "onnxscript")}
 

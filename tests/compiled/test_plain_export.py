@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.export import Dim, export
 
-from spectrim.layers.plain import PlainAttention, PlainRecurrent
+from spectrim.plain.attention import PlainAttention
+from spectrim.plain.recurrent import PlainRecurrent
 
 
 def pair(weight, rank=2):

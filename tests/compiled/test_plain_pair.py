@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as sp
-from spectrim.layers.plain import PlainPair
+from spectrim.plain.chain import PlainPair
 
 
 class Reads(nn.Module):

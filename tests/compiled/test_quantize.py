@@ -9,14 +9,16 @@ from torch import nn
 
 import spectrim as sp
 from spectrim.errors import ExportError, FormatError, LayerError, SettingError
-from spectrim.measure import evaluate
+from spectrim.metrics.evaluate import evaluate
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")
 
-from spectrim.export import export, run_exported  # noqa: E402
-from spectrim.quantize import KEPT, Int8, equalize_pairs, evaluate_exported, quantize, sensitivity  # noqa: E402
+from spectrim.runtimes.equalize import equalize_pairs  # noqa: E402
+from spectrim.runtimes.export import export  # noqa: E402
+from spectrim.runtimes.formats import run_exported  # noqa: E402
+from spectrim.runtimes.int8 import KEPT, Int8, evaluate_exported, quantize, sensitivity  # noqa: E402
 
 
 def names(text):

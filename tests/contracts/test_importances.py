@@ -1,4 +1,4 @@
-"""The laws of an importance, over `spectrim.importance.METHODS`."""
+"""The laws of an importance, over `spectrim.budget.distortion.METHODS`."""
 
 import copy
 from collections.abc import Callable
@@ -9,10 +9,15 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as sp
-from spectrim.calibration import Calibration, calibrate
-from spectrim.importance import METHODS, LossSensitivity, MeasuredLoss, NormalizedEnergy, SpectralEnergy, WhitenedEnergy, harms_of
+from spectrim.budget.distortion import METHODS
+from spectrim.budget.distortion.base import harms_of
+from spectrim.budget.distortion.energy import SpectralEnergy, WhitenedEnergy
+from spectrim.budget.distortion.loss import LossSensitivity
+from spectrim.budget.distortion.measured import MeasuredLoss
+from spectrim.budget.distortion.normalized import NormalizedEnergy
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance
+from spectrim.surgery.calibrate import Calibration, calibrate
 
 EVERYTHING = sp.match("*")
 Make = Callable[[nn.Module, list[Any]], Importance]

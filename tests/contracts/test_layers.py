@@ -16,9 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import spectrim as sp
 from spectrim import linalg
-from spectrim.layers import KINDS, FactorizedLayer, Factors, kind_of, named_factors
+from spectrim.forms.svd import Factors
+from spectrim.layers import KINDS, FactorizedLayer, kind_of, named_factors
 from spectrim.layers.base import TRAFFIC, OneWeight
-from spectrim.layers.plain import PlainPair
+from spectrim.plain.chain import PlainPair
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import spectrim as sp
 from spectrim.errors import SettingError
-from spectrim.layers import Factors, named_factors
+from spectrim.forms.svd import Factors
+from spectrim.layers import named_factors
 from spectrim.penalties import METHODS, FrobeniusDecay, sums
 from spectrim.protocols import Penalty
 

@@ -1,4 +1,4 @@
-"""The laws of a rank rule, over `spectrim.ranks.METHODS`."""
+"""The laws of a rank rule, over `spectrim.budget.rules.METHODS`."""
 
 import math
 from fractions import Fraction as Exact
@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spectrim as sp
+from spectrim.budget.rules import METHODS
 from spectrim.protocols import RankRule
-from spectrim.ranks import METHODS
 
 fractions = st.floats(min_value=0.0, max_value=1.0, exclude_min=True)
 counts = st.integers(min_value=1, max_value=40)

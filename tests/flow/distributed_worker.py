@@ -18,9 +18,10 @@ from torch.utils.data.distributed import DistributedSampler
 
 import spectrim as sp
 from spectrim.errors import DivergedError, LayerError, SettingError
-from spectrim.fit import CHECKPOINT, fit
+from spectrim.layers.sharded import gathered, has_shards
 from spectrim.penalties import TailEnergy
-from spectrim.sharded import gathered, has_shards
+from spectrim.training.checkpoint import CHECKPOINT
+from spectrim.training.fit import fit
 
 LOSS = nn.CrossEntropyLoss()
 EXAMPLES, BATCH = 48, 8

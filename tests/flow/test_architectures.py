@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim.layers import FactorizedLayer
-from spectrim.layers.plain import PlainPair
+from spectrim.plain.chain import PlainPair
 
 pytest.importorskip("transformers")
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,7 +109,7 @@ def test_shared_layers_of_albert_are_factorized_once() -> None:
 
 @pytest.mark.parametrize("name", ["albert", "gpt2", "resnet"])
 def test_plan_and_compress(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["spectrim.measure"]
+    module = sys.modules["spectrim.metrics.measurement"]
     monkeypatch.setattr(module, "compare_latency", partial(sp.compare_latency, repeats=1, min_time=0.001))  # how long is not the question
     dense, inputs = zoo.build(name)
     planned = sp.plan(dense, inputs, budgets=[0.9])

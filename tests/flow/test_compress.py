@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim import cli, zoo
-from spectrim.compress import Compressed, compress, showing, teacher_for
 from spectrim.errors import FormatError, SettingError
 from spectrim.layers import FactorizedLayer
-from spectrim.measure import first_examples
+from spectrim.metrics.inputs import first_examples
+from spectrim.pipeline.compress import Compressed, compress
+from spectrim.pipeline.teaching import showing, teacher_for
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -100,7 +101,7 @@ def test_the_dense_network_teaches_where_it_is_far_ahead_of_the_cut_one(trained:
 
 
 def test_ranks_are_mixed_where_that_costs_little(trained: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["spectrim.compress"]  # spectrim.compress is the function
+    module = sys.modules["spectrim.pipeline.compress"]
     tight, make = sp.Budget(macs=0.15), module._Cutter._made
 
     def chosen(best: str, mixed: float, accurate: str = "", **settings: Any) -> str:
@@ -204,7 +205,7 @@ def test_squeezing_first_makes_the_cut_nearly_free(trained: tuple[nn.Module, Any
 
 
 def test_squeezing_empties_the_tails_that_are_cut(trained: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["spectrim.compress"]  # spectrim.compress is the function
+    module = sys.modules["spectrim.pipeline.compress"]
     schedules, run = [], module.fit  # type: ignore[attr-defined]
 
     def spy(*arguments: Any, **settings: Any) -> Any:
@@ -394,7 +395,7 @@ def test_large_weights_are_balanced_while_they_are_fine_tuned_and_orthonormal_ag
         seen.append(sp.balance_(network))
         return seen[-1]
 
-    monkeypatch.setattr(sys.modules["spectrim.balance"], "balance_", noted)
+    monkeypatch.setattr(sys.modules["spectrim.surgery.balance"], "balance_", noted)
     call: dict[str, Any] = {"budget": sp.Budget(params=0.7), "epochs": 1, "where": sp.match("*"), "progress": False, "distill": None}
     made = compress(model, data, LOSS, **call)
     assert seen == [["0"]]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
-from spectrim.fit import CHECKPOINT
+from spectrim.training.checkpoint import CHECKPOINT
 
 FILE = Path(worker.__file__)
 

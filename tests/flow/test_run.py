@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 
-from spectrim.checkpoint import load
-from spectrim.recipe import Run, make_model, parse_recipe, read_recipe
+from spectrim.pipeline.recipe import parse_recipe, read_recipe
+from spectrim.pipeline.run import Run, make_model
+from spectrim.storage.save import load
 
 MODULE = """
 import torch

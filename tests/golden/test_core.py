@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 import spectrim as sp
-from spectrim.layers import FactorizedLSTM, Factors
-from spectrim.linalg import svd_of_product, to_matrix
+from spectrim.forms.svd import Factors
+from spectrim.layers import FactorizedLSTM
+from spectrim.linalg.fold import to_matrix
+from spectrim.linalg.spectral import svd_of_product
 
 EXACT = {"rel": 1e-12}
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import spectrim as sp
 from spectrim.errors import LayerError
 from spectrim.layers import named_factors
-from spectrim.layers.plain import PlainPair
-from spectrim.surgery import ADAPTED
+from spectrim.plain.chain import PlainPair
+from spectrim.surgery.select import ADAPTED
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim import zoo
-from spectrim.allocate import Budget, allocate, as_fractions
-from spectrim.costs import rank_costs, spectra
+from spectrim.budget.allocate import allocate, as_fractions
+from spectrim.budget.budget import Budget
+from spectrim.budget.costs import rank_costs, spectra
+from spectrim.budget.latency_table import LatencyTable, latency_table
 from spectrim.errors import LayerError, SettingError
-from spectrim.latency import LatencyTable, latency_table
 from spectrim.layers import named_factors
-from spectrim.linalg import tail_energy
-from spectrim.measure import Latency, count_macs, measure
+from spectrim.linalg.spectral import tail_energy
+from spectrim.metrics.clock import Latency
+from spectrim.metrics.macs import count_macs
+from spectrim.metrics.measurement import measure
 
-knapsack = sys.modules["spectrim.allocate"]  # spectrim.allocate is the function
+knapsack = sys.modules["spectrim.budget.knapsack"]
 EVERYTHING = sp.match("*")
 
 
@@ -350,7 +353,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         timed.extend(models.values())
         return dict.fromkeys(models, Latency(5e-3, 0.0, 1, threads, 1))
 
-    monkeypatch.setattr(sys.modules["spectrim.allocate"], "compare_latency", compare)  # the module: spectrim.allocate is the function
+    monkeypatch.setattr(sys.modules["spectrim.budget.prices"], "compare_latency", compare)
     return timed
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim import zoo
-from spectrim.batchnorm import fold_batchnorms
 from spectrim.errors import LayerError
+from spectrim.surgery.batchnorm import fold_batchnorms
 
 EVERYTHING = sp.match("*")
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import spectrim as sp
-from spectrim import calibration as module
-from spectrim.calibration import Calibration, calibrate
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import base, conv, named_factors
+from spectrim.surgery import calibrate as module
+from spectrim.surgery.calibrate import Calibration, calibrate
 
 EVERYTHING = sp.match("*")
 

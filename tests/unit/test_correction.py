@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as sp
-from spectrim import correction as module
-from spectrim.calibration import calibrate
-from spectrim.correction import correct, recalibrate, uncorrected
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_factors, named_layers
+from spectrim.surgery import correct as module
+from spectrim.surgery.calibrate import calibrate
+from spectrim.surgery.correct import correct, uncorrected
+from spectrim.surgery.recalibrate import recalibrate
 
 EVERYTHING = sp.match("*")
 

@@ -10,10 +10,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import spectrim as sp
 from spectrim import zoo
-from spectrim.costs import rank_costs, spectra
+from spectrim.budget.costs import rank_costs, spectra
 from spectrim.layers import named_factors
-from spectrim.linalg import tail_energy
-from spectrim.measure import count_macs
+from spectrim.linalg.spectral import tail_energy
+from spectrim.metrics.macs import count_macs
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")  # torch's own
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectrim.distillation import Distillation, missed, outputs_of, taught_layers
+from spectrim.budget.rules import Fixed
 from spectrim.errors import LayerError, SettingError
-from spectrim.factorize import factorize
-from spectrim.fit import fit
-from spectrim.prune import prune
-from spectrim.ranks import Fixed
+from spectrim.surgery.factorize import factorize
+from spectrim.surgery.prune import prune
+from spectrim.training.distillation import Distillation, missed, outputs_of, taught_layers
+from spectrim.training.fit import fit
 
 
 def everything(name: str, module: nn.Module) -> bool:

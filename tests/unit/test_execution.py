@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import spectrim as sp
-from spectrim import execution
-from spectrim.layers import FactorizedLayer, Factors, base, named_layers
-from spectrim.layers.factors import _Compose
+from spectrim.forms.svd import Factors, _Compose
+from spectrim.layers import FactorizedLayer, base, named_layers
+from spectrim.training import execution
 
 LAYERS = {
     "linear": (lambda: nn.Linear(24, 20), (6, 24), "channel"),

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 import spectrim as sp
 from spectrim import cli
 from spectrim.errors import ExportError, FormatError, SettingError
-from spectrim.export import SUFFIXES, compare_outputs, export, run_exported
+from spectrim.runtimes.export import export
+from spectrim.runtimes.formats import SUFFIXES, run_exported
+from spectrim.runtimes.tensors import compare_outputs
 
 MODULE = """
 import torch
@@ -86,7 +88,7 @@ def test_settings(settings: dict[str, object], words: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("suffix", "extra"), [(".onnx", "onnx"), (".pte", "executorch"), (".xml", "openvino")])
 def test_a_missing_package_names_its_extra(suffix: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("spectrim.export"), "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.import_module("spectrim.runtimes.formats"), "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=rf"pip install 'spectrim\[{extra}\]'"):
         export(nn.Linear(4, 2), torch.randn(2, 4), tmp_path / f"file{suffix}")
     (tmp_path / f"file{suffix}").write_bytes(b"")

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import spectrim as sp
 from spectrim import linalg
 from spectrim.errors import LayerError, RankError, SettingError
-from spectrim.factorize import build, pick_scheme
-from spectrim.layers import FactorizedLayer, Factors, named_factors
-from spectrim.layers.plain import PlainPair
+from spectrim.forms.svd import Factors
+from spectrim.layers import FactorizedLayer, named_factors
+from spectrim.plain.chain import PlainPair
+from spectrim.surgery.factorize import build, pick_scheme
 
 EVERYTHING = sp.match("*")
 
@@ -55,7 +56,7 @@ def test_auto_compares_at_95_percent(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.Conv2d(16, 16, 3)
     layer.weight.data = low_rank_kernel("spatial", noise=0.15)
     assert pick_scheme(layer, "auto") == "spatial"
-    monkeypatch.setattr(sys.modules["spectrim.factorize"], "AUTO_ENERGY", 0.9999)
+    monkeypatch.setattr(sys.modules["spectrim.surgery.factorize"], "AUTO_ENERGY", 0.9999)
     assert pick_scheme(layer, "auto") == "channel"
 
 
@@ -231,7 +232,7 @@ def test_progress_is_shown_only_when_it_lasts(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
     sp.factorize(network(), progress=True)
     assert capsys.readouterr() == ("", "")  # too short
-    monkeypatch.setattr(sys.modules["spectrim.factorize"], "PATIENCE_S", 0.0)
+    monkeypatch.setattr(sys.modules["spectrim.surgery.factorize"], "PATIENCE_S", 0.0)
     sp.factorize(network())
     assert capsys.readouterr() == ("", "")
     slow = linalg.svd

@@ -16,10 +16,13 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import spectrim as sp
 from spectrim import zoo
-from spectrim.distillation import Distillation
 from spectrim.errors import DivergedError, FormatError, SettingError
-from spectrim.fit import CHECKPOINT, History, fit, largest_gradient, mean_rank, random_state, restore_random_state
-from spectrim.measure import evaluate, one_example
+from spectrim.metrics.evaluate import evaluate
+from spectrim.metrics.inputs import one_example
+from spectrim.training.checkpoint import CHECKPOINT, random_state, restore_random_state
+from spectrim.training.distillation import Distillation
+from spectrim.training.fit import fit
+from spectrim.training.history import History, largest_gradient, mean_rank
 
 LOSS = nn.CrossEntropyLoss()
 

@@ -11,19 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import spectrim as sp
-from spectrim.calibration import Calibration, calibrate
+from spectrim.budget.distortion.base import harms_of
+from spectrim.budget.distortion.compare import compare_importances
+from spectrim.budget.distortion.energy import SpectralEnergy, WhitenedEnergy
+from spectrim.budget.distortion.loss import LossSensitivity
+from spectrim.budget.distortion.measured import MeasuredLoss
+from spectrim.budget.distortion.normalized import NormalizedEnergy
 from spectrim.errors import LayerError, RankError, SettingError
-from spectrim.importance import (
-    LossSensitivity,
-    MeasuredLoss,
-    NormalizedEnergy,
-    SpectralEnergy,
-    WhitenedEnergy,
-    compare_importances,
-    harms_of,
-)
 from spectrim.layers import named_factors
 from spectrim.layers.linear import FactorizedConv1D
+from spectrim.surgery.calibrate import Calibration, calibrate
 
 EVERYTHING = sp.match("*")
 

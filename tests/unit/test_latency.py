@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import spectrim as sp
-from spectrim import latency as latency_module
-from spectrim.costs import rank_costs
+from spectrim.budget import latency_table as latency_module
+from spectrim.budget.costs import rank_costs
+from spectrim.budget.latency_table import LatencyTable, TimedWeight, default_cache, latency_table
+from spectrim.budget.timing import Timing
 from spectrim.errors import FormatError, LayerError, SettingError
-from spectrim.latency import LatencyTable, TimedWeight, Timing, default_cache, latency_table
-from spectrim.layers.plain import PlainAttention, PlainPair, PlainRecurrent
-from spectrim.measure import count_macs
+from spectrim.metrics.macs import count_macs
+from spectrim.plain.attention import PlainAttention
+from spectrim.plain.chain import PlainPair
+from spectrim.plain.recurrent import PlainRecurrent
 
 EVERYTHING = sp.match("*")
 

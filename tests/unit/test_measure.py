@@ -13,19 +13,12 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from spectrim import factorize
 from spectrim.errors import FormatError, SettingError, SpectrimError
-from spectrim.layers.plain import PlainRecurrent
-from spectrim.measure import (
-    Latency,
-    Measurement,
-    batch_size_of,
-    call_model,
-    compare_latency,
-    compare_table,
-    count_macs,
-    evaluate,
-    latency,
-    measure,
-)
+from spectrim.metrics.clock import Latency, compare_latency, latency
+from spectrim.metrics.evaluate import evaluate
+from spectrim.metrics.inputs import batch_size_of, call_model
+from spectrim.metrics.macs import count_macs
+from spectrim.metrics.measurement import Measurement, compare_table, measure
+from spectrim.plain.recurrent import PlainRecurrent
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 B, T, E, H, S = 3, 5, 8, 6, 4  # batch, time, features, hidden, source length
@@ -209,7 +202,7 @@ def test_macs_of_nested_tensors_count_what_is_there(dtype):
 
 def test_macs_of_grouped_products():
     """Called by hand: experts, each with its own rows."""
-    from spectrim.measure import _grouped
+    from spectrim.metrics.macs import _grouped
 
     a, b = x(6, E), x(2, E, H)
     assert _grouped(None, a, b) == 6 * E * H
@@ -220,7 +213,7 @@ def test_macs_of_grouped_products():
 
 def test_macs_of_recurrent_kernels_on_accelerators():
     """Their formula sums the matrices in the list of weights; called by hand, for there is no such kernel here."""
-    from spectrim.measure import _recurrent
+    from spectrim.metrics.macs import _recurrent
 
     lstm = nn.LSTM(E, H, 2, bidirectional=True)
     assert _recurrent(None, x(T, B, E), list(lstm.parameters()), 4, None) == T * B * 4 * 2 * (FIRST + SECOND)

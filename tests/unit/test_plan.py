@@ -11,11 +11,15 @@ from torch.nn import functional as F
 
 import spectrim as sp
 from spectrim import cli, zoo
-from spectrim.allocate import Budget, allocate
+from spectrim.budget.allocate import allocate
+from spectrim.budget.budget import Budget
+from spectrim.budget.distortion.energy import SpectralEnergy
+from spectrim.budget.distortion.normalized import NormalizedEnergy
+from spectrim.budget.plan import BUDGETS, plan
+from spectrim.budget.plan_table import Plan, budget_name
 from spectrim.errors import FormatError, LayerError, SettingError
-from spectrim.importance import NormalizedEnergy, SpectralEnergy
-from spectrim.measure import count_macs, measure
-from spectrim.plan import BUDGETS, Plan, budget_name, plan
+from spectrim.metrics.macs import count_macs
+from spectrim.metrics.measurement import measure
 
 EVERYTHING = sp.match("*")
 

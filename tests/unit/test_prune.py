@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import spectrim as sp
-from spectrim.calibration import calibrate
 from spectrim.errors import LayerError, RankError
-from spectrim.layers import Factors, named_factors
-from spectrim.linalg import orthogonality_defect, tail_energy
+from spectrim.forms.svd import Factors
+from spectrim.layers import named_factors
+from spectrim.linalg.spectral import orthogonality_defect, tail_energy
+from spectrim.surgery.calibrate import calibrate
 
 EVERYTHING = sp.match("*")
 

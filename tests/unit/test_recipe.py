@@ -14,9 +14,12 @@ from torch import nn
 
 import spectrim as sp
 from spectrim import cli
-from spectrim import recipe as recipes
 from spectrim.errors import FormatError, RecipeError, SettingError
-from spectrim.recipe import Run, make_data, make_loss, make_model, one_example, parse_recipe, plain, read_recipe
+from spectrim.metrics.inputs import one_example
+from spectrim.pipeline import recipe as recipes
+from spectrim.pipeline.components import make_loss
+from spectrim.pipeline.recipe import parse_recipe, plain, read_recipe
+from spectrim.pipeline.run import Run, make_data, make_model
 
 MODULE = '''
 """A user's own code, next to the recipe."""
@@ -355,7 +358,9 @@ def test_the_model_is_seeded_and_the_example_is_one(folder: Path) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time models for a moment only."""
-    monkeypatch.setattr(sys.modules["spectrim.measure"], "compare_latency", partial(sp.compare_latency, repeats=1, min_time=1e-3))
+    monkeypatch.setattr(
+        sys.modules["spectrim.metrics.measurement"], "compare_latency", partial(sp.compare_latency, repeats=1, min_time=1e-3)
+    )
 
 
 STAGES = ["1-dense", "2-train", "3-prune", "4-finetune", "5-merge", "b1-truncated", "b2-continued", "measure"]
@@ -522,7 +527,7 @@ def test_ranks_fall_in_the_course_of_a_phase(folder: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_a_phase_trains_toward_its_budget(folder: Path) -> None:
-    squeeze = "train.0.rank_schedule={class_path: spectrim.schedule.Squeeze, init_args: {budget: {macs: 0.7}, updates: 3}}"
+    squeeze = "train.0.rank_schedule={class_path: spectrim.training.squeeze.Squeeze, init_args: {budget: {macs: 0.7}, updates: 3}}"
     recipe = changed(squeeze, "train.0.epochs=2", "prune={rule: {class_path: spectrim.Energy, init_args: {keep: 1.0}}}")
     assert recipe.train[0].rank_schedule["init_args"]["end"] == 0.6
     result = Run(recipe, folder / "squeeze", progress=False).run()

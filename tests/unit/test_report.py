@@ -17,9 +17,11 @@ import torch
 from torch import nn
 
 import spectrim as sp
-from spectrim import cli, recipe
+from spectrim import cli
+from spectrim.budget.plan import plan
+from spectrim.budget.plan_table import Plan, SkippedLayer, Totals, WeightPlan
 from spectrim.errors import FormatError
-from spectrim.plan import Plan, SkippedLayer, Totals, WeightPlan, plan
+from spectrim.pipeline import recipe
 from spectrim.report import data, page, text_report, write_report
 
 
@@ -204,7 +206,9 @@ def test_a_long_course_is_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_run_writes_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The shipped path: recipe, stages on the disk, data of the page."""
-    monkeypatch.setattr(sys.modules["spectrim.measure"], "compare_latency", partial(sp.compare_latency, repeats=1, min_time=1e-3))
+    monkeypatch.setattr(
+        sys.modules["spectrim.metrics.measurement"], "compare_latency", partial(sp.compare_latency, repeats=1, min_time=1e-3)
+    )
     module = "from torch import nn\n\ndef net():\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10))\n"
     (tmp_path / "smallnet.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)

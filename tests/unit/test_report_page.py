@@ -14,12 +14,14 @@ from test_report import big, run_folder
 from torch import nn
 
 import spectrim as sp
-from spectrim.allocate import Budget, allocate
+from spectrim.budget.allocate import allocate
+from spectrim.budget.budget import Budget
+from spectrim.budget.distortion.energy import SpectralEnergy
+from spectrim.budget.distortion.normalized import NormalizedEnergy
+from spectrim.budget.plan import plan
 from spectrim.errors import SettingError
-from spectrim.importance import NormalizedEnergy, SpectralEnergy
-from spectrim.measure import measure
-from spectrim.plan import plan
-from spectrim.recipe import parse_recipe
+from spectrim.metrics.measurement import measure
+from spectrim.pipeline.recipe import parse_recipe
 from spectrim.report import PLAN, write_report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")

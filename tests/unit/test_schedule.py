@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim.errors import FormatError, RankError, SettingError
-from spectrim.fit import History
 from spectrim.layers import named_factors
-from spectrim.measure import count_macs
+from spectrim.metrics.macs import count_macs
 from spectrim.penalties import tail_shares
 from spectrim.protocols import PenaltySchedule, RankSchedule
-from spectrim.schedule import Squeeze, SteeredTail
+from spectrim.training.history import History
+from spectrim.training.squeeze import Squeeze, SteeredTail
 
 EVERYTHING = sp.match("*")
 
@@ -162,7 +162,7 @@ def test_measured_choices_are_resumed(tmp_path: Path, monkeypatch: pytest.Monkey
             layer.execution.setdefault(("weight", layer.rank, tuple(inputs.shape[1:])), len(asked) % 2 == 0)
         return {}
 
-    monkeypatch.setattr(sys.modules["spectrim.fit"], "choose_execution", choose)  # the module: spectrim.fit is the function
+    monkeypatch.setattr(sys.modules["spectrim.training.fit"], "choose_execution", choose)
     first, _ = session(tmp_path, 2, "measured")
     state = [dict(layer.execution) for layer in first if hasattr(layer, "execution")]
     again, _ = session(tmp_path, 2, "measured")

@@ -11,9 +11,11 @@ from torch.nn.utils import parametrizations, parametrize, spectral_norm, weight_
 from torch.nn.utils import prune as masks
 
 import spectrim as sp
-from spectrim.layers import FactorizedLayer, Factors, named_factors
-from spectrim.layers.plain import PlainAttention, PlainRecurrent
-from spectrim.surgery import HEAD, head_of
+from spectrim.forms.svd import Factors
+from spectrim.layers import FactorizedLayer, named_factors
+from spectrim.plain.attention import PlainAttention
+from spectrim.plain.recurrent import PlainRecurrent
+from spectrim.surgery.select import HEAD, head_of
 
 EVERYTHING = sp.match("*")
 

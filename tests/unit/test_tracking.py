@@ -9,8 +9,9 @@ from torch import nn
 
 import spectrim as sp
 from spectrim.errors import SettingError
-from spectrim.fit import History, fit
-from spectrim.tracking import Tracking
+from spectrim.integrations.tracking import Tracking
+from spectrim.training.fit import fit
+from spectrim.training.history import History
 
 pytest.importorskip("tensorboard")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard", "ignore::DeprecationWarning:google")  # third-party

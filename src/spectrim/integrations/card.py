@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.compress import Compressed
-from spectrim.layers.plain import PlainPair
-from spectrim.measure import Measurement, compare_table
-from spectrim.surgery import LayerCoverage, coverage
+from spectrim.metrics.measurement import Measurement, compare_table
+from spectrim.pipeline.compress import Compressed
+from spectrim.plain.chain import PlainPair
+from spectrim.surgery.coverage import LayerCoverage, coverage
 
 NAMED = 4
 """Most layers named for one reason."""

@@ -22,10 +22,10 @@ except ImportError as error:
     raise ImportError("spectrim.integrations.lightning needs Lightning: pip install 'spectrim[lightning]'") from error
 
 from spectrim.errors import SettingError
-from spectrim.fit import mean_rank
 from spectrim.integrations.steps import Steps, loading_ranks, sizes
-from spectrim.measure import inputs_of
+from spectrim.metrics.inputs import inputs_of
 from spectrim.protocols import Penalty, RankSchedule
+from spectrim.training.history import mean_rank
 
 
 class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]

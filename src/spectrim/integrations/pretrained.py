@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.checkpoint import PLAN, load, plan_of, save
-from spectrim.compress import Compressed
 from spectrim.errors import FormatError, LayerError
+from spectrim.forms.svd import Factors
 from spectrim.integrations.card import model_card
-from spectrim.layers import FactorizedLayer, Factors
-from spectrim.measure import Measurement
-from spectrim.surgery import ADAPTED, is_adapted
+from spectrim.layers import FactorizedLayer
+from spectrim.metrics.measurement import Measurement
+from spectrim.pipeline.compress import Compressed
+from spectrim.storage.save import PLAN, load, plan_of, save
+from spectrim.surgery.select import ADAPTED, is_adapted
 
 try:
     import huggingface_hub

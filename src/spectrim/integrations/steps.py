@@ -11,9 +11,12 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from spectrim.errors import LayerError, SettingError
-from spectrim.fit import ScheduledPenalty, cut_ranks, layer_lines, mean_rank, unique_names
-from spectrim.layers import Factors, named_factors
+from spectrim.forms.svd import Factors
+from spectrim.layers import named_factors
 from spectrim.protocols import Penalty, PenaltySchedule, RankSchedule
+from spectrim.training.course import ScheduledPenalty, cut_ranks
+from spectrim.training.fit import unique_names
+from spectrim.training.history import layer_lines, mean_rank
 
 
 class Steps:
@@ -166,9 +169,9 @@ def match_ranks(model: nn.Module, state: Mapping[str, Any], optimizer: Optimizer
         The new ranks of what was changed, by the names of the modules that hold the factors.
 
     Examples:
-        >>> from spectrim.factorize import factorize
-        >>> from spectrim.prune import prune
-        >>> from spectrim.ranks import Fixed
+        >>> from spectrim.surgery.factorize import factorize
+        >>> from spectrim.surgery.prune import prune
+        >>> from spectrim.budget.rules import Fixed
         >>> low = factorize(nn.Linear(8, 6))
         >>> cut = prune(low, Fixed(2))
         >>> match_ranks(low, cut.state_dict())

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from spectrim.errors import LayerError
+from spectrim.forms.svd import Factors
 from spectrim.layers.attention import FactorizedMultiheadAttention, plain_attention
 from spectrim.layers.base import FactorizedLayer, OneWeight, Share, renew
 from spectrim.layers.conv import (
@@ -17,7 +18,6 @@ from spectrim.layers.conv import (
     FactorizedConvTranspose3d,
 )
 from spectrim.layers.embedding import FactorizedEmbedding
-from spectrim.layers.factors import Factors
 from spectrim.layers.linear import FactorizedConv1D, FactorizedLinear
 from spectrim.layers.own import check_kind
 from spectrim.layers.recurrent import FactorizedGRU, FactorizedLSTM

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from spectrim.layers.base import FactorizedLayer, SeveralWeights, Share, renew
 from spectrim.layers.linear import linear_of
-from spectrim.layers.plain import PlainAttention
-from spectrim.linalg import Fold
+from spectrim.linalg.fold import Fold
+from spectrim.plain.attention import PlainAttention
 
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import LayerError
-from spectrim.layers.factors import Factors
-from spectrim.layers.plain import Composed
-from spectrim.linalg import Fold
+from spectrim.forms.svd import Factors
+from spectrim.linalg.fold import Fold
+from spectrim.plain.chain import Composed
 
 TRAFFIC = 0.15
 """Two operations also write and read what is between them: they have to save this share of the multiply-accumulates to be faster.

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectrim.layers.base import OneWeight, Share
-from spectrim.layers.plain import PlainPair
-from spectrim.linalg import Fold
+from spectrim.linalg.fold import Fold
+from spectrim.plain.chain import PlainPair
 
 
 class FactorizedEmbedding(OneWeight, nn.Embedding):

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from spectrim.forms.svd import Factors
 from spectrim.layers.base import OneWeight, Share
-from spectrim.layers.factors import Factors
-from spectrim.layers.plain import PlainPair
-from spectrim.linalg import Fold
+from spectrim.linalg.fold import Fold
+from spectrim.plain.chain import PlainPair
 
 
 def linear_pair(factors: Factors, bias: nn.Parameter | None, share: Share, *, conv1d: bool = False) -> PlainPair:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import LayerError
+from spectrim.forms.svd import Factors
 from spectrim.layers.base import FactorizedLayer, OneWeight
 from spectrim.layers.embedding import FactorizedEmbedding
-from spectrim.layers.factors import Factors
 
 TOLERANCE = 1e-9
 """Relative, in float64: far above rounding, far below any mistake."""

@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from spectrim.layers.base import SeveralWeights, Share
 from spectrim.layers.linear import linear_of
-from spectrim.layers.plain import PlainRecurrent
-from spectrim.linalg import Fold
+from spectrim.linalg.fold import Fold
+from spectrim.plain.recurrent import PlainRecurrent
 
 # Two operations on the hidden state leave the fused kernel for a loop in Python. This is what such a loop costs for each time step,
 # in multiply-accumulates that the same core could have done: a pair has to save more than that. An estimate from one CPU thread.

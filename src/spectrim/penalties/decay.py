@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spectrim.layers import Factors, named_factors
+from spectrim.forms.svd import Factors
+from spectrim.layers import named_factors
+from spectrim.layers.sharded import is_sharded, of_shards
 from spectrim.penalties.sums import STACKED, check_weight, stack, total
-from spectrim.sharded import is_sharded, of_shards
 
 
 def half_squared_norm(left: Tensor, right: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ class FrobeniusDecay:
         SettingError: for a negative or infinite strength.
 
     Examples:
-        >>> from spectrim.factorize import factorize
+        >>> from spectrim.surgery.factorize import factorize
         >>> layer = nn.Linear(2, 2)
         >>> layer.weight.data = torch.diag(torch.tensor([3.0, 1.0]))
         >>> round(FrobeniusDecay(1.0)(factorize(layer)).item(), 4)  # (9 + 1) / 2

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from spectrim import linalg
 from spectrim.errors import SettingError
 from spectrim.layers import kind_of, named_layers
-from spectrim.linalg import Fold
+from spectrim.layers.sharded import is_sharded, of_shards
+from spectrim.linalg.fold import Fold
 from spectrim.penalties.sums import batches, check_weight, stack, total, unstack
 from spectrim.protocols import LayerFilter
-from spectrim.sharded import is_sharded, of_shards
-from spectrim.surgery import decide
+from spectrim.surgery.select import decide
 
 Measure = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 

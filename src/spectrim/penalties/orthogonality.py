@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
+from spectrim.layers.sharded import defect_of_shards, is_sharded, of_shards
 from spectrim.penalties.sums import batches, check_weight, stack, total, unstack
-from spectrim.sharded import defect_of_shards, is_sharded, of_shards
 
 
 def gram_defect(A: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Orthogonality:
         SettingError: for a negative or infinite strength, or a share outside (0, 1].
 
     Examples:
-        >>> from spectrim.factorize import factorize
+        >>> from spectrim.surgery.factorize import factorize
         >>> round(Orthogonality()(factorize(nn.Linear(4, 3))).item(), 6)
         0.0
 

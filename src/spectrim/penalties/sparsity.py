@@ -8,8 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectrim.layers import named_factors
+from spectrim.layers.sharded import whole
 from spectrim.penalties.sums import batches, check_weight, stack, total
-from spectrim.sharded import whole
 
 
 def over_spectra(model: nn.Module, measure: Callable[[Tensor], Tensor]) -> Tensor:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import SettingError
-from spectrim.factorize import check_names
 from spectrim.layers import named_factors
+from spectrim.layers.sharded import whole
 from spectrim.penalties.sums import total
-from spectrim.sharded import whole
+from spectrim.surgery.ranks import check_names
 
 
 def tail_share(S: Tensor, rank: int) -> Tensor:
@@ -69,7 +69,7 @@ class TailEnergy:
         LayerError: when called on a model that has no factorized weight of such a name.
 
     Examples:
-        >>> from spectrim.factorize import factorize
+        >>> from spectrim.surgery.factorize import factorize
         >>> layer = nn.Linear(2, 2)
         >>> layer.weight.data = torch.diag(torch.tensor([3.0, 1.0]))
         >>> round(TailEnergy({"": 1}, {"": 0.5})(factorize(layer)).item(), 4)  # 0.5 * 1 / (9 + 1)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from spectrim.budget.plan_table import Plan, WeightPlan
 from spectrim.errors import FormatError
-from spectrim.measure import Measurement
-from spectrim.plan import Plan, WeightPlan
+from spectrim.metrics.measurement import Measurement
 
 CHOICES = 600_000
 """Most numbers of harm in a page, about 3 MB; above it, ranks go in steps."""

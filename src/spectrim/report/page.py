@@ -7,10 +7,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from spectrim.budget.plan_table import Plan
 from spectrim.errors import FormatError
 from spectrim.files import write_text
-from spectrim.measure import compare_table
-from spectrim.plan import Plan
+from spectrim.metrics.measurement import compare_table
 from spectrim.report.data import measurements, plan_data, result_data, run_data, shortfalls
 
 PLAN = "plan.json"
@@ -37,7 +37,7 @@ def write_report(source: Plan | str | Path, path: str | Path | None = None, *, r
 
     Examples:
         >>> import tempfile, torch
-        >>> from spectrim.plan import plan
+        >>> from spectrim.budget.plan import plan
         >>> found = plan(torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.zeros(1, 8), budgets=[0.5])
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     write_report(found, folder + "/plan.html").read_text().startswith("<!doctype html>")

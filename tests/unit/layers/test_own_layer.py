@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import spectrim as sp
+from spectrim.budget.latency_table import latency_table
 from spectrim.errors import FormatError, LayerError
-from spectrim.latency import latency_table
 from spectrim.layers import KINDS, FactorizedLayer, OneWeight, Share, kind_of, register
 from spectrim.layers.own import check_kind
-from spectrim.layers.plain import PlainPair
+from spectrim.plain.chain import PlainPair
 
 
 class GatedLinear(nn.Module):

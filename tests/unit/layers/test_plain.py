@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
-from spectrim.layers import plain
-from spectrim.layers.plain import PlainAttention, PlainRecurrent
+from spectrim.plain import parts as plain
+from spectrim.plain.attention import PlainAttention
+from spectrim.plain.recurrent import PlainRecurrent
 
 TOL = {"atol": 1e-10, "rtol": 1e-10}
 RANK = 2

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import spectrim as sp
-from spectrim.layers import plain
-from spectrim.layers.plain import PlainPair
+from spectrim.plain import parts as plain
+from spectrim.plain.chain import PlainPair
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 EVERYTHING = sp.match("*")

@@ -1,0 +1,68 @@
+"""`Budget`: what the whole network may keep."""
+
+import math
+from dataclasses import dataclass, fields
+
+from spectrim.errors import SettingError
+
+FRACTIONS = {"macs": "macs", "params": "params", "size": "size", "latency": "latency"}
+"""Fields of a budget that are fractions of the dense network, and the cost that each limits."""
+
+
+ABSOLUTE = {"size_bytes": "size", "latency_s": "latency"}
+"""Fields of a budget that have a unit, and the cost that each limits."""
+
+
+UNITS = {"size_bytes": "bytes", "latency_s": "seconds"}
+
+
+@dataclass(frozen=True, repr=False)
+class Budget:
+    """What the whole network may keep, in any combination; at least one.
+
+    Args:
+        macs: fraction of the multiply-accumulates of the dense network, in (0, 1].
+        params: fraction of its stored parameters, in (0, 1].
+        size: fraction of its bytes, in (0, 1], as `measure` counts them: parameters and buffers, two bytes for each in half precision.
+        latency: fraction of the seconds that it takes, in (0, 1]; `allocate` then needs a latency table.
+        size_bytes: bytes, at least 1.
+        latency_s: seconds for one call on the table's batch, above 0.
+
+    Raises:
+        SettingError: for a fraction outside (0, 1], for a number of bytes or seconds that is none, or when nothing is limited.
+
+    Examples:
+        >>> Budget(macs=0.4)
+        Budget(macs=0.4)
+        >>> Budget(params=0.5, latency_s=0.002)
+        Budget(params=0.5, latency_s=0.002)
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    size: float | None = None
+    latency: float | None = None
+    size_bytes: float | int | None = None
+    latency_s: float | None = None
+
+    def __post_init__(self) -> None:
+        hint = "Budget(macs=0.4) keeps 40 %"
+        if not self.limits:
+            raise SettingError("Budget", f"one of {', '.join(f.name for f in fields(self))}", got=None, rule="given", hint=hint)
+        for name, value in self.limits.items():
+            if name in FRACTIONS and not 0 < value <= 1:
+                hint = next((f"write {other}= for {unit}" for other, unit in UNITS.items() if FRACTIONS[name] == ABSOLUTE[other]), hint)
+                raise SettingError("Budget", name, got=value, rule="the fraction kept, in (0, 1]", hint=hint)
+        if self.size_bytes is not None and not 1 <= self.size_bytes < math.inf:
+            raise SettingError("Budget", "size_bytes", got=self.size_bytes, rule="bytes, at least 1", hint="Budget(size=0.4) keeps 40 %")
+        if self.latency_s is not None and not 0 < self.latency_s < math.inf:
+            raise SettingError("Budget", "latency_s", got=self.latency_s, rule="seconds, above 0", hint="Budget(latency=0.4) keeps 40 %")
+
+    @property
+    def limits(self) -> dict[str, float | int]:
+        """What is limited: field to value."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def __repr__(self) -> str:
+        return f"Budget({', '.join(f'{name}={value!r}' for name, value in self.limits.items())})"

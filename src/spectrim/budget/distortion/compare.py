@@ -1,0 +1,105 @@
+"""Measures of distortion side by side."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from spectrim.budget.distortion.base import harms_of
+from spectrim.errors import RankError
+from spectrim.layers import named_factors
+from spectrim.metrics.table import markdown_table
+from spectrim.protocols import Importance
+from spectrim.surgery.ranks import check_names
+
+
+@dataclass(frozen=True)
+class ImportanceTable:
+    """Importances side by side: what each finds that a cut harms where, see `compare_importances`; prints as a table.
+
+    Attributes:
+        ranks: the cut: the rank of each weight.
+        shares: by importance and weight: the weight's part, in [0, 1], of all harm that the importance sees in the cut.
+        totals: by importance: all harm, in its own unit.
+        correlations: by importance and importance: Spearman's rank correlation of the shares, in [-1, 1]; NaN where one of them does not
+            tell weights apart.
+    """
+
+    ranks: Mapping[str, int]
+    shares: Mapping[str, Mapping[str, float]]
+    totals: Mapping[str, float]
+    correlations: Mapping[str, Mapping[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as a dict that `json.dumps` takes; NaN as None."""
+        correlations = {a: {b: None if math.isnan(rho) else rho for b, rho in row.items()} for a, row in self.correlations.items()}
+        shares = {name: dict(row) for name, row in self.shares.items()}
+        return {"ranks": dict(self.ranks), "shares": shares, "totals": dict(self.totals), "correlations": correlations}
+
+    def __str__(self) -> str:
+        names = list(self.shares)
+        rows = [
+            [weight or "(model)", str(rank), *(f"{100 * self.shares[name][weight]:.1f} %" for name in names)]
+            for weight, rank in self.ranks.items()
+        ]
+        rows.append(["all, in its own unit", "", *(f"{self.totals[name]:.4g}" for name in names)])
+        rows += [[f"rank correlation with {a}", "", *(_text(self.correlations[a][b]) for b in names)] for a in names]
+        return markdown_table(rows, ["share of the harm", "rank", *names])
+
+
+def compare_importances(model: nn.Module, importances: Mapping[str, Importance], ranks: Mapping[str, int]) -> ImportanceTable:
+    """Say how importances, each in its own unit, share out the harm of one and the same cut over the weights.
+
+    ``share_l = harm_l(r_l) / sum_m harm_m(r_m)``, and Spearman's rank correlation between importances over the weights.
+
+    Args:
+        model: factorized.
+        importances: by the name to show.
+        ranks: a cut, as for `prune`: ``{name: rank}``, each in [1, present rank]; weights that it does not name keep their rank, and
+            hence do no harm.
+
+    Returns:
+        The table.
+
+    Raises:
+        LayerError: for a name that is not a factorized weight, and as `harms_of`.
+        RankError: for a rank outside its range.
+
+    Examples:
+        >>> from spectrim.surgery.factorize import factorize
+        >>> low = factorize(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), where=lambda name, module: True)
+        >>> table = compare_importances(low, {"energy": SpectralEnergy()}, {"0": 4})
+        >>> table.shares["energy"], table.ranks
+        ({'0': 1.0, '1': 0.0}, {'0': 4, '1': 8})
+    """
+    check_names(model, ranks)
+    held = dict(named_factors(model))
+    cut = {name: int(ranks.get(name, factors.rank)) for name, factors in held.items()}
+    for name, rank in cut.items():
+        if not 1 <= rank <= held[name].rank:
+            out, in_ = held[name].shape
+            raise RankError(name, got=rank, out=out, in_=in_, held=held[name].rank)
+    shares, totals = {}, {}
+    for label, importance in importances.items():
+        harms = {name: float(harm[cut[name]]) for name, harm in harms_of(model, importance).items()}
+        totals[label] = sum(harms.values())
+        shares[label] = {name: harm / totals[label] if totals[label] else 0.0 for name, harm in harms.items()}
+    columns = {label: np.array(list(row.values())) for label, row in shares.items()}
+    correlations = {a: {b: _correlation(columns[a], columns[b]) for b in columns} for a in columns}
+    return ImportanceTable(cut, shares, totals, correlations)
+
+
+def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    from scipy.stats import spearmanr  # here, because it takes long to import and few commands need it
+
+    if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
+        return math.nan
+    return float(spearmanr(a, b).statistic)
+
+
+def _text(correlation: float) -> str:
+    return "-" if math.isnan(correlation) else f"{correlation:.2f}"

@@ -1,0 +1,220 @@
+"""Distortion as discarded energy relative to the scale at which normalization layers read it."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.budget.distortion.base import _relative
+from spectrim.forms.svd import Factors
+from spectrim.layers import FactorizedLayer, named_factors
+from spectrim.layers.conv import FactorizedConv
+from spectrim.layers.embedding import FactorizedEmbedding
+from spectrim.layers.linear import FactorizedConv1D, FactorizedLinear
+from spectrim.layers.recurrent import FactorizedRecurrent
+from spectrim.linalg.spectral import pooled_spectrum, svd_of_product
+from spectrim.metrics.inputs import call_model, evaluating, unfused
+
+
+@dataclass(frozen=True, eq=False)
+class NormalizedEnergy:
+    """Spectral energy of ``diag(d) W diag(c)``, relative to the whole: the weight as the normalisation around it makes it matter.
+
+    A network keeps its function when a layer's outputs are scaled and the BatchNorm behind it takes that out again, but `SpectralEnergy` of
+    that layer's rows does not. So each output feature is weighed with what the normalisation multiplies it by, and each input feature with
+    the gain of the normalisation it comes from:
+
+    - ``d = |gamma| / sqrt(var + eps)`` of a BatchNorm that reads the layer's output (its running variance); of an InstanceNorm, a
+      GroupNorm, or a BatchNorm without running statistics, with the variance measured on `inputs`; ``d = |gamma|`` of a LayerNorm or
+      RMSNorm, whose one scale for all features cancels in a relative energy.
+    - ``c = |gamma|`` of the norm whose output is the layer's input (pre-norm transformers).
+
+    Which norm that is, is seen by running the model once: the norm reads the very numbers that the layer wrote, in the same memory and not
+    written to since (so a permutation between them does no harm, and an activation, in place or not, separates them). Where a layer runs
+    several times, squares are averaged over the norms found. Weights without a norm beside them, gates of recurrent layers and packed
+    projections of different inputs have ``d = c = 1``. Norms are torch's own, and any class called ``...RMSNorm`` or ``...LayerNorm``
+    with a one-dimensional ``weight``; one whose gain is ``1 + weight`` is taken for one with ``weight``.
+
+    Args:
+        inputs: one batch: a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Examples:
+        >>> from spectrim.surgery.factorize import factorize
+        >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2, eps=0.0)).eval()
+        >>> _ = model[0].weight.data.copy_(torch.diag(torch.tensor([2.0, 1.0])))
+        >>> _ = model[1].running_var.copy_(torch.tensor([4.0, 1.0]))
+        >>> [round(harm, 6) for harm in NormalizedEnergy(torch.ones(1, 2))(factorize(model))["0"].tolist()]
+        [1.0, 0.5, 0.0]
+
+    Source: ours; the factor is that of folding a BatchNorm into the layer before it (Jacob et al., arXiv 1712.05877, section 3.2).
+    """
+
+    inputs: Any = field(repr=False)
+
+    def __call__(self, model: nn.Module, /) -> dict[str, Tensor]:
+        """Return the harms, in [0, 1].
+
+        Args:
+            model: factorized; it runs once in eval mode.
+        """
+        rows, columns = _normalisations(model, self.inputs)
+        harms = {}
+        for name, factors in named_factors(model):
+            U, S, Vh = (part.detach().double() for part in (factors.U, factors.S, factors.Vh))
+            d, c = _averaged(rows[id(factors)], U[..., 0]), _averaged(columns[id(factors)], Vh[..., 0, :])
+            values = svd_of_product(d.unsqueeze(-1) * U, S, Vh * c.unsqueeze(-2))[1]
+            harms[name] = _relative(pooled_spectrum(values)).cpu()
+        return harms
+
+
+# What a normalisation reads and writes
+
+BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+CHANNEL_NORMS = (*BATCH, *INSTANCE, nn.GroupNorm)
+
+
+LAYER_NORMS = ("LayerNorm", "RMSNorm")
+
+
+Memory = tuple[int, ...]
+
+
+Scales = dict[int, list[Tensor]]
+
+
+def _normalisations(model: nn.Module, inputs: Any) -> tuple[Scales, Scales]:
+    """Run the model once; return the scales found for the rows and the columns of each weight, by the ``id`` of its factors."""
+    rows: Scales = defaultdict(list)
+    columns: Scales = defaultdict(list)
+    written: dict[Memory, tuple[Scales, Factors]] = {}
+    gains: dict[Memory, Tensor] = {}
+    alive: list[Tensor] = []  # so that no two of them are ever in the same memory
+
+    def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if isinstance(module, FactorizedLayer):
+            for factors, x, axis in _reads(module, args, kwargs):
+                gain = gains.get(_memory(x, axis))
+                if gain is not None:
+                    columns[id(factors)].append(gain)
+            return
+        given: Any = args[0] if args else next(iter(kwargs.values()), None)
+        axis = _channel_axis(module)
+        found = written.get(_memory(given, axis)) if isinstance(given, Tensor) and given.dim() > 1 else None
+        if found is not None:
+            side, factors = found
+            side[id(factors)].append(_scale(module, given, axis))
+
+    def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
+        if _is_norm(module):
+            if isinstance(output, Tensor) and output.dim() > 1:
+                axis = _channel_axis(module)
+                alive.append(output)
+                gains[_memory(output, axis)] = _gain(module, output.shape[axis], output.device)
+            return
+        for factors, side, y, axis in _writes(module, output, rows, columns):
+            alive.append(y)
+            written[_memory(y, axis)] = (side, factors)
+
+    hooked = [m for m in model.modules() if isinstance(m, FactorizedLayer | nn.MultiheadAttention) or _is_norm(m)]
+    handles = [module.register_forward_hook(after) for module in hooked]
+    handles += [m.register_forward_pre_hook(before, with_kwargs=True) for m in hooked if isinstance(m, FactorizedLayer) or _is_norm(m)]
+    try:
+        with unfused(), evaluating(model):
+            call_model(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return rows, columns
+
+
+def _memory(x: Tensor, axis: int) -> Memory:
+    """Return what two tensors share that hold the same numbers, with the features along the same memory, and not written to in between."""
+    return (x.untyped_storage()._cdata, int(x.storage_offset()), x.numel(), x._version, x.shape[axis], x.stride(axis))
+
+
+def _reads(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Factors, Tensor, int]]:
+    """Yield the weights that read the input's features as they are, with the input and the axis of its features."""
+    given = [*args, *kwargs.values()]
+    if isinstance(layer, nn.MultiheadAttention):
+        query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+        held = dict(layer.named_factors())  # type: ignore[operator]
+        if "in_proj_weight" in held and query is key and key is value:
+            yield held["in_proj_weight"], query, -1
+        for x, name in zip((query, key, value), ("q_proj_weight", "k_proj_weight", "v_proj_weight"), strict=True):
+            if name in held:
+                yield held[name], x, -1
+    elif isinstance(layer, FactorizedRecurrent):
+        held = dict(layer.named_factors())
+        if given and isinstance(given[0], Tensor):
+            yield from ((held[name], given[0], -1) for name in ("weight_ih_l0", "weight_ih_l0_reverse") if name in held)
+    elif isinstance(layer, FactorizedConv | FactorizedLinear | FactorizedConv1D) and given and isinstance(given[0], Tensor):
+        yield layer.factors_of("weight"), given[0], _feature_axis(layer)
+
+
+def _writes(layer: Any, output: Any, rows: Scales, columns: Scales) -> Iterator[tuple[Factors, Scales, Tensor, int]]:
+    """Yield the weights whose product is the output, the side that the output's features are on, the output and their axis."""
+    if isinstance(layer, nn.MultiheadAttention):
+        if isinstance(layer.out_proj, FactorizedLayer):  # attention reads its weight and does not call it
+            yield layer.out_proj.factors_of("weight"), rows, output[0], -1
+    elif isinstance(layer, FactorizedEmbedding):
+        yield layer.factors_of("weight"), columns, output, -1
+    elif isinstance(layer, FactorizedConv | FactorizedLinear | FactorizedConv1D) and isinstance(output, Tensor):
+        yield layer.factors_of("weight"), rows, output, _feature_axis(layer)
+
+
+def _feature_axis(layer: Any) -> int:
+    return -1 - len(layer.kernel_size) if hasattr(layer, "kernel_size") else -1
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises features and multiplies each by one weight, or by none."""
+    if isinstance(module, CHANNEL_NORMS):
+        return True
+    weight = getattr(module, "weight", None)
+    return type(module).__name__.endswith(LAYER_NORMS) and (weight is None or (isinstance(weight, Tensor) and weight.dim() == 1))
+
+
+def _channel_axis(norm: nn.Module) -> int:
+    """Return the axis of a norm's features."""
+    return 1 if isinstance(norm, CHANNEL_NORMS) else -1
+
+
+def _gain(norm: Any, features: int, device: torch.device) -> Tensor:
+    weight = getattr(norm, "weight", None)
+    return torch.ones(features, dtype=torch.float64, device=device) if weight is None else weight.detach().double().abs()
+
+
+def _scale(norm: Any, x: Tensor, axis: int) -> Tensor:
+    """Return what a norm multiplies each feature by, up to a factor that is the same for all."""
+    gain = _gain(norm, x.shape[axis], x.device)
+    if not isinstance(norm, CHANNEL_NORMS):
+        return gain
+    if isinstance(norm, BATCH) and norm.running_var is not None:
+        variance = norm.running_var.double()
+    elif isinstance(norm, BATCH):
+        variance = x.double().transpose(0, 1).flatten(1).var(-1, correction=0)
+    else:
+        groups = norm.num_groups if isinstance(norm, nn.GroupNorm) else x.shape[1]
+        variance = x.double().reshape(len(x), groups, -1).var(-1, correction=0).mean(0).repeat_interleave(x.shape[1] // groups)
+    return gain / (variance + norm.eps).clamp(min=1e-300).sqrt()
+
+
+def _averaged(scales: list[Tensor], like: Tensor) -> Tensor:
+    """Return the root of the mean square of the scales found, folded as one side ``(*blocks, size)`` of a weight; ones for none.
+
+    Args:
+        scales: each of one entry for every feature.
+        like: has the shape of that side; each feature has several neighbouring entries there (those of the kernel's axes).
+    """
+    if not scales:
+        return torch.ones_like(like)
+    mean = torch.stack(scales).square().mean(0).sqrt().to(like)
+    return mean.repeat_interleave(like.numel() // mean.numel()).reshape(like.shape)

@@ -1,0 +1,147 @@
+"""The multiple-choice knapsack: dynamic programming where the units allow it, else mixed-integer programming."""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from spectrim.budget.budget import ABSOLUTE, FRACTIONS
+from spectrim.budget.prices import _Cost
+from spectrim.errors import SettingError
+from spectrim.files import printing_to_stderr
+
+
+def _limit(name: str, value: float | int, cost: _Cost, choices: Mapping[str, Sequence[int]]) -> "_Limit":
+    """Return what the factorized weights may cost together.
+
+    Args:
+        name: the field of the budget.
+        value: what it says.
+        cost: of what it limits.
+        choices: the ranks to choose from, by weight.
+    """
+    tables = [[cost.weights[weight][rank - 1] for rank in ranks] for weight, ranks in choices.items()]
+    least = cost.fixed + sum(min(table) for table in tables)
+    most = value * cost.whole if name in FRACTIONS else value
+    counted = (FRACTIONS | ABSOLUTE)[name] != "latency"
+    most = math.floor(most + 1e-9) if counted else most
+    if most < least:
+        if name in FRACTIONS:
+            smallest = f"{math.ceil(least / cost.whole * 1e4) / 1e4:.4f}"
+        else:
+            smallest = f"{math.ceil(least)} bytes" if counted else f"{math.ceil(least * 1e7) / 1e7:.7f} seconds"
+        hint = "every factorized weight is at its cheapest rank then; factorize more layers to go below"
+        raise SettingError("Budget", name, got=value, rule=f"at least {smallest} for this network", hint=hint)
+    unit = 1.0 if counted else 1e9  # nanoseconds: what the solver lets through must be nothing
+    row = np.concatenate([np.asarray(table, dtype=float) for table in tables])
+    return _Limit(name, row * unit, (most - cost.fixed) * unit, cost.whole * unit)
+
+
+@dataclass(frozen=True)
+class _Limit:
+    """One row of the knapsack: the cost of every choice, what they may sum to, and the dense network's cost as a scale."""
+
+    name: str
+    row: NDArray[np.float64]
+    most: float
+    scale: float
+
+
+def _knapsack(losses: Sequence[Tensor], limits: Sequence[_Limit], scale: float) -> list[int]:
+    """Choose one rank for each weight: its place in `losses`, which holds what each of the ranks loses.
+
+    Args:
+        losses: of each weight, at the ranks to choose from.
+        limits: of the sums of costs.
+        scale: a typical loss; the solver sees losses in this unit.
+    """
+    objective, starts = torch.cat(list(losses)).numpy(), np.cumsum([0, *(len(entry) for entry in losses)])
+    most = math.inf
+    while True:
+        picked = _solve(np.minimum(objective / (scale or 1.0), most), starts, limits)
+        lost = float(objective[starts[:-1] + picked].sum())
+        if not 0 < lost < RESOLVED * scale:
+            return picked
+        scale, most = lost, 2.0  # once more in the unit of what was lost; a choice that alone loses more than all is not in the best
+
+
+STATES = 2**28
+"""Choices times units of cost up to which the knapsack is solved by dynamic programming: a second or two."""
+
+
+RESOLVED = 1e-2
+"""Loss, in the unit that the solver sees, above which its absolute gap of 1e-6 is no wider than its relative one of 1e-4."""
+
+
+def _solve(objective: NDArray[np.float64], starts: NDArray[np.int64], limits: Sequence[_Limit]) -> list[int]:
+    """Return the place of the choice for each weight, whose choices are those from its start to the next."""
+    if len(limits) == 1 and (exact := _by_dynamic_programming(objective, starts, limits[0])) is not None:
+        return exact
+    from scipy.optimize import Bounds, LinearConstraint, milp  # here, because it takes long to import and few commands need it
+    from scipy.sparse import csr_array
+
+    choices = np.arange(starts[-1])
+    one_each = csr_array((np.ones(len(choices)), (np.repeat(np.arange(len(starts) - 1), np.diff(starts)), choices)))
+    slack = [0.0] * len(limits)
+    for _ in range(10):
+        rows = [
+            LinearConstraint(limit.row[None] / limit.scale, ub=(limit.most - less) / limit.scale)
+            for limit, less in zip(limits, slack, strict=True)
+        ]
+        with printing_to_stderr(unless=b"HighsMipSolverData::"):
+            solution = milp(
+                objective,
+                integrality=np.ones(len(choices), int),
+                bounds=Bounds(0, 1),
+                constraints=[LinearConstraint(one_each, 1, 1), *rows],
+                options={"mip_rel_gap": 1e-4, "time_limit": 60},
+            )
+        if solution.x is None:
+            break
+        picked = [int(np.argmax(solution.x[start:end])) for start, end in itertools.pairwise(starts)]
+        excess = [float(limit.row[starts[:-1] + picked].sum() - limit.most) for limit in limits]
+        if max(excess) <= 1e-6:
+            return picked
+        # the solver's tolerance lets through about a millionth more than the limit: ask for as much less
+        slack = [less + max(over, 0.0) for less, over in zip(slack, excess, strict=True)]
+    together, infeasible = " and ".join(limit.name for limit in limits), solution.status == 2
+    got = "limits that no ranks meet together" if infeasible else "limits for which no ranks were found in a minute"
+    hint = str(solution.message) if infeasible else "multiple=4 leaves fewer ranks to choose from"
+    raise SettingError("Budget", together, got=got, rule="looser", hint=hint)
+
+
+def _by_dynamic_programming(objective: NDArray[np.float64], starts: NDArray[np.int64], limit: _Limit) -> list[int] | None:
+    """Return the optimum for one limit of whole numbers, in units of their greatest common divisor; None where that takes too long.
+
+    Ranks of one layer cost multiples of one number, and those numbers have large divisors in common.
+    """
+    if not (np.mod(limit.row, 1) == 0).all() or limit.row.max() > 2**53:
+        return None
+    costs = [limit.row[start:end].astype(np.int64) for start, end in itertools.pairwise(starts)]
+    least = [int(cost.min()) for cost in costs]
+    extra = [cost - low for cost, low in zip(costs, least, strict=True)]
+    unit = int(np.gcd.reduce(np.concatenate(extra))) or 1
+    room = min(math.floor(limit.most) - sum(least), sum(int(cost.max()) for cost in extra)) // unit
+    if (room + 1) * len(objective) > STATES:
+        return None
+    best, places = np.zeros(room + 1), []  # the least loss of the weights so far, with at most so many units
+    for cost, start in zip(extra, starts[:-1], strict=True):
+        found, place = np.full(room + 1, np.inf), np.zeros(room + 1, dtype=np.int32)
+        for choice, units in enumerate((cost // unit).tolist()):
+            if units <= room:
+                candidate = best[: room + 1 - units] + objective[start + choice]
+                better = candidate < found[units:]
+                np.copyto(found[units:], candidate, where=better)
+                place[units:][better] = choice
+        best = found
+        places.append(place)
+    picked = []
+    for place, cost in zip(reversed(places), reversed(extra), strict=True):
+        picked.append(int(place[room]))
+        room -= int(cost[picked[-1]]) // unit
+    return picked[::-1]

@@ -1,0 +1,266 @@
+"""`Plan`: a table of weights and budgets, its file and its text."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spectrim.errors import FormatError
+from spectrim.files import write_text
+from spectrim.metrics.table import markdown_table
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """One factorized weight.
+
+    Attributes:
+        name: as in `named_factors`.
+        kind: class of the dense layer.
+        scheme: how the kernel is folded.
+        shape: ``(out, in)`` of one block.
+        blocks: groups of a convolution.
+        spectrum: singular values, descending; blocks pooled.
+        harms: for each importance, entry ``r`` is the harm of keeping ``r`` values; the last is 0.
+        macs: entry ``r - 1`` is the multiply-accumulates for one example at rank ``r``, as `merge` will write it.
+        params: the same for stored parameters.
+        seconds: the same for a call on the whole batch; None without a latency table.
+        dense_macs: of the dense weight.
+        dense_params: of the dense weight.
+        dense_seconds: of the dense weight.
+        break_even: the largest rank at which two operations cost less than one dense operation.
+        element_bytes: of one stored number.
+        multiple: ranks are multiples of it.
+    """
+
+    name: str
+    kind: str
+    scheme: str
+    shape: tuple[int, int]
+    blocks: int
+    spectrum: tuple[float, ...]
+    harms: Mapping[str, tuple[float, ...]]
+    macs: tuple[float, ...]
+    params: tuple[int, ...]
+    seconds: tuple[float, ...] | None
+    dense_macs: float
+    dense_params: int
+    dense_seconds: float | None
+    break_even: int
+    element_bytes: int
+    multiple: int = 1
+
+
+@dataclass(frozen=True)
+class SkippedLayer:
+    """A layer that stays dense whatever the budget, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a network, or a part of one, costs and achieves; None stands for what was not measured.
+
+    Attributes:
+        macs: multiply-accumulates for one example.
+        params: stored numbers, tied ones once.
+        size_bytes: of the state dict.
+        latency_s: seconds of one call on the whole batch, as the latency table predicts.
+        output_error: ``||f_r(x) - f(x)|| / ||f(x)||`` over the examples that judge.
+        loss: mean over targets.
+        accuracy: fraction in [0, 1].
+    """
+
+    macs: int
+    params: int
+    size_bytes: int
+    latency_s: float | None = None
+    output_error: float | None = None
+    loss: float | None = None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """What one budget would give.
+
+    Attributes:
+        budget: the limits given, by the fields of `Budget`.
+        ranks: for `prune`; empty when the budget cannot be met.
+        totals: of the merged network right after the cut; None when the budget cannot be met.
+        problem: why not, with the smallest budget that can.
+    """
+
+    budget: Mapping[str, float]
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    totals: Totals | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found: plain data. ``print(plan)`` shows the budgets and the layers.
+
+    Attributes:
+        weights: every factorized weight.
+        skipped: every other layer with parameters.
+        importance: name of the harms that the budgets below were met with: of those that the data allow, the one whose cut was best at the
+            middle budget. Each weight's `harms` holds the others too.
+        dense: totals of the dense network; its loss and accuracy are those of the network that was given.
+        fixed: the part of them that no rank changes.
+        budgets: one row for each.
+        settings: what the numbers depend on: model, batch, examples, versions, latency table.
+    """
+
+    weights: tuple[WeightPlan, ...]
+    skipped: tuple[SkippedLayer, ...]
+    importance: str
+    dense: Totals
+    fixed: Totals
+    budgets: tuple[BudgetPlan, ...]
+    settings: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return f"{_budget_table(self)}\n\n{_layer_table(self)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as a dict that `json.dumps` takes; `from_dict` is its inverse."""
+        return {
+            "format": FORMAT,
+            **vars(self),
+            "weights": [dict(vars(weight)) for weight in self.weights],
+            "skipped": [dict(vars(layer)) for layer in self.skipped],
+            "dense": dict(vars(self.dense)),
+            "fixed": dict(vars(self.fixed)),
+            "budgets": [{**vars(row), "totals": row.totals and dict(vars(row.totals))} for row in self.budgets],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Plan":
+        """Return the plan that `to_dict` described.
+
+        Raises:
+            FormatError: when it is not such a dict.
+        """
+        try:
+            if values["format"] != FORMAT:
+                raise FormatError("Plan", f"has format {values['format']!r}", hint=f"this version reads {FORMAT}")
+            return cls(
+                tuple(_weight_from(entry) for entry in values["weights"]),
+                tuple(SkippedLayer(**entry) for entry in values["skipped"]),
+                str(values["importance"]),
+                Totals(**values["dense"]),
+                Totals(**values["fixed"]),
+                tuple(_budget_from(entry) for entry in values["budgets"]),
+                dict(values["settings"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FormatError("Plan", f"is not what to_dict wrote ({error!r})") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, under a temporary name first.
+
+        Args:
+            path: of the file.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(self.to_dict()) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read what `save` wrote.
+
+        Args:
+            path: of the file.
+
+        Raises:
+            FormatError: when it is not a plan.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise FormatError(path, f"is not JSON ({error})", hint="pass what spectrim plan --out wrote") from error
+        if not isinstance(values, dict) or "weights" not in values:
+            raise FormatError(path, "is not a plan", hint="pass what spectrim plan --out wrote")
+        return cls.from_dict(values)
+
+
+def _weight_from(entry: Mapping[str, Any]) -> WeightPlan:
+    names = ("shape", "spectrum", "macs", "params")
+    seconds = None if entry["seconds"] is None else tuple(entry["seconds"])
+    harms = {name: tuple(values) for name, values in entry["harms"].items()}
+    return WeightPlan(**{**entry, **{name: tuple(entry[name]) for name in names}, "seconds": seconds, "harms": harms})
+
+
+def _budget_from(entry: Mapping[str, Any]) -> BudgetPlan:
+    return BudgetPlan(**{**entry, "totals": None if entry["totals"] is None else Totals(**entry["totals"])})
+
+
+# Texts
+
+
+def budget_name(limits: Mapping[str, float]) -> str:
+    """Return a budget in words.
+
+    Args:
+        limits: by the fields of `Budget`.
+
+    Examples:
+        >>> budget_name({"macs": 0.5, "params": 0.25})
+        '50 % macs, 25 % params'
+    """
+    fractions = ("macs", "params", "size", "latency")
+    return ", ".join(f"{100 * value:g} % {name}" if name in fractions else f"{name} {value:g}" for name, value in limits.items())
+
+
+def _budget_table(found: Plan) -> str:
+    titles = ("budget", "MACs", "parameters", "bytes", "latency", "output error", "loss", "accuracy", "ranks")
+    rows = [_cells("dense", found.dense, found.dense, {})]
+    problems = []
+    for row in found.budgets:
+        name = budget_name(row.budget)
+        if row.totals is None:
+            problems.append(f"{name}: cannot be met. {row.problem}")
+        else:
+            rows.append(_cells(name, row.totals, found.dense, row.ranks))
+    kept = [index for index in range(len(titles)) if index < 4 or any(row[index] for row in rows)]
+    table = markdown_table([[row[index] for index in kept] for row in rows], [titles[index] for index in kept])
+    return "\n".join([f"ranks by {found.importance}; right after the cut, before any training", table, *problems])
+
+
+def _cells(name: str, totals: Totals, dense: Totals, ranks: Mapping[str, int]) -> list[str]:
+    def part(value: int, whole: int) -> str:
+        return f"{value:,.0f} ({100 * value / whole:.1f} %)" if whole else f"{value:,.0f}"
+
+    return [
+        name,
+        part(totals.macs, dense.macs),
+        part(totals.params, dense.params),
+        part(totals.size_bytes, dense.size_bytes),
+        "" if totals.latency_s is None else f"{1e3 * totals.latency_s:.3f} ms",
+        "" if totals.output_error is None else f"{100 * totals.output_error:.2f} %",
+        "" if totals.loss is None else f"{totals.loss:.4f}",
+        "" if totals.accuracy is None else f"{100 * totals.accuracy:.2f} %",
+        f"{min(ranks.values())} to {max(ranks.values())}" if ranks else "",
+    ]
+
+
+def _layer_table(found: Plan) -> str:
+    met = [row for row in found.budgets if row.totals is not None]
+    titles = ["layer", "kind", "scheme", "matrix", "held", "break-even", *(f"at {budget_name(row.budget)}" for row in met)]
+    rows = []
+    for weight in found.weights:
+        blocks = f"{weight.blocks} x " if weight.blocks > 1 else ""
+        ranks = [row.ranks[weight.name] for row in met]
+        cells = ["dense" if rank > weight.break_even else str(rank) for rank in ranks]
+        matrix = f"{blocks}{weight.shape[0]} x {weight.shape[1]}"
+        rows.append([weight.name or "(model)", weight.kind, weight.scheme, matrix, str(len(weight.macs)), str(weight.break_even), *cells])
+    skipped = [f"{layer.name or '(model)'} ({layer.kind}) stays dense: {layer.reason}" for layer in found.skipped]
+    return "\n".join([markdown_table(rows, titles), *skipped])

@@ -1,0 +1,1 @@
+"""How one weight is held while it is trained and cut."""

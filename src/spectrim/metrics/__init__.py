@@ -1,0 +1,1 @@
+"""What a model costs and what it achieves: inputs, evaluation, multiply-accumulates, latency, tables."""

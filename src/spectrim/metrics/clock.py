@@ -1,0 +1,92 @@
+"""Latency of whole models, side by side."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.utils.benchmark import Timer
+
+from spectrim.errors import SettingError
+from spectrim.metrics.inputs import _arguments, _send, batch_size_of, evaluating
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """Time of one call on a whole batch.
+
+    Attributes:
+        median_s: median, in seconds.
+        iqr_s: interquartile range, in seconds.
+        batch: examples in the batch.
+        threads: CPU threads of torch.
+        runs: how many timed runs the median is taken over.
+    """
+
+    median_s: float
+    iqr_s: float
+    batch: int
+    threads: int
+    runs: int
+
+
+def latency(
+    model: nn.Module, inputs: Any, *, threads: int = 1, repeats: int = 5, min_time: float = 0.2, batch_size: int | None = None
+) -> Latency:
+    """Time one call in eval mode, without gradients, after a warm-up, synchronised on accelerators; see `compare_latency`."""
+    models = {"model": model}
+    return compare_latency(models, inputs, threads=threads, repeats=repeats, min_time=min_time, batch_size=batch_size)["model"]
+
+
+def compare_latency(
+    models: Mapping[str, nn.Module],
+    inputs: Any,
+    *,
+    threads: int = 1,
+    repeats: int = 5,
+    min_time: float = 0.2,
+    batch_size: int | None = None,
+) -> dict[str, Latency]:
+    """Time several models in turns, so that whatever slows the machine down meets them all.
+
+    Args:
+        models: name to module; training flags and torch's thread count are as before afterwards.
+        inputs: one batch for all of them: a tensor, a tuple of arguments or a dict of keyword arguments.
+        threads: CPU threads of torch, at least 1.
+        repeats: rounds, at least 1; in each every model is warmed up and timed.
+        min_time: seconds that a model is timed in each round, above 0; it is called at least once.
+        batch_size: examples in `inputs`; None for the leading dimension of its first tensor.
+
+    Returns:
+        Name to latency.
+
+    Raises:
+        SettingError: an argument is outside its range.
+
+    Examples:
+        >>> times = compare_latency({"a": nn.Linear(8, 8), "b": nn.Identity()}, torch.zeros(4, 8), repeats=2, min_time=0.01)
+        >>> list(times), times["a"].batch, times["a"].median_s > 0
+        (['a', 'b'], 4, True)
+    """
+    for name, value, rule in (("threads", threads, "at least 1"), ("repeats", repeats, "at least 1"), ("min_time", min_time, "above 0")):
+        if value <= 0:
+            raise SettingError("latency", name, got=value, rule=rule)
+    batch = batch_size_of(inputs, batch_size)
+    timers, runs = {}, {}
+    with ExitStack() as stack:
+        for name, model in models.items():
+            stack.enter_context(evaluating(model))
+            args, kwargs = _send(_arguments(inputs), model)
+            timers[name] = Timer("call()", globals={"call": functools.partial(model, *args, **kwargs)}, num_threads=threads)
+            runs[name] = list[float]()
+        for _ in range(repeats):
+            for name, timer in timers.items():
+                runs[name] += timer.blocked_autorange(min_run_time=min_time).times
+    result = {}
+    for name, times in runs.items():
+        low, median, high = np.quantile(times, (0.25, 0.5, 0.75))
+        result[name] = Latency(float(median), float(high - low), batch, threads, len(times))
+    return result

@@ -1,0 +1,221 @@
+"""`measure`: what a model costs and what it achieves, in one row."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from spectrim.errors import FormatError, SettingError
+from spectrim.layers import named_factors
+from spectrim.metrics.clock import compare_latency
+from spectrim.metrics.evaluate import evaluate
+from spectrim.metrics.macs import count_macs
+from spectrim.metrics.table import markdown_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """The costs and merits of one model; None stands for what was not measured.
+
+    Attributes:
+        params: numbers in the parameters, tied ones once.
+        macs: multiply-accumulates for one example.
+        size_bytes: bytes of the state dict: parameters and persistent buffers, shared ones once.
+        ranks: rank of each factorized weight.
+        accuracy: fraction in [0, 1] of correct predictions.
+        loss: mean over targets.
+        latency_s: median time of one call, in seconds.
+        latency_iqr_s: its interquartile range, in seconds.
+        batch: examples in the call that was timed.
+        threads: CPU threads it was timed with.
+
+    Examples:
+        >>> m = Measurement(params=270_256, macs=40_813_184, size_bytes=1_081_024, accuracy=0.9173)
+        >>> print(m.summary())
+        | accuracy   |               91.73 % |
+        | parameters |               270,256 |
+        | MACs       |            40,813,184 |
+        | size       | 1,081,024 B (1.0 MiB) |
+        >>> Measurement.from_dict(m.to_dict()) == m
+        True
+    """
+
+    params: int
+    macs: int | None
+    size_bytes: int
+    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    accuracy: float | None = None
+    loss: float | None = None
+    latency_s: float | None = None
+    latency_iqr_s: float | None = None
+    batch: int | None = None
+    threads: int | None = None
+
+    def summary(self) -> str:
+        """Return a table of what was measured, as text."""
+        return markdown_table([[name, text] for name, text in _texts(self).items() if text])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict that `json.dumps` takes."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Measurement":
+        """Return the measurement that `to_dict` described.
+
+        Raises:
+            FormatError: a field is unknown, or a required one is missing.
+        """
+        known = {
+            field.name: field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+            for field in dataclasses.fields(cls)
+        }
+        unknown = sorted(set(fields) - set(known))
+        missing = sorted(name for name, required in known.items() if required and name not in fields)
+        if unknown or missing:
+            raise FormatError("Measurement", f"unknown fields {unknown}, missing fields {missing}")
+        return cls(**fields)
+
+
+def measure(
+    model: nn.Module,
+    inputs: Any = None,
+    *,
+    data: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    threads: int = 1,
+    latency: bool = True,
+    batch_size: int | None = None,
+) -> Measurement:
+    """Measure a model; what its arguments do not allow stays None.
+
+    Args:
+        model: any module; its training flags are as before afterwards.
+        inputs: one batch for MACs and latency: a tensor, a tuple of arguments or a dict of keyword arguments.
+        data: batches ``(inputs, target)`` for loss and accuracy, see `evaluate`; together with `loss`.
+        loss: called as ``loss(output, target)``, gives the mean over targets; together with `data`.
+        threads: CPU threads for latency, at least 1.
+        latency: whether to time the model (about a second).
+        batch_size: examples in `inputs`; None for the leading dimension of its first tensor.
+
+    Returns:
+        The measurement.
+
+    Raises:
+        SettingError: only one of `data` and `loss` is given, or an argument is of the wrong kind.
+
+    Examples:
+        >>> m = measure(nn.Linear(10, 4), torch.zeros(2, 10), latency=False)
+        >>> m.params, m.macs, m.size_bytes
+        (44, 40, 176)
+    """
+    if (data is None) != (loss is None):
+        raise SettingError(
+            "measure", "data and loss", got="data alone" if loss is None else "loss alone", rule="given together or not at all"
+        )
+    fields: dict[str, Any] = {"macs": None}
+    if inputs is not None:
+        fields["macs"] = count_macs(model, inputs, batch_size=batch_size)
+        if latency:
+            timed = compare_latency({"model": model}, inputs, threads=threads, batch_size=batch_size)["model"]
+            fields |= {"latency_s": timed.median_s, "latency_iqr_s": timed.iqr_s, "batch": timed.batch, "threads": timed.threads}
+    if data is not None and loss is not None:
+        fields |= evaluate(model, data, loss)
+    return Measurement(
+        params=sum(tensor.numel() for tensor in _distinct(model.parameters())),
+        size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in _distinct(tree_leaves(model.state_dict()))),
+        ranks={name: factors.rank for name, factors in named_factors(model)},
+        **fields,
+    )
+
+
+def measure_together(
+    models: Mapping[str, nn.Module], inputs: Any, data: Iterable[Any], loss: Callable[[Any, Any], Tensor], threads: int = 1
+) -> dict[str, Measurement]:
+    """Measure several models: latencies side by side, see `compare_latency`; the rest as `measure` does.
+
+    Args:
+        models: name to module.
+        inputs: one batch for costs and latency.
+        data: batches ``(inputs, target)`` for loss and accuracy.
+        loss: ``(output, target) -> scalar``.
+        threads: CPU threads of the latencies.
+    """
+    times = compare_latency(models, inputs, threads=threads)
+    measured = {name: measure(model, inputs, data=data, loss=loss, latency=False) for name, model in models.items()}
+    return {
+        name: dataclasses.replace(entry, latency_s=time.median_s, latency_iqr_s=time.iqr_s, batch=time.batch, threads=time.threads)
+        for (name, entry), time in zip(measured.items(), times.values(), strict=True)
+    }
+
+
+def compare_table(measurements: Mapping[str, Measurement]) -> str:
+    """Return measurements side by side, as a Markdown table; the first is what the ratios compare with.
+
+    The ratios: ``compression`` in bytes, ``MAC reduction``, and ``speedup`` in seconds, which needs the same batch and threads.
+
+    Examples:
+        >>> dense, low = Measurement(1000, 900, 4000, accuracy=0.9), Measurement(400, 300, 1600, accuracy=0.895)
+        >>> print(compare_table({"dense": dense, "low-rank": low}))
+        |               |   dense | low-rank |
+        |---------------|---------|----------|
+        | accuracy      | 90.00 % |  89.50 % |
+        | parameters    |   1,000 |      400 |
+        | MACs          |     900 |      300 |
+        | size          | 4,000 B |  1,600 B |
+        | compression   |   1.00x |    2.50x |
+        | MAC reduction |   1.00x |    3.00x |
+    """
+    first = next(iter(measurements.values()), None)
+    if first is None:
+        return ""
+    columns = []
+    for m in measurements.values():
+        same = (m.batch, m.threads) == (first.batch, first.threads)
+        columns.append(
+            _texts(m)
+            | {
+                "compression": _ratio(first.size_bytes, m.size_bytes),
+                "MAC reduction": _ratio(first.macs, m.macs),
+                "speedup": _ratio(first.latency_s, m.latency_s) if same else "",
+            }
+        )
+    rows = [[name, *(column[name] or "-" for column in columns)] for name in columns[0] if any(column[name] for column in columns)]
+    return markdown_table(rows, header=["", *measurements])
+
+
+# Texts
+
+
+def _texts(m: Measurement) -> dict[str, str]:
+    """Return each figure with its unit; an empty string for what was not measured."""
+    ranks = list(m.ranks.values())
+    mib = f" ({m.size_bytes / 2**20:.1f} MiB)" if m.size_bytes >= 2**19 else ""
+    return {
+        "accuracy": "" if m.accuracy is None else f"{100 * m.accuracy:.2f} %",
+        "loss": "" if m.loss is None else f"{m.loss:.4f}",
+        "parameters": f"{m.params:,}",
+        "MACs": "" if m.macs is None else f"{m.macs:,}",
+        "size": f"{m.size_bytes:,} B{mib}",
+        "ranks": f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f} ({len(ranks)})" if ranks else "",
+        "latency": "" if m.latency_s is None else f"{1e3 * m.latency_s:,.3f} ms",
+        "latency IQR": "" if m.latency_iqr_s is None else f"{1e3 * m.latency_iqr_s:,.3f} ms",
+        "timed with": "" if m.batch is None else f"batch {m.batch}, {m.threads} thread{'' if m.threads == 1 else 's'}",
+    }
+
+
+def _ratio(before: int | float | None, after: int | float | None) -> str:
+    return f"{before / after:.2f}x" if before and after else ""
+
+
+def _distinct(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among `values`, those that show the same memory once."""
+    seen = set()
+    for tensor in values:
+        if isinstance(tensor, Tensor):
+            key = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+            if key not in seen:
+                seen.add(key)
+                yield tensor

@@ -1,0 +1,301 @@
+"""A run: stages in order, of which finished ones are skipped."""
+
+import copy
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from torch import nn
+
+from spectrim.budget.allocate import allocate
+from spectrim.budget.budget import Budget
+from spectrim.budget.costs import spectra
+from spectrim.errors import FormatError, RecipeError
+from spectrim.files import write_text
+from spectrim.layers import factor_name, kind_of, named_factors
+from spectrim.metrics.evaluate import evaluate
+from spectrim.metrics.inputs import first_examples, one_example
+from spectrim.metrics.measurement import Measurement, measure, measure_together
+from spectrim.pipeline.components import _made, _scheduler, make, make_loss, seed_everything
+from spectrim.pipeline.recipe import Data, Phase, Recipe, plain
+from spectrim.pipeline.ways import way_to_cut
+from spectrim.storage.save import load, save
+from spectrim.surgery.calibrate import calibrate
+from spectrim.surgery.correct import correct
+from spectrim.surgery.factorize import factorize
+from spectrim.surgery.merge import merge
+from spectrim.surgery.prune import prune
+from spectrim.surgery.recalibrate import recalibrate
+from spectrim.surgery.select import decide
+from spectrim.training.checkpoint import generators_of
+from spectrim.training.distillation import Distillation
+from spectrim.training.fit import fit
+
+STAGE = "stage.json"
+
+
+RESULT = "result.json"
+
+
+RECIPE = "recipe.yaml"
+
+
+def make_model(recipe: Recipe) -> nn.Module:
+    """Build the dense network, seeded."""
+    seed_everything(recipe.seed)
+    model = _made(recipe.model, "model")
+    if not isinstance(model, nn.Module):
+        raise RecipeError("model", f"{recipe.model['class_path']} gives a {type(model).__name__}", allowed="a torch.nn.Module")
+    return model
+
+
+def make_data(recipe: Recipe) -> Data:
+    """Build the data, and check that it has the three splits."""
+    data = _made(recipe.data, "data")
+    for split in ("train", "val", "test"):
+        if not hasattr(data, split):
+            problem = f"{recipe.data['class_path']} gives a {type(data).__name__} without '{split}'"
+            raise RecipeError("data", problem, allowed="an object with train, val, test")
+    return data  # type: ignore[no-any-return]
+
+
+class Run:
+    """One recipe in one folder: stage after stage, each in a folder of its own, finished ones skipped.
+
+    A stage's folder holds its model (``model.safetensors``, ``spectrim.json``), its numbers (``stage.json``) and, while it trains, its
+    checkpoints. The digest in ``stage.json`` covers the settings of the stage and of everything before it; when it differs, the stage is
+    run anew. The folder of the run holds ``recipe.yaml`` with every default written out, and ``result.json``.
+    """
+
+    def __init__(self, recipe: Recipe, out: str | Path, *, progress: bool = True) -> None:
+        """Prepare; nothing is written before `run`.
+
+        Args:
+            recipe: from `read_recipe`.
+            out: the run's folder; made if missing.
+            progress: whether to show progress, on stderr.
+        """
+        self.recipe, self.out, self.progress = recipe, Path(out), progress
+        self.console = Console(stderr=True, quiet=not progress)
+        self.data = make_data(recipe)
+        self.loss = make_loss(recipe.loss)
+        self.initial = make_model(recipe)
+        self.example = one_example(self.data.val)
+        self._check_layers()
+        self.digest = ""
+        self.numbers: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Run every stage that is not finished and return the result, which is in ``result.json`` too."""
+        recipe, dense = self.recipe, self.dense()
+        after_dense = self.digest
+        low = self._stage("2-train", [plain(recipe.factorize), plain(recipe.train)], lambda folder: self._train(dense, folder))
+        cut = self._stage("3-prune", [plain(recipe.prune)], lambda folder: self._cut(low))
+        tuned = self._stage("4-finetune", [plain(recipe.finetune)], lambda folder: self._finetune(cut, dense, recipe.finetune, folder))
+        final = self._stage("5-merge", [], lambda folder: (merge(tuned), {}))
+        models = {"dense": dense, "final": final}
+        after_merge = self.digest
+        if recipe.truncated is not None:
+            phase = recipe.truncated
+            models["truncated"] = self._stage("b1-truncated", [plain(phase)], lambda folder: self._truncated(dense, final, phase, folder))
+        if recipe.continued is not None:
+            self.digest, more = after_dense, recipe.continued
+            models["continued"] = self._stage("b2-continued", [plain(more)], lambda folder: self._continued(dense, more, folder))
+        self.digest = _digest([after_merge, [plain(recipe.truncated), plain(recipe.continued)], recipe.latency_threads])
+        measured = self._measured(models, tuned)
+        result: dict[str, Any] = {name: entry.to_dict() for name, entry in measured.items()}
+        result |= {
+            "stages": self.numbers,
+            "recipe": plain(recipe),
+            "environment": environment(),
+        }
+        write_text(self.out / RESULT, json.dumps(result, indent=1) + "\n")
+        return result
+
+    def dense(self) -> nn.Module:
+        """Return the dense network of the first stage, trained where the recipe says so; the recipe is written to the folder."""
+        recipe = self.recipe
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_text(self.out / RECIPE, yaml.safe_dump(plain(recipe), sort_keys=False))
+        if recipe.threads:
+            torch.set_num_threads(recipe.threads)
+        common = {name: plain(getattr(recipe, name)) for name in ("model", "data", "loss", "seed", "precision")}
+        return self._stage("1-dense", [common, plain(recipe.dense)], self._dense)
+
+    def _check_layers(self) -> None:
+        """Check what the recipe says about layers before any work."""
+        modules = dict(self.initial.named_modules())
+        chosen = [name for name, reason in decide(self.initial, self.recipe.factorize.layers()).items() if reason is None]
+        weights = [
+            factor_name(name, weight) for name in chosen if (kind := kind_of(modules[name])) for weight in kind.weights(modules[name])
+        ]
+        if not weights:
+            raise RecipeError("factorize.where", "selects no layer that can be factorized", allowed="see spectrim coverage RECIPE")
+        for name in self.recipe.prune.ranks or {}:
+            if name not in weights:
+                raise RecipeError(f"prune.ranks.{name}", "is no weight that will be factorized", allowed=", ".join(weights))
+
+    def _stage(self, name: str, settings: Any, work: Callable[[Path], tuple[nn.Module, dict[str, Any]]]) -> nn.Module:
+        """Run one stage, or load what it made when it is finished with the same settings."""
+        self.digest = _digest([self.digest, name, settings])
+        folder = self.out / name
+        state = _read_stage(folder)
+        if state.get("digest") == self.digest and state.get("finished"):
+            self.numbers[name] = state["numbers"]
+            self.console.print(f"{name}: finished before, skipped")
+            try:
+                return load(folder, self.initial)
+            except FormatError as error:
+                raise FormatError(
+                    folder, f"the stage is finished but cannot be read ({error})", hint="delete the folder to run it anew"
+                ) from error
+        if state.get("digest") != self.digest:
+            if folder.exists():
+                self.console.print(f"{name}: settings changed, run anew")
+                (folder / STAGE).unlink(missing_ok=True)  # first, so that what is left of a folder never looks finished
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True)
+            write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": False}))
+        self.console.rule(name, align="left")
+        seed = self.recipe.seed + int(_digest(name)[:6], 16)
+        seed_everything(seed)
+        for generator in generators_of(self.data.train):
+            generator.manual_seed(seed)
+        start = time.perf_counter()
+        model, numbers = work(folder)
+        numbers = {**numbers, "seconds": round(time.perf_counter() - start, 1)}
+        save(model, folder)
+        write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": True, "numbers": numbers}, indent=1))
+        self.numbers[name] = numbers
+        for key, title in (("val_cut", "right after the cut"), ("val_recalibrated", "BatchNorm recalibrated"), ("val", "at the end")):
+            if key in numbers:
+                values = ", ".join(f"{metric} {value:.4g}" for metric, value in numbers[key].items())
+                self.console.print(f"validation split, {title}: {values}", highlight=False)
+        return model
+
+    def _fit(self, model: nn.Module, phase: Phase, folder: Path, teacher: nn.Module | None) -> dict[str, list[dict[str, Any]]]:
+        """Run one phase and return its history as plain data."""
+        optimizer = make(phase.optimizer, "optimizer", [p for p in model.parameters() if p.requires_grad])
+        scheduler = None
+        if phase.scheduler is not None and phase.epochs:
+            steps = phase.epochs * (-(-len(self.data.train) // phase.accumulate) if phase.scheduler_steps == "batch" else 1)
+            scheduler = _scheduler(phase.scheduler, optimizer, steps)
+        penalties = [make(penalty, "penalties") for penalty in phase.penalties]
+        distill = Distillation(copy.deepcopy(teacher), **asdict(phase.distill)) if phase.distill and teacher is not None else None
+        schedule = make(phase.rank_schedule, "rank_schedule") if phase.rank_schedule is not None else None
+        history = fit(
+            model, self.data.train, self.loss, optimizer, phase.epochs, rank_schedule=schedule,
+            penalties=penalties, eval_data=self.data.val, scheduler=scheduler, scheduler_steps=phase.scheduler_steps, distill=distill,
+            precision=self.recipe.precision, accumulate=phase.accumulate, clip=phase.clip, compiled=self.recipe.compiled, checkpoint=folder,
+            progress=self.progress,
+        )  # fmt: skip
+        return history.to_dict()
+
+    def _dense(self, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+        model = copy.deepcopy(self.initial)
+        log = self._fit(model, self.recipe.dense, folder / "phase-0", None)
+        return model, {**log, "val": self._validate(model)}
+
+    def _train(self, dense: nn.Module, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+        settings = self.recipe.factorize
+        source = dense if settings.start == "dense" else self.initial
+        low = factorize(source, settings.scheme, self.recipe.factorize.layers())
+        logs = [self._fit(low, phase, folder / f"phase-{index}", dense) for index, phase in enumerate(self.recipe.train)]
+        numbers = {place: [log[key] for log in logs] for place, key in (("phases", "epochs"), ("cuts", "cuts"), ("layers", "layers"))}
+        return low, {**numbers, "val": self._validate(low), "spectra": {k: v.tolist() for k, v in spectra(low).items()}}
+
+    def _cut(self, low: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        settings = self.recipe.prune
+        known = first_examples(self.data.train, settings.examples) if settings.correct or settings.cut != "plain" else []
+        moments = calibrate(low, known, self.loss, examples=None) if settings.cut != "plain" else None
+        importance, metric = way_to_cut(settings.cut, moments)
+        rule: Any = settings.ranks
+        if settings.rule is not None:
+            rule = make(settings.rule, "prune.rule")
+        elif settings.budget is not None:
+            rule = allocate(low, settings.budget, self.example, importance=importance)
+        cut = prune(low, rule, calibration=metric)
+        if settings.correct:
+            cut = correct(cut, low, known, examples=None)
+        numbers: dict[str, Any] = {"ranks": ranks(cut), "val_cut": self._validate(cut)}
+        if settings.recalibrate:
+            recalibrate(cut, self.data.train)
+            numbers["val"] = self._validate(cut)
+        return cut, numbers
+
+    def _finetune(self, cut: nn.Module, dense: nn.Module, phase: Phase, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+        tuned = copy.deepcopy(cut)
+        log = self._fit(tuned, phase, folder / "phase-0", dense)
+        return tuned, {**log, "val": self._validate(tuned)}
+
+    def _truncated(self, dense: nn.Module, final: nn.Module, phase: Phase, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+        """Cut the dense network at once to the MACs of the final one, by the same knapsack, then train."""
+        kept = measure(final, self.example, latency=False).macs / measure(dense, self.example, latency=False).macs  # type: ignore[operator]
+        low = factorize(dense, self.recipe.factorize.scheme, self.recipe.factorize.layers())
+        cut = prune(low, allocate(low, Budget(macs=min(1.0, kept)), self.example))
+        numbers: dict[str, Any] = {"ranks": ranks(cut), "val_cut": self._validate(cut)}
+        if self.recipe.prune.recalibrate:
+            recalibrate(cut, self.data.train)
+            numbers["val_recalibrated"] = self._validate(cut)
+        tuned, more = self._finetune(cut, dense, phase, folder)
+        return merge(tuned), numbers | more
+
+    def _continued(self, dense: nn.Module, phase: Phase, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+        return self._finetune(dense, dense, phase, folder)
+
+    def _measured(self, models: dict[str, nn.Module], tuned: nn.Module) -> dict[str, Measurement]:
+        """Measure every model side by side; the one place where the test split is read. Skipped when nothing changed."""
+        folder = self.out / "measure"
+        state = _read_stage(folder)
+        if state.get("digest") == self.digest and state.get("finished"):
+            return {name: Measurement.from_dict(entry) for name, entry in state["numbers"].items()}
+        self.console.rule("measure", align="left")
+        measured = measure_together(models, self.example, self.data.test, self.loss, self.recipe.latency_threads)
+        measured["final"] = replace(measured["final"], ranks=ranks(tuned))
+        folder.mkdir(exist_ok=True)
+        numbers = {name: entry.to_dict() for name, entry in measured.items()}
+        write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": True, "numbers": numbers}, indent=1))
+        return measured
+
+    def _validate(self, model: nn.Module) -> dict[str, float]:
+        return evaluate(model, self.data.val, self.loss)
+
+
+def ranks(model: nn.Module) -> dict[str, int]:
+    """Return the rank of each factorized weight."""
+    return {name: factors.rank for name, factors in named_factors(model)}
+
+
+def environment() -> dict[str, Any]:
+    """Return what a result depends on beside its settings."""
+    names = ("spectrim", "torch", "numpy", "accelerate")
+    return {
+        "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _read_stage(folder: Path) -> dict[str, Any]:
+    """Return a stage's file, or nothing when it is missing or was cut off."""
+    try:
+        state = json.loads((folder / STAGE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}

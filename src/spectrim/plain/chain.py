@@ -1,0 +1,203 @@
+"""Two layers in the place of one."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+METADATA = {"dtype", "device", "shape", "ndim", "layout", "requires_grad", "grad", "itemsize", "nbytes"}
+
+
+METADATA |= {"is_meta", "is_cpu", "is_cuda", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested"}
+
+
+METADATA |= {"size", "dim", "ndimension", "numel", "nelement", "element_size", "__len__", "get_device", "is_floating_point", "is_complex"}
+"""What can be asked of a weight without knowing its values."""
+
+
+IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
+"""``weight += 1`` and its like."""
+
+
+class PlainPair(nn.Sequential):
+    """Two ordinary layers in the place of one, which also answer for it: ``weight`` is the dense weight, ``stride`` its stride.
+
+    Models read such things of their layers without calling them. Reading dtype, device or shape of ``weight`` costs nothing; any other
+    use of it multiplies the two weights anew, and gradients reach both. To change the weight, change the two layers.
+
+    Args:
+        first: an `nn.Linear`, an `nn.Embedding` or a convolution, plain or transposed; without bias.
+        second: an `nn.Linear`, or a convolution whose kernel has size one along each axis along which that of `first` has not.
+        conv1d: the pair of `nn.Linear` stands for the ``Conv1D`` of transformers, whose weight is ``(in, out)``.
+
+    Examples:
+        >>> pair = PlainPair(nn.Linear(8, 2, bias=False), nn.Linear(2, 6))
+        >>> pair.weight.shape, pair.in_features, list(pair.state_dict())
+        (torch.Size([6, 8]), 8, ['0.weight', '1.weight', '1.bias'])
+    """
+
+    __jit_unused_properties__ = ("weight", "bias")
+
+    def __init__(self, first: nn.Module, second: nn.Module, *, conv1d: bool = False) -> None:
+        super().__init__(first, second)
+        self.__dict__.update(_settings(first, second, conv1d))
+
+    def forward(self, input, output_size: Any = None):  # type: ignore[no-untyped-def]
+        """Run both layers.
+
+        Args:
+            input (Any): as for the dense layer; not annotated, as torch.fx gives a proxy and torch.jit takes no other type than a tensor.
+            output_size: of a transposed convolution, as `nn.ConvTranspose2d` takes it.
+        """
+        if not torch.jit.is_scripting() and output_size is not None:  # type: ignore[attr-defined]
+            return self._sized(input, output_size)
+        return self[1](self[0](input))
+
+    @torch.jit.unused
+    def _sized(self, input: Tensor, output_size: Sequence[int]) -> Tensor:
+        first, second = self._modules["0"], self._modules["1"]
+        if not getattr(first, "transposed", False):
+            raise TypeError(f"PlainPair: only a transposed convolution takes an output_size, not {type(first).__name__}")
+        if not getattr(second, "transposed", False):
+            return second(first(input, output_size))  # type: ignore[no-any-return]
+        height, _ = output_size[-2:]
+        return second(first(input, [height, input.shape[-1]]), output_size)  # type: ignore[no-any-return]
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the dense layer, in its layout; read only."""
+        first, second = self[0].weight, self[1].weight
+        if torch.compiler.is_compiling() or not isinstance(second, Tensor):  # then it is a proxy of torch.fx
+            return self._composed()
+        trained = first.requires_grad or second.requires_grad
+        return Composed("PlainPair", self._composed, self._weight_shape(), second.dtype, second.device, trained)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the dense layer, a parameter of the second one."""
+        if isinstance(self[0], nn.Embedding):
+            raise AttributeError("an embedding has no bias")
+        return self[1].bias  # type: ignore[no-any-return]
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        layer: Any = self
+        if hasattr(self, "num_embeddings"):
+            return layer.num_embeddings, layer.embedding_dim
+        if hasattr(self, "nx"):
+            return layer.nx, layer.nf
+        if hasattr(self, "in_features"):
+            return layer.out_features, layer.in_features
+        sides = (layer.in_channels, layer.out_channels) if layer.transposed else (layer.out_channels, layer.in_channels)
+        return sides[0], sides[1] // layer.groups, *layer.kernel_size
+
+    def _composed(self) -> Tensor:
+        """Multiply the two weights."""
+        first, second = self[0].weight, self[1].weight
+        if hasattr(self, "num_embeddings"):
+            return first @ second.T  # type: ignore[no-any-return]
+        if hasattr(self, "groups"):
+            return _compose_kernels(first, second, self)
+        return (second @ first).T if hasattr(self, "nx") else second @ first  # type: ignore[no-any-return]
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one of the two layers; of a slice, an `nn.Sequential`."""
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise AttributeError(
+                "PlainPair: its weight is composed of those of its two layers and cannot be set; set pair[0].weight, pair[1].weight"
+            )
+        if name == "bias":
+            self[1].bias = value
+        else:
+            super().__setattr__(name, value)
+
+
+class Composed(Tensor):
+    """A weight that is composed when its values are asked for, and not before; it refuses to be changed, as a copy would change alone.
+
+    Args:
+        owner: kind of the layer, for errors.
+        compose: returns the weight.
+        shape, dtype, device: its own.
+        requires_grad: whether gradients reach what it is composed of.
+    """
+
+    _owner: str
+    _compose: Callable[[], Tensor]
+    _detached: bool = False
+
+    @staticmethod
+    def __new__(
+        cls: Any, owner: str, compose: Callable[[], Tensor], shape: Sequence[int], dtype: Any, device: Any, requires_grad: bool
+    ) -> "Composed":
+        """Make one without composing it."""
+        weight: Composed = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
+        weight._owner, weight._compose = owner, compose
+        return weight
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__
+        if name == "__get__":
+            name = getattr(func.__self__, "__name__", "")
+        if name in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        weight = args[0] if args and isinstance(args[0], Composed) else None
+        if weight is not None and name in ("data", "detach"):
+            detached = Composed(weight._owner, lambda: weight._compose().detach(), weight.shape, weight.dtype, weight.device, False)
+            detached._detached = True
+            return detached
+        if weight is not None and weight._detached and name == "requires_grad_":  # to differentiate by a copy, as is usual
+            return weight._compose().requires_grad_(*args[1:], **(kwargs or {}))
+        changes = name in ("__set__", "__setitem__", *IN_PLACE) or (name.endswith("_") and not name.endswith("__"))
+        if weight is not None and changes:
+            parts = "weights of its two layers" if weight._owner == "PlainPair" else "factors U, S and Vh"
+            raise RuntimeError(f"{weight._owner}: its weight is composed of the {parts}; {name} would change a copy, so change those")
+        return cls.__torch_dispatch__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(Composed, lambda weight: weight._compose(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _settings(first: Any, second: Any, conv1d: bool) -> dict[str, Any]:
+    """Return the attributes of the dense layer that two layers stand for."""
+    if isinstance(first, nn.Embedding):
+        own = ("num_embeddings", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+        return {name: getattr(first, name) for name in own} | {"embedding_dim": second.out_features}
+    if isinstance(first, nn.Linear):
+        return dict(zip(("nx", "nf") if conv1d else ("in_features", "out_features"), (first.in_features, second.out_features), strict=True))
+    settings = {name: getattr(first, name) for name in ("in_channels", "groups", "padding_mode", "transposed")}
+    settings |= {"out_channels": second.out_channels}
+    for name in ("kernel_size", "stride", "dilation"):  # of the two operations one has the neutral value along each axis
+        settings[name] = tuple(a * b for a, b in zip(getattr(first, name), getattr(second, name), strict=True))
+    for name in ("padding", "output_padding"):
+        one, two = getattr(first, name), getattr(second, name)
+        settings[name] = one if isinstance(one, str) else tuple(a + b for a, b in zip(one, two, strict=True))
+    return settings
+
+
+def _compose_kernels(first: Tensor, second: Tensor, pair: Any) -> Tensor:
+    """Return the kernel of one convolution that does what two do, one after the other."""
+    groups, sizes, axes = pair.groups, (pair[0].kernel_size, pair[1].kernel_size), range(len(pair.kernel_size))
+    out, in_ = pair.out_channels // groups, pair.in_channels // groups
+
+    def blocks(kernel: Tensor, layer: Any, rows: int, columns: int) -> Tensor:
+        """Return ``(groups, rows, columns, size...)``."""
+        lead = (columns, rows) if layer.transposed else (rows, columns)
+        split = kernel.reshape(groups, *lead, *layer.kernel_size)
+        return split.transpose(1, 2) if layer.transposed else split
+
+    right, left = blocks(first, pair[0], -1, in_), blocks(second, pair[1], out, -1)
+    product = left.movedim(2, -1).flatten(1, -2) @ right.flatten(2)
+    product = product.reshape(groups, out, *sizes[1], in_, *sizes[0])
+    outer, inner = 1, 2 + len(axes)
+    sides = (inner, outer) if pair.transposed else (outer, inner)
+    kernel = product.permute(0, *sides, *(axis for k in axes for axis in (outer + 1 + k, inner + 1 + k)))
+    return kernel.reshape(groups * (in_ if pair.transposed else out), out if pair.transposed else in_, *pair.kernel_size)

@@ -1,0 +1,1 @@
+"""Other engines: exports to their formats, and int8."""

@@ -1,0 +1,1 @@
+"""Networks as files: save and load."""

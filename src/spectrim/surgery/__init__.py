@@ -1,0 +1,1 @@
+"""Model in, model out: select, factorize, calibrate, prune, correct, merge, coverage."""

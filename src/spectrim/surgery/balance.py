@@ -1,0 +1,80 @@
+"""`balance_` gives the factors of large weights entries of one size, which is what optimizers with one step size for all expect."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from spectrim.errors import SettingError
+from spectrim.forms.svd import Factors
+from spectrim.layers import named_factors
+from spectrim.layers.sharded import refuse_shards
+from spectrim.surgery.prune import prune_
+
+
+@torch.no_grad()
+def balance_(model: nn.Module, above: int = 1024) -> list[str]:
+    """Move singular values into the factors of large weights, in place: ``U <- c U diag(|S|)``, ``Vh <- Vh / c``, ``S <- 1``.
+
+    With the ``c`` for which the entries of both factors have the same root mean square. The weights stay the same. Columns of `U` that are
+    orthonormal have entries of size ``1 / sqrt(rows)``: of a vocabulary of 10,000 words, 0.01, and Adam, whose every step is as large as
+    the learning rate in every entry, moves them by a tenth of their size with a rate of 0.001, times a singular value in the hundreds.
+    Balanced factors move about as far as the dense weight would, fit faster, and overfit sooner. `S` of a balanced weight is no spectrum,
+    and its factors are not orthonormal, until `prune` cuts it: so this is for fine-tuning without penalties on factors, and before the
+    optimizer is made.
+
+    Args:
+        model: factorized.
+        above: balance the weights with a side longer than this, >= 0. Smaller ones gained nothing in trials.
+
+    Returns:
+        The names of the weights that were balanced, tied ones once.
+
+    Raises:
+        SettingError: for a negative `above`.
+        LayerError: for a model that FSDP2 shards.
+
+    Examples:
+        >>> from spectrim.surgery.factorize import factorize
+        >>> model = factorize(nn.Sequential(nn.Linear(8, 2048, bias=False)))
+        >>> x, before = torch.ones(1, 8), model[0].U.std()
+        >>> y = model(x)
+        >>> balance_(model)
+        ['0']
+        >>> torch.allclose(model(x), y, atol=1e-5), bool(model[0].U.std() > before)
+        (True, True)
+    """
+    if above < 0:
+        raise SettingError("balance_", "above", got=above, rule=">= 0")
+    refuse_shards(model, "balance_")
+    names = []
+    for name, factors in named_factors(model):
+        if max(factors.shape) > above:
+            _balance(factors)
+            names.append(name)
+    return names
+
+
+@contextmanager
+def balanced(model: nn.Module) -> Iterator[list[str]]:
+    """Balance a model's large weights for the body, and make their factors orthonormal again after it, `S` their spectrum.
+
+    Args:
+        model: factorized, or dense: nothing happens then.
+    """
+    names = balance_(model)
+    yield names
+    if names:
+        prune_(model, {name: factors.rank for name, factors in named_factors(model) if name in names})
+
+
+def _balance(factors: Factors) -> None:
+    # not `Factors.balanced`, whose halves are of one norm: the long one would keep the smaller entries
+    U = factors.U.double() * factors.S.double().abs().unsqueeze(-2)
+    Vh = factors.Vh.double()
+    mine, theirs = U.square().mean().sqrt(), Vh.square().mean().sqrt()
+    share = (theirs / mine).sqrt() if mine > 0 and theirs > 0 else torch.ones_like(mine)
+    factors.U.copy_(U * share)
+    factors.Vh.copy_(Vh / share)
+    factors.S.fill_(1.0)

@@ -1,0 +1,120 @@
+"""`coverage`: every layer, factorized or why not."""
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from spectrim.forms.svd import Factors
+from spectrim.layers import FactorizedLayer, factor_name, named_layers
+from spectrim.protocols import Latencies, LayerFilter
+from spectrim.surgery.select import decide
+
+
+def break_evens(model: nn.Module, latency: Latencies | None = None) -> Mapping[tuple[int, str], int]:
+    """Return the largest rank at which `merge` writes two operations, by the ``id`` of each factorized layer and the weight's name.
+
+    Args:
+        model: factorized.
+        latency: measured seconds decide; multiply-accumulates when omitted.
+    """
+    if latency is not None:
+        return latency.limits(model)
+    return {(id(layer), weight): layer.break_even(weight) for _, layer in named_layers(model) for weight, _ in layer.named_factors()}
+
+
+@dataclass(frozen=True)
+class LayerCoverage:
+    """One line of `coverage`: what became of one parameterised layer or weight.
+
+    Attributes:
+        name: the layer; with several weights, the layer and the weight.
+        kind: class of the layer.
+        factorized: whether it holds U, S and Vh.
+        reason: why it is dense; for a factorized one, what `merge` will write.
+        scheme: how the kernel is folded, for factorized layers.
+        shape: ``(out, in)`` of one block.
+        blocks: groups of a convolution.
+        rank: the present rank.
+        break_even: the largest rank at which two operations cost less than the dense one, by measured seconds where a table was given.
+    """
+
+    name: str
+    kind: str
+    factorized: bool
+    reason: str
+    scheme: str | None = None
+    shape: tuple[int, int] | None = None
+    blocks: int = 1
+    rank: int | None = None
+    break_even: int | None = None
+
+
+class Coverage(tuple[LayerCoverage, ...]):
+    """All lines of `coverage`; prints as a table."""
+
+    def __str__(self) -> str:
+        table = Table("layer", "kind", "scheme", "matrix", "rank", "break-even", "what", title=None)
+        for line in self:
+            if line.factorized and line.shape:
+                blocks = f"{line.blocks} x " if line.blocks > 1 else ""
+                full = min(line.shape)
+                cells = (line.scheme or "", f"{blocks}{line.shape[0]} x {line.shape[1]}", f"{line.rank} of {full}", str(line.break_even))
+            else:
+                cells = ("", "", "dense", "")
+            table.add_row(line.name or "(model)", line.kind, *cells, line.reason)
+        text = io.StringIO()
+        Console(width=150, file=text).print(table)
+        return text.getvalue()
+
+
+def coverage(model: nn.Module, where: LayerFilter | None = None, *, latency: Latencies | None = None) -> Coverage:
+    """List every parameterised layer of a model: factorized, or why not.
+
+    Args:
+        model: dense, factorized or merged. For a dense model the reason of a layer that could be factorized is empty.
+        where: the filter that was given to `factorize`, so that the reasons are the same.
+        latency: the table that `merge` will be given, so that it says what that writes.
+
+    Examples:
+        >>> [line.reason for line in coverage(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))]
+        ['can be factorized', 'LayerNorm has vectors only']
+    """
+    reasons, limits = decide(model, where), break_evens(model, latency)
+    lines: list[LayerCoverage] = []
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) in inside:
+            continue
+        if isinstance(module, FactorizedLayer):
+            inside.update(id(child) for child in module.factors.modules())
+            for weight, factors in module.named_factors():
+                lines.append(_factorized_line(name, module, weight, factors, limits[id(module), weight], latency))
+        elif name in reasons:
+            lines.append(LayerCoverage(name, type(module).__name__, False, reasons[name] or "can be factorized"))
+    return Coverage(lines)
+
+
+def _factorized_line(
+    name: str, layer: FactorizedLayer, weight: str, factors: Factors, limit: int, latency: Latencies | None
+) -> LayerCoverage:
+    if latency is not None:
+        verdict = latency.verdict(factor_name(name, weight), factors.rank)
+    elif factors.rank <= limit:
+        verdict = f"merges to two layers (rank {factors.rank} <= {limit})"
+    else:
+        verdict = f"merges to one dense layer (rank {factors.rank} > {limit})"
+    return LayerCoverage(
+        factor_name(name, weight),
+        layer.dense_kind.__name__,
+        True,
+        verdict,
+        layer.scheme,
+        factors.shape,
+        factors.blocks,
+        factors.rank,
+        limit,
+    )

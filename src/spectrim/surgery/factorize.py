@@ -1,0 +1,214 @@
+"""`factorize` puts factorized layers in the place of dense ones."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from threading import Timer
+from typing import Any, Literal, SupportsIndex
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from spectrim import linalg
+from spectrim.errors import LayerError, SettingError
+from spectrim.forms.svd import Factors
+from spectrim.layers import factor_name, kind_of
+from spectrim.linalg.fold import Fold
+from spectrim.linalg.spectral import OVERSAMPLE
+from spectrim.protocols import LayerFilter
+from spectrim.surgery.exchange import duplicate, replace
+from spectrim.surgery.ranks import Ranks, check_names, chooser
+from spectrim.surgery.select import decide
+
+Scheme = Literal["auto", "channel", "spatial"]
+
+
+Method = Literal["exact", "randomized", "auto"]
+
+
+AUTO_ENERGY = 0.8
+"""Spectral energy at which ``scheme="auto"`` compares the two schemes.
+
+About what the layers of small residual networks keep at a third to a half of their multiply-accumulates.
+"""
+
+
+PATIENCE_S = 2.0
+"""Seconds before a progress bar appears."""
+
+
+def pick_scheme(module: Any, scheme: Scheme) -> Fold:
+    """Return the scheme for one layer: the asked one where it exists; for ``auto`` the one with fewer MACs at equal energy."""
+    kind = kind_of(module)
+    assert kind is not None
+    offered = kind.schemes(module)
+    if scheme != "auto":
+        return scheme if scheme in offered else offered[0]
+    if len(offered) == 1 or module.weight.is_meta:
+        return offered[0]
+
+    def macs(fold: Fold) -> float:
+        spectrum = linalg.spectrum(kind.fold(module, "weight", module.weight.detach(), fold))
+        rank = linalg.rank_at_energy(linalg.pooled_spectrum(spectrum), AUTO_ENERGY)
+        return kind.work(module, "weight", fold, rank, None)
+
+    return min(offered, key=macs)
+
+
+def decomposition(method: Method, rank: int | None, full: int) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """Return the SVD for one weight: randomized where `method` asks for it, or where ``auto`` finds it several times faster.
+
+    Args:
+        method: as for `factorize`.
+        rank: the rank to keep; None when the spectrum has to be known first.
+        full: the full rank. A sketch as wide as that saves nothing, so the exact SVD is taken.
+    """
+    if rank is None or method == "exact":
+        return linalg.svd
+    widest = full // 4 if method == "auto" else full - 1
+    return partial(linalg.randomized_svd, rank=rank) if rank + OVERSAMPLE <= widest else linalg.svd
+
+
+def factorize(
+    model: nn.Module,
+    scheme: Scheme = "auto",
+    where: LayerFilter | None = None,
+    *,
+    rank: Ranks | None = None,
+    method: Method = "exact",
+    progress: bool = False,
+) -> nn.Module:
+    """Return a copy of `model` in which dense layers hold ``U diag(|S|) Vh``; the function is preserved at full rank.
+
+    Takes memory for the factors, a copy of what stays dense, and the decomposition of one weight at a time. On the meta device nothing is
+    computed: factors of the right shapes are made there.
+
+    Args:
+        model: any module; it is left untouched.
+        scheme: how 2-D convolution kernels are folded: ``channel``, ``spatial``, or ``auto``, which takes for each layer the one with fewer
+            MACs at 80 % of the spectral energy (``channel`` on the meta device). Other layers have one scheme only.
+        where: selects layers by name and module, see `match`; everything but the classifier head when omitted.
+        rank: how many singular values to keep from the start: a number (capped at each layer's full rank), a rank rule, or a mapping
+            ``{layer: rank}`` (layers it does not name keep all). All when omitted.
+        method: ``exact``, the SVD in float64; ``randomized``, a sketch of ``rank + 16`` columns with four power iterations in the weight's
+            precision (float32 at least), whose error is within 1 % of the best possible one, see `linalg.randomized_svd`; ``auto``, that
+            where ``rank + 16`` is at most a quarter of the full rank. A sketch needs a number or a mapping; otherwise ``auto`` is exact.
+        progress: whether to show a progress bar, on stderr and on a terminal only, once it has taken two seconds.
+
+    Returns:
+        The factorized model. Tied weights share their factors, shared modules stay shared; dtype, device, hooks, `requires_grad` and
+        training mode are kept. `coverage` says what became of each layer.
+
+    Raises:
+        SettingError: for an unknown scheme or method, for ``randomized`` without a `rank` that is a number or a mapping, and for a rank
+            rule on the meta device.
+        RankError: for a rank outside ``[1, full]``.
+        LayerError: when nothing can be factorized, when `rank` names a layer that is not, or when a weight is not finite.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2))
+        >>> low = factorize(model, scheme="channel")
+        >>> low[0].U.shape, low[0].S.shape, low[0].Vh.shape
+        (torch.Size([8, 8]), torch.Size([8]), torch.Size([8, 27]))
+
+    Source: Yang et al., arXiv 2004.09031, section 3.1.
+    Deviation: factors start from the SVD of the present weights; the published code starts CNN factors at random.
+    """
+    if scheme not in ("auto", "channel", "spatial"):
+        raise SettingError("factorize", "scheme", got=scheme, rule="'auto', 'channel' or 'spatial'")
+    if method not in ("exact", "randomized", "auto"):
+        raise SettingError("factorize", "method", got=method, rule="'exact', 'randomized' or 'auto'")
+    stated = isinstance(rank, Mapping | SupportsIndex)
+    if method == "randomized" and not stated:
+        rule = "a number or a mapping {layer: rank} with method='randomized'"
+        raise SettingError("factorize", "rank", got=rank, rule=rule, hint="rules need the whole spectrum: method='exact'")
+
+    def of(name: str, weight: Tensor, matrix: Tensor) -> Factors:
+        tick(name)
+        shape = (matrix.shape[-2], matrix.shape[-1])
+        choose = chooser(rank, name, shape, min(shape))
+        if weight.is_meta:
+            if not (stated or rank is None):
+                raise SettingError("factorize", "rank", got=rank, rule="a number or a mapping on the meta device, which has no spectra")
+            return Factors.empty(weight, matrix, choose(matrix))
+        if not torch.isfinite(weight).all():
+            raise LayerError(name, "its weight holds NaN or infinite values", hint="load a sound checkpoint")
+        return Factors.of(weight, matrix, choose, decomposition(method, choose(matrix) if stated else None, min(shape)))
+
+    reasons = decide(model, where)
+    chosen = {name: None for name, reason in reasons.items() if reason is None}
+    if not chosen:
+        listed = "; ".join(f"'{name}': {reason}" for name, reason in list(reasons.items())[:5]) or "it has no parameters"
+        raise LayerError(type(model).__name__, "nothing to factorize", hint=listed)
+    modules = dict(model.named_modules())
+    count = sum(len(kind.weights(modules[name])) for name in chosen if (kind := kind_of(modules[name])))
+    with _ticker(progress, count) as tick:
+        low = build(model, lambda name, module: pick_scheme(module, scheme) if name in chosen else None, of)
+    if isinstance(rank, Mapping):
+        check_names(low, rank)
+    return low
+
+
+@contextmanager
+def _ticker(progress: bool, total: int) -> Iterator[Callable[[str], None]]:
+    """Yield what is called with the name of the weight at hand; it shows names on stderr once `PATIENCE_S` have passed."""
+    console = Console(stderr=True)
+    if not progress or not console.is_terminal:
+        yield lambda name: None
+        return
+    bar = Progress(console=console, transient=True)
+    task = bar.add_task("factorize", total=total, completed=-1)  # the first tick starts the first weight
+    timer = Timer(PATIENCE_S, bar.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda name: bar.update(task, advance=1, description=f"factorize {name}")
+    finally:
+        timer.cancel()
+        timer.join()
+        bar.stop()
+
+
+def build(model: nn.Module, choose: Callable[[str, nn.Module], Fold | None], make: Callable[[str, Tensor, Tensor], Factors]) -> nn.Module:
+    """Return a copy of `model` with chosen layers factorized: the one place where dense layers are exchanged.
+
+    Weights that are exchanged are read from `model` and never copied.
+
+    Args:
+        model: left untouched.
+        choose: layer name, module → scheme, or None to leave the layer.
+        make: weight name, weight, folded matrix → factors; called once for tied weights.
+    """
+    made: dict[int, tuple[Fold, Factors]] = {}
+    chosen: dict[str, tuple[Fold, dict[str, Factors]]] = {}
+    exchanged: dict[int, Tensor] = {}
+    for name, module in model.named_modules():
+        kind = kind_of(module)
+        scheme = choose(name, module) if kind else None
+        if kind is None or scheme is None:
+            continue
+        factors = {}
+        for weight_name in kind.weights(module):
+            weight: Tensor = getattr(module, weight_name)
+            if id(weight) in made:
+                scheme, factors[weight_name] = made[id(weight)]
+                continue
+            matrix = kind.fold(module, weight_name, weight.detach(), scheme)
+            factors[weight_name] = make(factor_name(name, weight_name), weight, matrix)
+            made[id(weight)] = (scheme, factors[weight_name])
+            exchanged[id(weight)] = weight
+        chosen[name] = (scheme, factors)
+    for name, module in model.named_modules():  # a weight that stays somewhere, too, is needed
+        for key, parameter in module._parameters.items():
+            if name not in chosen or key not in chosen[name][1]:
+                exchanged.pop(id(parameter), None)
+    clone = duplicate(model, without=exchanged.values())
+    modules = dict(clone.named_modules())
+    replacements: dict[int, nn.Module] = {}
+    for name, (scheme, factors) in chosen.items():
+        adopting = kind_of(modules[name])
+        assert adopting is not None
+        replacements[id(modules[name])] = adopting.adopt(modules[name], factors, scheme)
+    return replace(clone, replacements)

@@ -1,0 +1,75 @@
+"""`merge` writes plain layers in the place of factorized ones."""
+
+from torch import Tensor, nn
+
+from spectrim.forms.svd import Factors
+from spectrim.layers import FactorizedLayer, plain_attention
+from spectrim.protocols import Latencies
+from spectrim.surgery.batchnorm import fold_batchnorms
+from spectrim.surgery.coverage import break_evens
+from spectrim.surgery.exchange import carry_hooks, duplicate, replace
+
+
+def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm: bool = False) -> nn.Module:
+    """Return a copy of `model` with ordinary layers only: two small ones below a layer's break-even rank, one dense one above it.
+
+    The break-even rank is where two operations take as many multiply-accumulates as the dense one, or with `latency` as many seconds.
+
+    All parameters are in `torch.nn` layers. Two layers in the place of one are a `PlainPair`: an `nn.Sequential` that also answers for the
+    dense layer, as models read ``weight.dtype`` or ``stride`` of their layers. LSTM, GRU and MultiheadAttention, whose fused kernels take
+    dense weights only, become `PlainRecurrent` and `PlainAttention` where that costs less. These three are `spectrim.plain.parts`, a
+    single file that imports torch alone; nothing else of this package is needed. What will be written for each layer is in
+    `coverage(model, latency=...)`. Hooks, training flags and the memory format of convolutions are kept. An embedding that is tied to a
+    head stays tied by the larger factor; the smaller one is there twice.
+
+    Args:
+        model: factorized, wholly or in part; it is left untouched. A dense model comes back as a copy.
+        latency: a `LatencyTable` of this model, before or after a cut: each layer is written in the form that is faster on that machine.
+        fold_batchnorm: multiply each BatchNorm in eval mode that follows a convolution or a linear layer, and nothing else, into that
+            layer, see `fold_batchnorms`; an `Identity` takes its place. For shipping: such a network should not be
+            trained any further.
+
+    Returns:
+        A model with the same function, up to rounding.
+
+    Raises:
+        LayerError: when `latency` is of another model; with `fold_batchnorm`, when the model is in training mode or cannot be traced.
+
+    Examples:
+        >>> low = factorize(nn.Sequential(nn.Linear(64, 64)), rank=8)
+        >>> [tuple(p.shape) for p in merge(low).parameters()]
+        [(8, 64), (64, 8), (64,)]
+    """
+    clone = duplicate(model)
+    shared: dict[tuple[int, str, tuple[int, ...]], nn.Parameter] = {}
+
+    def share(factors: Factors, part: str, tensor: Tensor) -> nn.Parameter:
+        key = (id(factors), part, tuple(tensor.shape))
+        if key not in shared:
+            shared[key] = nn.Parameter(tensor.detach(), requires_grad=factors.S.requires_grad)
+        return shared[key]
+
+    limits = break_evens(clone, latency)
+
+    def paying(layer: nn.Module) -> list[str]:
+        held = layer.named_factors() if isinstance(layer, FactorizedLayer) else []
+        return [weight for weight, factors in held if factors.rank <= limits[id(layer), weight]]
+
+    replacements: dict[int, nn.Module] = {}
+    belongs: set[int] = set()
+    for module in clone.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            belongs.add(id(module.out_proj))
+            plain = plain_attention(module, [*paying(module), *(f"out_proj.{weight}" for weight in paying(module.out_proj))])
+            if plain is not None:
+                replacements[id(module)] = carry_hooks(module, plain)
+                continue
+            if isinstance(module.out_proj, FactorizedLayer):
+                replacements[id(module.out_proj)] = module.out_proj.release(share)
+        if isinstance(module, FactorizedLayer) and id(module) not in belongs:
+            pair = module.split(share, paying(module))
+            replacements[id(module)] = module.release(share) if pair is None else carry_hooks(module, pair)
+    merged = replace(clone, replacements)
+    if fold_batchnorm:
+        fold_batchnorms(merged)
+    return merged

@@ -1,0 +1,186 @@
+"""Which layers are factorized, and why the others are not."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import cast
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from spectrim.forms.svd import Factors
+from spectrim.layers import KINDS, FactorizedLayer, kind_of
+from spectrim.layers.linear import FactorizedLinear
+from spectrim.protocols import LayerFilter
+
+HEAD = "the classifier head stays dense by default; name it in where= to include it"
+
+
+ADAPTED = "holds adapters of peft; call merge_and_unload() first"
+
+
+def match(*patterns: str) -> LayerFilter:
+    """Make a layer filter from globs over layer names; a pattern that starts with ``!`` excludes.
+
+    Args:
+        patterns: as for a shell: ``*`` matches anything, dots included. With exclusions alone, everything else is selected.
+
+    Examples:
+        >>> keep = match("layer*.conv*", "!layer1.*")
+        >>> keep("layer2.0.conv1", nn.Identity()), keep("layer1.0.conv1", nn.Identity()), keep("fc", nn.Identity())
+        (True, False, False)
+    """
+    include = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
+    exclude = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
+
+    def select(name: str, module: nn.Module) -> bool:
+        return any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
+
+    return select
+
+
+def head_of(model: nn.Module) -> str | None:
+    """Return the name of the classifier head: the last linear layer of the model, factorized or dense.
+
+    None when it is the model's only layer with a matrix, or when it lies in a `ModuleList` of several blocks (then it is the end of a
+    block, not a head).
+    """
+    layers = [name for name, module in model.named_modules() if kind_of(module) or isinstance(module, FactorizedLayer)]
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | FactorizedLinear) and not name.endswith("out_proj")
+    ]
+    if len(layers) < 2 or not linear or linear[-1] != layers[-1]:
+        return None
+    modules = dict(model.named_modules())
+    parts = linear[-1].split(".")
+    parents = [modules[".".join(parts[:end])] for end in range(len(parts))]
+    return None if any(isinstance(parent, nn.ModuleList) and len(parent) > 1 for parent in parents) else linear[-1]
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters a module holds itself."""
+    return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Return why a dense module cannot be factorized, or None; its place in a model is not looked at."""
+    kind = type(module).__name__
+    if "forward" in vars(module):
+        return "its forward was replaced on this very layer"
+    if parametrize.is_parametrized(module):
+        names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        return f"under a parametrization ({names}); torch.nn.utils.parametrize.remove_parametrizations it first"
+    if isinstance(module, LazyModuleMixin):
+        return "lazy: its shape is not known yet; run the model once first"
+    if is_quantized(module):
+        return "quantized: factorize before quantizing"
+    unusual = next((type(p).__name__ for p in own_parameters(module).values() if hasattr(type(p), "__tensor_flatten__")), None)
+    if unusual:
+        return f"its weight is a {unusual}: factorize before quantizing or sharding"
+    found = kind_of(module)
+    if found is None:
+        base = next((k.__name__ for k in type(module).__mro__[1:] if kind_of_class(k)), None)
+        if base:
+            return f"{kind} is a {base} with a forward of its own"
+        if all(p.dim() < 2 for p in own_parameters(module).values()):
+            return f"{kind} has vectors only"
+        return f"no factorized form for {kind}"
+    weights = [getattr(module, name) for name in found.weights(module)]
+    if any(not isinstance(weight, nn.Parameter) for weight in weights):
+        return "its weight is rewritten by a hook (weight norm, spectral norm or pruning); remove that first"
+    if any(not weight.is_floating_point() for weight in weights):
+        return f"weights of dtype {weights[0].dtype} are not real numbers"
+    reason = found.refusal(module)
+    if reason:
+        return reason
+    folded = [
+        found.fold(module, name, w.detach(), s).shape
+        for name, w in zip(found.weights(module), weights, strict=True)
+        for s in found.schemes(module)
+    ]
+    return "its matrix has rank 1 at most" if all(min(shape[-2:]) <= 1 for shape in folded) else None
+
+
+def kind_of_class(kind: type) -> bool:
+    """Whether a class is one of the dense kinds."""
+    return any(kind in candidate.dense_kinds for candidate in KINDS)
+
+
+def decide(model: nn.Module, where: LayerFilter | None = None) -> dict[str, str | None]:
+    """Return for each parameterised layer, by its first name, None where it will be factorized, else the reason why not.
+
+    Args:
+        model: dense, or factorized in part (what is factorized already is left out).
+        where: selects layers; all but the classifier head when omitted.
+    """
+    head = head_of(model) if where is None else None
+    reasons: dict[str, str | None] = {}
+    holders: dict[int, list[tuple[str, str]]] = defaultdict(list)
+    inside: set[int] = set()  # modules that belong to a parametrization
+    adapted = {id(part) for module in model.modules() if is_adapted(module) for part in module.modules()}
+    for name, module in model.named_modules():
+        parameters = own_parameters(module)
+        for key, parameter in parameters.items():
+            holders[id(parameter)].append((name, key))
+        if parametrize.is_parametrized(module):
+            inside.update(id(part) for part in cast(nn.Module, module.parametrizations).modules())
+        if isinstance(module, FactorizedLayer | Factors) or id(module) in inside or not (parameters or is_parameterised(module)):
+            continue
+        reason = ADAPTED if id(module) in adapted else refusal(module)
+        if reason is None and name == head:
+            reason = HEAD
+        elif reason is None and where is not None and not where(name, module):
+            reason = "not selected by where="
+        reasons[name] = reason
+    settle_ties(model, reasons, holders)
+    return reasons
+
+
+def is_parameterised(module: nn.Module) -> bool:
+    """Whether a module keeps parameters in a way that `_parameters` does not show: parametrized or quantized."""
+    packed = is_quantized(module) and any(hasattr(module, name) for name in ("weight", "get_weight"))
+    return parametrize.is_parametrized(module) or packed
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Whether a module is a wrapper of peft around a layer: it reads and rewrites that layer's dense weight."""
+    names = ("BaseTunerLayer", "AuxiliaryTrainingWrapper")
+    return any(kind.__name__ in names and kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is one of torch's quantized layers."""
+    return type(module).__module__.startswith("torch.ao.") and ".quantized" in type(module).__module__
+
+
+def settle_ties(model: nn.Module, reasons: dict[str, str | None], holders: Mapping[int, list[tuple[str, str]]]) -> None:
+    """Skip a layer whose weight is tied to one that stays dense or that folds it otherwise; repeated until nothing changes."""
+    modules = dict(model.named_modules())
+
+    def role(name: str, key: str) -> object:
+        """What a holder does with the tensor: None unless it is a weight that will be factorized; else how it is folded."""
+        kind = kind_of(modules[name]) if reasons.get(name, "") is None else None
+        if kind is None or key not in kind.weights(modules[name]):
+            return None
+        matrix = kind.fold(modules[name], key, getattr(modules[name], key).detach(), "channel")
+        return (tuple(matrix.shape), matrix.stride(), getattr(modules[name], "transposed", False), kind.schemes(modules[name]))
+
+    changed = True
+    while changed:
+        changed = False
+        for tied in (names for names in holders.values() if len(names) > 1):
+            roles = {holder: role(*holder) for holder in tied}
+            if len(set(roles.values())) == 1:
+                continue
+            dense = next((holder[0] for holder in tied if roles[holder] is None), tied[0][0])
+            for name, _ in tied:
+                if reasons.get(name, "") is None:
+                    reasons[name] = f"its weight is tied to '{dense}', which " + (
+                        "stays dense" if roles[(dense, _key(tied, dense))] is None else "folds it otherwise"
+                    )
+                    changed = True
+
+
+def _key(tied: list[tuple[str, str]], name: str) -> str:
+    return next(key for holder, key in tied if holder == name)

@@ -1,0 +1,154 @@
+"""Two networks run side by side, so that each layer is refitted on the inputs that the cut network gives it."""
+
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+from greenlet import getcurrent, greenlet
+from torch import Tensor, nn
+
+from spectrim.layers.base import OneWeight
+from spectrim.metrics.inputs import call_model
+from spectrim.surgery.calibrate import first_argument
+
+ALIVE = 8
+"""Tensors as large as the largest input of a layer that a network may hold at once, for each batch, in both networks together."""
+
+
+LEAST_ROOM = 2**31
+"""Bytes that all batches may hold at once, or half of the memory that is free; with more, networks run anew for each layer."""
+
+
+def room(device: torch.device) -> int:
+    """Return how many bytes may be held on a device at once: half of what is free, or `LEAST_ROOM`.
+
+    Args:
+        device: a processor, a CUDA GPU, or another, whose memory is not asked for.
+    """
+    free = 0
+    if device.type == "cpu":
+        free = psutil.virtual_memory().available
+    elif device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    return max(LEAST_ROOM, free // 2)
+
+
+@dataclass(frozen=True)
+class _Both:
+    """The network before the cut and the one that is corrected, the layers of each that are looked at, by name, and what both run on."""
+
+    dense: nn.Module
+    corrected: nn.Module
+    originals: Mapping[str, nn.Module]
+    layers: Mapping[str, OneWeight]
+    batches: Sequence[Any]
+
+
+_Met = tuple[Tensor, torch.Size, Tensor]
+"""What reaches a layer in the dense network, the shape of what it puts out, and what reaches it in the network that is corrected."""
+
+
+def _order(model: nn.Module, layers: dict[str, OneWeight], inputs: Any) -> tuple[Counter[str], int]:
+    """Return how often each layer that is called is, in the order of first calls; and the bytes of the largest input."""
+    names: list[str] = []
+    sizes = [0]
+
+    def note(name: str, args: Any, kwargs: Any) -> None:
+        names.append(name)
+        sizes.append(first_argument(args, kwargs).nbytes)
+
+    def hook(name: str) -> Any:
+        return lambda _, args, kwargs: note(name, args, kwargs)
+
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        call_model(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Counter(names), max(sizes)
+
+
+def _layer_by_layer(both: _Both, order: Mapping[str, int]) -> Iterator[tuple[str, Iterator[_Met]]]:
+    """Yield each layer with what it meets; both networks run anew for each, as far as the layer."""
+    for name, calls in order.items():
+        seen = (
+            (_inputs_of(both.originals[name], both.dense, x, calls), _inputs_of(both.layers[name], both.corrected, x, calls))
+            for x in both.batches
+        )
+        yield name, ((x, shape, now) for before, after in seen for (x, shape), (now, _) in zip(before, after, strict=True))
+
+
+class _Seen(Exception):  # noqa: N818 it is no error
+    """Ends a pass through a network whose rest nobody reads."""
+
+
+def _inputs_of(layer: nn.Module, model: nn.Module, inputs: Any, calls: int) -> list[tuple[Tensor, torch.Size]]:
+    """Run the model to the last of that many calls of a layer; return the input and the shape of the output of each."""
+    found: list[tuple[Tensor, torch.Size]] = []
+
+    def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        found.append((first_argument(args, kwargs).detach(), output.shape))
+        if len(found) == calls:
+            raise _Seen
+
+    handle = layer.register_forward_hook(keep, with_kwargs=True)
+    try:
+        call_model(model, inputs)
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+    return found
+
+
+class _Unsteady(Exception):  # noqa: N818 it is no error
+    """The networks cannot be run side by side: they call layers in different orders, or inside modes of torch that would leak."""
+
+
+def _in_one_pass(both: _Both, order: Iterable[str]) -> Generator[tuple[str, Iterator[_Met]], None, None]:
+    """Yield each layer with what it meets; each network runs once through each batch and waits at the layer while that is refitted.
+
+    Each run is a coroutine of its own: the dense ones wait behind the layer, the corrected ones before it.
+    """
+    outside = getcurrent()
+
+    def stop(name: str, args: Any, kwargs: Any, shape: torch.Size | None) -> None:
+        outside.switch((name, first_argument(args, kwargs).detach(), shape))
+
+    def behind(name: str) -> Any:
+        return lambda _, args, kwargs, output: stop(name, args, kwargs, output.shape)
+
+    def before(name: str) -> Any:
+        return lambda _, args, kwargs: stop(name, args, kwargs, None)
+
+    handles = [both.originals[name].register_forward_hook(behind(name), with_kwargs=True) for name in order]
+    handles += [both.layers[name].register_forward_pre_hook(before(name), with_kwargs=True) for name in order]
+    runs = [tuple(greenlet(partial(call_model, network, inputs)) for network in (both.dense, both.corrected)) for inputs in both.batches]
+
+    def advance(run: greenlet, name: str) -> tuple[Tensor, Any]:
+        modes = _modes()
+        stopped = run.switch()
+        if run.dead or stopped[0] != name or _modes() != modes:
+            raise _Unsteady
+        return stopped[1], stopped[2]
+
+    try:
+        for name in order:
+            met = ((advance(first, name), advance(second, name)) for first, second in runs)
+            yield name, ((x, shape, now) for (x, shape), (now, _) in met)
+    finally:
+        for run in (run for pair in runs for run in pair):
+            if not run.dead:
+                run.throw()
+        for handle in handles:
+            handle.remove()
+
+
+def _modes() -> tuple[bool, ...]:
+    """Return torch's modes, which belong to the thread and so to all coroutines in it."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda"))

@@ -1,0 +1,66 @@
+"""What each epoch logs."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from spectrim.layers import named_factors
+from spectrim.layers.sharded import reshard, whole
+from spectrim.linalg.spectral import orthogonality_defect
+
+
+@dataclass
+class History:
+    """What happened in each epoch.
+
+    Attributes:
+        epochs: one line for each: ``loss`` (the task's, with the teacher's share when distilling; mean over batches), one entry for each
+            penalty (what it added), ``mean_rank``, ``learning_rate`` of the last step, ``examples_per_s``, ``seconds``, and ``eval_*``
+            from the validation split.
+        cuts: one entry for each cut of a schedule that changed a rank: ``step``, the number of optimizer steps before it, ``epoch``, the
+            same in epochs (1.5: halfway through the second one), and ``ranks`` after it.
+        layers: of a factorized model, one entry for each epoch: ``ranks`` and ``defects`` by the names of `named_factors`, at its end. The
+            defect is the larger of `linalg.orthogonality_defect` of ``U`` and of ``Vh^T``. Empty for a dense model; the first epochs are
+            missing where they were resumed from a checkpoint that does not hold them.
+    """
+
+    epochs: list[dict[str, float]] = field(default_factory=list)
+    cuts: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def last(self) -> dict[str, float]:
+        """The last line; empty before the first epoch."""
+        return self.epochs[-1] if self.epochs else {}
+
+    def to_dict(self) -> dict[str, list[dict[str, Any]]]:
+        """Return plain data for JSON."""
+        return {"epochs": self.epochs, "cuts": self.cuts, "layers": self.layers}
+
+
+def mean_rank(model: nn.Module) -> float:
+    """Return the mean rank over the factorized weights; 0 for a dense model."""
+    ranks = [factors.rank for _, factors in named_factors(model)]
+    return sum(ranks) / len(ranks) if ranks else 0.0
+
+
+def layer_lines(model: nn.Module) -> list[dict[str, Any]]:
+    """Return one entry of `History.layers`; none for a dense model."""
+    ranks, defects = {}, {}
+    for name, factors in named_factors(model):
+        sides = [whole(side.detach()) for side in (factors.U, factors.Vh.mT)]
+        sides = [side.cpu() if side.device.type == "mps" else side for side in sides]  # which has no float64
+        ranks[name], defects[name] = factors.rank, max(map(orthogonality_defect, sides))
+    return [{"ranks": ranks, "defects": defects}] if ranks else []
+
+
+def largest_gradient(model: nn.Module) -> tuple[str, float]:
+    """Return the name of the parameter with the largest gradient norm, and that norm; a norm that is not finite counts as largest."""
+    reshard(model)
+    norms = {name: float(whole(p.grad.float().norm())) for name, p in model.named_parameters() if p.grad is not None}
+    if not norms:
+        return "(no gradient yet)", 0.0
+    name = max(norms, key=lambda key: norms[key] if math.isfinite(norms[key]) else math.inf)
+    return name, norms[name]

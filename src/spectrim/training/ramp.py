@@ -1,0 +1,101 @@
+"""`Ramp`: cuts along a ramp while a network trains."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, SupportsIndex
+
+from torch import nn
+
+from spectrim.budget.allocate import allocate
+from spectrim.budget.budget import Budget
+from spectrim.budget.rules import Energy
+from spectrim.errors import SettingError
+from spectrim.protocols import RankRule
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """Cut in several steps, from everything down to the target, on a cubic ramp: ``keep = target + (1 - target) (1 - k / cuts)^3``.
+
+    Most is cut early, while little depends on it, and the last cuts are small. Training gets faster as it goes, and later cuts see
+    spectra that training has adapted to the earlier ones.
+
+    Args:
+        target: what the network keeps in the end: a `Budget` of fractions of macs, params or size (`as_fractions` makes one of bytes), or a
+            fraction in (0, 1] of each weight's spectral energy.
+        begin: when the ramp begins, as a fraction of training in [0, 1).
+        end: when the last cut is made, in (begin, 1]; before the last step at the latest. What is left of training is fine-tuning at the
+            final ranks.
+        cuts: number of cuts, >= 1.
+
+    Raises:
+        SettingError: for a value outside its range.
+
+    Examples:
+        >>> ramp = Ramp(Budget(macs=0.5), cuts=2)
+        >>> [ramp.at(step, 100) for step in (0, 25, 50)]
+        [None, Budget(macs=0.5625), Budget(macs=0.5)]
+
+    Source: the cubic ramp: Zhu and Gupta, arXiv 1710.01878, equation 1 (there for the sparsity of pruned weights).
+    """
+
+    target: Budget | float
+    begin: float = 0.0
+    end: float = 0.5
+    cuts: int = 8
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.target, Budget) and not 0 < self.target <= 1:
+            raise SettingError("Ramp", "target", got=self.target, rule="a Budget, or a fraction in (0, 1] of the energy")
+        refused = [
+            name for name in ("latency", "size_bytes", "latency_s") if isinstance(self.target, Budget) and name in self.target.limits
+        ]
+        if refused:
+            hint = "bytes: as_fractions(budget, model, inputs); seconds need a latency table: allocate once, after training"
+            raise SettingError("Ramp", "target", got=self.target, rule="a Budget of macs, params and size, which are fractions", hint=hint)
+        if not 0 <= self.begin < self.end <= 1:
+            raise SettingError("Ramp", "begin and end", got=(self.begin, self.end), rule="0 <= begin < end <= 1")
+        if isinstance(self.cuts, bool) or self.cuts < 1:
+            raise SettingError("Ramp", "cuts", got=self.cuts, rule=">= 1")
+
+    def at(self, step: int, steps: int) -> Budget | float | None:
+        """Return what is kept from this step on, or None when nothing is cut before it.
+
+        Args:
+            step: number of finished steps.
+            steps: of the whole training.
+        """
+        due = self._due(steps)
+        left = self._left(due, step)
+        if step not in due:
+            return None
+        if not isinstance(self.target, Budget):
+            return self.target + (1 - self.target) * left
+        return replace(self.target, **{name: value + (1 - value) * left for name, value in self.target.limits.items()})
+
+    def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int) -> RankRule | Mapping[str, SupportsIndex] | None:
+        """Return the ranks to cut to before this step, or None.
+
+        Args:
+            model: factorized.
+            inputs: one batch of its inputs, for the costs.
+            step: number of finished steps.
+            steps: of the whole training.
+        """
+        kept = self.at(step, steps)
+        if kept is None:
+            return None
+        if isinstance(kept, Budget):
+            return allocate(model, kept, inputs)
+        assert isinstance(self.target, float | int)
+        before = self.target + (1 - self.target) * self._left(self._due(steps), step - 1)
+        return Energy(min(1.0, kept / before))  # of what earlier cuts have left
+
+    def _due(self, steps: int) -> list[int]:
+        """Return the step before which each cut is made."""
+        shares = (self.begin + (self.end - self.begin) * cut / self.cuts for cut in range(1, self.cuts + 1))
+        return [min(round(steps * share), steps - 1) for share in shares]
+
+    def _left(self, due: list[int], step: int) -> float:
+        """Return how much of the way down is left after the cuts up to `step`: 1 before the first one, 0 after the last."""
+        return float((1 - sum(one <= step for one in due) / self.cuts) ** 3)
