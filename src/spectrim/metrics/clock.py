@@ -67,6 +67,7 @@ def compare_latency(
         SettingError: an argument is outside its range.
 
     Examples:
+        >>> import torch
         >>> times = compare_latency({"a": nn.Linear(8, 8), "b": nn.Identity()}, torch.zeros(4, 8), repeats=2, min_time=0.01)
         >>> list(times), times["a"].batch, times["a"].median_s > 0
         (['a', 'b'], 4, True)

@@ -107,6 +107,7 @@ def measure(
         SettingError: only one of `data` and `loss` is given, or an argument is of the wrong kind.
 
     Examples:
+        >>> import torch
         >>> m = measure(nn.Linear(10, 4), torch.zeros(2, 10), latency=False)
         >>> m.params, m.macs, m.size_bytes
         (44, 40, 176)

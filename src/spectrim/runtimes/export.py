@@ -129,6 +129,7 @@ def export(
         ImportError: the format's package is not installed.
 
     Examples:
+        >>> from spectrim.runtimes.formats import run_exported
         >>> made = export(nn.Linear(4, 2), torch.randn(3, 4), Path(tempfile.mkdtemp()) / "linear.pt2")
         >>> made.batches, made.difference <= made.tolerance
         ((1, 3, 4), True)

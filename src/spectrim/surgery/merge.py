@@ -36,6 +36,7 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
         LayerError: when `latency` is of another model; with `fold_batchnorm`, when the model is in training mode or cannot be traced.
 
     Examples:
+        >>> from spectrim.surgery.factorize import factorize
         >>> low = factorize(nn.Sequential(nn.Linear(64, 64)), rank=8)
         >>> [tuple(p.shape) for p in merge(low).parameters()]
         [(8, 64), (64, 8), (64,)]

@@ -28,7 +28,7 @@ def test_the_gradient_of_the_product_is_that_of_weight_decay() -> None:
 
 @pytest.mark.parametrize("stacked", [1, sums.STACKED])
 def test_equal_shapes_are_one_group(stacked: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spectrim.penalties.sums.STACKED", stacked)
+    monkeypatch.setattr("spectrim.penalties.decay.STACKED", stacked)
     low = sp.factorize(nn.Sequential(*[nn.Linear(6, 6) for _ in range(5)], nn.Linear(6, 9)).double(), where=sp.match("*"))
     assert len(groups_of(low)) == (2 if stacked > 1 else 6)
     expected = sum(0.5 * float(factors.matrix().detach().square().sum()) for _, factors in named_factors(low))

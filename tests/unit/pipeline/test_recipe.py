@@ -17,6 +17,7 @@ from spectrim import cli
 from spectrim.errors import FormatError, RecipeError, SettingError
 from spectrim.metrics.inputs import one_example
 from spectrim.pipeline import recipe as recipes
+from spectrim.pipeline import run as runs
 from spectrim.pipeline.components import make_loss
 from spectrim.pipeline.recipe import parse_recipe, plain, read_recipe
 from spectrim.pipeline.run import Run, make_data, make_model
@@ -435,7 +436,7 @@ def test_a_run_stopped_inside_a_stage_ends_with_the_same_bits(folder: Path, stag
     """The loader has a generator of its own: what it drew in a stage that is skipped now must not matter."""
     twice = [f"{key}.epochs=2" for key in ("dense", "train.0", "finetune")] + ["train.0.clip=1.0"]
     whole = Run(changed(*twice), folder / "whole", progress=False).run()
-    fit, calls = recipes.fit, 0
+    fit, calls = runs.fit, 0  # type: ignore[attr-defined]
 
     def stopping(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -446,7 +447,7 @@ def test_a_run_stopped_inside_a_stage_ends_with_the_same_bits(folder: Path, stag
         return fit(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipes, "fit", stopping)
+        patch.setattr(runs, "fit", stopping)
         with pytest.raises(KeyboardInterrupt):
             Run(changed(*twice), folder / "stopped", progress=False).run()
     Run(changed(*twice), folder / "stopped", progress=False).run()

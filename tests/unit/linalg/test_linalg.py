@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim import linalg
+from spectrim.linalg.polar import POLAR_FLOOR
 
 SHAPES = [(6, 4, 3), (6, 4, 3, 5), (6, 4, 1, 1), (4, 6, 2, 3, 2), (8, 4), (4, 4, 3, 3)]
 FOLDS = [(shape, fold) for shape in SHAPES for fold in ("channel", "spatial") if fold == "channel" or len(shape) == 4]
@@ -161,7 +162,7 @@ def test_polar_factor_of_zeros_and_of_low_rank() -> None:
 
 @pytest.mark.parametrize(("steps", "error"), [(1, 0.992), (6, 1e-3), (7, 2e-9), (9, 1e-14)])
 def test_polar_schedule_brings_its_interval_to_one(steps: int, error: float) -> None:
-    x = torch.logspace(math.log10(linalg.POLAR_FLOOR), 0, 20001, dtype=torch.float64)
+    x = torch.logspace(math.log10(POLAR_FLOOR), 0, 20001, dtype=torch.float64)
     for a, b, c in linalg.polar_schedule(steps):
         x = a * x + b * x**3 + c * x**5
     assert float((x - 1).abs().max()) <= error

@@ -22,6 +22,7 @@ from spectrim.budget.plan import plan
 from spectrim.budget.plan_table import Plan, SkippedLayer, Totals, WeightPlan
 from spectrim.errors import FormatError
 from spectrim.pipeline import recipe
+from spectrim.pipeline.run import Run
 from spectrim.report import data, page, text_report, write_report
 
 
@@ -225,7 +226,7 @@ def test_what_a_run_writes_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "finetune": {"epochs": 1, "optimizer": optimizer},
         }
     )
-    recipe.Run(small, tmp_path / "net", progress=False).run()
+    Run(small, tmp_path / "net", progress=False).run()
     stages = {stage["name"]: stage for stage in data.run_data(tmp_path / "net")["stages"]}
     assert [len(part["epochs"]) for part in stages["2-train"]["layers"]] == [2, 1]
     assert [len(cuts) for cuts in stages["2-train"]["cuts"]] == [2, 0]
