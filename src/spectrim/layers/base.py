@@ -139,7 +139,7 @@ class FactorizedLayer(nn.Module):
         """Take over a dense layer in place: all of it but its factorized weights, which `factors` replace. Returns the layer."""
         layer: Any = dense
         cls.forget(layer)
-        state = {"parameter_order": tuple(layer._parameters), "scheme": scheme, "execution": {}}
+        state: dict[str, Any] = {"parameter_order": tuple(layer._parameters), "scheme": scheme, "execution": {}}
         for name in factors:
             del layer._parameters[name]
         layer.__dict__.update(state)

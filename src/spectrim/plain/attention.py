@@ -240,7 +240,7 @@ class PlainAttention(nn.Module):
     def in_proj_bias(self) -> Tensor | None:
         """The packed bias ``(3 * embed,)``, or None."""
         each = [self.in_proj] if self.packed else [self.q_proj, self.k_proj, self.v_proj]
-        biases = [layer.bias for layer in each]
+        biases: list[Any] = [layer.bias for layer in each]
         return None if biases[0] is None else biases[0] if self.packed else torch.cat(biases)
 
     def extra_repr(self) -> str:

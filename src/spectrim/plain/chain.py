@@ -60,7 +60,7 @@ class PlainPair(nn.Module):
 
     @torch.jit.unused
     def _sized(self, input: Tensor, output_size: Sequence[int]) -> Tensor:
-        first, second = self._modules["0"], self._modules["1"]
+        first, second = self
         if not getattr(first, "transposed", False):
             raise TypeError(f"PlainPair: only a transposed convolution takes an output_size, not {type(first).__name__}")
         if not getattr(second, "transposed", False):

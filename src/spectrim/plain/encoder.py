@@ -55,4 +55,4 @@ def follow_layers(model: nn.Module) -> None:
         if exchanged and not isinstance(encoder, PaddedEncoder):
             encoder.__class__ = class_of(PaddedEncoder, type(encoder), nn.TransformerEncoder)  # type: ignore[assignment]
         elif not exchanged and isinstance(encoder, PaddedEncoder) and isinstance(encoder, Exchanged):
-            encoder.__class__ = type(encoder)._own  # type: ignore[assignment]
+            encoder.__class__ = type(encoder)._own

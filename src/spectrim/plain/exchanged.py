@@ -26,7 +26,6 @@ class Exchanged:
         return revive, (kind._kind, kind._own, kind._base), state
 
 
-@functools.cache
 def class_of(kind: type, own: type, base: type) -> type[nn.Module]:
     """Return the class of a layer of class `own` that behaves as `kind` says.
 
@@ -38,6 +37,12 @@ def class_of(kind: type, own: type, base: type) -> type[nn.Module]:
         own: the layer's class.
         base: `own` itself, or the class above it whose behavior is exchanged.
     """
+    made: type[nn.Module] = _class_of(kind, own, base)
+    return made
+
+
+@functools.cache
+def _class_of(kind: Any, own: Any, base: Any) -> Any:
     name = own.__name__
     bases: tuple[type, ...] = (Exchanged, kind, own) if own is base else (Exchanged, own, _between(kind, base))
     space = {"_kind": kind, "_own": own, "_base": base, "__qualname__": own.__qualname__}
@@ -46,7 +51,7 @@ def class_of(kind: type, own: type, base: type) -> type[nn.Module]:
 
 
 @functools.cache
-def _between(kind: type, base: type) -> type:
+def _between(kind: Any, base: Any) -> Any:
     return kind if issubclass(kind, base) else type(kind.__name__, (kind, base), {"__module__": kind.__module__})
 
 

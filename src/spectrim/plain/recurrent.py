@@ -201,7 +201,7 @@ class PlainRecurrent(nn.Module):
 def _read(cell: Any, name: str) -> Any:
     """Return one weight or bias of a layer and direction, as torch's layer holds it: ``weight_ih``, ``bias_hh`` ..."""
     if isinstance(cell, _Loop):
-        layer = {"ih": cell.input, "hh": cell.hidden, "hr": cell.project}[name.split("_")[1]]
+        layer: Any = {"ih": cell.input, "hh": cell.hidden, "hr": cell.project}[name.split("_")[1]]
         return layer.bias if name.startswith("bias") else layer.weight
     held = getattr(cell.kernel, f"{name}_l0")
     if name != "weight_ih" or cell.reduce is None:

@@ -258,7 +258,7 @@ def _materialize(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> N
         if name not in state:
             raise FormatError(path, f"does not hold '{name}', which is on the meta device", hint="pass a model with real tensors")
         empty = torch.empty_like(tensor, device="cpu")
-        torch.utils.swap_tensors(tensor, nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty)
+        torch.utils.swap_tensors(tensor, nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty)  # type: ignore[no-untyped-call]
 
 
 def _unregistered(path: Path, name: str, kind: str) -> FormatError:
@@ -373,7 +373,7 @@ def _without_batchnorms(targets: Mapping[str, Any], folded: Mapping[str, list[st
 
 def _settings(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
     values = {name: getattr(module, name) for name in names}
-    return {"kind": module._get_name()} | {name: _listed(value) for name, value in values.items()}
+    return {"kind": str(module._get_name())} | {name: _listed(value) for name, value in values.items()}  # type: ignore[no-untyped-call]
 
 
 def _bias(module: nn.Module) -> dict[str, bool]:

@@ -96,7 +96,7 @@ def copy_without(model: nn.Module, chosen: Mapping[str, Iterable[str]]) -> Copy:
             for module in twin.modules():
                 if isinstance(module, nn.RNNBase):
                     module.__dict__["_flat_weight_refs"] = []  # weak references forbid the swap
-            torch.utils.swap_tensors(hole, nn.Parameter(weights[key].detach().clone(), weights[key].requires_grad))
+            torch.utils.swap_tensors(hole, nn.Parameter(weights[key].detach().clone(), weights[key].requires_grad))  # type: ignore[no-untyped-call]
     for name in layers.keys() - complete:
         if isinstance(module := layers[name], nn.RNNBase):
             module._init_flat_weights()
@@ -116,9 +116,9 @@ def held_elsewhere(model: nn.Module, names: Iterable[str]) -> set[str]:
     wanted = {name: kind.weights(modules[name]) for name in names if (kind := kind_of(modules[name])) is not None}
     if not wanted:
         return set()
-    holes = {id(p): _hole(p) for p in model.parameters() if not isinstance(p, UninitializedParameter)}
+    holes: dict[int, nn.Parameter] = {id(p): _hole(p) for p in model.parameters() if not isinstance(p, UninitializedParameter)}
     tensors = [value for module in modules.values() for held in (vars(module), module._buffers) for value in held.values()]
-    memo: dict[int, object] = {id(value): value for value in tensors if isinstance(value, Tensor)} | holes
+    memo: dict[int, object] = {**{id(value): value for value in tensors if isinstance(value, Tensor)}, **holes}
     try:
         twin = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, copy.Error):  # then factorize says so
