@@ -18,6 +18,27 @@ def test_supported_layers_page_is_up_to_date() -> None:
         assert (ROOT / "docs" / "supported-layers.md").read_text() == render(), "run python docs/supported_layers.py"
 
 
+@pytest.mark.parametrize("page", ["reference.md", "methods/index.md"])
+def test_pages_from_the_tables_of_methods_are_up_to_date(page: str) -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == pages[ROOT / "docs" / page](), "run python docs/generate.py"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    import spectrim
+
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert [name for name in spectrim.__all__ if f"::: spectrim.{name}\n" not in text and f"[spectrim.{name}]" not in text] == []
+
+
+def test_every_method_card_is_in_the_navigation() -> None:
+    hook = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["on_config"]
+    (methods,) = (item["Methods"] for item in hook({"nav": ["index.md", {"Methods": "methods/index.md"}]})["nav"][1:])
+    found = [path for page in methods for path in page.values()]
+    assert sorted(found) == sorted(f"methods/{page.name}" for page in (ROOT / "docs" / "methods").glob("*.md"))
+    assert len(set(found)) == len(found)
+
+
 def test_results_page_is_up_to_date() -> None:
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / "report.py", "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
