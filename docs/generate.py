@@ -1,4 +1,4 @@
-"""Write ``docs/reference.md`` and ``docs/methods/index.md`` from the public names and the tables of methods: ``python docs/generate.py``."""
+"""Write ``docs/reference.md`` and ``docs/methods/index.md`` from public names and tables of methods: ``python docs/generate.py``."""
 
 import importlib
 import inspect
@@ -21,34 +21,9 @@ TABLES = [
 ]
 """Heading, module with ``METHODS`` and ``LAWS``, and contract, in the order of the pages."""
 
-VERBS = [
-    "compress",
-    "plan",
-    "factorize",
-    "coverage",
-    "match",
-    "fit",
-    "calibrate",
-    "allocate",
-    "prune",
-    "prune_",
-    "prune_optimizer_state",
-    "correct",
-    "recalibrate",
-    "balance_",
-    "merge",
-    "evaluate",
-    "measure",
-    "compare_latency",
-    "compare_table",
-    "latency_table",
-    "choose_execution",
-    "export",
-    "quantize",
-    "save",
-    "load",
-    "write_report",
-]
+VERBS = ["compress", "plan", "factorize", "coverage", "match", "fit", "calibrate", "allocate"]
+VERBS += ["prune", "prune_", "prune_optimizer_state", "correct", "recalibrate", "balance_", "merge", "evaluate", "measure"]
+VERBS += ["compare_latency", "compare_table", "latency_table", "choose_execution", "export", "quantize", "save", "load", "write_report"]
 """Functions in the order of the pipeline; others follow by name."""
 
 FURTHER = {
