@@ -15,7 +15,7 @@ def orthogonality(U: NDArray[Any], S: NDArray[Any], Vh: NDArray[Any]) -> float:
 
 
 def spectrum(U: NDArray[Any], S: NDArray[Any], Vh: NDArray[Any]) -> NDArray[Any]:
-    return np.linalg.svd(U * np.abs(S) @ Vh, compute_uv=False)
+    return np.linalg.svd(U * S @ Vh, compute_uv=False)
 
 
 OF_FACTORS: dict[str, Callable[..., Any]] = {
@@ -25,9 +25,9 @@ OF_FACTORS: dict[str, Callable[..., Any]] = {
     "L1": lambda U, S, Vh: np.abs(S).sum(),
     "PolarHoyer": lambda U, S, Vh: spectrum(U, S, Vh).sum() ** 2 / (spectrum(U, S, Vh) ** 2).sum() - 1,
     "NuclearNorm": lambda U, S, Vh: spectrum(U, S, Vh).sum(),
-    "FrobeniusDecay": lambda U, S, Vh: ((U * np.abs(S) @ Vh) ** 2).sum() / 2,
+    "FrobeniusDecay": lambda U, S, Vh: ((U * S @ Vh) ** 2).sum() / 2,
 }
-"""Value of one block ``U diag(|S|) Vh``."""
+"""Value of one block ``U diag(S) Vh``."""
 
 
 def nuclear_norm(W: Tensor, S: Tensor, polar: Tensor) -> tuple[Tensor, Tensor, Tensor]:

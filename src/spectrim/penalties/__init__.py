@@ -17,7 +17,7 @@ LAWS = {
     "spectral": "a function of the singular values, finite with its gradient at every spectrum; a weight of zeros adds nothing",
     "rank-one": "zero for weights of rank one",
     "definite": "zero for weights of zeros only",
-    "scale-free": "unchanged when all singular values of a weight are multiplied by a factor",
+    "scale-free": "unchanged when all singular values of a weight are multiplied by a positive factor",
     "degree-1": "multiplied by the factor when all singular values are",
     "degree-2": "multiplied by the square of the factor when all singular values are multiplied by it",
     "dense": "also penalizes dense weights, by an iterative polar factor: no singular value decomposition",
