@@ -86,20 +86,20 @@ def test_equals_the_squared_error_of_the_cut(row: Method) -> None:
 
 
 @every_method
-def test_is_an_importance_whose_harms_fall_to_zero(row: Method) -> None:
+def test_is_an_importance_whose_distortions_fall_to_zero(row: Method) -> None:
     low, data = case()
     importance = make(row, low, data)
     assert isinstance(importance, Importance)
-    harms = importance(low)
+    distortions = importance(low)
     factors = dict(named_factors(low))
-    assert set(harms) == set(factors)
-    for name, harm in harms.items():
-        assert harm.dtype == torch.float64
-        assert harm.shape == (factors[name].rank + 1,)
-        assert torch.isfinite(harm).all()
-        assert harm[-1] == 0
-        assert (harm.diff() <= 0).all()
-        assert harm[0] > 0
+    assert set(distortions) == set(factors)
+    for name, distortion in distortions.items():
+        assert distortion.dtype == torch.float64
+        assert distortion.shape == (factors[name].rank + 1,)
+        assert torch.isfinite(distortion).all()
+        assert distortion[-1] == 0
+        assert (distortion.diff() <= 0).all()
+        assert distortion[0] > 0
     assert harms_of(low, importance).keys() == factors.keys()
 
 
@@ -121,15 +121,15 @@ def test_leaves_the_model_and_random_numbers_alone(row: Method) -> None:
 def test_is_the_same_twice(row: Method) -> None:
     low, data = case()
     first, second = (make(row, low, data)(low) for _ in range(2))
-    assert all(torch.equal(harm, second[name]) for name, harm in first.items())
+    assert all(torch.equal(distortion, second[name]) for name, distortion in first.items())
 
 
 @every_method
-def test_after_a_cut_the_harms_that_are_left_are_for_the_present_rank(row: Method) -> None:
+def test_after_a_cut_the_distortions_that_are_left_are_for_the_present_rank(row: Method) -> None:
     low, data = case()
     cut = sp.prune(low, sp.Fixed(2))
-    harms = make(row, cut, data)(cut)
-    assert all(harms[name].shape == (factors.rank + 1,) for name, factors in named_factors(cut))
+    distortions = make(row, cut, data)(cut)
+    assert all(distortions[name].shape == (factors.rank + 1,) for name, factors in named_factors(cut))
 
 
 @every_method
@@ -147,15 +147,15 @@ def test_the_choice_of_factors_does_not_matter(row: Method) -> None:
             for part, axis in ((factors.U, -1), (factors.S, -1), (factors.Vh, -2)):
                 part.copy_(part.index_select(axis, order))
     first, second = make(row, low, data)(low), make(row, other, data)(other)
-    for name, harm in first.items():
-        torch.testing.assert_close(harm, second[name], rtol=1e-6, atol=1e-9)  # roots of matrices that may be singular
+    for name, distortion in first.items():
+        torch.testing.assert_close(distortion, second[name], rtol=1e-6, atol=1e-9)  # roots of matrices that may be singular
 
 
 @every_method
 def test_half_precision_layers(row: Method) -> None:
     low, data = case(torch.bfloat16)
-    harms = harms_of(low, make(row, low, data))
-    assert all(harm.dtype == torch.float64 and torch.isfinite(harm).all() for harm in harms.values())
+    distortions = harms_of(low, make(row, low, data))
+    assert all(distortion.dtype == torch.float64 and torch.isfinite(distortion).all() for distortion in distortions.values())
 
 
 @every_method
