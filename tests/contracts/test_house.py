@@ -150,3 +150,22 @@ def test_public_names_at_the_top_exist_and_are_no_more_than_today() -> None:
     assert len(spectrim.__all__) <= PUBLIC_NAMES
     assert len(set(spectrim.__all__)) == len(spectrim.__all__)
     assert all(hasattr(spectrim, name) for name in spectrim.__all__)
+
+
+def branches_on_a_class(text: str) -> list[str]:
+    """Return conditions that compare with a public class: ``... if method is sp.L1 else ...``, ``if method in (sp.L1, ...)``."""
+    conditions: list[ast.expr] = []
+    for node in ast.walk(ast.parse(text)):
+        conditions += [node.test] if isinstance(node, ast.If | ast.IfExp) else getattr(node, "ifs", [])
+    compared = [node for condition in conditions for node in ast.walk(condition) if isinstance(node, ast.Compare)]
+    names = {name for name in spectrim.__all__ if name[0].isupper()}
+    return [
+        ast.unparse(node) for node in compared if any(getattr(part, "attr", getattr(part, "id", "")) in names for part in ast.walk(node))
+    ]
+
+
+def test_contract_tests_read_laws_and_do_not_branch_on_classes() -> None:
+    text = "c if a is sp.L1 else d\nif b in (c, Hoyer): pass\n[a for a in b if a is not sp.Fixed]\nassert a is sp.L1\nc if a is None else d"
+    assert sorted(branches_on_a_class(text)) == ["a is not sp.Fixed", "a is sp.L1", "b in (c, Hoyer)"]
+    for path in sorted((ROOT / "tests" / "contracts").glob("*.py")):
+        assert branches_on_a_class(path.read_text(encoding="utf-8")) == [], path.name
