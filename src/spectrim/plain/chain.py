@@ -156,7 +156,7 @@ class Composed(Tensor):
             return weight._compose().requires_grad_(*args[1:], **(kwargs or {}))
         changes = name in ("__set__", "__setitem__", *IN_PLACE) or (name.endswith("_") and not name.endswith("__"))
         if weight is not None and changes:
-            parts = "weights of its two layers" if weight._owner == "PlainPair" else "factors U, S and Vh"
+            parts = "weights of its two layers" if weight._owner.startswith("Plain") else "factors U, S and Vh"
             raise RuntimeError(f"{weight._owner}: its weight is composed of the {parts}; {name} would change a copy, so change those")
         return cls.__torch_dispatch__(func, types, args, kwargs)
 
