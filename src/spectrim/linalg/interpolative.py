@@ -173,8 +173,7 @@ def free_pivots(basis: Float[Tensor, "*blocks size rank"]) -> Tensor:
 def _pivots(block: Tensor) -> Tensor:
     from scipy.linalg import qr  # here, because it takes long to import and few commands need it
 
-    size, rank = block.shape
-    block = block.cpu()
+    rank, block = block.shape[-1], block.cpu()
     order = torch.from_numpy(qr(block.mT.numpy(), mode="r", pivoting=True)[1]).long()
     mix = _coefficients(block, order)
     while mix.numel() and float(mix.abs().max()) > PIVOT_BOUND:
@@ -237,7 +236,8 @@ def _coefficients(basis: Tensor, order: Tensor) -> Tensor:
     rank = basis.shape[-1]
     kept, others = _take(basis, order[..., :rank]), _take(basis, order[..., rank:])
     mix, info = torch.linalg.solve_ex(kept, others, left=False)
-    return mix.where((info == 0)[..., None, None], torch.inf)
+    found: Tensor = mix.where((info == 0)[..., None, None], torch.inf)
+    return found
 
 
 def _take(matrix: Tensor, rows: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ WRITINGS: dict[str, tuple[Name, ...]] = {
 
 ``linear``: also attention projections and recurrent input weights, whose outputs and inputs are plain axes. ``pointwise``: a convolution
 of kernel size one. ``convolution``: ``out x (in * taps)``, also transposed: whole output channels can be kept, input channels cannot.
-``channels first``: ``in x (out * taps)`` seen as ``(out * taps) x in``: input channels can be kept. ``embedding``: ``(count, width)``: whole
-columns are kept, as a look-up has no rows to mix. ``spatial``: what is kept would be taps of a channel, which no plain convolution gives.
+``channels first``: ``(out * taps) x in``, a convolution of kernel size one before the taps: input channels can be kept. ``embedding``:
+``(count, width)``: columns are kept, as a look-up has no rows to mix. ``spatial``: what is kept would be single taps of a channel, which
+no plain convolution gives.
 """
 
 
@@ -65,7 +66,8 @@ def prices(out: int, in_: int, rank: int, *, kind: str = "linear", blocks: int =
     ``dense: m n``; ``pair: r (m + n)``; ``rows`` and ``columns``: ``r (m + n - r)``, which is never more than dense; for each block.
 
     Args:
-        out, in_: size of the matrix (of one block), ``m`` and ``n``.
+        out: rows of the matrix (of one block), ``m``.
+        in_: its columns, ``n``.
         rank: in ``[1, min(out, in_)]``.
         kind: a key of `WRITINGS`.
         blocks: number of blocks of a grouped convolution.

@@ -5,7 +5,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from spectrim.plain.interpolative import PlainColumns, PlainInterpolative, PlainRows
+from spectrim.plain.interpolative import PlainColumns, PlainRows
+from spectrim.plain.pieces import PlainInterpolative
 
 Side = Literal["rows", "columns"]
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -51,7 +52,7 @@ def interpolative_layer(
     else:
         made = _by_columns(layer, kept.to(dtype), mix.to(dtype), start, order)
     for part in (made.kept, made.mix):
-        part.weight.requires_grad_(trained)  # type: ignore[union-attr]
+        part.weight.requires_grad_(trained)
     return made.train(layer.training)
 
 
