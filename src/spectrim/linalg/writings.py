@@ -15,7 +15,7 @@ Name = Literal["dense", "columns", "rows", "pair"]
 Unit = Literal["params", "macs"]
 
 WRITINGS: dict[str, tuple[Name, ...]] = {
-    "linear": ("dense", "columns", "rows", "pair"),
+    "linear": ("dense", "rows", "columns", "pair"),
     "pointwise": ("dense", "rows", "columns", "pair"),
     "convolution": ("dense", "rows", "pair"),
     "channels first": ("dense", "columns", "pair"),
@@ -75,7 +75,7 @@ def prices(out: int, in_: int, rank: int, *, kind: str = "linear", blocks: int =
 
     Examples:
         >>> {name: price.params for name, price in prices(64, 64, 40).items()}
-        {'dense': 4096, 'columns': 3520, 'rows': 3520, 'pair': 5120}
+        {'dense': 4096, 'rows': 3520, 'columns': 3520, 'pair': 5120}
     """
     _check(out, in_, rank, kind)
     uses = uses or Uses()
@@ -104,7 +104,7 @@ def cheapest(prices: dict[Name, Price], unit: Unit = "params", least_gain: float
 
     Examples:
         >>> cheapest(prices(64, 64, 40)), cheapest(prices(64, 64, 64)), cheapest(prices(64, 64, 4), least_gain=0.05)
-        ('columns', 'dense', 'pair')
+        ('rows', 'dense', 'pair')
     """
     cost = {name: float(getattr(price, unit)) for name, price in prices.items()}
     for name in ("rows", "columns"):
@@ -154,8 +154,8 @@ def write(
 ) -> Writing:
     """Choose the cheapest writing of ``U diag(S) Vh`` that is accurate enough, and compute it.
 
-    Of rows and columns at the same cost a window within the bound comes first, by columns, at either end, where there is a choice; free
-    pivots where no window is within it; then the next cheapest of the pair and the dense layer.
+    Of rows and columns at the same cost the one whose window at either end is within the bound, rows first; then any window within it; free
+    pivots where there is none; then the cheaper one of the pair and the dense layer.
 
     Args:
         U: left factor.
@@ -177,7 +177,7 @@ def write(
         <torch._C.Generator object at ...>
         >>> found = write(torch.randn(64, 40), torch.randn(40, 64))
         >>> found.name, found.price.params, found.interpolation.growth <= 32
-        ('columns', 3520, True)
+        ('rows', 3520, True)
     """
     *blocks, out, rank = U.shape
     listed = prices(out, Vh.shape[-1], rank, kind=kind, blocks=torch.Size(blocks).numel(), uses=uses)

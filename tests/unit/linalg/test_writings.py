@@ -49,8 +49,8 @@ def test_an_embedding_multiplies_nothing_when_it_is_dense() -> None:
 
 def test_a_small_gain_can_be_left_to_the_pair() -> None:
     listed = prices(100, 100, 5)
-    assert cheapest(listed) == "columns"
-    assert cheapest(listed, least_gain=0.025) == "columns"
+    assert cheapest(listed) == "rows"
+    assert cheapest(listed, least_gain=0.025) == "rows"
     assert cheapest(listed, least_gain=0.026) == "pair"
 
 
@@ -70,19 +70,19 @@ def test_what_is_written_is_what_was_priced(kind: str, blocks: Any) -> None:
         assert made.positions == 0
 
 
-def test_columns_come_first_and_an_end_before_the_middle() -> None:
+def test_rows_come_first_and_an_end_before_the_middle() -> None:
     U, Vh, S = factors(30, 30, 20)
-    assert write(U, Vh, S).name == "columns"
-    blunt = Vh.clone()
-    blunt[:, [0, 29]] = 0  # no window of columns at either end is regular
-    found = write(U, blunt, S)
-    assert found.name == "rows"
+    assert write(U, Vh, S).name == "rows"
+    blunt = U.clone()
+    blunt[[0, 29]] = 0  # no window of rows at either end is regular
+    found = write(blunt, Vh, S)
+    assert found.name == "columns"
     assert found.interpolation is not None
     assert found.interpolation.start in (0, 10)
-    rough = U.clone()
-    rough[[0, 29]] = 0
-    found = write(rough, blunt, S)
-    assert found.name == "columns"
+    rough = Vh.clone()
+    rough[:, [0, 29]] = 0
+    found = write(blunt, rough, S)
+    assert found.name == "rows"
     assert found.interpolation is not None
     assert found.interpolation.start not in (0, 10)
 
