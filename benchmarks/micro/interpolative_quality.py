@@ -1,9 +1,10 @@
 """What the interpolative writing is worth on a real network: ``python benchmarks/micro/interpolative_quality.py``.
 
 stories260K, its 35 linear layers, calibration only: activation-whitened truncation, ranks by one exact knapsack over the relative error
-of the layers' outputs, no refit, no training. Once with the price of the pair, ``min(m n, r (m + n))``, once with that of the interpolative
-writing, ``r (m + n - r)``; validation nats per token. Each interpolative network is then written in its plain layers and evaluated again. Then one
-cut is fine-tuned as factors and as written layers. ``calibration_only`` or ``fine_tuning`` as an argument runs one of the two.
+of the layers' outputs, no refit, no training. Once with the price of the pair, ``min(m n, r (m + n))``, once with that of the
+interpolative writing, ``r (m + n - r)``; validation nats per token. Each interpolative network is then written in its plain layers and
+evaluated again. Then one cut is fine-tuned as factors and as written layers. An argument, ``calibration_only`` or ``fine_tuning``, runs
+one of the two.
 """
 
 import copy
@@ -153,7 +154,7 @@ def fine_tuning() -> None:
             if form == "written":
                 model, cut = copy.deepcopy(dense), model
                 written(model, cut, ranks)
-            row[form] = tuned(model, data, peak)
+            row[form] = tuned(model, zoo.stories(), peak)  # data anew: the same batches
         rows.append(row)
         print(row, flush=True)
     settings = {"network": "stories260K", "kept": TUNED, "steps": STEPS, "batch": 16, "length": 256, "seed": 0}

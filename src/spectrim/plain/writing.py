@@ -9,6 +9,7 @@ from spectrim.plain.interpolative import PlainColumns, PlainRows
 from spectrim.plain.pieces import PlainInterpolative
 
 Side = Literal["rows", "columns"]
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -68,7 +69,7 @@ def _embedding(layer: nn.Embedding, side: Side, kept: Tensor, mix: Tensor, start
         raise ValueError("interpolative_layer: an embedding with max_norm or sparse gradients needs its dense table")
     options = {"padding_idx": layer.padding_idx, "scale_grad_by_freq": layer.scale_grad_by_freq, "device": "meta"}
     table = nn.Embedding(layer.num_embeddings, kept.shape[1], **options)  # type: ignore[arg-type]
-    return PlainRows(_with(table, kept), _linear(mix.T, None, False), start=start, order=order)
+    return PlainRows(_with(table, kept.contiguous()), _linear(mix.T, None, False), start=start, order=order)
 
 
 def _by_rows(layer: Any, kept: Tensor, mix: Tensor, start: int | None, order: Tensor | None, dtype: torch.dtype) -> PlainRows:
@@ -132,7 +133,8 @@ def _global(order: Tensor | None, rank: int, groups: int) -> Tensor | None:
 
 def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
     out, in_ = weight.shape
-    return _with(nn.Linear(in_, out, bias=bias is not None, device="meta"), weight, bias, trained)  # type: ignore[no-any-return]
+    made = nn.Linear(in_, out, bias=bias is not None, device="meta")
+    return _with(made, weight.contiguous(), bias, trained)  # type: ignore[no-any-return]
 
 
 def _pointwise(layer: Any, mix: Tensor, bias: Tensor | None, trained: bool) -> Any:
@@ -140,7 +142,7 @@ def _pointwise(layer: Any, mix: Tensor, bias: Tensor | None, trained: bool) -> A
     axes, groups = len(layer.kernel_size), layer.groups
     weight = mix.reshape(-1, mix.shape[-1], *(1,) * axes)
     made = CONVOLUTIONS[axes - 1](groups * mix.shape[-1], len(weight), 1, groups=groups, bias=bias is not None, device="meta")
-    return _with(made, weight, bias, trained)
+    return _with(made, _as_laid_out(layer, weight), bias, trained)
 
 
 def _convolution(layer: Any, blocks: Tensor, in_: int, out: int, bias: Tensor | None, trained: bool) -> Any:
@@ -151,11 +153,21 @@ def _convolution(layer: Any, blocks: Tensor, in_: int, out: int, bias: Tensor | 
     if layer.transposed:
         options["output_padding"] = layer.output_padding
     made = kind(in_, out, bias=bias is not None, device="meta", **options)
-    return _with(made, blocks.flatten(0, 1), bias, trained)
+    return _with(made, _as_laid_out(layer, blocks.flatten(0, 1)), bias, trained)
+
+
+def _as_laid_out(layer: Any, weight: Tensor) -> Tensor:
+    """Return a kernel in the memory format of the layer's own, which a factorized layer notes in ``channels_last``."""
+    last = CHANNELS_LAST.get(weight.dim())
+    if last is None:
+        return weight.contiguous()
+    own = layer.weight
+    laid_out = isinstance(own, nn.Parameter) and own.is_contiguous(memory_format=last) and not own.is_contiguous()
+    return weight.contiguous(memory_format=last if getattr(layer, "channels_last", laid_out) else torch.contiguous_format)
 
 
 def _with(made: Any, weight: Tensor, bias: Tensor | None = None, trained: bool = False) -> Any:
-    made.weight = nn.Parameter(weight.contiguous())
+    made.weight = nn.Parameter(weight)
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().to(weight.dtype).contiguous(), requires_grad=trained)
     return made

@@ -348,6 +348,19 @@ def test_it_is_copied_moved_pickled_and_loaded_as_any_module(name: str, side: st
 
 
 @pytest.mark.parametrize("side", SIDES)
+def test_kernels_stay_in_their_memory_format(side: str) -> None:
+    conv = nn.Conv2d(6, 8, 3).to(memory_format=torch.channels_last)
+    form = interpolate(*(part[:, :3] if k == 0 else part[:3] for k, part in enumerate(linalg.svd(matrix_of(conv, side))[::2])), side=side)  # type: ignore[arg-type]
+    layer = interpolative_layer(conv, side, form.kept, form.mix, start=form.start)  # type: ignore[arg-type]
+    x = torch.randn(2, 6, 7, 7).contiguous(memory_format=torch.channels_last)
+    assert layer.kept.weight.is_contiguous(memory_format=torch.channels_last)
+    assert layer(x).is_contiguous(memory_format=torch.channels_last)
+    conv.channels_last = False  # type: ignore[assignment]  # what a factorized layer notes
+    layer = interpolative_layer(conv, side, form.kept, form.mix, start=form.start)  # type: ignore[arg-type]
+    assert layer.kept.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("side", SIDES)
 def test_a_weight_cannot_be_changed_behind_the_layers(side: str) -> None:
     layer = made("linear", side)[1]
     with pytest.raises(AttributeError, match="cannot be set"):
