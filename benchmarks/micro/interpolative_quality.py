@@ -28,7 +28,7 @@ from spectrim.plain.writing import interpolative_layer
 
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.5)
 EXAMPLES = 256
-TUNED, STEPS, PEAKS = 0.85, 150, (3e-4, 1e-3, 3e-3)
+TUNED, STEPS, PEAKS = 0.85, 60, (1e-3,)
 
 
 def price(out: int, in_: int, rank: int, writing: str) -> int:
@@ -142,7 +142,7 @@ def tuned(model: nn.Module, data: Any, peak: float) -> list[float]:
 
 
 def fine_tuning() -> None:
-    """The same cut, fine-tuned as factors and as written layers: the same batches, several learning rates."""
+    """The same cut, fine-tuned as factors and as written layers: the same batches."""
     data, dense = zoo.stories(), zoo.stories260k().eval()
     low, known, harms, shapes = cuts(data, dense)
     ranks = ranks_for(harms, shapes, "interpolative", TUNED)

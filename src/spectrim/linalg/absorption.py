@@ -53,7 +53,8 @@ def end_order(first: Float[Tensor, "size rank"], last: Float[Tensor, "size other
 
 
 def _basis(factor: Tensor) -> Tensor:
-    return torch.linalg.qr(factor.detach().double()).Q
+    basis: Tensor = torch.linalg.qr(factor.detach().double()).Q
+    return basis
 
 
 def _independent(rows: Tensor, count: int) -> Tensor:
