@@ -28,7 +28,7 @@ from spectrim.plain.writing import interpolative_layer
 
 BUDGETS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.5)
 EXAMPLES = 256
-TUNED, STEPS, PEAKS = 0.85, 60, (1e-3,)
+TUNED, STEPS, PEAKS = 0.85, 60, (1e-3, 3e-3)
 
 
 def price(out: int, in_: int, rank: int, writing: str) -> int:
