@@ -267,7 +267,7 @@ def absorbing(model: nn.Module) -> dict[str, OneWeight]:
 
     def absorbs(layer: OneWeight) -> bool:
         factors, bias = layer.factors_of("weight"), getattr(layer, "bias", None)
-        if not isinstance(bias, Tensor) or layer.scheme == "spatial" or isinstance(layer, FactorizedEmbedding):
+        if not isinstance(bias, Tensor) or layer.scheme != "channel" or isinstance(layer, FactorizedEmbedding):
             return False
         return bias.shape == (factors.U[..., 0].numel(),) and users[id(factors)] == users[id(bias)] == 1
 

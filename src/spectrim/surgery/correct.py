@@ -17,6 +17,7 @@ from spectrim.forms.svd import Factors
 from spectrim.layers import factor_name, named_layers
 from spectrim.layers.base import OneWeight
 from spectrim.layers.embedding import FactorizedEmbedding
+from spectrim.linalg.fold import leading
 from spectrim.metrics.inputs import evaluating
 from spectrim.surgery.calibrate import Calibration, batches_of, check_examples, isolated
 from spectrim.surgery.exchange import duplicate
@@ -237,10 +238,10 @@ def _refit(layer: Any, original: Any, dense: Tensor, moments: _Moments, left: Te
     target = dense + _divided(wanted - dense @ moments.own, moments.own)
     candidates = (
         _of_columns(layer, wanted, target, moments, left)
-        if layer.scheme == "spatial"
+        if layer.scheme != "channel"
         else [_truncated(factors.rank, target, moments.own, left)]
     )
-    judged = None if layer.scheme == "spatial" else left
+    judged = left if layer.scheme == "channel" else None
     best, error = None, _error(held, wanted, moments.own, judged)
     for candidate in candidates:
         found = _error(_composed(layer, *candidate), wanted, moments.own, judged)
@@ -296,8 +297,10 @@ def _truncated(rank: int, target: Tensor, metric: Tensor, left: Tensor | None) -
 
 
 def _sizes(layer: Any) -> tuple[int, int, int, int]:
-    """Return out and in of one block, and the two sides of the kernel."""
-    return (layer.out_channels // layer.groups, layer.in_channels // layer.groups, *layer.kernel_size)
+    """Return out and in of one block, and the taps of the first and of the second operation."""
+    count = leading(layer.scheme, layer.kernel_size)
+    taps = (math.prod(layer.kernel_size[:count]), math.prod(layer.kernel_size[count:]))
+    return (layer.out_channels // layer.groups, layer.in_channels // layer.groups, *taps)
 
 
 def _composed(layer: Any, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:

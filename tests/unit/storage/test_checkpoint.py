@@ -72,7 +72,7 @@ BOTH_SCHEMES = ("conv2d", "conv2d-same-reflect", "conv2d-groups", "transposed2d"
 CASES = [
     pytest.param(*KINDS[name], scheme, id=f"{name}-{scheme}")
     for name in KINDS
-    for scheme in (("channel", "spatial") if name in BOTH_SCHEMES else ("auto",))
+    for scheme in (("channel", "spatial", "input") if name in BOTH_SCHEMES else ("auto",))
 ]
 
 
@@ -403,7 +403,7 @@ def test_another_architecture(tmp_path: Path, make: Callable[[], nn.Module], for
 CONVOLUTION = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 @pytest.mark.parametrize(
     "change",
     [
