@@ -133,8 +133,8 @@ def chain_macs(module: Any, owners: Sequence[int], channels: Sequence[int], shap
     total = 0.0
     for piece, (in_, out) in enumerate(pairwise(channels)):
         done = piece if module.transposed else piece + 1  # pieces that have made their output where this one multiplies
-        positions = math.prod(new if owner < done else old for owner, old, new in zip(owners, before, after, strict=True))
-        taps = math.prod(size for owner, size in zip(owners, module.kernel_size, strict=True) if owner == piece)
+        positions = math.prod([new if owner < done else old for owner, old, new in zip(owners, before, after, strict=True)])
+        taps = math.prod([size for owner, size in zip(owners, module.kernel_size, strict=True) if owner == piece])
         total += positions * taps * (in_ * out // module.groups)
     return batch * total
 
