@@ -4,9 +4,9 @@ The law of a chain: an axis's size, stride, padding and dilation belong to the p
 neutral there.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, cast
 
@@ -42,6 +42,10 @@ NEUTRAL = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "output_p
 """What the settings of a convolution are along an axis that it leaves as it is."""
 
 
+SETTINGS = tuple(NEUTRAL)
+"""Arguments of the constructor, the last one of transposed convolutions only."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """One convolution of a chain that replaces a convolution, without its channels.
@@ -73,30 +77,39 @@ def chain(module: Any, owners: Sequence[int], length: int = 2) -> tuple[Piece, .
         owners: for each axis the index of the piece it belongs to.
         length: number of pieces.
     """
-    own = whole(module)
-    acts = [any(_acts(own, axis) for axis, owner in enumerate(owners) if owner == piece) for piece in range(length)]
-    acts[0] |= not any(acts)
-    return tuple(_piece(own, acts[piece], [owner == piece for owner in owners]) for piece in range(length))
+    made = _chain if torch.compiler.is_compiling() else _chain_once  # a compiler traces this once, and warns of caches
+    values = [getattr(module, name) for name in _names(module)]
+    hashable = tuple([value if isinstance(value, str) else tuple(value) for value in values])
+    return made(base_of(module), hashable, module.padding_mode, tuple(owners), length)
 
 
 def _names(module: Any) -> tuple[str, ...]:
-    return ("kernel_size", "stride", "padding", "dilation", *(("output_padding",) if module.transposed else ()))
+    return SETTINGS if module.transposed else SETTINGS[:-1]
 
 
-def _acts(own: Piece, axis: int) -> bool:
+def _chain(kind: type[nn.Module], values: tuple[Any, ...], padding_mode: str, owners: tuple[int, ...], length: int) -> tuple[Piece, ...]:
+    own = dict(zip(SETTINGS, values, strict=False))
+    acts = [any(_acts(own, axis) for axis, owner in enumerate(owners) if owner == piece) for piece in range(length)]
+    acts[0] = acts[0] or not any(acts)
+    neutral = Piece(PLAIN[len(owners) - 1], {"kernel_size": (1,) * len(owners)}, "zeros")
+    return tuple([Piece(kind, _part(own, owners, piece), padding_mode) if acts[piece] else neutral for piece in range(length)])
+
+
+_chain_once = lru_cache(maxsize=1024)(_chain)
+
+
+def _acts(own: Mapping[str, Any], axis: int) -> bool:
     """Whether a convolution does anything along an axis; one of a single tap does nothing for padding ``same`` and ``valid``."""
-    return any(not isinstance(value, str) and value[axis] != NEUTRAL[name] for name, value in own.settings.items())
+    return any(not isinstance(value, str) and value[axis] != NEUTRAL[name] for name, value in own.items())
 
 
-def _piece(own: Piece, acts: bool, owns: Sequence[bool]) -> Piece:
-    """Return the piece that owns these axes of a convolution."""
-    if not acts:
-        return Piece(PLAIN[len(owns) - 1], {"kernel_size": (1,) * len(owns)}, "zeros")
+def _part(own: Mapping[str, Any], owners: tuple[int, ...], piece: int) -> dict[str, Any]:
+    """Return the settings of one piece: those of the convolution along its own axes, neutral along the others."""
 
     def along(name: str, value: Any) -> Any:
-        return value if isinstance(value, str) else tuple(size if mine else NEUTRAL[name] for size, mine in zip(value, owns, strict=True))
+        return value if isinstance(value, str) else tuple([value[a] if owner == piece else NEUTRAL[name] for a, owner in enumerate(owners)])
 
-    return Piece(own.kind, {name: along(name, value) for name, value in own.settings.items()}, own.padding_mode)
+    return {name: along(name, value) for name, value in own.items()}
 
 
 def owners_of(module: Any, scheme: Fold) -> tuple[int, ...]:
@@ -133,9 +146,12 @@ def chain_macs(module: Any, owners: Sequence[int], channels: Sequence[int], shap
     total = 0.0
     for piece, (in_, out) in enumerate(pairwise(channels)):
         done = piece if module.transposed else piece + 1  # pieces that have made their output where this one multiplies
-        positions = math.prod([new if owner < done else old for owner, old, new in zip(owners, before, after, strict=True)])
-        taps = math.prod([size for owner, size in zip(owners, module.kernel_size, strict=True) if owner == piece])
-        total += positions * taps * (in_ * out // module.groups)
+        macs = float(in_ * out // module.groups)
+        for axis, owner in enumerate(owners):
+            macs *= after[axis] if owner < done else before[axis]
+            if owner == piece:
+                macs *= module.kernel_size[axis]
+        total += macs
     return batch * total
 
 

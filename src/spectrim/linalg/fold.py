@@ -12,6 +12,9 @@ Fold = Literal["channel", "spatial", "input"]
 """``channel``: all taps on the input side; ``spatial``: those of the first axis that has some; ``input``: none."""
 
 
+FOLDS: tuple[Fold, ...] = get_args(Fold)
+
+
 def leading(fold: Fold, kernel: Sequence[int]) -> int:
     """Return how many axes of a kernel, from the first, have their taps on the input side of the matrix; the others on the output side.
 
@@ -29,7 +32,7 @@ def leading(fold: Fold, kernel: Sequence[int]) -> int:
         >>> [leading(fold, (1, 3, 3)) for fold in ("channel", "spatial", "input")]
         [3, 2, 0]
     """
-    if fold not in get_args(Fold):
+    if fold not in FOLDS:
         raise SettingError("fold", "scheme", got=fold, rule="'channel', 'spatial' or 'input'")
     if fold == "spatial":
         return next((axis + 1 for axis, size in enumerate(kernel) if size > 1), len(kernel))
@@ -43,7 +46,7 @@ def folds(kernel: Sequence[int]) -> tuple[Fold, ...]:
         >>> folds((3, 3)), folds((64, 1)), folds((1, 1))
         (('channel', 'spatial', 'input'), ('channel', 'input'), ('channel',))
     """
-    sizes = {fold: math.prod(kernel[: leading(fold, kernel)]) for fold in get_args(Fold)}
+    sizes = {fold: math.prod(kernel[: leading(fold, kernel)]) for fold in FOLDS}
     first = list(sizes.values())
     return tuple(fold for index, (fold, size) in enumerate(sizes.items()) if size not in first[:index])
 
@@ -99,7 +102,9 @@ def from_matrix(matrix: Tensor, shape: Sequence[int], fold: Fold = "channel", gr
     lead, inner, *kernel = shape
     out, in_ = (inner, lead // groups) if transposed else (lead // groups, inner)
     first, second = _taps(fold, kernel)
-    blocks = matrix.reshape(groups, out, second, in_, first).permute(0, 1, 3, 4, 2).reshape(groups, out, in_, *kernel)
+    if second > 1:
+        matrix = matrix.reshape(groups, out, second, in_, first).permute(0, 1, 3, 4, 2)
+    blocks = matrix.reshape(groups, out, in_, *kernel)
     if transposed:
         blocks = blocks.transpose(1, 2)
     return blocks.reshape(tuple(shape))
