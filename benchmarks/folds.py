@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from micro.harness import environment
 from torch import Tensor, nn
 
 import spectrim as sp
+from micro.harness import environment
 from spectrim import linalg, zoo
 from spectrim.files import write_text
 from spectrim.layers import named_layers
