@@ -62,10 +62,11 @@ def rows() -> list[str]:
     for case, layer in EXAMPLES:
         kind = kind_of(layer)
         assert kind is not None
-        low = sp.factorize(layer, where=sp.match("*"), rank=2)
-        merged = sp.merge(low)
+        schemes = kind.schemes(layer)
+        merged = [described(sp.merge(sp.factorize(layer, scheme, sp.match("*"), rank=2))) for scheme in schemes]
+        written = "; ".join(dict.fromkeys(merged))
         weights = ", ".join(f"`{name}`" for name in dict.fromkeys(name.split("_l")[0] for name in kind.weights(layer)))
-        lines.append(f"| `{type(layer).__name__}` | {case} | {weights} | {', '.join(kind.schemes(layer))} | {described(merged)} |")
+        lines.append(f"| `{type(layer).__name__}` | {case} | {weights} | {', '.join(schemes)} | {written} |")
     lines.append("| `Conv1D` of transformers | GPT-2 | `weight` | channel | `Linear` → `Linear` |")
     lines.append("| `FalconLinear` of transformers | Falcon | `weight` | channel | `Linear` → `Linear` |")
     lines += ["", "## Left dense, and why", "", "| layer | case | reason |", "|---|---|---|"]
@@ -78,8 +79,10 @@ def render() -> str:
     covered = {kind_of(layer) for _, layer in EXAMPLES}
     missing = [kind.__name__ for kind in KINDS if kind not in covered and kind.__name__ != "FactorizedConv1D"]
     assert not missing, f"no example for {missing}"
-    note = "\nSchemes of a convolution: `channel` is the taps, then a 1x1; `input` a 1x1, then the taps; `spatial` the taps of the first axis\n"
-    note += "with more than one, then those of the others. Listed are those that differ; stride, padding and dilation follow the taps.\n"
+    note = "\nSchemes of a convolution: `channel` is the taps, then a 1x1; `input` a 1x1, then the taps; `spatial` the taps of the first\n"
+    note += (
+        "axis with more than one, then those of the others. Listed are those that differ; stride, padding and dilation follow the taps.\n"
+    )
     note += "\nThe projections of a recurrent or attention layer are cut one by one; where none pays, the dense fused layer is written.\n"
     return HEAD + "\n".join(rows()) + "\n" + note
 

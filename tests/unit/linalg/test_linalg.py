@@ -56,6 +56,27 @@ def test_entries_are_where_the_design_says() -> None:
     assert linalg.to_matrix(volume, "spatial")[3 * 5 + 4, 2 * 2 + 1] == volume[3, 2, 0, 1, 4]
 
 
+def test_the_input_fold_by_hand() -> None:
+    """``K[:, i, :] = a_i I`` with ``a = (1, 2)``: of rank one over the inputs, and of equal singular values over the outputs."""
+    eye = torch.eye(2, dtype=torch.float64)
+    kernel = torch.stack([eye, 2 * eye], 1)
+    assert linalg.to_matrix(kernel, "input").tolist() == [[1, 2], [0, 0], [0, 0], [1, 2]]
+    assert torch.linalg.svdvals(linalg.to_matrix(kernel, "input")).tolist() == pytest.approx([math.sqrt(10), 0], abs=1e-12)
+    assert torch.linalg.svdvals(linalg.to_matrix(kernel, "channel")).tolist() == pytest.approx([math.sqrt(5)] * 2, rel=1e-12)
+
+
+def test_few_outputs_of_many_inputs_and_taps_lose_less_in_the_input_fold() -> None:
+    """16 x 128 x 64 taps of noise at half the multiply-accumulates: 7 of 16 or 56 of 128 singular values."""
+    kernel, share = double(16, 128, 64), {}
+    for fold, rank in (("channel", 7), ("input", 56)):
+        matrix = linalg.to_matrix(kernel, fold)
+        assert rank == (16 * 128 * 64) // 2 // sum(matrix.shape)
+        tail = linalg.tail_energy(torch.linalg.svdvals(matrix))
+        share[fold] = float(tail[rank] / tail[0])
+    assert share["channel"] == pytest.approx(0.544, abs=0.005)  # 9 of 16 nearly equal energies
+    assert share["input"] == pytest.approx(0.414, abs=0.005)
+
+
 def test_an_unknown_fold_is_refused() -> None:
     unchecked: Any = getattr(leading, "__wrapped__", leading)  # without the checks of argument types
     with pytest.raises(SettingError, match="scheme must be 'channel', 'spatial' or 'input', got 'diagonal'"):
