@@ -433,6 +433,8 @@ def test_a_merged_convolution_is_not_put_in_the_place_of_another(tmp_path: Path,
         (lambda: nn.Embedding(40, 24), lambda: nn.Embedding(41, 24)),
         (lambda: nn.Embedding(40, 24), lambda: nn.Linear(40, 24)),
         (lambda: nn.Conv2d(8, 8, 3), lambda: nn.ConvTranspose2d(8, 8, 3)),
+        (lambda: nn.ConvTranspose2d(8, 8, 3), lambda: nn.Conv2d(8, 8, 3)),
+        (lambda: nn.ConvTranspose2d(8, 8, 3), lambda: nn.ConvTranspose2d(8, 8, 3, output_padding=1, stride=2)),
         (lambda: nn.LSTM(24, 8), lambda: nn.GRU(24, 8)),
         (lambda: nn.LSTM(24, 8), lambda: nn.LSTM(24, 8, bidirectional=True)),
         (lambda: nn.LSTM(24, 8), lambda: nn.LSTM(24, 8, bias=False)),
@@ -442,8 +444,9 @@ def test_a_merged_convolution_is_not_put_in_the_place_of_another(tmp_path: Path,
         (lambda: nn.MultiheadAttention(24, 4), lambda: nn.Linear(24, 24)),
     ],
 )
-def test_a_merged_layer_is_not_put_in_the_place_of_another(tmp_path: Path, layer: Any, other: Any) -> None:
-    sp.save(sp.merge(sp.factorize(nn.Sequential(layer()), where=EVERYTHING, rank=2)), tmp_path)
+@pytest.mark.parametrize("scheme", ["channel", "input"])
+def test_a_merged_layer_is_not_put_in_the_place_of_another(tmp_path: Path, layer: Any, other: Any, scheme: Any) -> None:
+    sp.save(sp.merge(sp.factorize(nn.Sequential(layer()), scheme, EVERYTHING, rank=2)), tmp_path)
     sp.load(tmp_path, nn.Sequential(layer()))
     assert_refused(tmp_path, PLAN, nn.Sequential(other()), match="layer '0' had")
 
