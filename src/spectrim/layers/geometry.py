@@ -4,7 +4,7 @@ The law of a chain: an axis's size, stride, padding and dilation belong to the p
 neutral there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -77,7 +77,9 @@ def chain(module: Any, owners: Sequence[int], length: int = 2) -> tuple[Piece, .
         owners: for each axis the index of the piece it belongs to.
         length: number of pieces.
     """
-    made = _chain if torch.compiler.is_compiling() else _chain_once  # a compiler traces this once, and warns of caches
+    made: Callable[..., tuple[Piece, ...]] = (
+        _chain if torch.compiler.is_compiling() else _chain_once
+    )  # a compiler traces this once, and warns of caches
     values = [getattr(module, name) for name in _names(module)]
     hashable = tuple([value if isinstance(value, str) else tuple(value) for value in values])
     return made(base_of(module), hashable, module.padding_mode, tuple(owners), length)
