@@ -128,6 +128,7 @@ def test_the_choice_of_factors_does_not_matter(method: str) -> None:
             scale = torch.linspace(0.5, 2.0, factors.rank, dtype=torch.float64)
             factors.U.mul_(scale)
             factors.S.copy_(-factors.S / scale)
+            factors.Vh.neg_()
             order = torch.arange(factors.rank - 1, -1, -1)
             for part, axis in ((factors.U, -1), (factors.S, -1), (factors.Vh, -2)):
                 part.copy_(part.index_select(axis, order))

@@ -31,7 +31,7 @@ def orthogonality(U: NDArray[Any], S: NDArray[Any], Vh: NDArray[Any]) -> float:
 
 
 def spectrum(U: NDArray[Any], S: NDArray[Any], Vh: NDArray[Any]) -> NDArray[Any]:
-    return np.linalg.svd(U * np.abs(S) @ Vh, compute_uv=False)
+    return np.linalg.svd(U * S @ Vh, compute_uv=False)
 
 
 # The formulas of shared/specs/svd-training.md, of one block, in numpy float64.
@@ -42,7 +42,7 @@ FORMULAS = {
     sp.L1: lambda U, S, Vh: np.abs(S).sum(),
     sp.PolarHoyer: lambda U, S, Vh: spectrum(U, S, Vh).sum() ** 2 / (spectrum(U, S, Vh) ** 2).sum() - 1,
     sp.NuclearNorm: lambda U, S, Vh: spectrum(U, S, Vh).sum(),
-    FrobeniusDecay: lambda U, S, Vh: ((U * np.abs(S) @ Vh) ** 2).sum() / 2,
+    FrobeniusDecay: lambda U, S, Vh: ((U * S @ Vh) ** 2).sum() / 2,
 }
 
 

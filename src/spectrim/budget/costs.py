@@ -16,7 +16,6 @@ from spectrim.layers import FactorizedLayer, factor_name, named_factors, named_l
 from spectrim.layers.base import OneWeight
 from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.geometry import memory_format_of
-from spectrim.linalg.spectral import pooled_spectrum, svd_of_product
 from spectrim.metrics.inputs import batch_size_of, call_model, evaluating, unfused
 from spectrim.protocols import Latencies
 from spectrim.surgery.coverage import break_evens
@@ -223,4 +222,4 @@ def _costs(factors: Factors, users: Sequence[_User], batch: int, latency: Latenc
 
 def spectra(model: nn.Module) -> dict[str, Tensor]:
     """Return the true singular values of each factorized weight, descending, in float64; blocks pooled."""
-    return {name: pooled_spectrum(svd_of_product(f.U.detach(), f.S.detach(), f.Vh.detach())[1]) for name, f in named_factors(model)}
+    return {name: factors.spectrum() for name, factors in named_factors(model)}

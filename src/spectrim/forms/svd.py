@@ -12,16 +12,16 @@ from spectrim.errors import LayerError
 
 
 class _Compose(torch.autograd.Function):
-    """``U diag(|S|) Vh``; keeps the factors alone for the backward pass, no scaled copy of them, and is one node of the graph.
+    """``U diag(S) Vh``; keeps the factors alone for the backward pass, no scaled copy of them, and is one node of the graph.
 
-    ``dU = G Vh^T diag(|S|)``, ``dS = sign(S) * sum_rows(U * G Vh^T)``, ``dVh = diag(|S|) U^T G`` for the gradient ``G`` of the product.
+    ``dU = G Vh^T diag(S)``, ``dS = sum_rows(U * G Vh^T)``, ``dVh = diag(S) U^T G`` for the gradient ``G`` of the product.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
-        return (U * S.abs().unsqueeze(-2)) @ Vh
+        return (U * S.unsqueeze(-2)) @ Vh
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -30,29 +30,30 @@ class _Compose(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         U, S, Vh = ctx.saved_tensors
-        magnitude = S.abs()
         left = (grad @ Vh.mT.to(grad.dtype)).to(U.dtype)  # under autocast the product, and so `grad`, is in half precision
         right = (U.mT.to(grad.dtype) @ grad).to(Vh.dtype)
-        return left * magnitude.unsqueeze(-2), (U * left).sum(-2) * S.sign(), magnitude.unsqueeze(-1) * right
+        return left * S.unsqueeze(-2), (U * left).sum(-2), S.unsqueeze(-1) * right
 
 
 class Factors(nn.Module):
-    """One weight as ``U diag(|S|) Vh``; several equal blocks for a grouped convolution.
+    """One weight as ``U diag(S) Vh``; several equal blocks for a grouped convolution.
 
     A half-precision weight keeps its factors in float32: orthonormal columns cannot be held in half precision, and a product of
     three rounded factors is no longer the weight. What leaves this class (`matrix`, `pair`) has the weight's own dtype.
 
     Attributes:
         U: ``(out, rank)``, or ``(blocks, out, rank)``.
-        S: ``(rank,)``, or ``(blocks, rank)``; unconstrained, ``|S|`` enters the weight.
+        S: ``(rank,)``, or ``(blocks, rank)``; signed. Penalties, order and merging take ``|S|``.
         Vh: ``(rank, in)``, or ``(blocks, rank, in)``.
 
     Source: Yang et al., arXiv 2004.09031, section 3.1.
-    Deviation: ``|S|`` is multiplied into ``U`` instead of ``sqrt(|S|)`` into both factors: the same function, and its gradient is finite
-    at ``S = 0``. `balanced` gives the published form, for merging.
+    Deviation: ``S`` is signed and multiplied into ``U``, instead of ``sqrt(|S|)`` into both factors: the same set of functions, and the
+    gradient of a weight of zeros reaches ``S``. `balanced` gives the published form, for merging.
     """
 
-    def __init__(self, U: Tensor, S: Tensor, Vh: Tensor, *, dtype: torch.dtype | None = None, requires_grad: bool = True) -> None:
+    def __init__(
+        self, U: Tensor, S: Tensor, Vh: Tensor, *, dtype: torch.dtype | None = None, requires_grad: bool = True, exact: bool = False
+    ) -> None:
         """Copy existing tensors.
 
         Args:
@@ -61,6 +62,7 @@ class Factors(nn.Module):
             Vh: right factor ``(..., rank, in)``.
             dtype: the weight's dtype; `U`'s when omitted.
             requires_grad: False for a frozen layer.
+            exact: whether these are a singular value decomposition, values descending: nothing is decomposed again until they change.
         """
         super().__init__()
         dtype = dtype or U.dtype
@@ -69,6 +71,7 @@ class Factors(nn.Module):
             own = tensor.detach().to(stored).clone(memory_format=torch.contiguous_format)  # a slice would keep its whole storage
             self.register_parameter(name, nn.Parameter(own, requires_grad=requires_grad))
         self.register_buffer("_dtype", torch.empty(0, dtype=dtype, device=U.device), persistent=False)
+        self._decomposed: tuple[float, ...] | None = self._fingerprint() if exact else None
 
     U: nn.Parameter
     S: nn.Parameter
@@ -93,7 +96,7 @@ class Factors(nn.Module):
         """
         U, S, Vh = decompose(matrix.detach())
         rank = S.shape[-1] if choose is None else choose(linalg.pooled_spectrum(S))
-        return cls(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=weight.dtype, requires_grad=weight.requires_grad)
+        return cls(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=weight.dtype, requires_grad=weight.requires_grad, exact=True)
 
     @classmethod
     def empty(cls, weight: Tensor, matrix: Float[Tensor, "*blocks out in_"], rank: int) -> "Factors":
@@ -101,6 +104,32 @@ class Factors(nn.Module):
         *blocks, out, in_ = matrix.shape
         zeros = [torch.zeros(*blocks, *shape, device=weight.device) for shape in ((out, rank), (rank,), (rank, in_))]
         return cls(*zeros, dtype=weight.dtype, requires_grad=weight.requires_grad)
+
+    @torch.no_grad()
+    def _fingerprint(self) -> tuple[float, ...] | None:
+        """Numbers that change with any entry, however it was written (through ``.data`` too, which torch's version counters do not see)."""
+        if self.U.is_meta or hasattr(self.U, "full_tensor"):  # no values, or shards of them
+            return None
+        return tuple(
+            float(flat @ torch.linspace(0.5, 1.5, flat.numel(), dtype=torch.float64, device=flat.device))
+            for flat in (parameter.double().flatten() for parameter in (self.U, self.S, self.Vh))
+        )
+
+    @property
+    def exact(self) -> bool:
+        """Whether the factors are a singular value decomposition, as they were made; False after a step, a load or a change by hand."""
+        return self._decomposed is not None and self._decomposed == self._fingerprint()
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the singular value decomposition of the weight in float64, values descending; nothing is computed where it is at hand."""
+        parts = self.U.detach(), self.S.detach(), self.Vh.detach()
+        if self.exact:
+            return parts[0].double(), parts[1].double(), parts[2].double()
+        return linalg.svd_of_product(*parts)
+
+    def spectrum(self) -> Tensor:
+        """Return the true singular values, descending, in float64; blocks pooled: ``(rank,)``."""
+        return linalg.pooled_spectrum(self.svd()[1])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,7 +163,7 @@ class Factors(nn.Module):
         return self.blocks * out * in_ * self.rank
 
     def matrix(self) -> Tensor:
-        """Compose ``U diag(|S|) Vh``: ``(out, in)`` or ``(blocks, out, in)``, in the weight's dtype."""
+        """Compose ``U diag(S) Vh``: ``(out, in)`` or ``(blocks, out, in)``, in the weight's dtype."""
         return self.product().to(self.dtype)
 
     def product(self) -> Tensor:
@@ -144,14 +173,14 @@ class Factors(nn.Module):
         return product if half else product.to(self.dtype)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Return ``U diag(|S|)`` and ``Vh`` in the weight's dtype, to be applied one after the other."""
-        return (self.U * self.S.abs().unsqueeze(-2)).to(self.dtype), self.Vh.to(self.dtype)
+        """Return ``U diag(S)`` and ``Vh`` in the weight's dtype, to be applied one after the other."""
+        return (self.U * self.S.unsqueeze(-2)).to(self.dtype), self.Vh.to(self.dtype)
 
     @torch.no_grad()
     def balanced(self) -> tuple[Tensor, Tensor]:
-        """Return ``U diag(sqrt|S|)`` and ``diag(sqrt|S|) Vh`` in the weight's dtype, detached: what `merge` writes."""
+        """Return ``U diag(sign(S) sqrt|S|)`` and ``diag(sqrt|S|) Vh`` in the weight's dtype, detached: what `merge` writes."""
         root = self.S.abs().sqrt()
-        return (self.U * root.unsqueeze(-2)).to(self.dtype), (root.unsqueeze(-1) * self.Vh).to(self.dtype)
+        return (self.U * (self.S.sign() * root).unsqueeze(-2)).to(self.dtype), (root.unsqueeze(-1) * self.Vh).to(self.dtype)
 
     @torch.no_grad()
     def cut(self, choose: Callable[[Tensor], int], left: Tensor | None = None, right: Tensor | None = None) -> "Factors":
@@ -172,21 +201,31 @@ class Factors(nn.Module):
         for name, tensor in self.named_parameters(recurse=False):
             if not torch.isfinite(tensor).all():
                 raise LayerError(name, "holds NaN or infinite values", hint="load the last good checkpoint")
-        U, S, Vh = linalg.svd_of_product(self.U, self.S, self.Vh)
+        exact = self.exact
+        U, S, Vh = (self.U, self.S, self.Vh) if exact else self.svd()
         if left is None and right is None:
             rank = choose(linalg.pooled_spectrum(S))
+            if exact:
+                return self._cut_to(U, S, Vh, rank)
         else:
             X, values, Y = linalg.weighted_svd(U, S, Vh, left, right)
             rank = choose(linalg.pooled_spectrum(values))
             if rank < values.shape[-1]:  # else nothing is cut
                 U, S, Vh = linalg.svd_of_product(X[..., :rank], torch.ones_like(S[..., :rank]), Y[..., :rank, :])
-        overlap = self.U.double().mT @ U
+        overlap = self.U.double().mT @ U.double()
         signs = torch.where(overlap.gather(-2, overlap.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0)
-        U, Vh = U * signs, Vh * signs.mT
-        cut = type(self)(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=self.dtype)
+        return self._cut_to(U * signs, S, Vh * signs.mT, rank)
+
+    def _cut_to(self, U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> "Factors":
+        """Return new factors of the leading values of a decomposition, trained as these are."""
+        cut = type(self)(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=self.dtype, exact=True)
         for new, old in zip(cut.parameters(), self.parameters(), strict=True):
             new.requires_grad_(old.requires_grad)
         return cut.train(self.training)
+
+    def become(self, other: "Factors") -> None:
+        """Take over the parameters of other factors of the same weight, in place."""
+        self.U, self.S, self.Vh, self._decomposed = other.U, other.S, other.Vh, other._decomposed
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow ``.to()``, ``.half()`` and friends, but keep U, S and Vh in float32 at least."""

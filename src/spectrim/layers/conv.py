@@ -30,7 +30,7 @@ from spectrim.plain.chain import PlainPair
 
 
 class FactorizedConv(OneWeight):
-    """A convolution whose folded kernel is ``U diag(|S|) Vh``; with groups, block by block at one common rank.
+    """A convolution whose folded kernel is ``U diag(S) Vh``; with groups, block by block at one common rank.
 
     Source: Yang et al., arXiv 2004.09031, section 3.1; transposed forms and groups follow from the same folding.
     """

@@ -14,7 +14,7 @@ from spectrim.plain.chain import PlainPair
 
 
 class FactorizedEmbedding(OneWeight, nn.Embedding):
-    """Rows of ``W = U diag(|S|) Vh``, ``(num_embeddings, embedding_dim)``; ``U`` holds one row for each entry."""
+    """Rows of ``W = U diag(S) Vh``, ``(num_embeddings, embedding_dim)``; ``U`` holds one row for each entry."""
 
     dense_kinds = (nn.Embedding,)
 

@@ -38,7 +38,7 @@ SAME_AS_LINEAR = ("FalconLinear",)
 
 
 class FactorizedLinear(OneWeight, nn.Linear):
-    """``y = x W^T + b`` with ``W = U diag(|S|) Vh`` of ``(out_features, in_features)``."""
+    """``y = x W^T + b`` with ``W = U diag(S) Vh`` of ``(out_features, in_features)``."""
 
     dense_kinds = (nn.Linear,)
 
@@ -68,7 +68,7 @@ class FactorizedLinear(OneWeight, nn.Linear):
 
 
 class FactorizedConv1D(OneWeight):
-    """The ``Conv1D`` of transformers: ``y = x W + b`` with ``W^T = U diag(|S|) Vh`` of ``(nf, nx)``."""
+    """The ``Conv1D`` of transformers: ``y = x W + b`` with ``W^T = U diag(S) Vh`` of ``(nf, nx)``."""
 
     bias: nn.Parameter
 

@@ -70,13 +70,13 @@ def randomized_svd(matrix: Float[Tensor, "*blocks out in_"], rank: int, *, passe
 def svd_of_product(
     U: Float[Tensor, "*blocks out rank"], S: Float[Tensor, "*blocks rank"], Vh: Float[Tensor, "*blocks rank in_"]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact singular value decomposition of ``U diag(|S|) Vh``, without forming the product.
+    """Exact singular value decomposition of ``U diag(S) Vh``, without forming the product.
 
     QR of both factors, then the SVD of the small core: ``O((out + in) rank^2 + rank^3)``.
 
     Args:
         U: left factor; its columns need not be orthonormal.
-        S: its absolute values enter the product.
+        S: of any sign.
         Vh: right factor; its rows need not be orthonormal.
 
     Returns:
@@ -85,7 +85,7 @@ def svd_of_product(
     """
     left, left_core = torch.linalg.qr(U.double())
     right, right_core = torch.linalg.qr(Vh.double().mT)
-    core_U, core_S, core_Vh = torch.linalg.svd((left_core * S.double().abs().unsqueeze(-2)) @ right_core.mT, full_matrices=False)
+    core_U, core_S, core_Vh = torch.linalg.svd((left_core * S.double().unsqueeze(-2)) @ right_core.mT, full_matrices=False)
     return left @ core_U, core_S, core_Vh @ right.mT
 
 
@@ -123,7 +123,7 @@ def weighted_svd(
 
     Args:
         U: orthonormal columns.
-        S: not negative.
+        S: of any sign.
         Vh: orthonormal rows.
         left: symmetric, positive semidefinite ``(..., out, out)``, or its diagonal ``(out,)``; the identity when omitted.
         right: the same of ``(..., in, in)`` or ``(in,)``.
@@ -156,7 +156,7 @@ def weighted_spectrum(
     left: Tensor | None = None,
     right: Tensor | None = None,
 ) -> Float[Tensor, "*blocks held"]:
-    """Singular values, descending, of ``L^1/2 U diag(|S|) Vh R^1/2`` for any factors; in float64, see `weighted_svd`."""
+    """Singular values, descending, of ``L^1/2 U diag(S) Vh R^1/2`` for any factors; in float64, see `weighted_svd`."""
     return weighted_svd(*svd_of_product(U.detach(), S.detach(), Vh.detach()), left, right)[1]
 
 

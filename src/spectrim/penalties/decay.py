@@ -78,4 +78,4 @@ class FrobeniusDecay:
 
 def _half_squared_norm_of(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     with torch.autocast(U.device.type, enabled=False):
-        return half_squared_norm(U * S.abs().unsqueeze(-2), Vh)
+        return half_squared_norm(U * S.unsqueeze(-2), Vh)

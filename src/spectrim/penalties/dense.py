@@ -89,9 +89,9 @@ def weights_of(model: nn.Module, where: LayerFilter | None, scheme: Fold) -> Ite
 
 
 def composed(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
-    """Return ``U diag(|S|) Vh`` in the dtype of the factors."""
+    """Return ``U diag(S) Vh`` in the dtype of the factors."""
     with torch.autocast(U.device.type, enabled=False):
-        return (U * S.abs().unsqueeze(-2)) @ Vh
+        return (U * S.unsqueeze(-2)) @ Vh
 
 
 def over_weights(model: nn.Module, measure: Measure, where: LayerFilter | None, scheme: Fold, steps: int) -> Tensor:

@@ -15,7 +15,7 @@ from spectrim.surgery.prune import prune_
 
 @torch.no_grad()
 def balance_(model: nn.Module, above: int = 1024) -> list[str]:
-    """Move singular values into the factors of large weights, in place: ``U <- c U diag(|S|)``, ``Vh <- Vh / c``, ``S <- 1``.
+    """Move singular values into the factors of large weights, in place: ``U <- c U diag(S)``, ``Vh <- Vh / c``, ``S <- 1``.
 
     With the ``c`` for which the entries of both factors have the same root mean square. The weights stay the same. Columns of `U` that are
     orthonormal have entries of size ``1 / sqrt(rows)``: of a vocabulary of 10,000 words, 0.01, and Adam, whose every step is as large as
@@ -71,7 +71,7 @@ def balanced(model: nn.Module) -> Iterator[list[str]]:
 
 def _balance(factors: Factors) -> None:
     # not `Factors.balanced`, whose halves are of one norm: the long one would keep the smaller entries
-    U = factors.U.double() * factors.S.double().abs().unsqueeze(-2)
+    U = factors.U.double() * factors.S.double().unsqueeze(-2)
     Vh = factors.Vh.double()
     mine, theirs = U.square().mean().sqrt(), Vh.square().mean().sqrt()
     share = (theirs / mine).sqrt() if mine > 0 and theirs > 0 else torch.ones_like(mine)

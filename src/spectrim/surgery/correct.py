@@ -283,7 +283,7 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 def _parts(factors: Factors) -> Parts:
     """Return U, ``|S|`` and Vh with blocks, in float64."""
-    U, S, Vh = (part.detach().double() for part in (factors.U, factors.S.abs(), factors.Vh))
+    U, S, Vh = (part.detach().double() for part in (factors.U, factors.S, factors.Vh))
     return (U, S, Vh) if S.dim() > 1 else (U[None], S[None], Vh[None])
 
 

@@ -80,7 +80,7 @@ def factorize(
     method: Method = "exact",
     progress: bool = False,
 ) -> nn.Module:
-    """Return a copy of `model` in which dense layers hold ``U diag(|S|) Vh``; the function is preserved at full rank.
+    """Return a copy of `model` in which dense layers hold ``U diag(S) Vh``; the function is preserved at full rank.
 
     Takes memory for the factors, a copy of what stays dense, and the decomposition of one weight at a time. On the meta device nothing is
     computed: factors of the right shapes are made there.

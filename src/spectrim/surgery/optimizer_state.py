@@ -22,7 +22,7 @@ def prune_optimizer_state(optimizer: Optimizer, old: nn.Module, new: nn.Module) 
 
     The cut rotates and truncates each factor: with ``P = U_old^T U_new`` and ``Q = Vh_old Vh_new^T``, a gradient for ``U_new`` is
     ``G P`` where ``G`` is one for ``U_old``, and likewise ``Q^T G`` for ``Vh``; first moments follow exactly that, second moments with the
-    entries of ``P`` and ``Q`` squared. For ``S`` the products ``P_ij Q_ij sign(S_i)`` are taken: what ``S_old`` cannot see is left out.
+    entries of ``P`` and ``Q`` squared. For ``S`` the products ``P_ij Q_ij`` are taken: what ``S_old`` cannot see is left out.
     Where the cut only drops values all this is slicing. A state that holds anything else (Adafactor's rows and columns) starts anew.
     Learning rates, schedulers and everything that refers to the optimizer stay valid.
 
@@ -74,14 +74,13 @@ def _move(
 
 
 def _rotations(pairs: Iterable[tuple[str, Factors, Factors]]) -> dict[str, tuple[str, Tensor, Tensor]]:
-    """Return for each factor parameter its role and the matrices ``P`` and ``Q``; the signs of ``S`` are in its ``Q``."""
+    """Return for each factor parameter its role and the matrices ``P`` and ``Q``."""
     maps: dict[str, tuple[str, Tensor, Tensor]] = {}
     for name, old, new in pairs:
-        U, S, Vh = (parameter.detach().double() for parameter in (old.U, old.S, old.Vh))
+        U, Vh = old.U.detach().double(), old.Vh.detach().double()
         P, Q = U.mT @ new.U.detach().double(), Vh @ new.Vh.detach().double().mT
-        signs = torch.where(S < 0, -1.0, 1.0).unsqueeze(-1)
         prefix = f"{name}." if name else ""
-        maps |= {f"{prefix}U": ("U", P, Q), f"{prefix}S": ("S", P, Q * signs), f"{prefix}Vh": ("Vh", P, Q)}
+        maps |= {f"{prefix}U": ("U", P, Q), f"{prefix}S": ("S", P, Q), f"{prefix}Vh": ("Vh", P, Q)}
     return maps
 
 

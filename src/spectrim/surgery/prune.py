@@ -21,7 +21,7 @@ from spectrim.surgery.ranks import check_names, chooser
 def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], *, calibration: Calibration | None = None) -> nn.Module:
     """Return a copy of a factorized model whose factors are cut to smaller ranks; the tensors really become smaller.
 
-    Before cutting, every product ``U diag(|S|) Vh`` is re-orthogonalised exactly (QR of both factors, SVD of the core), so that what is
+    Before cutting, every product ``U diag(S) Vh`` is re-orthogonalised exactly (QR of both factors, SVD of the core), so that what is
     sorted and cut are true singular values: the squared error of each weight equals its discarded energy.
 
     With a calibration each weight ``W`` is cut where its output changes least on the calibration data, or the loss, when the calibration
@@ -61,7 +61,7 @@ def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], *, ca
     cuts = _cuts(cut, ranks, calibration)
     _shift_biases(cut, cuts, calibration)
     for old, new in cuts.values():
-        _swap(old, new)
+        old.become(new)
     return cut
 
 
@@ -99,7 +99,7 @@ def prune_(
         _check_trained(optimizer, before, before)
     _shift_biases(model, cuts, calibration)
     for old, new in cuts.values():
-        _swap(old, new)
+        old.become(new)
     if optimizer is not None:
         _move(optimizer, before, dict(model.named_parameters()), maps)
 
@@ -136,11 +136,6 @@ def _shift_biases(model: nn.Module, cuts: Mapping[str, tuple[Factors, Factors]],
         old, new = layer.factors_of("weight"), after[id(layer.factors_of("weight"))]
         if name in means and new.rank < old.rank:
             mean = means[name].unsqueeze(-1)
-            before, now = ((f.U.double() * f.S.double().abs().unsqueeze(-2)) @ (f.Vh.double() @ mean) for f in (old, new))
+            before, now = ((f.U.double() * f.S.double().unsqueeze(-2)) @ (f.Vh.double() @ mean) for f in (old, new))
             bias: Any = layer.bias
             bias.add_((before - now).reshape(bias.shape).to(bias))
-
-
-def _swap(factors: Factors, other: Factors) -> None:
-    """Give `factors` the parameters of `other`."""
-    factors.U, factors.S, factors.Vh = other.U, other.S, other.Vh

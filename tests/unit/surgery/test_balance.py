@@ -37,7 +37,7 @@ def test_outputs_stay_and_entries_get_one_size(name: str, scheme: Any) -> None:
     make, inputs = NETWORKS[name]
     x, low = inputs(), sp.prune(sp.factorize(make(), scheme, sp.match("*")).eval(), sp.Fixed(3))
     with torch.no_grad():
-        next(iter(sp.named_factors(low)))[1].S.mul_(-1)  # of which the absolute value counts
+        next(iter(sp.named_factors(low)))[1].S.mul_(-1)
     before, written = low(x), copy.deepcopy(low)
     names = sp.balance_(low, above=200)
     assert names

@@ -115,15 +115,15 @@ def test_a_mapping_cuts_what_it_names() -> None:
 
 
 def test_singular_vectors_keep_their_direction() -> None:
-    """A cut of factors that are orthonormal and sorted already is a slice, signs included."""
+    """A cut of factors that are orthonormal and sorted already is a slice; the sign of a value goes to its row of Vh."""
     low = sp.factorize(Net().double(), "channel", EVERYTHING)
     with torch.no_grad():
-        low.one.S[1] *= -1  # |S| enters the weight
+        low.one.S[1] *= -1
     cut = sp.prune(low, sp.Fixed(2))
     for (_, old), (_, new) in zip(named_factors(low), named_factors(cut), strict=True):
         torch.testing.assert_close(new.U, old.U[..., :2], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(new.S, old.S[..., :2].abs(), rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(new.Vh, old.Vh[..., :2, :], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(new.Vh, (old.S.sign().unsqueeze(-1) * old.Vh)[..., :2, :], rtol=1e-9, atol=1e-9)
 
 
 # ---- the cut that calibration data choose

@@ -28,6 +28,7 @@ def harms_of(model: nn.Module, importance: Importance) -> dict[str, Tensor]:
 
     Examples:
         >>> from spectrim.surgery.factorize import factorize
+        >>> from spectrim.budget.distortion.energy import SpectralEnergy
         >>> {name: tuple(harm.shape) for name, harm in harms_of(factorize(nn.Linear(8, 6)), SpectralEnergy()).items()}
         {'': (7,)}
     """
