@@ -294,17 +294,17 @@ def examine(name: str) -> dict[str, Any]:
 HEAD = """# Architectures
 
 This page is written by `python benchmarks/architectures.py --render` from the files in `benchmarks/results/architectures`, which
-`python benchmarks/architectures.py` wrote. Each network is built by `transformers` from its config, with random weights and tiny: {layers}.
-It is factorized with the defaults, cut to `Budget(macs={budget})` or to the smallest budget that its ranks reach, and merged.
+`python benchmarks/architectures.py` wrote. Each network is tiny ({layers}), built by `transformers` from its config, with random weights.
+It is factorized with the defaults, cut to `Budget(macs={budget})` or to the smallest feasible budget, and merged.
 
-- **layers**: how many are factorized, and how many are left dense; why, stands below.
-- **MACs**: of one example, dense and after the cut, and the fraction that is left. A fraction above {budget} is the smallest one reachable.
+- **layers**: number of factorized layers, and of layers that stay dense; the reasons are below.
+- **MACs**: of one example, dense and after the cut, and the fraction that remains. A fraction above {budget} is the smallest feasible one.
 - **output error**: of the cut network, relative to the norm of the dense one's output. Nothing was trained, and random weights have no
-  small singular values to cut: what these networks lose says nothing about trained ones.
+  small singular values to cut, so the loss of these networks does not predict that of trained ones.
 - **factorized**, **merged**: largest difference to the output of the dense, or of the cut, network: rounding in float32.
-- **reloaded**: largest difference after `save` and `load` into a network freshly built from the config, of the cut and of the merged one.
-- **ONNX**: largest difference between the merged network and ONNX Runtime, from torch's dynamo exporter; or the operator that it fails at.
-  With *eager attention* where the exporter fails at the fused one, as it then does for the dense network.
+- **reloaded**: largest difference after `save` and `load` into a new network built from the config, for the cut and the merged one.
+- **ONNX**: largest difference between the merged network and ONNX Runtime, from torch's dynamo exporter; or the operator at which it fails.
+  *Eager attention* is used if the exporter fails on fused attention, as it then does for the dense network.
 
 """
 
@@ -354,7 +354,7 @@ def render() -> str:
     lines = [HEAD.format(layers=sizes, budget=BUDGET).rstrip(), "", *table, ""]
     if missing:
         lines += [f"Missing: {', '.join(missing)}.", ""]
-    lines += ["## Left dense, and why", "", "| reason | layers | networks |", "|---|---:|---|", *reasons(results), ""]
+    lines += ["## Layers that stay dense", "", "| reason | layers | networks |", "|---|---:|---|", *reasons(results), ""]
     return "\n".join([*lines, *(f"Made with {entry}." for entry in versions), ""])
 
 

@@ -1,4 +1,4 @@
-"""Render ``benchmarks/results/compare`` into ``docs/comparison.md`` and its plots: nobody types a number. ``--check`` compares the page."""
+"""Render ``benchmarks/results/compare`` into ``docs/comparison.md`` and its plots; no number is typed. ``--check`` compares the page."""
 
 import itertools
 import json
@@ -43,11 +43,11 @@ METHODS = {
     "ours_orthogonal": "`compress`, orthogonality on",
     "ours_decayed": "`compress`, decay of the product",
     "ours_undistilled": "`compress`, no teacher",
-    "ours_taught": "`compress`, taught by outputs alone",
-    "ours_hinted": "`compress`, taught by layers all along",
+    "ours_taught": "`compress`, distilled by logits only",
+    "ours_hinted": "`compress`, distilled by features throughout",
     "ours_whitened": "`compress`, ranks by whitened energy",
-    "narrow": "narrower network, from nothing",
-    "narrow_distilled": "narrower network, from nothing, distilled",
+    "narrow": "narrower network, from scratch",
+    "narrow_distilled": "narrower network, from scratch, distilled",
     "filters": "filter pruning (torch-pruning)",
 }
 CALIBRATION_ONLY = ("truncated", "whitened", "ours")
@@ -60,24 +60,24 @@ This page is written by `python benchmarks/compare_report.py` from the files in 
 and get the same epochs, optimizer, batches and shape of learning-rate schedule, and at most the stated fraction of the dense network's
 multiply-accumulates. Fine-tuning without a penalty on the factors balances those of weights with a side above 1,024 (`balance_`), in all
 rows alike. Numbers are those of the test split, which is read once, at the end of a run, unless a table says validation; mean `±`
-sample standard deviation over `n` seeds. With n=1 there is no deviation, and differences below about 0.3 point mean nothing. The best of a
-column is bold. A dash is a run that has not been made; how many are missing stands below each table. Each file names the commit that made
-it: where only the library has changed since, and not a setting, the row stands until it is run again. The rules of `compress` were chosen
-by trials on networks of this page, judged by validation scores. The last change of its rule for ranks came after test scores of LeNet-5
-had been seen, and that of its choice between cuts without training after those of ResNet-8, so that these rows are not blind. None was
-chosen on the ViT.
+sample standard deviation over `n` seeds. With n=1 there is no deviation, and differences below about 0.3 point are not significant. The
+best value of a column is bold. A dash marks a run that has not been made; the number of missing runs is below each table. Each file names
+the commit that made it. If only the library has changed since, and no setting, the row is kept until it is run again. The rules of
+`compress` were chosen by trials on networks of this page, judged by validation scores. The last change of its rule for ranks was made after
+test scores of LeNet-5 had been seen, and that of its choice between cuts without training after those of ResNet-8, so these rows are not
+blind. No rule was chosen on the ViT.
 
 - **truncated SVD**: cut at once, ranks by the knapsack over spectral energy; *distilled*: fine-tuned with the dense network as the teacher.
-- **activation-whitened SVD**: cut where each layer's output changes least on training examples, ranks by the same measure.
+- **activation-whitened SVD**: the cut minimizes the change of each layer's output on training examples, ranks by the same distortion.
 - **SVD training**: half of the epochs with orthogonality and a sparsity penalty, then the energy threshold that meets the budget, then
   fine-tuning with orthogonality.
 - **PolarHoyer**: half of the epochs with the penalty on the dense weights, then as truncated SVD.
-- **`compress`**: ours, with its own defaults: where the dense network is far ahead of the cut one it teaches, by what it says (temperature
-  2, half of the loss; rows that say *distilled* have 4 and 0.7 on images) and in the first half of the steps by what its layers put out,
-  too; one that knows its training images by heart (ResNet-20 and 56) as in the rows that say *distilled*. *By outputs alone*: never by
-  layers, and however far ahead it is; *by layers all along*: in the second half, too.
-- **narrower network**: the largest multiple of all widths that fits, trained from random weights, with its own peak learning rate.
-- **filter pruning**: whole channels by group norm, uniformly or globally, whichever does better on the validation split before fine-tuning.
+- **`compress`**: ours, with its defaults. If the loss gap to the dense network is large, the dense network is the teacher: logits
+  throughout (temperature 2, half of the loss; rows marked *distilled* use 4 and 0.7 on images), intermediate features for the first half
+  of training. A dense network that memorized its training images (ResNet-20 and 56) is used as in the rows marked *distilled*. *Logits
+  only*: never features, and whatever the loss gap; *features throughout*: in the second half, too.
+- **narrower network**: all widths scaled by the largest factor that fits, trained from random weights, with a separate peak learning rate.
+- **filter pruning**: whole channels by group norm, uniformly or globally, whichever is better on the validation split before fine-tuning.
 """
 
 Result = dict[str, Any]

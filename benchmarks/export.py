@@ -45,12 +45,13 @@ FORMATS = {format: suffix for suffix, format in SUFFIXES.items()}
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "executorch", "openvino", "transformers")
 HEAD = f"""# Export
 
-This page is written by `python benchmarks/export.py` from the files in `benchmarks/results/export`, which it writes first. Each network is
-written dense and cut to {100 * BUDGET:.0f} % of its multiply-accumulates (`allocate`, `prune`, `merge`; no fine-tuning, which changes no
-time), for a batch of any size (ExecuTorch: up to {max(BATCHES)}). Inputs are examples of the validation split. *Difference* is the largest
-one to torch's outputs at batch {" and ".join(map(str, BATCHES))}, as a fraction of the output's largest magnitude; a file that differs by
-more than {TOLERANCE:g} is not written. Times are of one example on one thread, median and interquartile range; all files of a network are
-timed in turns. *XNNPACK* is the share of the operators that it runs, the rest has ExecuTorch's own, slower kernels.
+This page is written by `python benchmarks/export.py` from the files in `benchmarks/results/export`, which it writes first. Each network
+is written dense and cut to {100 * BUDGET:.0f} % of its multiply-accumulates (`allocate`, `prune`, `merge`; no fine-tuning, which does not
+change the time), for a batch of any size (ExecuTorch: up to {max(BATCHES)}). Inputs are examples of the validation split. *Difference* is
+the largest difference to torch's outputs at batch {" and ".join(map(str, BATCHES))}, as a fraction of the output's largest magnitude; a
+file that differs by more than {TOLERANCE:g} is not written. Times are for one example on one thread, median and interquartile range; all
+files of a network are timed alternately. *XNNPACK* is the fraction of operators that XNNPACK runs; the others use ExecuTorch's slower
+portable kernels.
 """
 
 

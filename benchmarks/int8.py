@@ -255,14 +255,14 @@ def processor() -> dict[str, Any]:
 
 HEAD = """# int8
 
-This page is written by `python benchmarks/int8.py` from the files in `benchmarks/results/int8`, which it wrote. Each network is taken
-dense and low-rank, and both in float32 and in int8 (`quantize` with its defaults), as ONNX files in ONNX Runtime. The low-rank network is
-that of `compress` under the stated budget. Training batches calibrate; the test split is read once for each file. *Size* is that of the
-file without the exporter's notes. *Latency*: batch 1, one thread, all four files in turns; the median and, in brackets, the interquartile
-range. *Error* is the root mean square error of the int8 network's outputs on the calibration examples, as a fraction of its own float32
-outputs.
+This page is written by `python benchmarks/int8.py` from the files in `benchmarks/results/int8`, which it wrote. Each network is measured
+dense and low-rank, each in float32 and in int8 (`quantize` with its defaults), as ONNX files in ONNX Runtime. The low-rank network is the
+result of `compress` under the stated budget. Calibration uses training batches; the test split is read once for each file. *Size* is that
+of the file without the exporter's metadata. *Latency*: batch 1, one thread, all four files alternately; the median and, in brackets, the
+interquartile range. *Error* is the root mean square error of the int8 network's outputs on the calibration examples, as a fraction of its
+float32 outputs.
 
-How to make such files: [Make it int8](howto/int8.md).
+How to make such files: [Quantize to int8](howto/int8.md).
 """
 VNNI = ("avx512_vnni", "avx_vnni", "avx_vnni_int8", "amx_int8", "asimddp", "i8mm")
 

@@ -10,18 +10,18 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parent / "docs" / "results.md"
 NAMES = {
     "dense": "dense",
-    "continued": "dense, trained on for as many epochs",
+    "continued": "dense, trained for as many more epochs",
     "truncated": "plain truncated SVD + training, same MACs and epochs",
     "final": "SVD training",
 }
 HEAD = """# Results
 
 This page is written by `python benchmarks/report.py` from the files in `benchmarks/results`, which the runner wrote. Accuracies and losses
-are those of the test split, which is read once, at the end of a run; seconds are medians at batch 1 measured side by side in one process,
-so that their ratios mean something and the seconds themselves do not. `±` is the sample standard deviation over seeds; with one seed there
-is none, and differences below about 0.3 point mean nothing. The pretrained CIFAR-10 network has seen our
-validation images, so that they choose nothing in `cifar10_resnet20`: its numbers on the way look better than they are. Its learning
-rate was the better of two by the loss on training images; one of the two was known from short trials that had looked at 2,048 test images.
+are those of the test split, which is read once, at the end of a run. Seconds are medians at batch 1, measured side by side in one process:
+compare their ratios, not the seconds themselves. `±` is the sample standard deviation over seeds. With one seed there is none, and
+differences below about 0.3 point are not significant. The pretrained CIFAR-10 network was trained on our validation images, so they choose
+nothing in `cifar10_resnet20`, and its intermediate validation numbers are too optimistic. Its learning rate was the better of two by the
+loss on training images; one of the two was known from short trials that had used 2,048 test images.
 """
 
 
@@ -48,11 +48,11 @@ def section(task: str, method: str, result: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     first = result["runs"][0]
     stages, recipe, machine = first["stages"], first["recipe"], first["environment"]
-    epochs = {"dense": recipe["dense"]["epochs"], "regularised": sum(phase["epochs"] for phase in recipe["train"])}
+    epochs = {"dense": recipe["dense"]["epochs"], "regularized": sum(phase["epochs"] for phase in recipe["train"])}
     epochs |= {"fine-tuning": recipe["finetune"]["epochs"]}
     spent = ", ".join(f"{value} {name}" for name, value in epochs.items())
     key, scale, unit = ("accuracy", 100, " %") if classifier else ("loss", 1, " nats")
-    cut = [("regularised", stages["2-train"]["val"]), ("right after the cut", stages["3-prune"]["val_cut"])]
+    cut = [("regularized", stages["2-train"]["val"]), ("right after the cut", stages["3-prune"]["val_cut"])]
     cut += [("BatchNorm recalibrated", stages["3-prune"]["val"])] if "val" in stages["3-prune"] else []
     cut += [("fine-tuned", stages["4-finetune"]["val"])]
     way = ", ".join(f"{name} {values[key] * scale:.{2 if classifier else 4}f}{unit}" for name, values in cut)
@@ -60,7 +60,7 @@ def section(task: str, method: str, result: dict[str, Any]) -> str:
         [
             f"\n## {task}: {method}\n",
             f"Recipe `{case['recipe']}`, seeds {', '.join(map(str, case['seeds']))}, epochs: {spent}. "
-            f"Validation split on the way (first seed): {way}.\n",
+            f"Validation split after each stage (first seed): {way}.\n",
             *lines,
             f"\n*{machine['machine']}, {machine['device']}, torch {machine['versions']['torch']}, latency with "
             f"{recipe['latency_threads']} thread(s), commit `{result['git']['commit'][:10]}`, {sum(result['wall_s']) / 60:.0f} minutes.*\n",

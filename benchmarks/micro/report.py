@@ -1,4 +1,4 @@
-"""Render ``benchmarks/micro/results`` into ``docs/speed.md`` and its plots: nobody types a number. ``--check`` only compares the page."""
+"""Render ``benchmarks/micro/results`` into ``docs/speed.md`` and its plots; no number is typed. ``--check`` only compares the page."""
 
 import json
 import sys
@@ -10,34 +10,33 @@ DOCS = HERE.parents[1] / "docs"
 PAGE, PLOTS = DOCS / "speed.md", DOCS / "plots"
 HEAD = """# Speed
 
-This page is written by `python benchmarks/micro/report.py` from the files in `benchmarks/micro/results`. Variants run in turns in one
-process, each round in another order; a ratio is taken within each round, and the table shows the median over rounds with the quartiles. The
-seconds themselves mean nothing on another machine and are left out; they are in the files.
+This page is written by `python benchmarks/micro/report.py` from the files in `benchmarks/micro/results`. Variants run alternately in one
+process, in a different order in each round. Ratios are computed within each round; the tables show the median over rounds with the
+quartiles. The seconds themselves depend on the machine and are only in the files.
 """
 STEP = """
 ## One training step, against dense
 
-Forward, loss, penalties (`Orthogonality` and `Hoyer`), backward and an SGD step, as a ratio to the dense network's step: below 1 is faster.
-`factored` runs two operations at every rank and writes the penalties layer by layer, as published code does; `composed` always composes
-the weight; `auto`, the default, takes for each layer what costs fewer multiply-accumulates; `measured` what a clock said
-(`choose_execution`); `PolarHoyer` regularises the weights of the dense network; *penalty sampled* is
-`Orthogonality(sample=0.125)`. The number after the name is the rank as a fraction of the
-full one. *Memory* is the peak within a step over what was there before, against dense; *without factors* leaves out the gradients of the
-factors themselves.
+Forward, loss, penalties (`Orthogonality` and `Hoyer`), backward and an SGD step, as a ratio to the dense network's step: below 1 is
+faster. `factored` runs two operations at every rank and writes the penalties layer by layer, as published code does; `composed` always
+composes the weight; `auto`, the default, chooses for each layer the execution with fewer multiply-accumulates; `measured` the faster one
+by measurement (`choose_execution`); `PolarHoyer` regularizes the weights of the dense network; *penalty sampled* is
+`Orthogonality(sample=0.125)`. The number after the name is the rank as a fraction of the full rank. *Memory* is the peak within a step
+above the memory in use before it, relative to dense; *without factors* excludes the gradients of the factors.
 """
 LATENCY = """
 ## Inference, at half the multiply-accumulates
 
-Batch 1, one thread: the speed-up over the dense network. `by MACs` chooses ranks and forms by multiply-accumulates alone, `by the clock`
+Batch 1, one thread: the speed-up over the dense network. `by MACs` chooses ranks and forms by multiply-accumulates only, `by latency`
 with the latency table of ONNX Runtime (`latency_table`), under the smallest of the budgets 0.5, 0.6, ... that can be met with layers that
-are faster as pairs. *Share* is the ONNX Runtime speed-up over the MAC reduction: at 1 every multiplication saved is time saved.
+are faster as pairs. *Share* is the ONNX Runtime speed-up over the MAC reduction: at 1 latency falls in proportion to MACs.
 """
 GROWTH = """
 ## Growth with width, depth and rank
 
-One step of a single square layer, against dense, with the limit that multiply-accumulates set (dashed), those of the exact penalty
-included. Rows of the linear layers: {rows}, positions of the convolutions: {positions}. That is few: composing and the penalty cost the
-same however many rows there are, so that ratios above 1 shrink in proportion as rows are added.
+One step of a single square layer, relative to dense, with the lower limit set by multiply-accumulates (dashed), including those of the
+exact penalty. Rows of the linear layers: {rows}, positions of the convolutions: {positions}. These are small: the cost of the composition
+and the penalty does not depend on the number of rows, so the excess over 1 shrinks in proportion as rows are added.
 
 ![Step time of a linear layer against rank](plots/growth-linear.svg)
 ![Step time of a convolution against rank](plots/growth-conv.svg)
@@ -45,7 +44,7 @@ same however many rows there are, so that ratios above 1 shrink in proportion as
 FACTORIZE = """
 ## Factorizing
 
-Seconds of `factorize(rank=width / 16)` of one square layer: the randomised decomposition against the exact one.
+Seconds of `factorize(rank=width / 16)` of one square layer: the randomized SVD against the exact one.
 """
 
 
@@ -81,7 +80,7 @@ def step_section(result: dict[str, Any]) -> str:
 def latency_section(result: dict[str, Any]) -> str:
     rows = []
     for point in result["points"]:
-        for key, title in (("macs", "by MACs"), ("timed", "by the clock")):
+        for key, title in (("macs", "by MACs"), ("timed", "by latency")):
             reduction = point["mac_reduction"][key]
             speeds = [quartiles(point[backend][key]) for backend in ("onnx", "compiled", "eager")]
             share = point["onnx"][key]["median"] / reduction
@@ -116,7 +115,7 @@ def growth_section(result: dict[str, Any]) -> str:
 
 def factorize_section(result: dict[str, Any]) -> str:
     rows = [[f"width {point['width']}", f"{point['exact'] / point['randomized']:.1f}x faster"] for point in result["points"]]
-    return FACTORIZE + "\n" + table(["layer", "randomised"], rows) + machine(result)
+    return FACTORIZE + "\n" + table(["layer", "randomized"], rows) + machine(result)
 
 
 def results() -> dict[str, dict[str, Any]]:

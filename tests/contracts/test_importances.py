@@ -9,33 +9,28 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as sp
-from spectrim.budget.distortion import METHODS
+from spectrim.budget.distortion import LAWS, METHODS, Evidence
 from spectrim.budget.distortion.base import harms_of
-from spectrim.budget.distortion.energy import SpectralEnergy, WhitenedEnergy
-from spectrim.budget.distortion.loss import LossSensitivity
-from spectrim.budget.distortion.measured import MeasuredLoss
-from spectrim.budget.distortion.normalized import NormalizedEnergy
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance
-from spectrim.surgery.calibrate import Calibration, calibrate
+from spectrim.surgery.calibrate import calibrate
+from spectrim.tables import Row
 
 EVERYTHING = sp.match("*")
-Make = Callable[[nn.Module, list[Any]], Importance]
+Method = Row[Callable[[Evidence], Importance]]
 
 
-def calibration(low: nn.Module, data: list[Any]) -> Calibration:
-    return calibrate(low, data, nn.CrossEntropyLoss())
+def make(row: Method, low: nn.Module, data: list[Any]) -> Importance:
+    loss = nn.CrossEntropyLoss()
+    return row.example(Evidence(data, loss, calibrate(low, data, loss)))
 
 
-MAKE: dict[str, Make] = {
-    "spectral": lambda low, data: SpectralEnergy(),
-    "normalized": lambda low, data: NormalizedEnergy(data[0][0]),
-    "whitened": lambda low, data: WhitenedEnergy(calibration(low, data)),
-    "sensitivity": lambda low, data: LossSensitivity(calibration(low, data)),
-    "sensitivity, first order": lambda low, data: LossSensitivity(calibration(low, data), order=1),
-    "measured": lambda low, data: MeasuredLoss(data, nn.CrossEntropyLoss(), points=1),
-}
-every_method = pytest.mark.parametrize("method", list(MAKE))
+def obeying(*laws: str) -> pytest.MarkDecorator:
+    rows = [row for row in METHODS if not laws or row.laws & set(laws)]
+    return pytest.mark.parametrize("row", rows, ids=lambda row: row.label)
+
+
+every_method = obeying()
 
 
 class Network(nn.Module):
@@ -65,37 +60,56 @@ def case(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[Any]]:
     return low, [(torch.randint(0, 9, (12, 5)), torch.randint(0, 4, (12,)))]
 
 
-def test_every_method_is_made_here() -> None:
-    assert {label.partition(",")[0] for label in MAKE} == set(METHODS)
+def test_every_row_makes_its_class_and_every_law_has_a_row() -> None:
     low, data = case()
-    assert all(type(make(low, data)) is METHODS[label.partition(",")[0]] for label, make in MAKE.items())
+    assert all(type(make(row, low, data)) is row.method for row in METHODS)
+    assert set().union(*(row.laws for row in METHODS)) == set(LAWS)
+
+
+@obeying("data-free")
+def test_data_does_not_matter(row: Method) -> None:
+    low, data = case()
+    others = [(inputs.flip(0), target.flip(0) * 0) for inputs, target in data]
+    first, second = make(row, low, data)(low), make(row, low, others)(low)
+    assert all(torch.equal(values, second[name]) for name, values in first.items())
+
+
+@obeying("plain-cut")
+def test_equals_the_squared_error_of_the_cut(row: Method) -> None:
+    low, data = case(torch.float64)
+    found = make(row, low, data)(low)
+    for name, factors in named_factors(low):
+        whole = factors.matrix().detach()
+        for rank in {1, 2, factors.rank - 1} - {0, factors.rank}:
+            error = (factors.cut(lambda spectrum, rank=rank: rank).matrix().detach() - whole).square().sum()
+            torch.testing.assert_close(found[name][rank], error / whole.square().sum(), rtol=1e-9, atol=1e-15)
 
 
 @every_method
-def test_is_an_importance_whose_harms_fall_to_zero(method: str) -> None:
+def test_is_an_importance_whose_distortions_fall_to_zero(row: Method) -> None:
     low, data = case()
-    importance = MAKE[method](low, data)
+    importance = make(row, low, data)
     assert isinstance(importance, Importance)
-    harms = importance(low)
+    distortions = importance(low)
     factors = dict(named_factors(low))
-    assert set(harms) == set(factors)
-    for name, harm in harms.items():
-        assert harm.dtype == torch.float64
-        assert harm.shape == (factors[name].rank + 1,)
-        assert torch.isfinite(harm).all()
-        assert harm[-1] == 0
-        assert (harm.diff() <= 0).all()
-        assert harm[0] > 0
+    assert set(distortions) == set(factors)
+    for name, distortion in distortions.items():
+        assert distortion.dtype == torch.float64
+        assert distortion.shape == (factors[name].rank + 1,)
+        assert torch.isfinite(distortion).all()
+        assert distortion[-1] == 0
+        assert (distortion.diff() <= 0).all()
+        assert distortion[0] > 0
     assert harms_of(low, importance).keys() == factors.keys()
 
 
 @every_method
-def test_leaves_the_model_and_random_numbers_alone(method: str) -> None:
+def test_leaves_the_model_and_random_numbers_alone(row: Method) -> None:
     low, data = case()
     low.train()
     before = {key: value.clone() for key, value in low.state_dict().items()}
     state = torch.get_rng_state()
-    MAKE[method](low, data)(low)
+    make(row, low, data)(low)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[key]) for key, value in low.state_dict().items())
     assert all(module.training for module in low.modules())
@@ -104,22 +118,22 @@ def test_leaves_the_model_and_random_numbers_alone(method: str) -> None:
 
 
 @every_method
-def test_is_the_same_twice(method: str) -> None:
+def test_is_the_same_twice(row: Method) -> None:
     low, data = case()
-    first, second = (MAKE[method](low, data)(low) for _ in range(2))
-    assert all(torch.equal(harm, second[name]) for name, harm in first.items())
+    first, second = (make(row, low, data)(low) for _ in range(2))
+    assert all(torch.equal(distortion, second[name]) for name, distortion in first.items())
 
 
 @every_method
-def test_after_a_cut_the_harms_that_are_left_are_for_the_present_rank(method: str) -> None:
+def test_after_a_cut_the_distortions_that_are_left_are_for_the_present_rank(row: Method) -> None:
     low, data = case()
     cut = sp.prune(low, sp.Fixed(2))
-    harms = MAKE[method](cut, data)(cut)
-    assert all(harms[name].shape == (factors.rank + 1,) for name, factors in named_factors(cut))
+    distortions = make(row, cut, data)(cut)
+    assert all(distortions[name].shape == (factors.rank + 1,) for name, factors in named_factors(cut))
 
 
 @every_method
-def test_the_choice_of_factors_does_not_matter(method: str) -> None:
+def test_the_choice_of_factors_does_not_matter(row: Method) -> None:
     """The same product, held as factors that are neither orthonormal nor sorted nor positive."""
     low, data = case(torch.float64)
     other = copy.deepcopy(low)
@@ -132,32 +146,32 @@ def test_the_choice_of_factors_does_not_matter(method: str) -> None:
             order = torch.arange(factors.rank - 1, -1, -1)
             for part, axis in ((factors.U, -1), (factors.S, -1), (factors.Vh, -2)):
                 part.copy_(part.index_select(axis, order))
-    first, second = MAKE[method](low, data)(low), MAKE[method](other, data)(other)
-    for name, harm in first.items():
-        torch.testing.assert_close(harm, second[name], rtol=1e-6, atol=1e-9)  # roots of matrices that may be singular
+    first, second = make(row, low, data)(low), make(row, other, data)(other)
+    for name, distortion in first.items():
+        torch.testing.assert_close(distortion, second[name], rtol=1e-6, atol=1e-9)  # roots of matrices that may be singular
 
 
 @every_method
-def test_half_precision_layers(method: str) -> None:
+def test_half_precision_layers(row: Method) -> None:
     low, data = case(torch.bfloat16)
-    harms = harms_of(low, MAKE[method](low, data))
-    assert all(harm.dtype == torch.float64 and torch.isfinite(harm).all() for harm in harms.values())
+    distortions = harms_of(low, make(row, low, data))
+    assert all(distortion.dtype == torch.float64 and torch.isfinite(distortion).all() for distortion in distortions.values())
 
 
 @every_method
-def test_tied_weights_have_one_entry(method: str) -> None:
+def test_tied_weights_have_one_entry(row: Method) -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
     model[2].weight = model[0].weight
     low = sp.factorize(model, where=EVERYTHING).eval()
     data = [(torch.randn(20, 6), torch.randint(0, 4, (20,)))]
-    assert list(MAKE[method](low, data)(low)) == ["0", "4"]
+    assert list(make(row, low, data)(low)) == ["0", "4"]
 
 
 @every_method
 @pytest.mark.parametrize("kind", ["macs", "size"])
-def test_allocate_takes_it(method: str, kind: str) -> None:
+def test_allocate_takes_it(row: Method, kind: str) -> None:
     low, data = case()
-    importance, x = MAKE[method](low, data), data[0][0]
+    importance, x = make(row, low, data), data[0][0]
     ranks = sp.allocate(low, sp.Budget(**{kind: 0.8}), x, importance=importance)
     merged, dense = sp.measure(sp.merge(sp.prune(low, ranks)), x, latency=False), sp.measure(Network(), x, latency=False)
     kept, whole = ({"macs": measured.macs, "size": measured.size_bytes}[kind] for measured in (merged, dense))

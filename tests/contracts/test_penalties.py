@@ -1,12 +1,13 @@
 """The laws of a penalty, over `spectrim.penalties.METHODS`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import formulas
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,41 +15,45 @@ import spectrim as sp
 from spectrim.errors import SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
-from spectrim.penalties import METHODS, FrobeniusDecay, sums
+from spectrim.penalties import LAWS, METHODS, sums
 from spectrim.protocols import Penalty
+from spectrim.tables import Row
 
 EVERYTHING = sp.match("*")
-DENSE = [sp.PolarHoyer, sp.NuclearNorm]
-SPARSITY = [method for method in METHODS if method is not sp.Orthogonality]
-NORMS = [sp.L1, sp.NuclearNorm, FrobeniusDecay]  # zero for zeros alone
-SCALE_FREE = [sp.Hoyer, sp.HoyerSquare, sp.PolarHoyer]
-every_method = pytest.mark.parametrize("method", METHODS)
-
-
-def orthogonality(U: NDArray[Any], S: NDArray[Any], Vh: NDArray[Any]) -> float:
-    r = len(S)
-    return float((np.sum((U.T @ U - np.eye(r)) ** 2) + np.sum((Vh @ Vh.T - np.eye(r)) ** 2)) / r**2)
-
-
-def spectrum(U: NDArray[Any], S: NDArray[Any], Vh: NDArray[Any]) -> NDArray[Any]:
-    return np.linalg.svd(U * S @ Vh, compute_uv=False)
-
-
-# The formulas of shared/specs/svd-training.md, of one block, in numpy float64.
-FORMULAS = {
-    sp.Orthogonality: orthogonality,
-    sp.Hoyer: lambda U, S, Vh: np.abs(S).sum() / np.sqrt((S**2).sum()) - 1,
-    sp.HoyerSquare: lambda U, S, Vh: np.abs(S).sum() ** 2 / (S**2).sum() - 1,
-    sp.L1: lambda U, S, Vh: np.abs(S).sum(),
-    sp.PolarHoyer: lambda U, S, Vh: spectrum(U, S, Vh).sum() ** 2 / (spectrum(U, S, Vh) ** 2).sum() - 1,
-    sp.NuclearNorm: lambda U, S, Vh: spectrum(U, S, Vh).sum(),
-    FrobeniusDecay: lambda U, S, Vh: ((U * S @ Vh) ** 2).sum() / 2,
+DEGREES = {"scale-free": 0, "degree-1": 1, "degree-2": 2}
+IDEAL: dict[str, Callable[[Tensor], Tensor]] = {
+    "orthonormal": lambda S: S,
+    "rank-one": lambda S: only_rank_one(S),
+    "definite": torch.zeros_like,
 }
+"""By law: singular values at which the penalty of orthonormal factors is zero."""
 
 
-def exact(method: type) -> float:
+def rows(*laws: str) -> list[Row[Penalty]]:
+    """Return the rows that obey at least one of the laws; all rows when none is named."""
+    return [row for row in METHODS if not laws or row.laws & set(laws)]
+
+
+def obeying(*laws: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("row", rows(*laws), ids=lambda row: row.label)
+
+
+every_method = obeying()
+
+
+def made(row: Row[Penalty], weight: float, **knobs: Any) -> Penalty:
+    """Make the row's example with another strength."""
+    return replace(row.example, weight=weight, **knobs)
+
+
+def exact(row: Row[Penalty]) -> float:
     """Relative accuracy of a value in float64: that of seven steps for the polar factor, rounding for the others."""
-    return 1e-7 if method in DENSE else 1e-12
+    return 1e-7 if "dense" in row.laws else 1e-12
+
+
+def degree(row: Row[Penalty]) -> int:
+    """Power of a factor on the singular values that the value is multiplied by; 0 where the singular values do not matter."""
+    return max((DEGREES[law] for law in row.laws if law in DEGREES), default=0)
 
 
 def network(dtype: torch.dtype = torch.float64, rank: int | None = None) -> nn.Module:
@@ -63,13 +68,13 @@ def network(dtype: torch.dtype = torch.float64, rank: int | None = None) -> nn.M
     return low
 
 
-def by_formula(method: type, model: nn.Module) -> float:
+def by_formula(row: Row[Penalty], model: nn.Module) -> float:
     """Sum over weights, tied ones once, and over the blocks of each."""
     total = 0.0
     for _, factors in named_factors(model):
         U, S, Vh = (p.detach().double().numpy() for p in (factors.U, factors.S, factors.Vh))
         blocks = [(U, S, Vh)] if S.ndim == 1 else list(zip(U, S, Vh, strict=True))
-        total += sum(FORMULAS[method](*block) for block in blocks)
+        total += sum(formulas.OF_FACTORS[row.label](*block) for block in blocks)
     return total
 
 
@@ -79,9 +84,9 @@ def set_spectra(model: nn.Module, spectrum: Any) -> None:
             factors.S.copy_(spectrum(factors.S))
 
 
-def gradients(method: type, model: nn.Module) -> tuple[Tensor, list[Tensor]]:
+def gradients(row: Row[Penalty], model: nn.Module) -> tuple[Tensor, list[Tensor]]:
     """Value and the gradients of what it depends on."""
-    value = method(0.7)(model)
+    value = made(row, 0.7)(model)
     found = torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
     return value, [gradient for gradient in found if gradient is not None]
 
@@ -91,47 +96,54 @@ def only_rank_one(S: Tensor) -> Tensor:
 
 
 @every_method
-def test_is_a_penalty(method: type) -> None:
-    assert isinstance(method(0.5), Penalty)
+def test_is_a_penalty(row: Row[Penalty]) -> None:
+    assert isinstance(row.example, Penalty)
+    assert isinstance(row.example, row.method)
+
+
+def test_every_row_has_a_formula_and_an_ideal_point_and_every_law_a_row() -> None:
+    assert [row.label for row in METHODS] == list(formulas.OF_FACTORS)
+    assert {row.label for row in rows("dense")} == set(formulas.OF_DENSE)
+    assert all(len(row.laws & set(IDEAL)) == 1 for row in METHODS)
+    assert all(len(row.laws & set(DEGREES)) == 1 for row in rows("spectral"))
+    assert set().union(*(row.laws for row in METHODS)) == set(LAWS)
 
 
 @every_method
-def test_value_equals_the_formula_and_is_not_negative(method: type) -> None:
+def test_value_equals_the_formula_and_is_not_negative(row: Row[Penalty]) -> None:
     model = network()
-    value = method(0.7)(model)
+    value = made(row, 0.7)(model)
     assert value.shape == ()
     assert value.dtype == torch.float64
-    assert float(value.detach()) == pytest.approx(0.7 * by_formula(method, model), rel=exact(method))
+    assert float(value.detach()) == pytest.approx(0.7 * by_formula(row, model), rel=exact(row))
     assert float(value.detach()) > 0
-    assert float(method(0.0)(model).detach()) == 0
+    assert float(made(row, 0.0)(model).detach()) == 0
 
 
 @every_method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_layers_are_judged_in_float32(method: type, dtype: torch.dtype) -> None:
+def test_low_precision_layers_are_judged_in_float32(row: Row[Penalty], dtype: torch.dtype) -> None:
     model = network(dtype)
-    for value in (method(1.0)(model), method(1.0)(model.to(dtype))):
+    for value in (made(row, 1.0)(model), made(row, 1.0)(model.to(dtype))):
         assert value.dtype == torch.float32
-        torch.testing.assert_close(value.double(), torch.tensor(by_formula(method, model)).double(), rtol=1.3e-6, atol=1e-5)  # float32 sums
+        torch.testing.assert_close(value.double(), torch.tensor(by_formula(row, model)).double(), rtol=1.3e-6, atol=1e-5)  # float32 sums
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(method(1.0)(model), method(1.0)(model.to(dtype)))
+        torch.testing.assert_close(made(row, 1.0)(model), made(row, 1.0)(model.to(dtype)))
     mixed = nn.ModuleList([network(dtype), network(torch.float64)])
-    assert float(method(1.0)(mixed).detach()) == pytest.approx(sum(by_formula(method, part) for part in mixed), rel=1e-5)  # float32 half
+    assert float(made(row, 1.0)(mixed).detach()) == pytest.approx(sum(by_formula(row, part) for part in mixed), rel=1e-5)  # float32 half
 
 
 @every_method
-def test_zero_at_the_ideal_point(method: type) -> None:
+def test_zero_at_the_ideal_point(row: Row[Penalty]) -> None:
     low = sp.factorize(nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Linear(7, 5)).double(), where=EVERYTHING)
-    if method in NORMS:
-        set_spectra(low, torch.zeros_like)
-    elif method is not sp.Orthogonality:
-        set_spectra(low, only_rank_one)
-    assert 0 <= float(method(1.0)(low).detach()) < exact(method)
-    low = sp.factorize(nn.Linear(6, 5).double(), rank=1)
-    assert 0 <= float(method(1.0)(low).detach()) < (exact(method) if method not in NORMS else 10.0)
+    (ideal,) = row.laws & set(IDEAL)
+    set_spectra(low, IDEAL[ideal])
+    assert 0 <= float(made(row, 1.0)(low).detach()) < exact(row)
+    value = float(made(row, 1.0)(sp.factorize(nn.Linear(6, 5).double(), rank=1)).detach())
+    assert 0 <= value < exact(row) if ideal != "definite" else 1e-3 < value < 10.0
 
 
-@pytest.mark.parametrize("method", SPARSITY)
+@obeying("spectral")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
     "spectrum",
@@ -147,54 +159,64 @@ def test_zero_at_the_ideal_point(method: type) -> None:
     ],
     ids=["zero", "rank one", "flat", "tiny", "tinier", "subnormal", "huge", "both"],
 )
-def test_value_and_gradient_are_finite_at_every_spectrum(method: type, spectrum: Any, dtype: torch.dtype) -> None:
+def test_value_and_gradient_are_finite_at_every_spectrum(row: Row[Penalty], spectrum: Any, dtype: torch.dtype) -> None:
     model = network(dtype)
     set_spectra(model, spectrum)
-    if method is FrobeniusDecay and dtype == torch.float32:  # a square: 1e60 is no float32
+    if degree(row) == 2 and dtype == torch.float32:  # a square: 1e60 is no float32
         set_spectra(model, lambda S: S.clamp(-1e15, 1e15))
-    value, found = gradients(method, model)
+    value, found = gradients(row, model)
     assert found
     assert torch.isfinite(value)
     assert all(torch.isfinite(gradient).all() for gradient in found)
     assert float(value.detach()) >= 0
 
 
-@pytest.mark.parametrize("method", SPARSITY)
-def test_a_layer_without_singular_values_contributes_nothing(method: type) -> None:
+@obeying("spectral")
+def test_a_layer_without_singular_values_contributes_nothing(row: Row[Penalty]) -> None:
     model = network()
     set_spectra(model, torch.zeros_like)
-    value, found = gradients(method, model)
+    value, found = gradients(row, model)
     assert float(value.detach()) == 0
     assert not any(gradient.any() for gradient in found)
 
 
-@pytest.mark.parametrize("method", SCALE_FREE)
+@obeying("scale-free")
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
-def test_scale_free(method: type, scale: float) -> None:
+def test_scale_free(row: Row[Penalty], scale: float) -> None:
     for dtype in (torch.float32, torch.float64):
         model = network(dtype)
-        before = method(1.0)(model).detach()
+        before = made(row, 1.0)(model).detach()
         set_spectra(model, lambda S: S * scale)
-        torch.testing.assert_close(method(1.0)(model).detach(), before)
+        torch.testing.assert_close(made(row, 1.0)(model).detach(), before)
+
+
+@obeying("degree-1", "degree-2")
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_scales_by_its_degree(row: Row[Penalty], scale: float) -> None:
+    for dtype in (torch.float32, torch.float64):
+        model = network(dtype)
+        before = made(row, 1.0)(model).detach()
+        set_spectra(model, lambda S: S * scale)
+        torch.testing.assert_close(made(row, 1.0)(model).detach() / scale ** degree(row), before)
 
 
 @every_method
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
-def test_value_and_gradient_are_finite_at_extreme_factors(method: type, scale: float) -> None:
+def test_value_and_gradient_are_finite_at_extreme_factors(row: Row[Penalty], scale: float) -> None:
     model = network(torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(scale if method is not FrobeniusDecay else scale**0.5)  # of degree six: 1e48 is no float32
-    value, found = gradients(method, model)
+            parameter.mul_(scale ** (1 / max(1, degree(row))))  # U, S and Vh, squared: 1e48 is no float32
+    value, found = gradients(row, model)
     assert torch.isfinite(value)
     assert all(torch.isfinite(gradient).all() for gradient in found)
 
 
 @every_method
-def test_gradient_agrees_with_finite_differences(method: type) -> None:
+def test_gradient_agrees_with_finite_differences(row: Row[Penalty]) -> None:
     model = network(rank=3)
     parameters = [p for _, factors in named_factors(model) for p in factors.parameters()]
-    penalty = method(0.7, steps=10) if method in DENSE else method(0.7)
+    penalty = made(row, 0.7, **({"steps": 10} if "dense" in row.laws else {}))
     found = torch.autograd.grad(penalty(model), parameters, allow_unused=True)
     step = 1e-6
     checked = 0
@@ -213,24 +235,24 @@ def test_gradient_agrees_with_finite_differences(method: type) -> None:
 
 
 @every_method
-def test_a_model_without_factors_costs_nothing(method: type) -> None:
-    for model in (nn.LayerNorm(3) if method in DENSE else nn.Linear(3, 3), nn.Identity()):
-        assert float(method(1.0)(model)) == 0
+def test_a_model_without_factors_costs_nothing(row: Row[Penalty]) -> None:
+    for model in (nn.LayerNorm(3) if "dense" in row.laws else nn.Linear(3, 3), nn.Identity()):
+        assert float(made(row, 1.0)(model)) == 0
 
 
 @every_method
-def test_weight_is_validated(method: type) -> None:
+def test_weight_is_validated(row: Row[Penalty]) -> None:
     for weight in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=f"{method.__name__}: weight must be a finite number >= 0, got"):
-            method(weight)
+        with pytest.raises(ValueError, match=f"{row.label}: weight must be a finite number >= 0, got"):
+            made(row, weight)
 
 
 @every_method
-def test_frozen_as_a_value(method: type) -> None:
-    assert method(0.5) == method(0.5)
-    assert hash(method(0.5)) == hash(method(0.5))
+def test_frozen_as_a_value(row: Row[Penalty]) -> None:
+    assert made(row, 0.5) == made(row, 0.5)
+    assert hash(made(row, 0.5)) == hash(made(row, 0.5))
     with pytest.raises(AttributeError):
-        method(0.5).weight = 1.0
+        row.example.weight = 1.0
 
 
 def test_factors_are_found_wherever_they_are() -> None:
@@ -317,39 +339,30 @@ def test_equal_shapes_share_one_product() -> None:
 
 
 @every_method
-def test_only_what_is_trained_gets_a_gradient(method: type) -> None:
+def test_only_what_is_trained_gets_a_gradient(row: Row[Penalty]) -> None:
     low = sp.factorize(nn.Sequential(*[nn.Linear(6, 6) for _ in range(3)]), where=EVERYTHING)
     low[1].requires_grad_(False)
-    method(1.0)(low).backward()
+    made(row, 1.0)(low).backward()
     assert all(p.grad is None for p in low[1].parameters())
     for index in (0, 2):
-        assert (low[index].S if method in SPARSITY else low[index].U).grad is not None
+        assert (low[index].S if "spectral" in row.laws else low[index].U).grad is not None
 
 
 @every_method
-def test_each_layer_gets_its_own_gradient(method: type) -> None:
+def test_each_layer_gets_its_own_gradient(row: Row[Penalty]) -> None:
     """Grouping must not mix up layers: the sum's gradients are those of each layer alone."""
     low = towers().requires_grad_(True)
-    together = torch.autograd.grad(method(1.0)(low), list(low.parameters()), allow_unused=True)
+    together = torch.autograd.grad(made(row, 1.0)(low), list(low.parameters()), allow_unused=True)
     by_name = dict(zip([name for name, _ in low.named_parameters()], together, strict=True))
     for index in range(6):
         for name, parameter in low[index].named_parameters():
-            alone = torch.autograd.grad(method(1.0)(low[index]), parameter, allow_unused=True)[0]
+            alone = torch.autograd.grad(made(row, 1.0)(low[index]), parameter, allow_unused=True)[0]
             assert (alone is None) == (by_name[f"{index}.{name}"] is None)
             if alone is not None:
                 torch.testing.assert_close(by_name[f"{index}.{name}"], alone, rtol=1e-9, atol=1e-9)
 
 
 # ---- the dense weight
-
-
-def exact_value_and_gradient(method: type, W: Tensor) -> tuple[Tensor, Tensor]:
-    """By the singular value decomposition, in float64."""
-    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
-    if method is sp.NuclearNorm:
-        return S.sum(), U @ Vh
-    n, squares = S.sum(), S.square().sum()
-    return n**2 / squares - 1, 2 * n / squares * (U @ Vh) - 2 * n**2 / squares**2 * W.double()
 
 
 def conditioned(out: int, in_: int, condition: float) -> Tensor:
@@ -368,17 +381,16 @@ def value_and_gradient(penalty: Callable[[nn.Module], Tensor], layer: nn.Module)
     return value.detach(), torch.autograd.grad(value, layer.weight)[0]
 
 
-@pytest.mark.parametrize("method", DENSE)
+@obeying("dense")
 @pytest.mark.parametrize("condition", [1, 10, 100, 400])
 @pytest.mark.parametrize("shape", [(24, 24), (16, 60), (60, 16), (5, 2)], ids=str)
-def test_dense_value_and_gradient_are_as_accurate_as_stated(method: type, condition: float, shape: tuple[int, int]) -> None:
+def test_dense_value_and_gradient_are_as_accurate_as_stated(row: Row[Penalty], condition: float, shape: tuple[int, int]) -> None:
     W = conditioned(*shape, condition)
-    expected, slope = exact_value_and_gradient(method, W)
+    expected, slope, first_term = formulas.of_dense(row.label, W)
     for dtype, value_rtol, gradient_rtol in ((torch.float64, 1e-8, 1e-8), (torch.float32, 1e-6, 5e-5)):
-        value, gradient = value_and_gradient(method(1.0), linear(W.to(dtype)))
+        value, gradient = value_and_gradient(made(row, 1.0), linear(W.to(dtype)))
         assert (value.dtype, gradient.dtype) == (dtype, dtype)
         torch.testing.assert_close(value.double(), expected, rtol=value_rtol, atol=2 * value_rtol)  # PolarHoyer subtracts one
-        first_term = 1.0 if method is sp.NuclearNorm else float(2 * torch.linalg.svdvals(W).sum() / W.square().sum())
         assert float(torch.linalg.matrix_norm(gradient.double() - slope, 2)) <= gradient_rtol * first_term
 
 
@@ -392,9 +404,9 @@ def test_small_singular_values_are_pushed_less_never_wrongly() -> None:
     assert float(value) == pytest.approx(float(S.sum()), rel=1e-3)
 
 
-@pytest.mark.parametrize("method", DENSE)
-def test_dense_gradient_is_that_of_the_value(method: type) -> None:
-    W, penalty = torch.randn(6, 4, dtype=torch.float64), method(0.7, steps=9)
+@obeying("dense")
+def test_dense_gradient_is_that_of_the_value(row: Row[Penalty]) -> None:
+    W, penalty = torch.randn(6, 4, dtype=torch.float64), made(row, 0.7, steps=9)
     _, gradient = value_and_gradient(penalty, linear(W))
     for _ in range(5):
         direction = torch.randn_like(W)
@@ -404,68 +416,64 @@ def test_dense_gradient_is_that_of_the_value(method: type) -> None:
         torch.autograd.grad(penalty(layer := linear(W)), layer.weight, create_graph=True)
 
 
-@pytest.mark.parametrize("method", DENSE)
-def test_dense_invariances(method: type) -> None:
+@obeying("dense")
+def test_dense_invariances(row: Row[Penalty]) -> None:
     W = torch.randn(12, 7, dtype=torch.float64)
-    value, gradient = value_and_gradient(method(1.0), linear(W))
-    mirrored, transposed = value_and_gradient(method(1.0), linear(W.T.contiguous()))
+    value, gradient = value_and_gradient(made(row, 1.0), linear(W))
+    mirrored, transposed = value_and_gradient(made(row, 1.0), linear(W.T.contiguous()))
     torch.testing.assert_close(mirrored, value, rtol=1e-12, atol=0)
     torch.testing.assert_close(transposed, gradient.T, rtol=1e-10, atol=1e-12)
     for scale in (1e-20, 1e20):
         for dtype, rtol in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-            scaled, slope = value_and_gradient(method(1.0), linear((W * scale).to(dtype)))
-            power = 0 if method is sp.PolarHoyer else 1
-            torch.testing.assert_close(scaled.double(), value * scale**power, rtol=rtol, atol=0)
-            torch.testing.assert_close(slope.double() * scale ** (1 - power), gradient, rtol=10 * rtol, atol=rtol)
+            scaled, slope = value_and_gradient(made(row, 1.0), linear((W * scale).to(dtype)))
+            torch.testing.assert_close(scaled.double(), value * scale ** degree(row), rtol=rtol, atol=0)
+            torch.testing.assert_close(slope.double() * scale ** (1 - degree(row)), gradient, rtol=10 * rtol, atol=rtol)
 
 
-@pytest.mark.parametrize("method", DENSE)
+@obeying("dense")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_dense_weights_of_zeros_and_of_rank_one(method: type, dtype: torch.dtype) -> None:
-    value, gradient = value_and_gradient(method(1.0), linear(torch.zeros(5, 4, dtype=dtype)))
+def test_dense_weights_of_zeros_and_of_rank_one(row: Row[Penalty], dtype: torch.dtype) -> None:
+    value, gradient = value_and_gradient(made(row, 1.0), linear(torch.zeros(5, 4, dtype=dtype)))
     assert float(value) == 0
     assert not gradient.any()
     one = torch.outer(torch.tensor([1.0, -2.0, 2.0]), torch.tensor([2.0, 0.0, -1.0, 2.0])).to(dtype)  # norms 3 and 3
-    value, gradient = value_and_gradient(method(1.0), linear(one))
+    value, gradient = value_and_gradient(made(row, 1.0), linear(one))
     assert gradient.dtype == dtype
     assert torch.isfinite(gradient).all()
     tolerance = 1e-2 if dtype.itemsize == 2 else 1e-5  # of the gradient's own dtype
-    if method is sp.NuclearNorm:
-        assert float(value) == pytest.approx(9.0, rel=1e-6)
-        torch.testing.assert_close(gradient.double(), one.double() / 9, rtol=tolerance, atol=1e-4)
-    else:
-        assert float(value) == pytest.approx(0.0, abs=1e-6)
-        assert float(gradient.double().norm()) < 1e-4
+    expected, slope, _ = formulas.of_dense(row.label, one)  # by hand: 9 and one / 9 for the nuclear norm, 0 and zeros for PolarHoyer
+    assert float(value) == pytest.approx(float(expected), rel=1e-6, abs=1e-6)
+    assert float((gradient.double() - slope).norm()) <= tolerance * float(slope.norm()) + 1e-4
 
 
-@pytest.mark.parametrize("method", DENSE)
+@obeying("dense")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_weights_are_judged_in_float32(method: type, dtype: torch.dtype) -> None:
+def test_half_precision_weights_are_judged_in_float32(row: Row[Penalty], dtype: torch.dtype) -> None:
     layer = linear(torch.randn(9, 7).to(dtype))
-    expected, slope = exact_value_and_gradient(method, layer.weight.detach())
+    expected, slope, _ = formulas.of_dense(row.label, layer.weight.detach())
     with torch.autocast("cpu", torch.bfloat16):
-        value, gradient = value_and_gradient(method(1.0), layer)
+        value, gradient = value_and_gradient(made(row, 1.0), layer)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient.double(), slope, rtol=1e-2, atol=1e-3)  # the gradient is in half precision
 
 
-@pytest.mark.parametrize("method", DENSE)
+@obeying("dense")
 @pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
-def test_dense_convolutions_are_folded_like_factorized_ones(method: type, scheme: Any) -> None:
+def test_dense_convolutions_are_folded_like_factorized_ones(row: Row[Penalty], scheme: Any) -> None:
     for layer in (nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, (2, 3)), nn.Conv1d(4, 6, 3), nn.LSTM(5, 3)):
-        dense = float(method(1.0, scheme=scheme)(layer.double()).detach())
+        dense = float(made(row, 1.0, scheme=scheme)(layer.double()).detach())
         assert dense > 0.1
-        assert dense == pytest.approx(float(method(1.0)(sp.factorize(layer, scheme)).detach()), rel=1e-8)
+        assert dense == pytest.approx(float(made(row, 1.0)(sp.factorize(layer, scheme)).detach()), rel=1e-8)
 
 
-@pytest.mark.parametrize("method", DENSE)
-def test_dense_layers_are_chosen_as_factorize_does(method: type) -> None:
+@obeying("dense")
+def test_dense_layers_are_chosen_as_factorize_does(row: Row[Penalty]) -> None:
     model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 6), nn.Linear(6, 4)).double()
-    each = [float(method(1.0)(layer).detach()) for layer in model if isinstance(layer, nn.Linear)]
+    each = [float(made(row, 1.0)(layer).detach()) for layer in model if isinstance(layer, nn.Linear)]
 
     def value(where: Any = None, of: nn.Module = model) -> float:
-        return float(method(1.0, where)(of).detach())
+        return float(made(row, 1.0, where=where)(of).detach())
 
     assert value() == pytest.approx(each[0] + each[1], rel=1e-9)
     assert value(EVERYTHING) == pytest.approx(sum(each), rel=1e-9)
@@ -479,21 +487,21 @@ def test_dense_layers_are_chosen_as_factorize_does(method: type) -> None:
     assert value(of=tied) == pytest.approx(value(of=tied[0]), rel=1e-9)
 
 
-@pytest.mark.parametrize("method", DENSE)
-def test_knobs_of_dense_penalties_are_validated(method: type) -> None:
+@obeying("dense")
+def test_knobs_of_dense_penalties_are_validated(row: Row[Penalty]) -> None:
     for steps in (0, -1, True):
-        with pytest.raises(SettingError, match=f"{method.__name__}: steps must be an integer >= 1, got {steps}"):
-            method(1.0, steps=steps)
+        with pytest.raises(SettingError, match=f"{row.label}: steps must be an integer >= 1, got {steps}"):
+            made(row, 1.0, steps=steps)
 
 
-@pytest.mark.parametrize("method", DENSE)
-def test_descent_lowers_the_rank_of_a_dense_weight(method: type) -> None:
+@obeying("dense")
+def test_descent_lowers_the_rank_of_a_dense_weight(row: Row[Penalty]) -> None:
     layer = nn.Linear(12, 8)
     before = torch.linalg.svdvals(layer.weight.detach())
-    optimizer = torch.optim.SGD([layer.weight], lr=0.02 if method is sp.NuclearNorm else 0.01)
+    optimizer = torch.optim.SGD([layer.weight], lr=0.02)
     for _ in range(20):
         optimizer.zero_grad()
-        method(1.0)(layer).backward()
+        made(row, 1.0)(layer).backward()
         optimizer.step()
     after = torch.linalg.svdvals(layer.weight.detach())
     assert after.sum() / after[0] < 0.9 * before.sum() / before[0]

@@ -1,6 +1,7 @@
 """The laws of a rank rule, over `spectrim.budget.rules.METHODS`."""
 
 import math
+from dataclasses import fields
 from fractions import Fraction as Exact
 
 import pytest
@@ -9,15 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import spectrim as sp
-from spectrim.budget.rules import METHODS
+from spectrim.budget.rules import LAWS, METHODS
 from spectrim.protocols import RankRule
+from spectrim.tables import Row
 
 fractions = st.floats(min_value=0.0, max_value=1.0, exclude_min=True)
 counts = st.integers(min_value=1, max_value=40)
-KNOBS = {sp.Energy: fractions, sp.Fixed: counts, sp.Fraction: fractions}
+KNOBS = {"fraction": fractions, "count": counts}
+"""By law: admissible values of a rule's only field."""
 values = st.floats(min_value=0.0, max_value=1e6, allow_subnormal=False)
 spectra = st.lists(values, min_size=1, max_size=24)
-every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def obeying(*laws: str) -> pytest.MarkDecorator:
+    rows = [row for row in METHODS if not laws or row.laws & set(laws)]
+    return pytest.mark.parametrize("row", rows, ids=lambda row: row.label)
+
+
+every_method = obeying()
 thorough = settings(deadline=None, max_examples=60)
 
 
@@ -25,14 +35,23 @@ def tensor(spectrum: list[float]) -> torch.Tensor:
     return torch.tensor(spectrum, dtype=torch.float64)
 
 
-def test_every_method_has_a_knob_here() -> None:
-    assert set(KNOBS) == set(METHODS)
+def knob(row: Row[RankRule]) -> st.SearchStrategy[float]:
+    """Admissible values of the rule's only field."""
+    (law,) = row.laws & set(KNOBS)
+    return KNOBS[law]
+
+
+def test_every_row_has_one_knob_and_every_law_a_row() -> None:
+    assert all(len(row.laws & set(KNOBS)) == 1 and len(fields(row.method)) == 1 for row in METHODS)
+    assert set().union(*(row.laws for row in METHODS)) == set(LAWS)
 
 
 @every_method
-def test_is_a_rank_rule(method: type) -> None:
-    rule, again = (method(1 if method is sp.Fixed else 1.0) for _ in range(2))
+def test_is_a_rank_rule(row: Row[RankRule]) -> None:
+    (value,) = vars(row.example).values()
+    rule, again = row.example, row.method(value)
     assert isinstance(rule, RankRule)
+    assert isinstance(rule, row.method)
     assert rule == again
     assert hash(rule) == hash(again)
 
@@ -40,8 +59,8 @@ def test_is_a_rank_rule(method: type) -> None:
 @every_method
 @thorough
 @given(data=st.data(), spectrum=spectra)
-def test_in_range(method: type, data: st.DataObject, spectrum: list[float]) -> None:
-    rank = method(data.draw(KNOBS[method]))(tensor(spectrum))
+def test_in_range(row: Row[RankRule], data: st.DataObject, spectrum: list[float]) -> None:
+    rank = row.method(data.draw(knob(row)))(tensor(spectrum))
     assert type(rank) is int
     assert 1 <= rank <= len(spectrum)
 
@@ -49,25 +68,25 @@ def test_in_range(method: type, data: st.DataObject, spectrum: list[float]) -> N
 @every_method
 @thorough
 @given(data=st.data(), spectrum=spectra)
-def test_monotone_in_the_knob(method: type, data: st.DataObject, spectrum: list[float]) -> None:
-    low, high = sorted((data.draw(KNOBS[method]), data.draw(KNOBS[method])))
-    assert method(low)(tensor(spectrum)) <= method(high)(tensor(spectrum))
+def test_monotone_in_the_knob(row: Row[RankRule], data: st.DataObject, spectrum: list[float]) -> None:
+    low, high = sorted((data.draw(knob(row)), data.draw(knob(row))))
+    assert row.method(low)(tensor(spectrum)) <= row.method(high)(tensor(spectrum))
 
 
 @every_method
 @thorough
 @given(data=st.data(), spectrum=spectra)
-def test_blind_to_the_order(method: type, data: st.DataObject, spectrum: list[float]) -> None:
-    rule = method(data.draw(KNOBS[method]))
+def test_blind_to_the_order(row: Row[RankRule], data: st.DataObject, spectrum: list[float]) -> None:
+    rule = row.method(data.draw(knob(row)))
     assert rule(tensor(data.draw(st.permutations(spectrum)))) == rule(tensor(spectrum))
 
 
 @every_method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_dtype_and_gradient_do_not_matter(method: type, dtype: torch.dtype) -> None:
+def test_dtype_and_gradient_do_not_matter(row: Row[RankRule], dtype: torch.dtype) -> None:
     spectrum = torch.tensor([300.0, 2.0, 0.25, 0.125], dtype=dtype, requires_grad=True)  # 300^2 overflows float16
-    knob = 2 if method is sp.Fixed else 0.9999
-    assert method(knob)(spectrum) == method(knob)(spectrum.detach().double())
+    for rule in (row.example, row.method({"count": 2, "fraction": 0.9999}[next(iter(row.laws))])):
+        assert rule(spectrum) == rule(spectrum.detach().double())
 
 
 @thorough
@@ -113,15 +132,29 @@ def born(method: type, **knobs: object) -> object:
     return rule
 
 
-@pytest.mark.parametrize(("method", "knob"), [(sp.Energy, "keep"), (sp.Fraction, "of_full")])
+def name_of_knob(row: Row[RankRule]) -> str:
+    return fields(row.method)[0].name
+
+
+@obeying("fraction")
 @pytest.mark.parametrize("bad", [0, -0.1, 1.0001, 90, float("nan")])
-def test_fractions_are_validated(method: type, knob: str, bad: float) -> None:
-    with pytest.raises(ValueError, match=rf"{method.__name__}: {knob} must be a fraction in \(0, 1\], got {bad}; for"):
-        born(method, **{knob: bad})
-    assert born(method, **{knob: 1}) == method(1.0)
+def test_fractions_are_validated(row: Row[RankRule], bad: float) -> None:
+    name = name_of_knob(row)
+    with pytest.raises(ValueError, match=rf"{row.label}: {name} must be a fraction in \(0, 1\], got {bad}; for"):
+        born(row.method, **{name: bad})
+    assert born(row.method, **{name: 1}) == row.method(1.0)
 
 
+@obeying("count")
 @pytest.mark.parametrize("bad", [0, -3, 0.5, True, "4", None])
-def test_counts_are_validated(bad: object) -> None:
-    with pytest.raises(ValueError, match=rf"Fixed: rank must be an integer >= 1, got {bad!r}; for a fraction take Fraction"):
-        born(sp.Fixed, rank=bad)
+def test_counts_are_validated(row: Row[RankRule], bad: object) -> None:
+    name = name_of_knob(row)
+    with pytest.raises(ValueError, match=rf"{row.label}: {name} must be an integer >= 1, got {bad!r}; for a fraction use Fraction"):
+        born(row.method, **{name: bad})
+
+
+@obeying("fraction")
+@thorough
+@given(spectrum=st.lists(st.floats(min_value=1e-6, max_value=1e6), min_size=1, max_size=24))
+def test_a_fraction_of_one_cuts_nothing(row: Row[RankRule], spectrum: list[float]) -> None:
+    assert row.method(1.0)(tensor(spectrum)) == len(spectrum)

@@ -1,5 +1,6 @@
 """Generated pages are what their generators write today."""
 
+import re
 import runpy
 import subprocess
 import sys
@@ -16,6 +17,36 @@ def test_supported_layers_page_is_up_to_date() -> None:
         warnings.simplefilter("ignore")  # torch announces that lazy layers may change
         render = runpy.run_path(str(ROOT / "docs" / "supported_layers.py"))["render"]
         assert (ROOT / "docs" / "supported-layers.md").read_text() == render(), "run python docs/supported_layers.py"
+
+
+@pytest.mark.parametrize("page", ["reference.md", "methods/index.md"])
+def test_pages_from_the_tables_of_methods_are_up_to_date(page: str) -> None:
+    pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == pages[ROOT / "docs" / page](), "run python docs/generate.py"
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    import spectrim
+
+    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    assert [name for name in spectrim.__all__ if f"::: spectrim.{name}\n" not in text and f"[spectrim.{name}]" not in text] == []
+
+
+def test_every_name_in_the_reference_exists() -> None:
+    import importlib
+
+    for path in re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), flags=re.MULTILINE):
+        module, _, name = path.rpartition(".")
+        if not module.startswith("spectrim.integrations."):  # these may need packages that are not installed
+            assert hasattr(importlib.import_module(module), name), path
+
+
+def test_every_method_card_is_in_the_navigation() -> None:
+    hook = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["on_config"]
+    (methods,) = (item["Methods"] for item in hook({"nav": ["index.md", {"Methods": "methods/index.md"}]})["nav"][1:])
+    found = [path for page in methods for path in page.values()]
+    assert sorted(found) == sorted(f"methods/{page.name}" for page in (ROOT / "docs" / "methods").glob("*.md"))
+    assert len(set(found)) == len(found)
 
 
 def test_results_page_is_up_to_date() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim.errors import LayerError
+from spectrim.integrations.adapters import adapter_targets
 from spectrim.layers import named_factors
 from spectrim.plain.chain import PlainPair
 from spectrim.surgery.select import ADAPTED
@@ -68,10 +69,10 @@ def test_merged_adapters_go_through_the_verbs() -> None:
     torch.testing.assert_close(logits(sp.merge(cut)), logits(cut))
 
 
-@pytest.mark.parametrize("targets", [["q_proj.0", "q_proj.1", "down_proj.1"], "all-linear"], ids=["named", "all"])
+@pytest.mark.parametrize("targets", [["q_proj.0", "q_proj.1", "down_proj.1"], None], ids=["named", "all"])
 def test_adapters_go_onto_a_merged_network_and_into_its_two_layers(targets: Any) -> None:
     small = sp.merge(sp.factorize(llama(), rank=2))
-    model = adapted(small, targets)
+    model = adapted(small, targets or adapter_targets(small))
     assert not torch.allclose(logits(model), logits(small))
     assert isinstance(model.base_model.model.model.layers[0].self_attn.q_proj, PlainPair)
     model(input_ids=IDS, labels=IDS).loss.backward()
@@ -82,9 +83,22 @@ def test_adapters_go_onto_a_merged_network_and_into_its_two_layers(targets: Any)
     assert {name: p.shape for name, p in merged.named_parameters()} == shapes
 
 
-def test_a_pair_as_a_whole_is_no_target() -> None:
-    with pytest.raises(ValueError, match="PlainPair"):
-        adapted(sp.merge(sp.factorize(llama(), rank=2)), ["q_proj"])
+def test_targets_are_the_layers_that_are_called_once() -> None:
+    small = sp.merge(sp.factorize(llama(), rank=2, where=sp.match("*.0.self_attn.q_proj")))
+    names = adapter_targets(small)
+    assert {"model.layers.0.self_attn.q_proj.0", "model.layers.0.self_attn.q_proj.1", "model.layers.0.self_attn.k_proj"} <= set(names)
+    assert "model.layers.0.self_attn.q_proj" not in names
+    assert "lm_head" not in names
+
+
+def test_an_adapter_around_a_pair_works_and_merging_it_is_an_error_that_loses_nothing() -> None:
+    small = sp.merge(sp.factorize(llama(), rank=2))
+    model = adapted(small, ["q_proj"])
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(small))
+    with pytest.raises(RuntimeError, match="PlainPair: its weight is composed of the weights of its layers"):
+        model.merge_and_unload()
+    torch.testing.assert_close(logits(model), expected)
 
 
 def test_merging_adapters_into_a_factorized_network_is_an_error_and_loses_nothing() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.plain.chain import PlainPair
 from spectrim.plain.recurrent import PlainRecurrent
 
 
@@ -33,7 +34,7 @@ def _onnx_model(module: nn.Module, x: Tensor) -> bytes:
 
     def write(layer: Any, source: str) -> str:
         kind = type(layer).__name__
-        if isinstance(layer, nn.Sequential):
+        if isinstance(layer, nn.Sequential | PlainPair):
             for part in layer:
                 source = write(part, source)
             return source

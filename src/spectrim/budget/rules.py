@@ -1,4 +1,4 @@
-"""Rank rules: one layer's spectrum in, its rank out. `METHODS` is the table that contract tests and docs read."""
+"""Rank rules: from one layer's spectrum to its rank. `METHODS` is the table that contract tests and docs read."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +8,8 @@ from torch import Tensor
 
 from spectrim.errors import SettingError
 from spectrim.linalg.spectral import rank_at_energy
+from spectrim.protocols import RankRule
+from spectrim.tables import Row
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Energy:
     """The smallest rank that keeps the fraction `keep` of the sum of squared singular values.
 
     Args:
-        keep: in (0, 1]; 1 cuts only what is exactly zero. The paper's threshold ``e`` is ``1 - keep``.
+        keep: in (0, 1]; 1 cuts only singular values that are exactly zero. The paper's threshold ``e`` is ``1 - keep``.
 
     Raises:
         SettingError: for a fraction outside (0, 1].
@@ -41,20 +43,25 @@ class Energy:
 
 @dataclass(frozen=True)
 class Fixed:
-    """The same rank for every layer, or the layer's full rank where that is smaller.
+    """One rank for all layers, or a layer's full rank where that is smaller.
 
     Args:
         rank: an integer >= 1.
 
     Raises:
         SettingError: for anything else.
+
+    Examples:
+        >>> import torch
+        >>> Fixed(2)(torch.tensor([3.0, 1.0, 0.1]))
+        2
     """
 
     rank: int
 
     def __post_init__(self) -> None:
         if isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1:
-            raise SettingError("Fixed", "rank", got=self.rank, rule="an integer >= 1", hint="for a fraction take Fraction(of_full=...)")
+            raise SettingError("Fixed", "rank", got=self.rank, rule="an integer >= 1", hint="for a fraction use Fraction(of_full=...)")
 
     def __call__(self, singular_values: Float[Tensor, " full"]) -> int:
         """Return the rank, in ``[1, full]``."""
@@ -70,19 +77,32 @@ class Fraction:
 
     Raises:
         SettingError: for a fraction outside (0, 1].
+
+    Examples:
+        >>> import torch
+        >>> Fraction(0.5)(torch.tensor([3.0, 1.0, 0.1]))
+        2
     """
 
     of_full: float
 
     def __post_init__(self) -> None:
         if not 0 < self.of_full <= 1:
-            raise SettingError(
-                "Fraction", "of_full", got=self.of_full, rule="a fraction in (0, 1]", hint="for a count take Fixed(rank=...)"
-            )
+            raise SettingError("Fraction", "of_full", got=self.of_full, rule="a fraction in (0, 1]", hint="for a count use Fixed(rank=...)")
 
     def __call__(self, singular_values: Float[Tensor, " full"]) -> int:
         """Return the rank, in ``[1, full]``."""
         return max(1, math.ceil(self.of_full * len(singular_values) - 1e-9))
 
 
-METHODS = (Energy, Fixed, Fraction)
+LAWS = {
+    "fraction": "its only field is a fraction in (0, 1]; 1 cuts nothing but singular values of zero",
+    "count": "its only field is an integer >= 1",
+}
+"""The laws that some rules obey, beyond those of every rule."""
+
+METHODS: tuple[Row[RankRule], ...] = (
+    Row(Energy, example=Energy(0.9), card="svd-training", laws={"fraction"}),
+    Row(Fixed, example=Fixed(2), card="svd-training", laws={"count"}),
+    Row(Fraction, example=Fraction(0.5), card="svd-training", laws={"fraction"}),
+)

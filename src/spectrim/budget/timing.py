@@ -106,7 +106,8 @@ def _forms(call: Call, rank: int) -> tuple[nn.Module, nn.Module]:
     lead = (factors.blocks,) if factors.S.dim() > 1 else ()
     U, S, Vh = (torch.randn(*lead, *shape, device=factors.U.device) for shape in ((out, rank), (rank,), (rank, in_)))
     bare._modules["factors"] = nn.ModuleDict({"weight": Factors(U / out, S, Vh, dtype=factors.dtype)})
-    dense, two = bare.release(_share_nothing), bare.split(_share_nothing, ("weight",))
+    two = bare.split(_share_nothing, ("weight",))
+    dense = bare.release(_share_nothing)
     assert two is not None
     return dense.eval(), two.eval()
 

@@ -5,12 +5,13 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from spectrim.layers.base import FactorizedLayer, SeveralWeights, Share, renew
-from spectrim.layers.linear import linear_of
+from spectrim.layers.base import FactorizedLayer, SeveralWeights, Share, become
+from spectrim.layers.linear import FactorizedLinear, linear_of
 from spectrim.linalg.fold import Fold
 from spectrim.plain.attention import PlainAttention
+from spectrim.plain.chain import PlainPair
 
 PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -83,13 +84,13 @@ def plain_attention(attention: Any, paying: Collection[str]) -> nn.Module | None
     return plain.requires_grad_(any(parameter.requires_grad for parameter in attention.parameters()))
 
 
-class _CalledAttention(PlainAttention):
-    """Calls the packed projection as a layer on different inputs, too: on each of them for its third of the outputs."""
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        if not self.packed or (query is key and key is value):
-            return super()._project(query, key, value)
-        return tuple(self.in_proj(x).chunk(3, -1)[third] for third, x in enumerate((query, key, value)))
+def become_attention(attention: Any, plain: Any) -> None:
+    """Make an attention, dense or factorized, the plain one in place; its output projection stays the layer that it is, too."""
+    out = attention.out_proj
+    if isinstance(plain.out_proj, PlainPair):
+        become(out, plain.out_proj, FactorizedLinear.base_of(type(out)))
+    plain.out_proj = out
+    become(attention, plain, FactorizedMultiheadAttention.base_of(type(attention)))
 
 
 def observed_attention(attention: Any) -> nn.Module:
@@ -102,4 +103,4 @@ def observed_attention(attention: Any) -> nn.Module:
     for name, factors in held.items():
         part = name.removesuffix("_weight")
         setattr(plain, part, linear_of(factors, getattr(plain, part)[1].bias))
-    return renew(plain, _CalledAttention)  # type: ignore[no-any-return]
+    return plain  # type: ignore[no-any-return]

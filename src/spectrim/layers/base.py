@@ -8,10 +8,12 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from spectrim import linalg
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
 from spectrim.linalg.fold import Fold
 from spectrim.plain.chain import Composed
+from spectrim.plain.exchanged import class_of
 
 TRAFFIC = 0.15
 """Two operations also write and read what is between them: they have to save this share of the multiply-accumulates to be faster.
@@ -25,6 +27,9 @@ RECOMPUTE_SHARE = 0.02
 ROWS_SIZE = 2**22
 """Elements of the rows that a layer gives at a time: 32 MB in float64."""
 
+LOST = 1e-5
+"""Singular values of a dense weight that is loaded, relative to the largest, which a smaller rank may drop: rounding."""
+
 RECOMPUTE_SIZE = 2**16
 """Weights with fewer elements are kept: they take less memory than the bookkeeping is worth."""
 
@@ -34,7 +39,7 @@ Share = Callable[[Factors, str, Tensor], nn.Parameter]
 
 def renew(module: nn.Module, kind: type[nn.Module], drop: Iterable[str] = ()) -> Any:
     """Return a `kind` with `module`'s attributes, parameters, children and hooks; the containers are copied, the tensors are not."""
-    new = kind.__new__(kind)
+    new: Any = object.__new__(kind)
     for key, value in vars(module).items():
         if key not in drop:
             new.__dict__[key] = copy.copy(value) if isinstance(value, dict | set | list) else value
@@ -44,27 +49,51 @@ def renew(module: nn.Module, kind: type[nn.Module], drop: Iterable[str] = ()) ->
 class FactorizedLayer(nn.Module):
     """Base of the factorized layers: a dense torch layer whose weights are composed from `Factors`.
 
-    A sub-class names one kind of layer and adds `weights`, `fold`, `work` and `split`. Attributes of the dense layer stay what they were;
-    ``layer.weight`` gives the dense weight, composed on each use.
+    A sub-class names one kind of layer and adds `weights`, `fold`, `work` and `split`. A layer that is adopted stays the object it is and
+    an instance of its own class: its class is exchanged in place for one made of the sub-class and that. Attributes, hooks, buffers and
+    further parameters stay; ``layer.weight`` gives the dense weight, composed on each use.
     """
 
     dense_kinds: ClassVar[tuple[type[nn.Module], ...]] = ()
 
     factors: nn.ModuleDict
-    dense_kind: type[nn.Module]
     scheme: Fold
     parameter_order: tuple[str, ...]
     execution: dict[tuple[str, int, tuple[int, ...]], bool]
 
+    @property
+    def dense_kind(self) -> type[nn.Module]:
+        """The layer's own class."""
+        kind: Any = type(self)
+        return kind._own  # type: ignore[no-any-return]
+
+    @classmethod
+    def base_of(cls, own: type) -> type:
+        """Return the class whose forward this kind takes the place of in a layer of class `own`: one of `dense_kinds`, else `own`."""
+        return next((kind for kind in cls.dense_kinds if issubclass(own, kind)), own)
+
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Whether `module` is of this kind: the torch class itself, or a sub-class that runs the torch class's forward."""
-        return any(isinstance(module, kind) and runs_forward_of(module, kind) for kind in cls.dense_kinds)
+        """Whether `module` is of this kind: the torch class, or a sub-class whose own forward, if any, leads to that of the torch class.
+
+        Such a forward calls ``super().forward`` and reads no weight itself.
+        """
+        bases = [kind for kind in cls.dense_kinds if isinstance(module, kind)]
+        return bool(bases) and (runs_forward_of(module, bases[0]) or leads_to_forward_of(type(module), bases[0]))
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
         """Return why this very layer cannot be factorized, or None."""
         return None
+
+    @classmethod
+    def taken_names(cls, module: nn.Module) -> set[str]:
+        """Return the attributes of a dense layer whose names a factorized one needs for itself."""
+        own, base = type(module), cls.base_of(type(module))
+        needed = {name for name in dir(cls) if not name.startswith("__")} | set(STATE) | {"factors"}
+        needed -= {name for kind in (nn.Module, base) for name in dir(kind)}
+        above = own.__mro__[: own.__mro__.index(base)]
+        return needed & {name for names in (vars(module), *map(vars, above)) for name in names}
 
     @classmethod
     def schemes(cls, module: nn.Module) -> tuple[Fold, ...]:
@@ -107,16 +136,21 @@ class FactorizedLayer(nn.Module):
 
     @classmethod
     def adopt(cls: type[Self], dense: nn.Module, factors: Mapping[str, Factors], scheme: Fold) -> Self:
-        """Take over a dense layer: everything but its factorized weights, which `factors` replace. `dense` stays as it is."""
-        layer: Self = renew(dense, cls, drop=("_flat_weights", "_flat_weight_refs"))
-        layer.__dict__["parameter_order"] = tuple(dense._parameters)
+        """Take over a dense layer in place: all of it but its factorized weights, which `factors` replace. Returns the layer."""
+        layer: Any = dense
+        cls.forget(layer)
+        state: dict[str, Any] = {"parameter_order": tuple(layer._parameters), "scheme": scheme, "execution": {}}
         for name in factors:
             del layer._parameters[name]
-        layer.__dict__["dense_kind"] = type(dense)
-        layer.__dict__["scheme"] = scheme
-        layer.__dict__["execution"] = {}
-        layer._modules["factors"] = nn.ModuleDict(dict(factors)).train(dense.training)
-        return layer
+        layer.__dict__.update(state)
+        layer._modules["factors"] = nn.ModuleDict(dict(factors)).train(layer.training)
+        own = type(layer)
+        layer.__class__ = class_of(cls, own, cls.base_of(own))
+        return layer  # type: ignore[no-any-return]
+
+    @classmethod
+    def forget(cls, module: nn.Module) -> None:
+        """Drop what a dense layer keeps beside its parameters that refers to them, such as lists of weights."""
 
     def factors_of(self, name: str) -> Factors:
         """Return the factors of one weight."""
@@ -127,17 +161,51 @@ class FactorizedLayer(nn.Module):
         return self.unfold(self, name, self.factors_of(name).matrix(), self.scheme)
 
     def release(self, share: Share) -> nn.Module:
-        """Return the dense layer: the torch class that was taken over, with composed weights.
+        """Make this the dense layer that was taken over, in place, with composed weights; return it.
 
         Args:
             share: makes the parameter for a tensor, the same one for tied weights.
         """
-        dense: nn.Module = renew(self, self.dense_kind, drop=("dense_kind", "scheme", "parameter_order", "execution", "channels_last"))
-        del dense._modules["factors"]
         weights = {name: self.laid_out(self.dense_weight(name).detach()) for name in self.factors}
         composed = {name: share(self.factors_of(name), "dense", weight) for name, weight in weights.items()}
-        dense._parameters = {name: composed.get(name, dense._parameters.get(name)) for name in self.parameter_order}
+        order, later = self.parameter_order, dict(self._parameters)
+        dense = self._stripped()
+        dense._parameters.clear()
+        dense._parameters.update({name: composed.get(name, later.get(name)) for name in order} | later)
         return dense
+
+    def _stripped(self) -> nn.Module:
+        """Make this an instance of its own class in place, without anything that factorized layers add."""
+        layer: Any = self
+        own = self.dense_kind
+        del layer._modules["factors"]
+        for name in STATE:
+            layer.__dict__.pop(name, None)
+        layer.__class__ = own
+        return layer  # type: ignore[no-any-return]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Take a dense weight, too: it is decomposed, where the present rank holds it."""
+        for name in self.factors:
+            weight = state_dict.get(f"{prefix}{name}")
+            if weight is None:
+                continue
+            held = self.factors_of(name)
+            matrix = self.fold(self, name, weight.detach(), self.scheme)
+            if matrix.shape[-2:] != held.shape:
+                rest[-1].append(f"size mismatch for {prefix}{name}: {tuple(weight.shape)} folds to {tuple(matrix.shape)}, not {held.shape}")
+                continue
+            U, S, Vh = linalg.svd(matrix)
+            if held.rank < S.shape[-1] and float(S[..., held.rank :].max()) > LOST * float(S.max()):
+                problem = (
+                    f"a dense weight of a higher rank than the {held.rank} that this layer holds: load it into the network before prune"
+                )
+                rest[-1].append(f"{prefix}{name}: {problem}")
+                continue
+            del state_dict[f"{prefix}{name}"]
+            r, base = held.rank, f"{prefix}factors.{name}."
+            state_dict |= {base + "U": U[..., :r].to(held.U), base + "S": S[..., :r].to(held.S), base + "Vh": Vh[..., :r, :].to(held.Vh)}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def laid_out(self, weight: Tensor) -> Tensor:
         """Return a weight in the memory format that the dense layer had."""
@@ -211,9 +279,68 @@ class FactorizedLayer(nn.Module):
         """
         raise NotImplementedError
 
+    def _get_name(self) -> str:
+        return f"Factorized{self.dense_kind.__name__}"
+
     def extra_repr(self) -> str:
         """Return the dense layer's description."""
         return f"{super().extra_repr()}, scheme={self.scheme}".removeprefix(", ")
+
+
+def become(layer: nn.Module, plain: nn.Module, base: type | None = None) -> nn.Module:
+    """Make a layer, dense or factorized, the ordinary layer `plain` in place, with its parameters; return it.
+
+    It stays an instance of its own class where `plain` can stand for that (``stands_for``), and keeps its attributes, hooks, buffers and
+    the parameters that have no part in `plain`.
+
+    Args:
+        layer: what everything else refers to.
+        plain: gives its parts away.
+        base: of a dense layer, the class above it whose behavior is exchanged; its own class when omitted.
+    """
+    held: Any = layer
+    order, base = tuple(held._parameters), base or type(held)
+    if isinstance(held, FactorizedLayer):
+        order, base = held.parameter_order, type(held)._base  # type: ignore[attr-defined]
+        held = held._stripped()
+    ours: Any = type(plain)
+    stands = getattr(ours, "stands_for", None)
+    known = stands is not None and base.__module__.startswith(("torch.", "transformers."))
+    for name in ours.takes_over(held) if known else order:
+        held._parameters.pop(name, None)
+    plain.train(held.training)
+    held._parameters.update(plain._parameters)
+    held._buffers.update(plain._buffers)
+    held._modules.update(plain._modules)
+    settings = {name: value for name, value in vars(plain).items() if not name.startswith("_") and name != "training"}
+    held.__dict__.update(settings | getattr(ours, "settings", {}))
+    held.__class__ = class_of(ours, type(held), base) if stands is not None and stands(base) else ours
+    return held  # type: ignore[no-any-return]
+
+
+STATE = ("scheme", "parameter_order", "execution", "channels_last")
+"""Attributes of factorized layers."""
+
+READERS = {"weight", "_parameters", "get_parameter", "in_proj_weight", "all_weights", "_flat_weights"}
+
+
+def leads_to_forward_of(own: type, base: type) -> bool:
+    """Whether every forward between a class and `base` calls the next one and reads no weight: then `base`'s can be exchanged."""
+    for kind in own.__mro__[: own.__mro__.index(base)]:
+        for name in ("forward", "__call__", "_conv_forward"):
+            if name in vars(kind):
+                names = _names_in(getattr(vars(kind)[name], "__code__", None))
+                if name != "forward" or "forward" not in names or any(n in READERS or n.startswith("weight_") for n in names):
+                    return False
+    return True
+
+
+def _names_in(code: Any) -> set[str]:
+    """Return the names that a function's code refers to, those of functions inside it included."""
+    if code is None:
+        return set()
+    inner = (constant for constant in code.co_consts if hasattr(constant, "co_names"))
+    return {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}.union(*map(_names_in, inner))
 
 
 def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -256,11 +383,11 @@ class OneWeight(FactorizedLayer):
         folded = torch.empty(factors.U.shape[:-1] + factors.Vh.shape[-1:], device="meta")
         shape = self.unfold(self, "weight", folded, self.scheme).shape
         trained = any(parameter.requires_grad for parameter in factors.parameters())
-        return Composed(type(self).__name__, lambda: self.dense_weight("weight"), shape, factors.dtype, factors.U.device, trained)
+        return Composed(self._get_name(), lambda: self.dense_weight("weight"), shape, factors.dtype, factors.U.device, trained)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
-        raise LayerError(type(self).__name__, "its weight is composed and cannot be set", hint="set U, S and Vh, or factorize again")
+        raise LayerError(self._get_name(), "its weight is composed and cannot be set", hint="set U, S and Vh, or factorize again")
 
     def input_rows(self, x: Tensor, output_shape: Sequence[int], scheme: Fold | None = None) -> Iterator[Tensor]:
         """Yield what the folded matrix is multiplied with as the layer runs on `x`: rows ``(blocks, n, in)``, a part at a time.
@@ -296,13 +423,19 @@ class SeveralWeights(FactorizedLayer):
         factors = self.__dict__.get("_modules", {}).get("factors")
         return self.dense_weight(name) if factors is not None and name in factors else super().__getattr__(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_modules", {}).get("factors", ()):
+            hint = "set U, S and Vh, or factorize again"
+            raise LayerError(self._get_name(), f"its {name} is composed and cannot be set", hint=hint)
+        nn.Module.__setattr__(self, name, value)  # not torch's own, which keeps lists of weights
+
     def composed(self, **more: Any) -> Any:
         """Return this layer as torch's own forward wants it: with weights composed once, for a single call.
 
         Args:
             more: further attributes.
         """
-        layer = type(self).__new__(type(self))
+        layer: Any = object.__new__(type(self))
         layer.__dict__.update(self.__dict__)
         layer.__dict__.update({name: self.dense_weight(name) for name in self.factors}, **more)
         return layer

@@ -39,11 +39,10 @@ class FactorizedConv(OneWeight):
 
     @classmethod
     def adopt(cls, dense: Any, factors: Mapping[str, Factors], scheme: Fold) -> Any:
-        """Take over a dense convolution, the memory format of its kernel included."""
+        """Take over a dense convolution in place, the memory format of its kernel included."""
+        channels_last = memory_format_of(dense.weight) is not torch.contiguous_format  # the format itself cannot be pickled
         layer = super().adopt(dense, factors, scheme)
-        layer.__dict__["channels_last"] = (
-            memory_format_of(dense.weight) is not torch.contiguous_format
-        )  # the format itself cannot be pickled
+        layer.__dict__["channels_last"] = channels_last
         return layer
 
     @classmethod

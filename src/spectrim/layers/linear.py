@@ -43,10 +43,14 @@ class FactorizedLinear(OneWeight, nn.Linear):
     dense_kinds = (nn.Linear,)
 
     @classmethod
+    def base_of(cls, own: type) -> type:
+        """Return `nn.Linear`, or the class itself where its own forward computes the same; by name, so that no package is needed."""
+        return own if own.__name__ in SAME_AS_LINEAR and own.__module__.split(".")[0] == "transformers" else super().base_of(own)
+
+    @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Recognise those of transformers by name, so that it need not be installed."""
-        kind = type(module)
-        return super().accepts(module) or (kind.__name__ in SAME_AS_LINEAR and kind.__module__.split(".")[0] == "transformers")
+        """Recognise those of transformers, too."""
+        return (cls.base_of(type(module)) is type(module) and isinstance(module, nn.Linear)) or super().accepts(module)
 
     @classmethod
     def work(cls, module: Any, name: str, scheme: Fold, rank: int | None, shape: Sequence[int] | None) -> float:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
-from spectrim.layers.base import FactorizedLayer, OneWeight
+from spectrim.layers.base import FactorizedLayer, OneWeight, renew
 from spectrim.layers.embedding import FactorizedEmbedding
 
 TOLERANCE = 1e-9
@@ -36,19 +36,24 @@ def check_kind(kind: type[FactorizedLayer], layer: nn.Module, inputs: Sequence[A
         for scheme in kind.schemes(dense):
             factors = {name: _factors(kind, dense, name, scheme) for name in kind.weights(dense)}
             _check_cost(kind, dense, list(factors), scheme, given)
-            low = kind.adopt(dense, factors, scheme)
+            low = kind.adopt(_again(dense), factors, scheme)
             _check_forward(low, dense(*given), given, "at full rank")
             if isinstance(low, OneWeight) and not isinstance(low, FactorizedEmbedding) and scheme == "channel":
                 _check_rows(low, given)
             cut: dict[str, Factors] = {name: full.cut(lambda spectrum: 1) for name, full in factors.items()}
-            one = kind.adopt(dense, cut, scheme)
-            expected = _check_forward(one, one.release(_parameter)(*given), given, "at rank 1")
+            one = kind.adopt(_again(dense), cut, scheme)
+            expected = _check_forward(one, kind.adopt(_again(dense), cut, scheme).release(_parameter)(*given), given, "at rank 1")
             pair = one.split(_parameter, list(cut))
             if not isinstance(pair, nn.Module) or any(isinstance(part, FactorizedLayer | Factors) for part in pair.modules()):
                 raise LayerError(kind.__name__, f"split must return ordinary layers where all weights pay, got {type(pair).__name__}")
             _check_same(kind, pair.eval()(*given), expected, "what split returns at rank 1 does not compute what the layer does")
             if one.split(_parameter, ()) is not None:
                 raise LayerError(kind.__name__, "split must return None where no weight pays", hint="look at its argument paying")
+
+
+def _again(layer: nn.Module) -> nn.Module:
+    """Return another layer of the same tensors."""
+    return renew(layer, type(layer))  # type: ignore[no-any-return]
 
 
 def _shaken(layer: nn.Module) -> nn.Module:

@@ -82,7 +82,7 @@ class FactorizedRecurrent(SeveralWeights):
                     input, width = _on_rows(partial(F.linear, weight=right), input), len(right)
                 else:
                     weights[name] = getattr(self, name)
-            kernel = type(self).__new__(type(self))
+            kernel: Any = object.__new__(type(self))
             kernel.__dict__.update(self.__dict__)
             kernel.__dict__.update(num_layers=1, input_size=width, dropout=0.0, _flat_weights=list(weights.values()))
             own = None if hx is None else tuple(h[index : index + 1] for h in hx) if module.mode == "LSTM" else hx[index : index + 1]
@@ -93,8 +93,14 @@ class FactorizedRecurrent(SeveralWeights):
         joined = tuple(torch.cat(parts) for parts in zip(*states, strict=True))
         return input, joined if module.mode == "LSTM" else joined[0]
 
+    @classmethod
+    def forget(cls, module: nn.Module) -> None:
+        """Drop torch's lists of weights."""
+        for name in ("_flat_weights", "_flat_weight_refs"):
+            module.__dict__.pop(name, None)
+
     def release(self, share: Share) -> nn.Module:
-        """Return the dense torch layer."""
+        """Make this the dense torch layer, in place; return it."""
         dense: Any = super().release(share)
         dense._init_flat_weights()
         return dense  # type: ignore[no-any-return]
@@ -129,9 +135,6 @@ class FactorizedRecurrent(SeveralWeights):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         return nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        nn.Module.__setattr__(self, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()

@@ -13,7 +13,7 @@ from spectrim.penalties.sums import STACKED, check_weight, stack, total
 
 
 def half_squared_norm(left: Tensor, right: Tensor) -> Tensor:
-    """Return ``1/2 sum ||left right||_F^2`` of matrices ``(..., out, rank)`` and ``(..., rank, in)``, composed or not by what is cheaper.
+    """Return ``1/2 sum ||left right||_F^2`` of matrices ``(..., out, rank)`` and ``(..., rank, in)``, composed if that is cheaper.
 
     Uncomposed it is ``1/2 tr(left^T left right right^T)``.
     """
@@ -24,7 +24,7 @@ def half_squared_norm(left: Tensor, right: Tensor) -> Tensor:
 
 
 def groups_of(model: nn.Module) -> list[list[Factors]]:
-    """Group the factors of equal shape, dtype and device; a group of several has at most `STACKED` elements. Sharded ones stand alone."""
+    """Group the factors of equal shape, dtype and device; a group has at most `STACKED` elements. Each sharded one is a group."""
     groups: dict[tuple[object, ...], list[Factors]] = {}
     for _, factors in named_factors(model):
         key = (id(factors),) if is_sharded(factors.S) else (factors.U.shape[-2:], factors.Vh.shape[-2:], factors.U.dtype, factors.U.device)
@@ -40,8 +40,8 @@ def groups_of(model: nn.Module) -> list[list[Factors]]:
 class FrobeniusDecay:
     """``weight / 2 * sum_l ||U diag(S) Vh||_F^2``: the decay of the dense weight, for the factors; in float32 at least.
 
-    An optimizer's ``weight_decay`` on the factors shrinks each of them, which on their product acts like a nuclear norm. This one acts
-    on the product as ``weight_decay=weight`` acts on a dense weight, but for adaptive steps. Set the optimizer's own decay of the factors
+    An optimizer's ``weight_decay`` on the factors shrinks each of them, which acts like a nuclear norm on their product. This penalty acts
+    on the product as ``weight_decay=weight`` acts on a dense weight, except for adaptive steps. Set the optimizer's decay of the factors
     to zero.
 
     Args:

@@ -1,4 +1,4 @@
-"""The penalty that keeps singular vectors orthonormal."""
+"""Penalty that keeps singular vectors orthonormal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ def gram_defect(A: Tensor) -> Tensor:
 
 
 class _Defect(torch.autograd.Function):
-    """``sum ||A^T A - I||_F^2`` over matrices of one shape, with the gradient ``4 A (A^T A - I)``; keeps ``A^T A - I`` alone."""
+    """``sum ||A^T A - I||_F^2`` over matrices of one shape, with the gradient ``4 A (A^T A - I)``; saves only ``A^T A - I``."""
 
     @staticmethod
     def forward(*matrices: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ class _Defect(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, ...]:
         *matrices, defect = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
-            if torch.is_grad_enabled():  # this gradient is to be differentiated again
+            if torch.is_grad_enabled():  # this gradient will be differentiated again
                 defect = gram_defect(stack(matrices))
             return unstack(stack(matrices) @ (4 * grad * defect), [matrix.shape for matrix in matrices])
 
@@ -50,7 +50,7 @@ def defect_of(group: Sequence[Tensor]) -> Tensor:
 
 
 def sampled_defect_of(group: Sequence[Tensor], sample: float) -> Tensor:
-    """Return an unbiased estimate of `defect_of` from a random share of the columns of ``A^T A - I``."""
+    """Return an unbiased estimate of `defect_of` from a random fraction of the columns of ``A^T A - I``."""
     A, rank = stack(group), group[0].shape[-1]
     count = max(1, round(sample * rank))
     columns = torch.randperm(rank)[:count].to(A.device)
@@ -63,17 +63,17 @@ def sampled_defect_of(group: Sequence[Tensor], sample: float) -> Tensor:
 class Orthogonality:
     """``weight * sum_l (||U^T U - I||_F^2 + ||Vh Vh^T - I||_F^2) / r_l^2``, over layers and their blocks; in float32 at least.
 
-    Factors of equal shape share one product, and the gradient is in closed form. Of factors that are sharded over processes the Gram
+    Factors of equal shape share one product, and the gradient is in closed form. For factors that are sharded over processes, Gram
     matrices are computed on the shards and summed.
 
     Args:
-        weight: strength, >= 0. The paper takes 1.0 on CIFAR-10 and for the LSTM, 2.0 on ImageNet.
-        sample: None for the exact penalty; or the share in (0, 1] of the columns of ``A^T A - I`` that is drawn at each call (from torch's
-            global generator) for an unbiased estimate. Where a layer is wide and a batch has few rows the exact penalty costs as
-            much as the layer; a sample of 1/8 costs about a fifth of that. Not the paper's.
+        weight: strength, >= 0. The paper uses 1.0 on CIFAR-10 and for the LSTM, 2.0 on ImageNet.
+        sample: None for the exact penalty; or the fraction in (0, 1] of the columns of ``A^T A - I`` that is drawn at each call (from
+            torch's global generator) for an unbiased estimate. For a wide layer and a batch with few rows the exact penalty costs as
+            much as the layer; a sample of 1/8 costs about a fifth of that. The paper has no sampling.
 
     Raises:
-        SettingError: for a negative or infinite strength, or a share outside (0, 1].
+        SettingError: for a negative or infinite strength, or a fraction outside (0, 1].
 
     Examples:
         >>> from spectrim.surgery.factorize import factorize
@@ -99,7 +99,7 @@ class Orthogonality:
         return self.weight * total(model, [*terms, *(self._of_shards(matrix) for matrix in matrices if is_sharded(matrix))])
 
     def _of_shards(self, matrix: Tensor) -> Tensor:
-        """Return the penalty of one sharded matrix; with a sample every process draws its own, which its shard of the gradient is of."""
+        """Return the penalty of one sharded matrix; every process draws its own sample and gets the gradient of it."""
         matrix, sample = matrix.to(torch.promote_types(matrix.dtype, torch.float32)), self.sample
         if sample is None:
             return defect_of_shards(matrix) / matrix.shape[-1] ** 2

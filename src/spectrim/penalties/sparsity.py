@@ -1,4 +1,4 @@
-"""Penalties that make singular values sparse."""
+"""Penalties for sparse singular values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ def over_spectra(model: nn.Module, measure: Callable[[Tensor], Tensor]) -> Tenso
 def ratio_of_norms(S: Float[Tensor, "blocks rank"]) -> Float[Tensor, " blocks"]:
     """Return ``||S||_1 / ||S||_2`` of non-negative rows, in ``[1, sqrt(rank)]``; 1 with zero gradient for a row of zeros.
 
-    Rows are scaled by their largest value first, so that squares neither vanish nor overflow. A row so small that its gradient, about
-    ``rank / largest``, would overflow counts as zeros.
+    Rows are scaled by their largest value first, so that squares neither underflow nor overflow. A row so small that its gradient, about
+    ``rank / largest``, would overflow is treated as zeros.
     """
     largest = S.detach().amax(dim=-1, keepdim=True)
     zero = largest < torch.finfo(S.dtype).tiny * S.shape[-1]
@@ -33,13 +33,20 @@ def ratio_of_norms(S: Float[Tensor, "blocks rank"]) -> Float[Tensor, " blocks"]:
 
 @dataclass(frozen=True)
 class Hoyer:
-    """``weight * sum_l (||S_l||_1 / ||S_l||_2 - 1)``: scale-free, zero when one singular value is left. The paper's choice.
+    """``weight * sum_l (||S_l||_1 / ||S_l||_2 - 1)``: scale-free, zero when one singular value is left. The paper uses this one.
 
     Args:
-        weight: strength, >= 0. The paper's CIFAR-10 networks take 0.001 to 0.1.
+        weight: strength, >= 0. The paper uses 0.001 to 0.1 for its CIFAR-10 networks.
 
     Raises:
         SettingError: for a negative or infinite strength.
+
+    Examples:
+        >>> from spectrim.surgery.factorize import factorize
+        >>> layer = nn.Linear(2, 2)
+        >>> layer.weight.data = torch.diag(torch.tensor([3.0, 1.0]))
+        >>> round(Hoyer(1.0)(factorize(layer)).item(), 4)  # (3 + 1) / sqrt(9 + 1) - 1
+        0.2649
 
     Source: Yang et al., arXiv 2004.09031, equation 5.
     """
@@ -64,6 +71,13 @@ class HoyerSquare:
     Raises:
         SettingError: for a negative or infinite strength.
 
+    Examples:
+        >>> from spectrim.surgery.factorize import factorize
+        >>> layer = nn.Linear(2, 2)
+        >>> layer.weight.data = torch.diag(torch.tensor([3.0, 1.0]))
+        >>> round(HoyerSquare(1.0)(factorize(layer)).item(), 4)  # (3 + 1)^2 / (9 + 1) - 1
+        0.6
+
     Source: Yang, Wen and Li, DeepHoyer, ICLR 2020, arXiv 1908.09979, equation 3.
     """
 
@@ -82,10 +96,17 @@ class L1:
     """``weight * sum_l ||S_l||_1``: shrinks every singular value at the same speed.
 
     Args:
-        weight: strength, >= 0. The paper's ablation takes 0.1 to 0.3.
+        weight: strength, >= 0. The paper uses 0.1 to 0.3 in its ablation.
 
     Raises:
         SettingError: for a negative or infinite strength.
+
+    Examples:
+        >>> from spectrim.surgery.factorize import factorize
+        >>> layer = nn.Linear(2, 2)
+        >>> layer.weight.data = torch.diag(torch.tensor([3.0, 1.0]))
+        >>> round(L1(1.0)(factorize(layer)).item(), 4)
+        4.0
 
     Source: Yang et al., arXiv 2004.09031, equation 4.
     """

@@ -1,4 +1,4 @@
-"""What the penalties share: sums over layers in few large operations, and the check of their strength."""
+"""Helpers of the penalties: sums over layers in few large operations, and validation of the strength."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from spectrim.errors import SettingError
 
 STACKED = 2**22
-"""Most elements that are copied into one stack: larger matrices keep the machine busy one by one."""
+"""Largest number of elements copied into one stack: larger matrices use the machine fully without batching."""
 
 
 def check_weight(owner: object, weight: float) -> None:
@@ -48,7 +48,7 @@ def stack(group: Sequence[Tensor], axes: int = 2) -> Tensor:
 
 
 def unstack(stacked: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-    """Split what `stack` joined into the shapes of its group."""
+    """Split the result of `stack` into the shapes of its group."""
     size = stacked[0].numel()
     parts = torch.split(stacked, [shape.numel() // size for shape in shapes])
     return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))

@@ -1,4 +1,4 @@
-"""The penalty on the part of each spectrum that will be cut."""
+"""Penalty on the part of each spectrum that will be cut."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from spectrim.surgery.ranks import check_names
 
 
 def tail_share(S: Tensor, rank: int) -> Tensor:
-    """Return the share of the energy that is in all but the `rank` largest ``|S|`` of each block, a scalar in [0, 1]; 0 for zeros alone.
+    """Return the fraction of the energy in all but the `rank` largest ``|S|`` of each block, a scalar in [0, 1]; 0 for a spectrum of zeros.
 
-    The whole energy counts as a constant. Values are scaled by the largest first, so that squares neither vanish nor overflow; where
-    even that one is so small that the gradient would overflow, they count as zeros.
+    The total energy is treated as a constant. Values are scaled by the largest first, so that squares neither underflow nor overflow. If
+    the largest is so small that the gradient would overflow, all are treated as zeros.
 
     Examples:
         >>> tail_share(torch.tensor([3.0, -1.0, 0.0]), 1)
@@ -53,16 +53,17 @@ def tail_shares(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TailEnergy:
-    """``sum_l strength_l * tau_l``, ``tau_l`` the share of the energy of all but the ``rank_l`` largest ``|S_l|``; in float32 at least.
+    """``sum_l strength_l * tau_l``, ``tau_l`` the fraction of the energy in all but the ``rank_l`` largest ``|S_l|``; in float32 at least.
 
-    What a cut to `ranks` would discard is driven to zero and the rest is left alone: with orthonormal factors ``tau_l`` is the squared
-    distance of the weight to the nearest one of that rank, relative to its norm (Eckart and Young, 1936). The norm counts as a constant, so
-    nothing is gained by growing what stays. Blocks of a grouped convolution share one rank and are pooled.
+    It drives the values that a cut to `ranks` would discard to zero, and has no gradient on the others. With orthonormal factors ``tau_l``
+    is the squared distance of the weight to the nearest weight of that rank, relative to its norm (Eckart and Young, 1936). The norm is
+    treated as a constant, so that growth of the other values does not lower the penalty. Blocks of a grouped convolution share one rank and
+    are pooled.
 
     Args:
-        ranks: how many of the largest values of each weight are left alone, by the names of `coverage`, >= 1. Weights without an entry, or
-            that hold no more than that, add nothing.
-        strengths: what multiplies each share, by the same names, finite and >= 0.
+        ranks: number of largest values of each weight that are not penalized, by the names of `coverage`, >= 1. Weights without an entry,
+            or with no more values than that, add nothing.
+        strengths: factor of each ``tau_l``, by the same names, finite and >= 0.
 
     Raises:
         SettingError: for a value outside its range, or when the two do not name the same weights.

@@ -1,25 +1,17 @@
 """Plain multi-head attention with low-rank projections."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.plain.parts import Weight, _check_shapes, _projection, _shapes
+from .chain import PlainPair
+from .parts import Weight, _check_shapes, _projection, _shapes
 
-
-class _NotForTheFastPath:
-    """Stands where torch's transformer layers look for a packed weight.
-
-    `nn.TransformerEncoder` hands padded inputs on as nested tensors, which only its fused kernel can read, unless a weight overrides
-    torch functions. This one says that it does; nothing is ever computed with it.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return NotImplemented
+PACKED, SEPARATE = ("in_proj_weight",), ("q_proj_weight", "k_proj_weight", "v_proj_weight")
+"""What torch calls the weights of the input projections."""
 
 
 class PlainAttention(nn.Module):
@@ -53,9 +45,9 @@ class PlainAttention(nn.Module):
         torch.Size([5, 3, 8])
     """
 
-    # What torch's transformer layers read before they choose a path.
+    settings: ClassVar[dict[str, Any]] = {"_qkv_same_embed_dim": False}  # torch's transformer layers read it before they choose a path
     _qkv_same_embed_dim = False
-    in_proj_weight = _NotForTheFastPath()
+    __jit_unused_properties__ = (*PACKED, *SEPARATE, "in_proj_bias")
 
     bias_k: nn.Parameter | None
     bias_v: nn.Parameter | None
@@ -106,10 +98,6 @@ class PlainAttention(nn.Module):
         self.out_proj = _projection(given["out_proj.weight"], given.get("out_proj.bias"))
         for name in ("bias_k", "bias_v"):
             self.register_parameter(name, nn.Parameter(given[name].detach().clone()) if name in given else None)
-        self.register_parameter("in_proj_bias", None)
-        if isinstance(self.out_proj, nn.Sequential):  # torch's encoder reads these two, whatever they are
-            self.out_proj.register_parameter("weight", None)
-            self.out_proj.register_parameter("bias", None)
 
     def forward(
         self,
@@ -179,16 +167,24 @@ class PlainAttention(nn.Module):
         return output, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-        """Project ``(batch, time, features)``; of a packed pair the first factor runs once for each distinct input."""
+        """Project ``(batch, time, features)``; a packed projection runs once for each distinct input.
+
+        It is called for all three thirds of its outputs, unless it is nothing but an `nn.Linear`: adapters, hooks and quantized weights
+        take effect.
+        """
         if not self.packed:
             return self.q_proj(query), self.k_proj(key), self.v_proj(value)
         if query is key and key is value:
             return self.in_proj(query).chunk(3, -1)  # type: ignore[no-any-return]
-        if isinstance(self.in_proj, nn.Sequential):
-            query, key, value = _same(self.in_proj[0], query, key, value)
-        last: Any = self.in_proj[1] if isinstance(self.in_proj, nn.Sequential) else self.in_proj
-        biases = (None, None, None) if last.bias is None else last.bias.chunk(3)
-        return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), last.weight.chunk(3), biases, strict=True))
+        last = self.in_proj
+        if isinstance(last, PlainPair):
+            query, key, value = _same(last[0], query, key, value)
+            last = last[1]
+        if _is_bare(last):  # then its thirds can run alone
+            biases = (None, None, None) if last.bias is None else last.bias.chunk(3)
+            return tuple(F.linear(x, w, b) for x, w, b in zip((query, key, value), last.weight.chunk(3), biases, strict=True))
+        projected = _same(last, query, key, value)
+        return tuple(x.chunk(3, -1)[third] for third, x in enumerate(projected))
 
     def _mask(self, query: Tensor, key: Tensor, padding: Tensor | None, attn: Tensor | None) -> Tensor | None:
         """Return what is added to the scores ``(batch, heads, target, source)``, or None."""
@@ -207,9 +203,54 @@ class PlainAttention(nn.Module):
             mask = hidden if mask is None else mask + hidden
         return mask
 
+    @classmethod
+    def stands_for(cls, base: type) -> bool:
+        """Whether it behaves as a layer of class `base` does."""
+        return base is nn.MultiheadAttention
+
+    @staticmethod
+    def takes_over(layer: nn.Module) -> tuple[str, ...]:
+        """Return the names of the parameters of a `nn.MultiheadAttention` that this one holds otherwise."""
+        return (*PACKED, *SEPARATE, "in_proj_bias", "bias_k", "bias_v")
+
+    def _get_name(self) -> str:
+        return "PlainAttention"
+
+    @property
+    def in_proj_weight(self) -> Tensor | None:
+        """The packed weight ``(3 * embed, embed)``; None where there are three. A product of two is read only."""
+        return self.in_proj.weight if self.packed else None
+
+    @property
+    def q_proj_weight(self) -> Tensor | None:
+        """The weight of the queries ``(embed, embed)``; None where all are packed. Read only."""
+        return None if self.packed else self.q_proj.weight
+
+    @property
+    def k_proj_weight(self) -> Tensor | None:
+        """The weight of the keys ``(embed, kdim)``; None where all are packed. Read only."""
+        return None if self.packed else self.k_proj.weight
+
+    @property
+    def v_proj_weight(self) -> Tensor | None:
+        """The weight of the values ``(embed, vdim)``; None where all are packed. Read only."""
+        return None if self.packed else self.v_proj.weight
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """The packed bias ``(3 * embed,)``, or None."""
+        each = [self.in_proj] if self.packed else [self.q_proj, self.k_proj, self.v_proj]
+        biases: list[Any] = [layer.bias for layer in each]
+        return None if biases[0] is None else biases[0] if self.packed else torch.cat(biases)
+
     def extra_repr(self) -> str:
         """Return the sizes."""
         return f"{self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}, batch_first={self.batch_first}"
+
+
+def _is_bare(layer: Any) -> bool:
+    """Whether calling a layer is nothing but `torch.nn.functional.linear` on an ordinary weight."""
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and not (layer._forward_hooks or layer._forward_pre_hooks)
 
 
 def _same(change: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

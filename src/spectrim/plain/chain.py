@@ -1,6 +1,6 @@
 """Two layers in the place of one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordi
 """``weight += 1`` and its like."""
 
 
-class PlainPair(nn.Sequential):
+class PlainPair(nn.Module):
     """Two ordinary layers in the place of one, which also answer for it: ``weight`` is the dense weight, ``stride`` its stride.
 
-    Models read such things of their layers without calling them. Reading dtype, device or shape of ``weight`` costs nothing; any other
-    use of it multiplies the two weights anew, and gradients reach both. To change the weight, change the two layers.
+    A merged layer is an instance of its own class and of this one. Models read such things of their layers without calling them. Reading
+    dtype, device or shape of ``weight`` costs nothing; any other use of it multiplies the two weights, and gradients reach both. To change
+    the weight, change the two layers.
 
     Args:
         first: an `nn.Linear`, an `nn.Embedding` or a convolution, plain or transposed; without bias.
@@ -39,9 +40,11 @@ class PlainPair(nn.Sequential):
     """
 
     __jit_unused_properties__ = ("weight", "bias")
+    traced_inside = True  # `torch.fx` looks into it
 
     def __init__(self, first: nn.Module, second: nn.Module, *, conv1d: bool = False) -> None:
-        super().__init__(first, second)
+        super().__init__()
+        self._modules.update({"0": first, "1": second})
         self.__dict__.update(_settings(first, second, conv1d))
 
     def forward(self, input, output_size: Any = None):  # type: ignore[no-untyped-def]
@@ -53,16 +56,17 @@ class PlainPair(nn.Sequential):
         """
         if not torch.jit.is_scripting() and output_size is not None:  # type: ignore[attr-defined]
             return self._sized(input, output_size)
-        return self[1](self[0](input))
+        return getattr(self, "1")(getattr(self, "0")(input))
 
     @torch.jit.unused
     def _sized(self, input: Tensor, output_size: Sequence[int]) -> Tensor:
-        return _run_sized(self._modules["0"], self._modules["1"], input, output_size)
+        first, second = self
+        return _run_sized(first, second, input, output_size)
 
     @property
     def weight(self) -> Tensor:
         """The weight of the dense layer, in its layout; read only."""
-        first, second = self[0].weight, self[1].weight
+        first, second = (layer.weight for layer in self)
         if torch.compiler.is_compiling() or not isinstance(second, Tensor):  # then it is a proxy of torch.fx
             return self._composed()
         trained = first.requires_grad or second.requires_grad
@@ -74,6 +78,12 @@ class PlainPair(nn.Sequential):
         if isinstance(self[0], nn.Embedding):
             raise AttributeError("an embedding has no bias")
         return self[1].bias  # type: ignore[no-any-return]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Refuse a dense weight, which two layers do not hold."""
+        if f"{prefix}weight" in state_dict:
+            rest[-1].append(f"{prefix}weight: a dense weight for what is two layers here; load it into the dense network, then compress")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _weight_shape(self) -> tuple[int, ...]:
         layer: Any = self
@@ -95,9 +105,35 @@ class PlainPair(nn.Sequential):
             return _compose_kernels(first, second, self)
         return (second @ first).T if hasattr(self, "nx") else second @ first  # type: ignore[no-any-return]
 
+    @classmethod
+    def stands_for(cls, base: type) -> bool:
+        """Whether it behaves as a layer of class `base` does, so that a merged layer can stay an instance of that."""
+        return True
+
+    @staticmethod
+    def takes_over(layer: nn.Module) -> tuple[str, ...]:
+        """Return the names of a layer's parameters that the two layers hold in its place."""
+        return "weight", "bias"
+
+    def _get_name(self) -> str:
+        return "PlainPair"
+
+    __repr__ = nn.Module.__repr__
+
+    def extra_repr(self) -> str:
+        """Return nothing: the two layers say it."""
+        return ""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self._modules["0"], self._modules["1"]))
+
     def __getitem__(self, index: Any) -> Any:
         """Return one of the two layers; of a slice, an `nn.Sequential`."""
-        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+        layers = list(self)
+        return nn.Sequential(*layers[index]) if isinstance(index, slice) else layers[index]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -150,7 +186,7 @@ class Composed(Tensor):
             return weight._compose().requires_grad_(*args[1:], **(kwargs or {}))
         changes = name in ("__set__", "__setitem__", *IN_PLACE) or (name.endswith("_") and not name.endswith("__"))
         if weight is not None and changes:
-            parts = "weights of its two layers" if weight._owner == "PlainPair" else "factors U, S and Vh"
+            parts = "weights of its layers" if weight._owner.startswith("Plain") else "factors U, S and Vh"
             raise RuntimeError(f"{weight._owner}: its weight is composed of the {parts}; {name} would change a copy, so change those")
         return cls.__torch_dispatch__(func, types, args, kwargs)
 

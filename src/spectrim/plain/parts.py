@@ -5,6 +5,8 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from .chain import PlainPair
+
 Weight: TypeAlias = Tensor | tuple[Tensor, Tensor]  # dense (out, in), or the pair (out, rank), (rank, in)
 
 
@@ -20,10 +22,10 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _projection(weight: Weight, bias: Tensor | None) -> nn.Linear | nn.Sequential:
+def _projection(weight: Weight, bias: Tensor | None) -> nn.Linear | PlainPair:
     if isinstance(weight, Tensor):
         return _linear(weight, bias)
-    return nn.Sequential(_linear(weight[1], None), _linear(weight[0], bias))
+    return PlainPair(_linear(weight[1], None), _linear(weight[0], bias))
 
 
 def _check_shapes(owner: str, weights: Mapping[str, Weight], shapes: Mapping[str, tuple[int, ...]]) -> None:

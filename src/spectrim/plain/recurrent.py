@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from spectrim.plain.parts import Weight, _check_shapes, _linear, _projection, _shapes
+from .chain import Composed
+from .parts import Weight, _check_shapes, _linear, _projection, _shapes
 
 State: TypeAlias = tuple[Tensor, ...]  # of an LSTM: hidden and cell; of a GRU: hidden
 
@@ -150,17 +151,63 @@ class PlainRecurrent(nn.Module):
                     x = F.dropout(x, self.dropout, self.training)
         return x, tuple(torch.cat(parts) for parts in zip(*finals, strict=True))
 
+    @classmethod
+    def stands_for(cls, base: type) -> bool:
+        """Whether it behaves as a layer of class `base` does."""
+        return base in (nn.LSTM, nn.GRU)
+
+    @staticmethod
+    def takes_over(layer: nn.Module) -> tuple[str, ...]:
+        """Return the names of the parameters of an `nn.LSTM` or `nn.GRU` that this one holds otherwise."""
+        return tuple(layer._flat_weights_names)  # type: ignore[arg-type]
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a weight or bias by torch's name; one that is a product of two is read only."""
+        key = name.partition("_l")[2]
+        cells = self.__dict__.get("_modules", {}).get("cells")
+        if cells is not None and name.startswith(("weight_", "bias_")) and f"l{key}" in cells:
+            return _read(cells[f"l{key}"], name.partition("_l")[0])
+        return super().__getattr__(name)
+
     def flatten_parameters(self) -> None:
         """Lay out the fused kernels' weights for cuDNN, as `nn.LSTM` does; does nothing on other devices."""
         for cell in self.cells.values():
             if isinstance(cell, _Fused):
                 cell.kernel.flatten_parameters()
 
+    # What torch's classes do with their list of weights, which this one does not have.
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+
+    def _get_name(self) -> str:
+        return "PlainRecurrent"
+
     def extra_repr(self) -> str:
         """Return the settings that differ from torch's defaults."""
         settings = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False, "proj_size": 0}
         changed = [f"{name}={getattr(self, name)}" for name, default in settings.items() if getattr(self, name) != default]
         return ", ".join([f"{self.mode}, {self.input_size}, {self.hidden_size}", *changed])
+
+
+def _read(cell: Any, name: str) -> Any:
+    """Return one weight or bias of a layer and direction, as torch's layer holds it: ``weight_ih``, ``bias_hh`` ..."""
+    if isinstance(cell, _Loop):
+        layer: Any = {"ih": cell.input, "hh": cell.hidden, "hr": cell.project}[name.split("_")[1]]
+        return layer.bias if name.startswith("bias") else layer.weight
+    held = getattr(cell.kernel, f"{name}_l0")
+    if name != "weight_ih" or cell.reduce is None:
+        return held
+    right, shape = cell.reduce.weight, (held.shape[0], cell.reduce.in_features)
+    return Composed("PlainRecurrent", lambda: held @ right, shape, held.dtype, held.device, held.requires_grad or right.requires_grad)
 
 
 class _Fused(nn.Module):

@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from spectrim.errors import FormatError
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, kind_of, named_factors
+from spectrim.layers.attention import become_attention
+from spectrim.layers.base import become, renew
+from spectrim.layers.geometry import CHANNELS_LAST, memory_format_of
 from spectrim.layers.sharded import refuse_shards
 from spectrim.plain.attention import PlainAttention
 from spectrim.plain.chain import PlainPair
+from spectrim.plain.encoder import follow_layers
 from spectrim.plain.recurrent import PlainRecurrent
 from spectrim.surgery.batchnorm import NORMS
 from spectrim.surgery.exchange import replace
@@ -124,7 +128,11 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
             problem = f"is of another architecture: '{key}' is {came} in the file, {wanted} in the model"
             raise FormatError(path, problem, hint=_hint(plan))
     _tie(built, plan, state, made, path)
+    _materialize(built, state, path)
     built.load_state_dict(state)
+    for name, parameter in built.named_parameters():
+        if name in plan.get("channels_last", ()):
+            parameter.data = parameter.data.contiguous(memory_format=CHANNELS_LAST[parameter.dim()])
     if "frozen" in plan:
         for name, parameter in built.named_parameters():
             parameter.requires_grad_(name not in plan["frozen"])
@@ -148,6 +156,7 @@ def plan_of(model: nn.Module) -> dict[str, Any]:
         "ranks": {name: factors.rank for name, factors in named_factors(model)},
         "merged": merged,
         "folded": _folded(model),
+        "channels_last": [name for name, p in model.named_parameters() if memory_format_of(p) is not torch.contiguous_format],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
     }
 
@@ -210,13 +219,15 @@ def _rebuild(model: nn.Module, plan: Mapping[str, Any], path: Path) -> tuple[nn.
 
     built = build(model, lambda name, module: plan["factorized"].get(name, {}).get("scheme"), make)
     targets = dict(built.named_modules())
-    replacements = _without_batchnorms(targets, plan.get("folded"))
+    built = replace(built, _without_batchnorms(targets, plan.get("folded")))
+    written = []
     for name, description in plan["merged"].items():
         target = targets.get(name)
         if target is None:
             raise FormatError(path, f"is of another architecture: the model has no layer '{name}'", hint=_hint(plan))
-        if kind_of(target) is None:
-            if isinstance(target, nn.Sequential | PlainRecurrent | PlainAttention):  # the original has such a module itself
+        kind = kind_of(target)
+        if kind is None:
+            if isinstance(target, PlainPair | PlainRecurrent | PlainAttention):  # the original has such a module itself
                 continue
             raise _unregistered(path, name, type(target).__name__)
         wanted, own = _dense(description), _found(target, description)
@@ -230,8 +241,24 @@ def _rebuild(model: nn.Module, plan: Mapping[str, Any], path: Path) -> tuple[nn.
         weight = next(target.parameters())
         with torch.random.fork_rng(devices=[]):
             made = replayed if replayed is not None else _construct(description, conv1d=hasattr(target, "nx"))
-        replacements[id(target)] = made.to(weight.device, weight.dtype).train(target.training)
-    return replace(built, replacements), list(replacements.values())
+        written.append(made.to(weight.device, weight.dtype))
+        if isinstance(made, PlainAttention):
+            become_attention(target, made)
+        else:
+            become(target, made, kind.base_of(type(target)))
+    follow_layers(built)
+    return built, written
+
+
+def _materialize(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Give what is on the meta device and in the file storage on the CPU, in place; ties stay."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_meta:
+            continue
+        if name not in state:
+            raise FormatError(path, f"does not hold '{name}', which is on the meta device", hint="pass a model with real tensors")
+        empty = torch.empty_like(tensor, device="cpu")
+        torch.utils.swap_tensors(tensor, nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty)  # type: ignore[no-untyped-call]
 
 
 def _unregistered(path: Path, name: str, kind: str) -> FormatError:
@@ -249,7 +276,7 @@ def _replayed(target: Any, description: list[dict[str, Any]]) -> nn.Module | Non
         matrix = kind.fold(target, "weight", target.weight.detach(), scheme)
         if rank <= min(matrix.shape[-2:]):
             factors = {"weight": Factors.empty(target.weight, matrix, rank)}
-            made = kind.adopt(target, factors, scheme).split(lambda _, part, tensor: nn.Parameter(tensor), ("weight",))
+            made = kind.adopt(renew(target, type(target)), factors, scheme).split(lambda _, part, tensor: nn.Parameter(tensor), ("weight",))
             if made is not None and _describe(made) == description:
                 return made
     return None
@@ -353,7 +380,7 @@ def _without_batchnorms(targets: Mapping[str, Any], folded: Mapping[str, list[st
 
 def _settings(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
     values = {name: getattr(module, name) for name in names}
-    return {"kind": type(module).__name__} | {name: _listed(value) for name, value in values.items()}
+    return {"kind": str(module._get_name())} | {name: _listed(value) for name, value in values.items()}  # type: ignore[no-untyped-call]
 
 
 def _bias(module: nn.Module) -> dict[str, bool]:

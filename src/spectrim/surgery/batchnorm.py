@@ -93,7 +93,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, PlainPair):
             return False
-        return type(m).__module__ == "spectrim.plain.parts" or super().is_leaf_module(m, module_qualified_name)
+        return type(m).__module__.startswith("spectrim.plain.") or super().is_leaf_module(m, module_qualified_name)
 
 
 def _prefixes(name: str) -> set[str]:

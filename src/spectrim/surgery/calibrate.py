@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, factor_name, named_factors, named_layers
-from spectrim.layers.attention import observed_attention
-from spectrim.layers.base import OneWeight
+from spectrim.layers.attention import become_attention, observed_attention
+from spectrim.layers.base import OneWeight, become
 from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.recurrent import FactorizedRecurrent
 from spectrim.metrics.inputs import _send, batch_size_of, call_model, loss_of, unfused
-from spectrim.surgery.exchange import carry_hooks, duplicate, replace
+from spectrim.surgery.exchange import duplicate
 
 WIDEST = 8192
 """Weights with more outputs than this (vocabularies) have no moments of the outputs: the matrix would take more than 0.5 GB."""
@@ -299,15 +299,14 @@ def _observable(model: nn.Module) -> tuple[nn.Module, dict[str, Factors]]:
     """
     clone = duplicate(model).eval().requires_grad_(False)
     held = dict(named_factors(clone))
-    replacements: dict[int, nn.Module] = {}
-    for module in clone.modules():
+    for module in list(clone.modules()):
         if isinstance(module, FactorizedRecurrent):
-            replacements[id(module)] = carry_hooks(module, module.observed().requires_grad_(False))
+            become(module, module.observed().requires_grad_(False))
         elif isinstance(module, nn.MultiheadAttention) and (
             isinstance(module, FactorizedLayer) or isinstance(module.out_proj, FactorizedLayer)
         ):
-            replacements[id(module)] = carry_hooks(module, observed_attention(module).requires_grad_(False))
-    return replace(clone, replacements), held
+            become_attention(module, observed_attention(module).requires_grad_(False))
+    return clone, held
 
 
 @contextmanager

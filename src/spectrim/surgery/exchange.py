@@ -1,10 +1,25 @@
-"""Exchanging layers in a copy of a model, while tied and shared ones stay so."""
+"""Copies of a model in which layers are exchanged in place, while tied, shared and otherwise referenced ones stay so."""
 
 import copy
-from collections.abc import Iterable, Mapping
+import functools
+import sys
+import types
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.parameter import UninitializedParameter
+
+from spectrim.errors import LayerError
+from spectrim.layers import kind_of
+from spectrim.plain.encoder import follow_layers
+
+HELD = "its weight is held outside the layer, too (in a list, a tuple, a function, an attribute): it stays dense"
+"""Why a layer stays dense whose weight something else refers to."""
 
 
 def duplicate(model: nn.Module, without: Iterable[Tensor] = ()) -> nn.Module:
@@ -14,18 +29,152 @@ def duplicate(model: nn.Module, without: Iterable[Tensor] = ()) -> nn.Module:
         model: left untouched.
         without: parameters that the copy does not need; it holds empty ones, on the meta device, in their place.
     """
+    return copy.deepcopy(model, _memo(model) | {id(weight): _hole(weight) for weight in without})
+
+
+def _memo(model: nn.Module) -> dict[int, object]:
     held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
-    memo: dict[int, object] = {id(tensor): tensor.detach().clone() for tensor in held}
-    memo.update({id(weight): nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad) for weight in without})
-    return copy.deepcopy(model, memo)
+    return {id(tensor): tensor.detach().clone() for tensor in held}
 
 
-def carry_hooks(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Give `new`, which takes the place of `old`, its forward and backward hooks and its training mode; return `new`."""
-    for key, value in vars(old).items():
-        if key.startswith(("_forward_", "_backward_", "_is_full_backward_")):
-            new.__dict__[key] = copy.copy(value)
-    return new.train(old.training)
+def _hole(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach().to("meta"), requires_grad=weight.requires_grad)
+
+
+@dataclass
+class Copy:
+    """A copy of a model whose exchanged weights are still missing.
+
+    Attributes:
+        model: the copy; where a weight is missing it holds an empty parameter on the meta device.
+        layers: of the copy, by the name of the layer in the original.
+        missing: the names of layers whose weights are missing.
+        kept: names of layers that were to be exchanged and stay dense.
+    """
+
+    model: nn.Module
+    layers: dict[str, nn.Module]
+    missing: set[str]
+    kept: set[str]
+
+
+def copy_without(model: nn.Module, chosen: Mapping[str, Iterable[str]]) -> Copy:
+    """Copy a model without the weights of chosen layers, but for those that anything else in the copy refers to.
+
+    Every reference to a layer (lists, dicts, bound methods, hooks) follows into the copy, as `copy.deepcopy` does it. A weight itself can
+    be missing only where the layers that use it are the only ones to hold it; CPython's reference count knows. All others are filled in.
+
+    Args:
+        model: left untouched.
+        chosen: names of layers → names of their weights.
+    """
+    named = dict(model.named_modules())
+    held = (named[name]._parameters[key] for name, keys in chosen.items() for key in keys)
+    weights = {id(weight): weight for weight in held if weight is not None}
+    _refuse_functions(model, set(chosen))
+    holes = {key: _hole(weight) for key, weight in weights.items()}
+    memo = _memo(model) | dict(holes)
+    twin = copy.deepcopy(model, memo)
+    alive = {id(module) for module in twin.modules()}
+    layers = {name: layer for name in chosen if isinstance(layer := memo.get(id(named[name])), nn.Module) and id(layer) in alive}
+    memo.clear()  # it holds copied states
+    for layer in layers.values():
+        if (kind := kind_of(layer)) is not None:
+            kind.forget(layer)
+    slots = Counter(id(layer._parameters[key]) for name, layer in layers.items() for key in chosen[name])
+    tied = _held_beside(slots, holes)
+    complete = {name for name, layer in layers.items() if all(id(layer._parameters[key]) not in tied for key in chosen[name])}
+    while True:  # a layer with several weights stays dense as a whole, and so do those that are tied to it
+        used = {id(layers[name]._parameters[key]) for name in layers.keys() - complete for key in chosen[name]}
+        left = {name for name in complete if not any(id(layers[name]._parameters[key]) in used for key in chosen[name])}
+        if left == complete:
+            break
+        complete = left
+    needed = {id(layers[name]._parameters[key]) for name in complete for key in chosen[name]}
+    for key, hole in holes.items():
+        if id(hole) not in needed:
+            for module in twin.modules():
+                if isinstance(module, nn.RNNBase):
+                    module.__dict__["_flat_weight_refs"] = []  # weak references forbid the swap
+            torch.utils.swap_tensors(hole, nn.Parameter(weights[key].detach().clone(), weights[key].requires_grad))  # type: ignore[no-untyped-call]
+    for name in layers.keys() - complete:
+        if isinstance(module := layers[name], nn.RNNBase):
+            module._init_flat_weights()
+    return Copy(twin, layers, complete, set(chosen) - complete)
+
+
+def held_elsewhere(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return which of the named dense layers have a weight that is held by more than layers, so that it cannot be exchanged.
+
+    Copies the objects of the model, but none of its tensors.
+
+    Args:
+        model: left untouched.
+        names: of layers that could be factorized.
+    """
+    modules = dict(model.named_modules())
+    wanted = {name: kind.weights(modules[name]) for name in names if (kind := kind_of(modules[name])) is not None}
+    if not wanted:
+        return set()
+    holes: dict[int, nn.Parameter] = {id(p): _hole(p) for p in model.parameters() if not isinstance(p, UninitializedParameter)}
+    tensors = [value for module in modules.values() for held in (vars(module), module._buffers) for value in held.values()]
+    memo: dict[int, object] = {**{id(value): value for value in tensors if isinstance(value, Tensor)}, **holes}
+    try:
+        twin = copy.deepcopy(model, memo)
+    except (TypeError, RuntimeError, copy.Error):  # then factorize says so
+        return set()
+    memo.clear()
+    for module in twin.modules():
+        if isinstance(module, nn.RNNBase):
+            module.__dict__.pop("_flat_weights", None)
+    slots = Counter(id(p) for module in twin.modules() for p in module._parameters.values() if p is not None)
+    held = _held_beside(slots, holes)
+    return {name for name, keys in wanted.items() if any(id(holes[id(modules[name]._parameters[key])]) in held for key in keys)}
+
+
+def _held_beside(slots: Mapping[int, int], holes: Mapping[int, nn.Parameter]) -> set[int]:
+    """Return the ``id`` of each empty parameter that more than those slots hold, by CPython's count of references."""
+    probe = nn.Parameter(torch.empty(0))
+    held = [probe, *holes.values()]
+    del probe
+    counts = [sys.getrefcount(hole) for hole in held]  # that of the probe is what the list and the loop account for; `holes` adds one
+    return {id(hole) for hole, count in zip(held, counts, strict=True) if count - counts[0] - 1 > slots[id(hole)]}
+
+
+def _refuse_functions(model: nn.Module, chosen: set[str]) -> None:
+    """Raise a LayerError where a function held by a module refers to a layer: copies of the model would run the original's layer."""
+    names = {id(module): name for name, module in model.named_modules() if name in chosen}
+    for owner, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key.startswith("_"):  # torch's own tables; hooks change no function of the layer
+                continue
+            for reached in _reached(value, 0):
+                if id(reached) in names:
+                    problem = f"its attribute '{key}' is a function that refers to layer '{names[id(reached)]}', which no copy can follow"
+                    hint = "make it a method, or a functools.partial of the layer"
+                    raise LayerError(owner or type(module).__name__, problem, hint=hint)
+
+
+def _reached(value: Any, depth: int) -> Iterator[object]:
+    """Yield what functions in a value refer to: closures, defaults, weak references."""
+    if depth > 4:
+        return
+    inner: list[Any] = []
+    if isinstance(value, dict):
+        inner = list(value.values())
+    elif isinstance(value, list | tuple | set):
+        inner = list(value)
+    elif isinstance(value, functools.partial):
+        inner = [value.func]
+    elif isinstance(value, weakref.ref):
+        yield value()
+    elif isinstance(value, types.FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+        held = [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        yield from held
+        inner = [entry for entry in held if isinstance(entry, types.FunctionType | functools.partial | list | dict | tuple)]
+    for entry in inner:
+        yield from _reached(entry, depth + 1)
 
 
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
@@ -43,20 +192,13 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modul
         for key, child in parent._modules.items():
             if child is not None and id(child) in replacements:
                 parent._modules[key] = replacements[id(child)]
-                if isinstance(parent, nn.TransformerEncoderLayer):
-                    parent.activation_relu_or_gelu = _fused_activation(parent)
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder) and not all(getattr(m, "activation_relu_or_gelu", 1) for m in encoder.layers):
-            encoder.use_nested_tensor = False  # only the fused kernel can read nested tensors
+    follow_layers(model)
     return replacements.get(id(model), model)
 
 
-def _fused_activation(layer: nn.TransformerEncoderLayer) -> int:
-    """Return torch's code of the activation (0: none) for the fused kernel, which reads ``linear1.weight`` and does not call the layers."""
-    children = (layer.self_attn, layer.linear1, layer.linear2)
-    if any(type(child) not in (nn.MultiheadAttention, nn.Linear) for child in children):
-        return 0
-    activation = layer.activation
-    if activation is F.relu or isinstance(activation, nn.ReLU):
-        return 1
-    return 2 if activation is F.gelu or isinstance(activation, nn.GELU) else 0
+def carry_hooks(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Give `new`, which takes the place of `old`, its forward and backward hooks and its training mode; return `new`."""
+    for key, value in vars(old).items():
+        if key.startswith(("_forward_", "_backward_", "_is_full_backward_")):
+            new.__dict__[key] = copy.copy(value)
+    return new.train(old.training)

@@ -17,8 +17,9 @@ from spectrim.forms.svd import Factors
 from spectrim.layers import factor_name, kind_of
 from spectrim.linalg.fold import Fold
 from spectrim.linalg.spectral import OVERSAMPLE
+from spectrim.plain.encoder import follow_layers
 from spectrim.protocols import LayerFilter
-from spectrim.surgery.exchange import duplicate, replace
+from spectrim.surgery.exchange import copy_without
 from spectrim.surgery.ranks import Ranks, check_names, chooser
 from spectrim.surgery.select import decide
 
@@ -176,41 +177,30 @@ def _ticker(progress: bool, total: int) -> Iterator[Callable[[str], None]]:
 def build(model: nn.Module, choose: Callable[[str, nn.Module], Fold | None], make: Callable[[str, Tensor, Tensor], Factors]) -> nn.Module:
     """Return a copy of `model` with chosen layers factorized: the one place where dense layers are exchanged.
 
-    Weights that are exchanged are read from `model` and never copied.
+    Weights that are exchanged are read from `model` and never copied. In the copy a layer stays the object that everything else refers to.
 
     Args:
         model: left untouched.
         choose: layer name, module → scheme, or None to leave the layer.
         make: weight name, weight, folded matrix → factors; called once for tied weights.
     """
+    schemes: dict[str, Fold] = {}
+    chosen: dict[str, tuple[str, ...]] = {}
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if (kind := kind_of(module)) is not None and (scheme := choose(name, module)) is not None:
+            schemes[name], chosen[name] = scheme, kind.weights(module)
+    copied = copy_without(model, chosen)
     made: dict[int, tuple[Fold, Factors]] = {}
-    chosen: dict[str, tuple[Fold, dict[str, Factors]]] = {}
-    exchanged: dict[int, Tensor] = {}
-    for name, module in model.named_modules():
-        kind = kind_of(module)
-        scheme = choose(name, module) if kind else None
-        if kind is None or scheme is None:
-            continue
-        factors = {}
-        for weight_name in kind.weights(module):
-            weight: Tensor = getattr(module, weight_name)
-            if id(weight) in made:
-                scheme, factors[weight_name] = made[id(weight)]
-                continue
-            matrix = kind.fold(module, weight_name, weight.detach(), scheme)
-            factors[weight_name] = make(factor_name(name, weight_name), weight, matrix)
-            made[id(weight)] = (scheme, factors[weight_name])
-            exchanged[id(weight)] = weight
-        chosen[name] = (scheme, factors)
-    for name, module in model.named_modules():  # a weight that stays somewhere, too, is needed
-        for key, parameter in module._parameters.items():
-            if name not in chosen or key not in chosen[name][1]:
-                exchanged.pop(id(parameter), None)
-    clone = duplicate(model, without=exchanged.values())
-    modules = dict(clone.named_modules())
-    replacements: dict[int, nn.Module] = {}
-    for name, (scheme, factors) in chosen.items():
-        adopting = kind_of(modules[name])
-        assert adopting is not None
-        replacements[id(modules[name])] = adopting.adopt(modules[name], factors, scheme)
-    return replace(clone, replacements)
+    for name in (name for name in chosen if name in copied.missing):
+        kind, scheme, factors = kind_of(modules[name]), schemes[name], {}
+        assert kind is not None
+        for key in chosen[name]:
+            weight: Tensor = getattr(modules[name], key)
+            if id(weight) not in made:
+                matrix = kind.fold(modules[name], key, weight.detach(), scheme)
+                made[id(weight)] = scheme, make(factor_name(name, key), weight, matrix)
+            scheme, factors[key] = made[id(weight)]
+        kind.adopt(copied.layers[name], factors, scheme)
+    follow_layers(copied.model)
+    return copied.model

@@ -1,13 +1,20 @@
 """`merge` writes plain layers in the place of factorized ones."""
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
+from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, plain_attention
+from spectrim.layers.attention import become_attention
+from spectrim.layers.base import Share, become
+from spectrim.plain.encoder import follow_layers
 from spectrim.protocols import Latencies
 from spectrim.surgery.batchnorm import fold_batchnorms
 from spectrim.surgery.coverage import break_evens
-from spectrim.surgery.exchange import carry_hooks, duplicate, replace
+from spectrim.surgery.exchange import duplicate
 
 
 def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm: bool = False) -> nn.Module:
@@ -56,21 +63,29 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
         held = layer.named_factors() if isinstance(layer, FactorizedLayer) else []
         return [weight for weight, factors in held if factors.rank <= limits[id(layer), weight]]
 
-    replacements: dict[int, nn.Module] = {}
-    belongs: set[int] = set()
-    for module in clone.modules():
+    for name, module in list(clone.named_modules()):
+        if "forward" in vars(module) and isinstance(module, FactorizedLayer):
+            raise LayerError(name, "its forward was replaced on this very layer", hint="take that away before merging")
         if isinstance(module, nn.MultiheadAttention):
-            belongs.add(id(module.out_proj))
-            plain = plain_attention(module, [*paying(module), *(f"out_proj.{weight}" for weight in paying(module.out_proj))])
-            if plain is not None:
-                replacements[id(module)] = carry_hooks(module, plain)
-                continue
-            if isinstance(module.out_proj, FactorizedLayer):
-                replacements[id(module.out_proj)] = module.out_proj.release(share)
-        if isinstance(module, FactorizedLayer) and id(module) not in belongs:
+            _merge_attention(module, paying, share)
+        elif isinstance(module, FactorizedLayer):
             pair = module.split(share, paying(module))
-            replacements[id(module)] = module.release(share) if pair is None else carry_hooks(module, pair)
-    merged = replace(clone, replacements)
+            module.release(share) if pair is None else become(module, pair)
+    follow_layers(clone)
     if fold_batchnorm:
-        fold_batchnorms(merged)
-    return merged
+        fold_batchnorms(clone)
+    return clone
+
+
+def _merge_attention(attention: nn.MultiheadAttention, paying: Callable[[nn.Module], list[str]], share: Share) -> None:
+    """Merge an attention, any part of it factorized, with its output projection, which torch's own forward reads and does not call."""
+    out = attention.out_proj
+    plain: Any = plain_attention(attention, [*paying(attention), *(f"out_proj.{weight}" for weight in paying(out))])
+    pair = out.split(share, paying(out)) if isinstance(out, FactorizedLayer) else None
+    if isinstance(out, FactorizedLayer) and pair is None:
+        out.release(share)
+    if plain is not None:
+        plain.out_proj = out if pair is None else pair
+        become_attention(attention, plain)
+    elif isinstance(attention, FactorizedLayer):
+        attention.release(share)

@@ -13,6 +13,7 @@ from spectrim.forms.svd import Factors
 from spectrim.layers import KINDS, FactorizedLayer, kind_of
 from spectrim.layers.linear import FactorizedLinear
 from spectrim.protocols import LayerFilter
+from spectrim.surgery.exchange import HELD, held_elsewhere
 
 HEAD = "the classifier head stays dense by default; name it in where= to include it"
 
@@ -94,6 +95,9 @@ def refusal(module: nn.Module) -> str | None:
     reason = found.refusal(module)
     if reason:
         return reason
+    taken = sorted(found.taken_names(module))
+    if taken:
+        return f"has an attribute '{taken[0]}', a name that a factorized layer needs"
     folded = [
         found.fold(module, name, w.detach(), s).shape
         for name, w in zip(found.weights(module), weights, strict=True)
@@ -133,6 +137,8 @@ def decide(model: nn.Module, where: LayerFilter | None = None) -> dict[str, str 
         elif reason is None and where is not None and not where(name, module):
             reason = "not selected by where="
         reasons[name] = reason
+    for name in held_elsewhere(model, [name for name, reason in reasons.items() if reason is None]):
+        reasons[name] = HELD
     settle_ties(model, reasons, holders)
     return reasons
 

@@ -22,6 +22,13 @@ EVERYTHING = sp.match("*")
 
 class LinearOfItsOwn(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(input, 2 * self.weight, self.bias)
+
+
+class DoubledLinear(nn.Linear):
+    """Its forward leads to torch's and reads no weight: is factorized."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(input)
 
 
@@ -153,6 +160,19 @@ def test_a_subclass_that_runs_torchs_forward_is_factorized_and_comes_back() -> N
     assert type(sp.merge(low)[0]) is RenamedLinear
 
 
+def test_a_forward_that_leads_to_torchs_runs_around_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(DoubledLinear(12, 12)).double(), torch.randn(3, 12).double()
+    low = sp.factorize(model, where=EVERYTHING)
+    torch.testing.assert_close(low(x), model(x))
+    cut = sp.prune(low, sp.Fixed(3))
+    merged = sp.merge(cut)
+    assert isinstance(merged[0], DoubledLinear)
+    torch.testing.assert_close(cut(x), 2 * torch.nn.functional.linear(x, cut[0].weight + 0, cut[0].bias))
+    torch.testing.assert_close(merged(x), cut(x))
+    assert sp.measure(merged, x, latency=False).macs == 3 * 24
+    assert type(sp.merge(low)[0]) is DoubledLinear
+
+
 # ---- every layer exactly once
 
 
@@ -221,7 +241,7 @@ def test_coverage_says_what_merge_will_write() -> None:
     five, six = sp.coverage(low)
     assert (five.reason, six.reason) == ("merges to two layers (rank 5 <= 5)", "merges to one dense layer (rank 6 > 5)")
     assert (five.rank, five.break_even, five.shape, five.blocks, five.scheme) == (5, 5, (12, 12), 1, "channel")
-    assert [type(layer).__name__ for layer in sp.merge(low)] == ["PlainPair", "Linear"]
+    assert [layer._get_name() for layer in sp.merge(low)] == ["PlainPair", "Linear"]
     text = str(sp.coverage(low))
     assert "5 of 12" in text
     assert "merges to two layers (rank 5 <= 5)" in text

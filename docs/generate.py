@@ -1,0 +1,140 @@
+"""Write ``docs/reference.md`` and ``docs/methods/index.md`` from public names and tables of methods: ``python docs/generate.py``."""
+
+import importlib
+import inspect
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import spectrim
+from spectrim import protocols
+from spectrim.layers import KINDS
+from spectrim.tables import Row
+
+DOCS = Path(__file__).parent
+NOTE = "This page is written by `python docs/generate.py` from the code; a test compares the two."
+TABLES = [
+    ("Penalties", "spectrim.penalties", protocols.Penalty),
+    ("Rank rules", "spectrim.budget.rules", protocols.RankRule),
+    ("Distortion", "spectrim.budget.distortion", protocols.Importance),
+    ("Schedules", "spectrim.training.methods", protocols.RankSchedule),
+]
+"""Heading, module with ``METHODS`` and ``LAWS``, and contract, in the order of the pages."""
+
+VERBS = ["compress", "plan", "factorize", "coverage", "match", "fit", "calibrate", "allocate"]
+VERBS += ["prune", "prune_", "prune_optimizer_state", "correct", "recalibrate", "balance_", "merge", "evaluate", "measure"]
+VERBS += ["compare_latency", "compare_table", "latency_table", "choose_execution", "export", "quantize", "save", "load", "write_report"]
+"""Functions in the order of the pipeline; others follow by name."""
+
+FURTHER = {
+    "Results of the verbs": [
+        "spectrim.pipeline.compress.Compressed",
+        "spectrim.runtimes.export.Exported",
+        "spectrim.runtimes.formats.run_exported",
+        "spectrim.runtimes.int8.sensitivity",
+        "spectrim.runtimes.int8.evaluate_exported",
+    ],
+    "Distillation": ["spectrim.training.distillation.taught_layers", "spectrim.training.distillation.outputs_of"],
+    "Factorized layers": [
+        "spectrim.forms.svd.Factors",
+        "spectrim.layers.FactorizedLayer",
+        "spectrim.layers.register",
+        "spectrim.plain.chain.PlainPair",
+    ],
+    "In other training loops": [
+        "spectrim.integrations.transformers.LowRankTrainer",
+        "spectrim.integrations.transformers.SpectrimMixin",
+        "spectrim.integrations.transformers.SpectrimCallback",
+        "spectrim.integrations.lightning.SpectrimCallback",
+        "spectrim.integrations.lightning.penalty",
+        "spectrim.integrations.steps.match_ranks",
+        "spectrim.integrations.batches.pairs",
+        "spectrim.integrations.batches.model_loss",
+        "spectrim.integrations.pretrained.save_pretrained",
+        "spectrim.integrations.pretrained.from_pretrained",
+        "spectrim.integrations.pretrained.push_to_hub",
+    ],
+}
+"""Names below the top level that users meet."""
+
+
+def summary(thing: object) -> str:
+    """Return the first paragraph of a docstring on one line, with Markdown's code marks."""
+    return " ".join((inspect.getdoc(thing) or "").split("\n\n")[0].split())
+
+
+def methods_of(module: str) -> Sequence[Row[Any]]:
+    """Return the table of a module."""
+    rows: Sequence[Row[Any]] = importlib.import_module(module).METHODS
+    return rows
+
+
+def classes(rows: Iterable[Row[Any]]) -> dict[type, list[Row[Any]]]:
+    """Group the rows by class, in their order."""
+    grouped: dict[type, list[Row[Any]]] = {}
+    for row in rows:
+        grouped.setdefault(row.method, []).append(row)
+    return grouped
+
+
+def title(card: str) -> str:
+    """Return the heading of a method card."""
+    return (DOCS / "methods" / f"{card}.md").read_text(encoding="utf-8").partition("# ")[2].partition("\n")[0]
+
+
+def public() -> dict[str, Any]:
+    """Return the public names without those that a table of methods holds."""
+    tabled = {row.method for _, module, _ in TABLES for row in methods_of(module)}
+    return {name: getattr(spectrim, name) for name in spectrim.__all__ if getattr(spectrim, name) not in tabled}
+
+
+def blocks(paths: Iterable[str]) -> list[str]:
+    """Return the lines that mkdocstrings replaces by the documentation of each name."""
+    return [f"::: {path}" for path in paths]
+
+
+def reference() -> str:
+    """Return the reference: verbs in the order of the pipeline, values, the tables of methods, layers, and what is further down."""
+    names = public()
+    functions = [name for name, thing in names.items() if inspect.isfunction(thing)]
+    verbs = sorted(functions, key=lambda name: (VERBS.index(name) if name in VERBS else len(VERBS), name))
+    lines = ["# Reference", "", NOTE, "", "## Verbs", "", *blocks(f"spectrim.{name}" for name in verbs)]
+    lines += ["", "## Values", "", *blocks(f"spectrim.{name}" for name in names if name not in functions)]
+    for heading, module, contract in TABLES:
+        lines += ["", f"## {heading}", "", summary(contract), ""]
+        for method in classes(methods_of(module)):
+            lines.append(f"- [`{method.__name__}`][spectrim.{method.__name__}]: {summary(method)}")
+    lines += ["", "## Kinds of layers", "", "What each of them takes is in [supported layers](supported-layers.md).", ""]
+    lines += [f"- `{kind.__name__}`: {summary(kind)}" for kind in KINDS]
+    for heading, paths in FURTHER.items():
+        lines += ["", f"## {heading}", "", *blocks(paths)]
+    return "\n".join(lines) + "\n"
+
+
+def entry(method: type, rows: Sequence[Row[Any]]) -> list[str]:
+    """Return the lines of one method: its sentence, its card, and the laws of its rows."""
+    card = rows[0].card
+    laws = ", ".join(f"*{law}*" for law in sorted(set().union(*(row.laws for row in rows))))
+    line = f"- [`{method.__name__}`][spectrim.{method.__name__}]: {summary(method)}"
+    return [line, f"  Card: [{title(card)}]({card}.md)." + (f" Laws: {laws}." if laws else "")]
+
+
+def index() -> str:
+    """Return the list of all methods: a section for each contract, with the meaning of its laws."""
+    lines = ["# Methods", "", NOTE, ""]
+    lines += ["A method is a frozen dataclass: its fields are its settings, checked when it is made, and it is called.", ""]
+    lines += ["Tests hold every method to the laws listed with it."]
+    for heading, module, contract in TABLES:
+        lines += ["", f"## {heading}", "", summary(contract), ""]
+        for method, rows in classes(methods_of(module)).items():
+            lines += entry(method, rows)
+        if laws := importlib.import_module(module).LAWS:
+            lines += ["", "Laws:", "", *(f"- *{law}*: {meaning}." for law, meaning in laws.items())]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {DOCS / "reference.md": reference, DOCS / "methods" / "index.md": index}
+
+if __name__ == "__main__":
+    for path, render in PAGES.items():
+        path.write_text(render(), encoding="utf-8")

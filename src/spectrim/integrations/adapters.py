@@ -1,0 +1,28 @@
+"""Names for adapters of peft, which asks layers for their class."""
+
+from torch import nn
+
+from spectrim.plain.chain import PlainPair
+
+
+def adapter_targets(model: nn.Module) -> list[str]:
+    """Return the names of all linear layers that an adapter can go around: peft's ``target_modules`` for a merged network.
+
+    A merged layer is still an instance of its own class, so ``target_modules="all-linear"`` finds the pair *and* the two layers inside,
+    and fails. These are the two layers, and the linear layers that stayed dense. The output embedding is left out there and here.
+
+    Args:
+        model: merged.
+
+    Examples:
+        >>> from spectrim import factorize, merge
+        >>> small = merge(factorize(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4)), rank=2))
+        >>> adapter_targets(small)
+        ['0.0', '0.1', '2']
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    inside = {id(part) for part in head.modules()} if isinstance(head, nn.Module) else set()
+    linear = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    ]
+    return [name for name, module in linear if not isinstance(module, PlainPair) and id(module) not in inside]
