@@ -22,7 +22,9 @@ EXAMPLES: list[tuple[str, nn.Module]] = [
     ("stride, padding, dilation, padding modes", nn.Conv2d(8, 12, 3, stride=2, padding=2, dilation=2, padding_mode="reflect")),
     ("2 groups", nn.Conv2d(8, 12, 3, groups=2)),
     ("1x1", nn.Conv2d(8, 12, 1)),
+    ("taps along one axis", nn.Conv2d(8, 12, (64, 1))),
     ("", nn.Conv3d(8, 12, 3)),
+    ("each image by itself", nn.Conv3d(8, 12, (1, 3, 3))),
     ("", nn.ConvTranspose1d(8, 12, 3)),
     ("", nn.ConvTranspose2d(8, 12, 3, stride=2, output_padding=1)),
     ("", nn.ConvTranspose3d(8, 12, 3)),
@@ -60,10 +62,11 @@ def rows() -> list[str]:
     for case, layer in EXAMPLES:
         kind = kind_of(layer)
         assert kind is not None
-        low = sp.factorize(layer, where=sp.match("*"), rank=2)
-        merged = sp.merge(low)
+        schemes = kind.schemes(layer)
+        merged = [described(sp.merge(sp.factorize(layer, scheme, sp.match("*"), rank=2))) for scheme in schemes]
+        written = "; ".join(dict.fromkeys(merged))
         weights = ", ".join(f"`{name}`" for name in dict.fromkeys(name.split("_l")[0] for name in kind.weights(layer)))
-        lines.append(f"| `{type(layer).__name__}` | {case} | {weights} | {', '.join(kind.schemes(layer))} | {described(merged)} |")
+        lines.append(f"| `{type(layer).__name__}` | {case} | {weights} | {', '.join(schemes)} | {written} |")
     lines.append("| `Conv1D` of transformers | GPT-2 | `weight` | channel | `Linear` → `Linear` |")
     lines.append("| `FalconLinear` of transformers | Falcon | `weight` | channel | `Linear` → `Linear` |")
     lines += ["", "## Left dense, and why", "", "| layer | case | reason |", "|---|---|---|"]
@@ -76,7 +79,11 @@ def render() -> str:
     covered = {kind_of(layer) for _, layer in EXAMPLES}
     missing = [kind.__name__ for kind in KINDS if kind not in covered and kind.__name__ != "FactorizedConv1D"]
     assert not missing, f"no example for {missing}"
-    note = "\nThe projections of a recurrent or attention layer are cut one by one; where none pays, the dense fused layer is written.\n"
+    note = "\nSchemes of a convolution: `channel` is the taps, then a 1x1; `input` a 1x1, then the taps; `spatial` the taps of the first\n"
+    note += (
+        "axis with more than one, then those of the others. Listed are those that differ; stride, padding and dilation follow the taps.\n"
+    )
+    note += "\nThe projections of a recurrent or attention layer are cut one by one; where none pays, the dense fused layer is written.\n"
     return HEAD + "\n".join(rows()) + "\n" + note
 
 

@@ -37,7 +37,7 @@ def network() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_factorized_network_compiles_in_one_graph(scheme: Any, rank: int | None) -> None:
     torch._dynamo.reset()
@@ -78,7 +78,7 @@ def test_attention_and_embedding_compile_in_one_graph() -> None:
     torch.testing.assert_close(torch.compile(low, fullgraph=True, backend="aot_eager")(tokens), low(tokens))
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_merged_network_exports_for_any_batch(scheme: Any, rank: int | None) -> None:
     low = sp.factorize(network(), scheme, rank=rank).eval()

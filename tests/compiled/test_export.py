@@ -116,6 +116,18 @@ def test_a_file_computes_what_the_model_computes(network: str, suffix: str, tmp_
             torch.testing.assert_close(run_exported(made.path, given), low(given))
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_file_of_the_input_fold_computes_what_the_model_computes(suffix: str, tmp_path: Path) -> None:
+    need(suffix)
+    low = sp.factorize(convolutional(), "input", rank=2).eval()
+    assert [layer.scheme for _, layer in named_layers(low)][:2] == ["input", "input"]
+    made = export(low, conv(3), tmp_path / f"file{suffix}")
+    assert made.difference <= made.tolerance == 1e-4
+    for batch in (1, 2, 5):
+        given = conv(batch)
+        torch.testing.assert_close(run_exported(made.path, given), low(given))
+
+
 def check_names(made: Exported, network: str) -> None:
     graph = __import__("onnx").load(made.path).graph
     batches = {entry.name: entry.type.tensor_type.shape.dim[0].dim_param for entry in (*graph.input, *graph.output)}

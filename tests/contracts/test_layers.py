@@ -94,6 +94,11 @@ CASES = [
     Case("conv2d-1x1", lambda: nn.Conv2d(12, 9, 1), tensor(2, 12, 5, 6)),
     Case("conv2d-1x1-stride", lambda: nn.Conv2d(12, 9, 1, stride=2), tensor(2, 12, 5, 6)),
     Case("conv2d-row", lambda: nn.Conv2d(6, 8, (1, 5), padding=(0, 2)), tensor(2, 6, 7, 9)),
+    Case("conv1d-reflect-groups", lambda: nn.Conv1d(6, 8, 5, stride=3, padding=4, padding_mode="reflect", groups=2), tensor(2, 6, 11)),
+    Case("conv1d-same-replicate", lambda: nn.Conv1d(6, 8, 4, padding="same", dilation=2, padding_mode="replicate"), tensor(6, 11)),
+    Case("conv2d-column-stride", lambda: nn.Conv2d(6, 8, (5, 1), stride=(3, 2), padding=(2, 3)), tensor(2, 6, 9, 8)),
+    Case("conv2d-row-circular-same", lambda: nn.Conv2d(6, 8, (1, 3), padding="same", padding_mode="circular"), tensor(2, 6, 7, 9)),
+    Case("conv2d-column-reflect", lambda: nn.Conv2d(6, 8, (3, 1), padding=(1, 2), padding_mode="reflect", bias=False), tensor(6, 7, 9)),
     Case("conv2d-same", lambda: nn.Conv2d(6, 8, (3, 5), padding="same", dilation=(1, 2)), tensor(2, 6, 7, 9)),
     Case("conv2d-same-even-reflect", lambda: nn.Conv2d(6, 8, (4, 2), padding="same", padding_mode="reflect"), tensor(2, 6, 7, 9)),
     Case("conv2d-valid", lambda: nn.Conv2d(6, 8, 3, padding="valid"), tensor(2, 6, 7, 9)),
@@ -110,13 +115,19 @@ CASES = [
         "conv3d-groups-replicate", lambda: nn.Conv3d(4, 6, (1, 2, 3), padding=1, padding_mode="replicate", groups=2), tensor(1, 4, 4, 5, 6)
     ),
     Case("conv3d-same-unbatched", lambda: nn.Conv3d(4, 6, 3, padding="same", bias=False), tensor(4, 4, 5, 6)),
+    Case("conv3d-images", lambda: nn.Conv3d(4, 6, (1, 3, 2), stride=(2, 1, 2), padding=(1, 0, 1), bias=False), tensor(2, 4, 5, 4, 6)),
+    Case("conv3d-circular", lambda: nn.Conv3d(4, 6, 2, (1, 2, 1), 1, (1, 1, 2), padding_mode="circular"), tensor(4, 4, 5, 6)),
     Case("transposed1d", lambda: nn.ConvTranspose1d(6, 8, 3, stride=2, padding=1, output_padding=1), tensor(2, 6, 7)),
     Case("transposed1d-groups-dilation", lambda: nn.ConvTranspose1d(6, 8, 3, groups=2, dilation=2, bias=False), tensor(6, 7)),
     Case("transposed2d", lambda: nn.ConvTranspose2d(6, 8, 3), tensor(2, 6, 5, 4)),
     Case("transposed2d-not-square", lambda: nn.ConvTranspose2d(6, 8, (3, 4), (2, 3), (1, 2), (1, 2)), tensor(2, 6, 5, 4)),
+    Case("transposed2d-column", lambda: nn.ConvTranspose2d(6, 8, (3, 1), (2, 3), (1, 0), (1, 2)), tensor(2, 6, 5, 4)),
+    Case("transposed2d-1x1", lambda: nn.ConvTranspose2d(6, 8, 1), tensor(2, 6, 5, 4)),
+    Case("transposed2d-1x1-stride-groups", lambda: nn.ConvTranspose2d(6, 8, 1, 2, groups=2, bias=False), tensor(2, 6, 5, 4)),
     Case("transposed2d-groups", lambda: nn.ConvTranspose2d(6, 8, 3, stride=2, groups=2, dilation=(1, 2)), tensor(2, 6, 5, 4)),
     Case("transposed2d-square-unbatched", lambda: nn.ConvTranspose2d(6, 6, 2, stride=2, bias=False), tensor(6, 5, 4)),
     Case("transposed3d", lambda: nn.ConvTranspose3d(4, 6, (2, 3, 2), stride=2, output_padding=(0, 1, 1)), tensor(2, 4, 3, 4, 2)),
+    Case("transposed3d-images-groups", lambda: nn.ConvTranspose3d(4, 6, (1, 3, 2), (2, 2, 1), groups=2), tensor(4, 2, 3, 4)),
     Case("lstm", lambda: nn.LSTM(12, 8), tensor(5, 3, 12)),
     Case("lstm-deep-bidirectional", lambda: nn.LSTM(12, 6, 2, bidirectional=True, batch_first=True), tensor(3, 5, 12)),
     Case("lstm-projected", lambda: nn.LSTM(12, 8, 2, proj_size=5, bidirectional=True), with_state((4, 3, 5), (4, 3, 8))),
@@ -482,20 +493,61 @@ def test_padding_reaches_no_gradient_even_with_a_row_that_is_not_zero() -> None:
     assert all(parameter.grad.any() for parameter in low.parameters())
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
-def test_a_transposed_convolution_takes_an_output_size(scheme: Any) -> None:
-    dense, x = nn.ConvTranspose2d(6, 8, 3, 2, 1).double(), torch.randn(2, 6, 5, 4).double()
-    for size in ((9, 7), (10, 7), (9, 8), (10, 8)):
+SIZED = [
+    pytest.param(nn.ConvTranspose1d(6, 8, 5, 3, 1), (4,), [(12,), (13,), (14,)], id="1d"),
+    pytest.param(nn.ConvTranspose2d(6, 8, 3, 2, 1), (5, 4), [(9, 7), (10, 7), (9, 8), (10, 8)], id="2d"),
+    pytest.param(nn.ConvTranspose2d(6, 8, (3, 1), 2, groups=2), (5, 4), [(11, 7), (12, 8)], id="2d-column-groups"),
+    pytest.param(nn.ConvTranspose3d(6, 8, (1, 3, 2), (2, 2, 3)), (3, 2, 2), [(5, 5, 5), (6, 6, 7)], id="3d"),
+]
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
+@pytest.mark.parametrize(("dense", "given", "sizes"), SIZED)
+def test_a_transposed_convolution_takes_an_output_size(dense: Any, given: tuple[int, ...], sizes: Any, scheme: Any) -> None:
+    dense, x = dense.double(), torch.randn(2, 6, *given).double()
+    for size in sizes:
         expected = dense(x, output_size=size)
-        assert expected.shape[-2:] == size
+        assert expected.shape[2:] == size
         for model in (sp.factorize(dense, scheme, rank=None), sp.merge(sp.factorize(dense, scheme))):
             torch.testing.assert_close(model(x, output_size=size), expected)
             torch.testing.assert_close(model(x, size), expected)
         low = sp.factorize(dense, scheme, rank=1)
         pair = sp.merge(low)
         assert isinstance(pair, PlainPair)
-        for given in (size, (2, 8, *size)):  # torch takes batch and channels along
-            torch.testing.assert_close(pair(x, output_size=given), low(x, output_size=given))
+        for wanted in (size, (2, 8, *size)):  # torch takes batch and channels along
+            torch.testing.assert_close(pair(x, output_size=wanted), low(x, output_size=wanted))
         torch.testing.assert_close(pair(x[0], size), low(x[0], size))
-    with pytest.raises(TypeError, match="only a transposed convolution takes an output_size"):
-        sp.merge(sp.factorize(nn.Linear(8, 8), rank=1))(torch.randn(2, 8), output_size=(9, 7))
+
+
+def test_only_a_transposed_convolution_takes_an_output_size() -> None:
+    for dense, x in ((nn.Linear(8, 8), torch.randn(2, 8)), (nn.Conv2d(8, 8, 3), torch.randn(2, 8, 5, 5))):
+        with pytest.raises(TypeError, match="only a transposed convolution takes an output_size"):
+            sp.merge(sp.factorize(dense, rank=1))(x, output_size=(9, 7))
+
+
+@pytest.mark.parametrize(
+    ("dense", "first", "second"),
+    [
+        (nn.Conv2d(6, 8, 3, 2, 1), {"channel": "(3, 3)/(2, 2)", "spatial": "(3, 1)/(2, 1)", "input": "(1, 1)/(1, 1)"}, (3, 3)),
+        (nn.Conv2d(6, 8, (9, 1), 2), {"channel": "(9, 1)/(2, 2)", "input": "(1, 1)/(1, 2)"}, (9, 1)),
+        (nn.Conv1d(6, 8, 9, 2), {"channel": "(9,)/(2,)", "input": "(1,)/(1,)"}, (9,)),
+        (
+            nn.Conv3d(6, 8, (1, 3, 3), 2),
+            {"channel": "(1, 3, 3)/(2, 2, 2)", "spatial": "(1, 3, 1)/(2, 2, 1)", "input": "(1, 1, 1)/(2, 1, 1)"},
+            (1, 3, 3),
+        ),
+        (nn.ConvTranspose2d(6, 8, (3, 1), 2), {"channel": "(3, 1)/(2, 1)", "input": "(1, 1)/(1, 1)"}, (3, 1)),
+        (nn.Conv2d(6, 8, 1, 2), {"channel": "(1, 1)/(2, 2)"}, (1, 1)),
+    ],
+    ids=["3x3", "column", "1d", "images", "transposed column", "1x1"],
+)
+def test_an_axis_belongs_to_the_operation_that_has_its_taps(dense: Any, first: dict[str, str], second: Any) -> None:
+    """A single tap belongs where it makes fewer positions: first in a plain convolution, second in a transposed one."""
+    kind = kind_of(dense)
+    assert kind is not None
+    assert kind.schemes(dense) == tuple(first)
+    for scheme, expected in first.items():
+        one, two = sp.merge(sp.factorize(dense, scheme, EVERYTHING, rank=1))
+        assert f"{one.kernel_size}/{one.stride}" == expected
+        assert tuple(a * b for a, b in zip(one.kernel_size, two.kernel_size, strict=True)) == second
+        assert tuple(a * b for a, b in zip(one.stride, two.stride, strict=True)) == dense.stride

@@ -459,7 +459,7 @@ def test_half_precision_weights_are_judged_in_float32(row: Row[Penalty], dtype: 
 
 
 @obeying("dense")
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 def test_dense_convolutions_are_folded_like_factorized_ones(row: Row[Penalty], scheme: Any) -> None:
     for layer in (nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, (2, 3)), nn.Conv1d(4, 6, 3), nn.LSTM(5, 3)):
         dense = float(made(row, 1.0, scheme=scheme)(layer.double()).detach())

@@ -13,17 +13,19 @@ from spectrim.forms.svd import Factors
 from spectrim.layers.base import ROWS_SIZE, OneWeight, Share
 from spectrim.layers.geometry import (
     CHANNELS_LAST,
+    TRANSPOSED,
     Axis,
-    base_of,
+    Piece,
+    chain,
+    chain_macs,
     convolve,
-    geometry,
     memory_format_of,
-    output_size,
+    owners_of,
     padded_sides,
-    second_kind,
     take,
+    whole,
 )
-from spectrim.linalg.fold import Fold
+from spectrim.linalg.fold import Fold, folds, leading
 from spectrim.plain.chain import PlainPair
 
 
@@ -52,8 +54,8 @@ class FactorizedConv(OneWeight):
 
     @classmethod
     def schemes(cls, module: Any) -> tuple[Fold, ...]:
-        """Both for a 2-D kernel larger than 1x1; the channel scheme otherwise."""
-        return ("channel", "spatial") if len(module.kernel_size) == 2 and math.prod(module.kernel_size) > 1 else ("channel",)
+        """Those that differ: one for a kernel of one tap, two for one with taps along a single axis, three otherwise."""
+        return folds(module.kernel_size)
 
     @classmethod
     def fold(cls, module: Any, name: str, weight: Tensor, scheme: Fold) -> Tensor:
@@ -69,44 +71,29 @@ class FactorizedConv(OneWeight):
 
     @classmethod
     def work(cls, module: Any, name: str, scheme: Fold, rank: int | None, shape: Sequence[int] | None) -> float:
-        """Multiply-accumulates of one convolution, or of two of `rank`, from the sizes between them.
-
-        A transposed convolution multiplies once for each input position, a plain one for each output position.
-        """
-        in_, out, groups, kernel = module.in_channels, module.out_channels, module.groups, module.kernel_size
-        if shape is None:  # one output position of a large plane; the strides give the others
-            before = [1.0] * len(kernel) if module.transposed else [float(s) for s in module.stride]
-            after = [float(s) for s in module.stride] if module.transposed else [1.0] * len(kernel)
-            batch = 1
-        else:
-            before = [float(size) for size in shape[-len(kernel) :]]
-            after = [float(size) for size in output_size(module, shape[-len(kernel) :])]
-            batch = shape[0] if len(shape) == len(kernel) + 2 else 1
-        first = math.prod(before if module.transposed else after)
+        """Multiply-accumulates of one convolution, or of two of `rank`, see `chain_macs`."""
+        in_, out = module.in_channels, module.out_channels
         if rank is None:
-            return float(batch * first * out * (in_ // groups) * math.prod(kernel))
-        if scheme == "channel":
-            return float(batch * rank * (first * in_ * math.prod(kernel) + math.prod(after) * out))
-        middle = after[0] * before[1]
-        vertical = (math.prod(before) if module.transposed else middle) * in_ * kernel[0]
-        horizontal = (middle if module.transposed else math.prod(after)) * out * kernel[1]
-        return float(batch * rank * (vertical + horizontal))
+            return chain_macs(module, (0,) * len(module.kernel_size), (in_, out), shape)
+        return chain_macs(module, owners_of(module, scheme), (in_, module.groups * rank, out), shape)
+
+    def _pieces(self) -> tuple[Piece, ...]:
+        """Return the geometry of the two operations."""
+        return chain(self, owners_of(self, self.scheme))
 
     def _kernels(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         """Reshape the two factors to the kernels of the two operations, in the memory format that the dense kernel had."""
         module: Any = self
         blocks, rank = self.factors_of("weight").blocks, self.rank
         in_, out = module.in_channels // blocks, module.out_channels // blocks
-        first_shape, second_shape = (shape["kernel_size"] for shape in geometry(module, self.scheme))
-        right = right.reshape(blocks, rank, in_, *first_shape)
-        first = right.transpose(1, 2) if module.transposed else right
-        if self.scheme == "channel":
-            second = left.reshape(blocks, out, rank, *second_shape)
-        else:
-            second = left.reshape(blocks, out, second_shape[1], rank).transpose(2, 3).unsqueeze(-2)
-            if module.transposed:
-                second = second.transpose(1, 2)
-        return self.laid_out(first.flatten(0, 1)), self.laid_out(second.flatten(0, 1))
+        one, two = self._pieces()
+        first = right.reshape(blocks, rank, in_, *one.settings["kernel_size"])
+        if math.prod(two.settings["kernel_size"]) > 1:  # else a view with transposed strides would pass for channels last
+            left = left.reshape(blocks, out, -1, rank).mT
+        second = left.reshape(blocks, out, rank, *two.settings["kernel_size"])
+        kernels = ((kernel.transpose(1, 2) if piece.kind in TRANSPOSED else kernel) for kernel, piece in ((first, one), (second, two)))
+        first, second = (self.laid_out(kernel.flatten(0, 1)) for kernel in kernels)
+        return first, second
 
     def forward(self, input: Tensor, *output: Any, **options: Any) -> Tensor:
         """Convolve ``(batch, in, size...)`` or ``(in, size...)``; a transposed convolution takes ``output_size`` too, as torch's does."""
@@ -116,40 +103,40 @@ class FactorizedConv(OneWeight):
             dense: Any = super()
             return cast(Tensor, dense.forward(input, *output, **options))
         if self.composes("weight", input.shape):
-            own, _ = geometry(module, "channel")
-            mode = module.padding_mode
+            own = whole(self)
 
             def dense_operation(weight: Tensor) -> Tensor:
-                return convolve(input, weight, module.bias, base_of(self), module.groups, mode, own)
+                return convolve(input, weight, module.bias, own, module.groups)
 
             return self.run_dense("weight", input.shape, dense_operation)
         first, second = self._kernels(*self.factors_of("weight").pair())
-        one, two = geometry(module, self.scheme)
-        middle = convolve(input, first, None, base_of(self), module.groups, module.padding_mode, one)
-        return convolve(middle, second, module.bias, second_kind(self, self.scheme), module.groups, self._second_mode(), two)
+        one, two = self._pieces()
+        return convolve(convolve(input, first, None, one, module.groups), second, module.bias, two, module.groups)
 
     def input_rows(self, x: Tensor, output_shape: Sequence[int], scheme: Fold | None = None) -> Iterator[Tensor]:
-        """Yield the patches ``(groups, n, in * k...)``, or vertical ones ``(groups, n, in * kh)``, that the folded kernel meets.
+        """Yield the inputs of the folded matrix, ``(groups, n, in * taps)``, with the taps that the fold has on the input side.
 
-        One for each output position; in the spatial scheme for each output row and each column of the input that is read at all. A
-        transposed convolution meets at an output position the inputs that reach it, and zeros for the taps that fall between them.
+        Along an axis whose taps are there, one row for each output position; along any other, one for each position of the input that is
+        read at all. In the channel fold these are the patches, in the input fold the pixels. A transposed convolution meets at an output
+        position the inputs that reach it, and zeros for the taps that fall between them.
         """
         module: Any = self
-        count, scheme = len(module.kernel_size), scheme or self.scheme
-        x, after = self._padded(x if x.dim() == count + 2 else x.unsqueeze(0)), output_shape[-count:]
-        if count == 2 and scheme == "channel" and not module.transposed:
-            yield from self._unfolded(x, self._part(after))
+        kernel, after = module.kernel_size, output_shape[-len(module.kernel_size) :]
+        count, inside = len(kernel), leading(scheme or self.scheme, kernel)
+        x = self._padded(x if x.dim() == count + 2 else x.unsqueeze(0))
+        if count == inside == 2 and not module.transposed:
+            yield from self._unfolded(x, self._part(after, module.in_channels))
             return
-        axes = range(1 if scheme == "spatial" else count)
-        if scheme == "spatial":
-            x = x.index_select(3, self._columns(x.shape[3], after[1])[0].to(x.device))
-        width = module.in_channels * math.prod(module.kernel_size[axis] for axis in axes)
-        for rows in torch.split(x, self._part(after)):
-            for axis in reversed(axes):
-                rows = take(rows, 2 + axis, self._taps(axis, after[axis], rows.shape[2 + axis]))
-            taps = [3 + 2 * axis for axis in axes]
-            positions = [axis for axis in range(2, rows.dim()) if axis not in taps]
-            yield rows.permute(0, *positions, 1, *taps).reshape(-1, module.groups, width // module.groups).transpose(0, 1)
+        width = module.in_channels * math.prod(kernel[:inside])
+        taps = [3 + 2 * axis for axis in range(inside)]
+        for rows in torch.split(x, self._part(after, module.in_channels)):
+            for axis in reversed(range(count)):
+                length = rows.shape[2 + axis]
+                if axis < inside:
+                    rows = take(rows, 2 + axis, self._taps(axis, after[axis], length))
+                else:
+                    rows = rows.index_select(2 + axis, self._read(axis, length, after[axis])[0].to(x.device))
+            yield self._as_rows(rows, taps, width)
 
     def _unfolded(self, x: Tensor, part: int) -> Iterator[Tensor]:
         """Yield the patches of images as torch has them in one call, that many images at a time."""
@@ -160,23 +147,33 @@ class FactorizedConv(OneWeight):
             yield patches.reshape(len(images), module.groups, -1, patches.shape[-1]).permute(1, 0, 3, 2).flatten(1, 2)
 
     def output_rows(self, y: Tensor, input_shape: Sequence[int]) -> Iterator[Tensor]:
-        """Yield the outputs ``(groups, n, out)``; in the spatial scheme those of each horizontal offset, ``(groups, n, out * kw)``."""
-        module: Any = self
-        count, out = len(module.kernel_size), module.out_channels
-        y = y if y.dim() == count + 2 else y.unsqueeze(0)
-        for rows in torch.split(y, self._part(y.shape[2:])):
-            if self.scheme == "spatial":
-                sides = sum(self._sides()[1]) if module.padding_mode != "zeros" else 0
-                rows = take(rows, 3, self._columns(input_shape[-1] + sides, rows.shape[3])[1]).permute(0, 2, 3, 1, 4)
-                out = module.out_channels * module.kernel_size[1]
-            else:
-                rows = rows.movedim(1, -1)
-            yield rows.reshape(-1, module.groups, out // module.groups).transpose(0, 1)
+        """Yield the outputs of the folded matrix, ``(groups, n, out * taps)``, with the taps that the fold has on the output side.
 
-    def _part(self, output_size: Sequence[int]) -> int:
+        The rows are those of `input_rows`. Along an axis whose taps are on the output side, a row holds the outputs that one position of
+        the input reaches with each tap, and zero where that is outside.
+        """
+        module: Any = self
+        kernel, before = module.kernel_size, input_shape[-len(module.kernel_size) :]
+        count, inside = len(kernel), leading(self.scheme, kernel)
+        y = y if y.dim() == count + 2 else y.unsqueeze(0)
+        sides = [sum(pair) if module.padding_mode != "zeros" else 0 for pair in self._sides()]
+        width = module.out_channels * math.prod(kernel[inside:])
+        taps = [3 + inside + 2 * axis for axis in range(count - inside)]
+        for rows in torch.split(y, self._part(y.shape[2:], module.out_channels)):
+            for axis in reversed(range(inside, count)):
+                rows = take(rows, 2 + axis, self._read(axis, before[axis] + sides[axis], rows.shape[2 + axis])[1])
+            yield self._as_rows(rows, taps, width)
+
+    def _as_rows(self, x: Tensor, taps: Sequence[int], width: int) -> Tensor:
+        """Turn ``(batch, channels, ...)``, positions but for the dimensions `taps`, into rows ``(groups, n, width / groups)``."""
+        module: Any = self
+        positions = [dimension for dimension in range(2, x.dim()) if dimension not in taps]
+        return x.permute(0, *positions, 1, *taps).reshape(-1, module.groups, width // module.groups).transpose(0, 1)
+
+    def _part(self, output_size: Sequence[int], channels: int) -> int:
         """Return how many examples to make rows of at a time."""
         module: Any = self
-        return max(1, ROWS_SIZE // int(math.prod(output_size) * module.in_channels * math.prod(module.kernel_size)))
+        return max(1, ROWS_SIZE // int(math.prod(output_size) * channels * math.prod(module.kernel_size)))
 
     def _sides(self) -> list[tuple[int, int]]:
         module: Any = self
@@ -199,16 +196,13 @@ class FactorizedConv(OneWeight):
         module: Any = self
         return self._axis(axis).read_by(positions, length) if module.transposed else self._axis(axis).reads(positions, length)
 
-    def _columns(self, columns: int, width: int) -> tuple[Tensor, Tensor]:
-        """Return which input columns the second operation of the spatial scheme reads, and for each tap the output column it goes to."""
+    def _read(self, axis: int, length: int, positions: int) -> tuple[Tensor, Tensor]:
+        """Return which of `length` inputs along an axis are read, and which of the output `positions` each reaches with each tap."""
         module: Any = self
-        index = self._axis(1).reads(columns, width) if module.transposed else self._axis(1).read_by(columns, width)
-        read = (index < width).any(1)
+        along = self._axis(axis)
+        index = along.reads(length, positions) if module.transposed else along.read_by(length, positions)
+        read = (index < positions).any(1)
         return read.nonzero().squeeze(1), index[read]
-
-    def _second_mode(self) -> str:
-        module: Any = self
-        return "zeros" if self.scheme == "channel" else str(module.padding_mode)
 
     def laid_out(self, weight: Tensor) -> Tensor:
         """Return a kernel in the memory format that the dense layer had."""
@@ -220,14 +214,15 @@ class FactorizedConv(OneWeight):
             return None
         module: Any = self
         factors = self.factors_of("weight")
-        first, second = self._kernels(*factors.balanced())
-        one, two = geometry(module, self.scheme)
-        middle, common = factors.blocks * self.rank, {"groups": module.groups, "device": "meta"}
-        head: Any = base_of(self)(module.in_channels, middle, bias=False, padding_mode=module.padding_mode, **one, **common)
-        tail: Any = second_kind(self, self.scheme)(
-            middle, module.out_channels, bias=module.bias is not None, padding_mode=self._second_mode(), **two, **common
-        )
-        head.weight, tail.weight = share(factors, "first", first), share(factors, "second", second)
+        kernels = self._kernels(*factors.balanced())
+        channels = (module.in_channels, factors.blocks * self.rank, module.out_channels)
+        made: list[Any] = []
+        for index, piece in enumerate(self._pieces()):
+            biased = index == 1 and module.bias is not None
+            common = {"groups": module.groups, "bias": biased, "padding_mode": piece.padding_mode, "device": "meta"}
+            made.append(piece.kind(channels[index], channels[index + 1], **piece.settings, **common))
+            made[-1].weight = share(factors, ("first", "second")[index], kernels[index])
+        head, tail = made
         if module.bias is not None:
             tail.bias = module.bias
         return PlainPair(head, tail)

@@ -1,14 +1,20 @@
-"""Geometry of convolutions: dimensions, memory formats, sizes, paddings."""
+"""Geometry of convolutions: chains in the place of one, memory formats, sizes, paddings.
 
-from collections.abc import Sequence
+The law of a chain: an axis's size, stride, padding and dilation belong to the piece that has taps along that axis; every other piece is
+neutral there.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spectrim.linalg.fold import Fold
+from spectrim.linalg.fold import Fold, leading
 
 CONVOLUTIONS: dict[type[nn.Module], Any] = {
     nn.Conv1d: F.conv1d,
@@ -25,30 +31,130 @@ def base_of(module: nn.Module) -> type[nn.Module]:
     return next(kind for kind in CONVOLUTIONS if isinstance(module, kind))
 
 
-def plain_of(module: Any) -> type[nn.Module]:
-    """Return the torch class of the not transposed convolution with as many dimensions."""
-    return (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(module.kernel_size) - 1]
+PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Convolutions that are not transposed, by the number of axes less one."""
 
 
-def geometry(module: Any, scheme: Fold) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the geometries (constructor arguments) of the two operations that replace a convolution.
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-    ``channel``: the layer's own kernel, then 1x1. ``spatial``: a vertical kernel, then a horizontal one.
+
+NEUTRAL = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
+"""What the settings of a convolution are along an axis that it leaves as it is."""
+
+
+SETTINGS = tuple(NEUTRAL)
+"""Arguments of the constructor, the last one of transposed convolutions only."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One convolution of a chain that replaces a convolution, without its channels.
+
+    Attributes:
+        kind: its torch class.
+        settings: arguments of the constructor: kernel size, stride, padding, dilation, for a transposed one output padding.
+        padding_mode: as torch calls it.
     """
-    own = {name: getattr(module, name) for name in ("kernel_size", "stride", "padding", "dilation")}
-    if module.transposed:
-        own["output_padding"] = module.output_padding
-    if scheme == "channel":
-        return own, {"kernel_size": (1,) * len(module.kernel_size)}
-    neutral = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "output_padding": 0}
-    vertical = {key: value if isinstance(value, str) else (value[0], neutral[key]) for key, value in own.items()}
-    horizontal = {key: value if isinstance(value, str) else (neutral[key], value[1]) for key, value in own.items()}
-    return vertical, horizontal
+
+    kind: type[nn.Module]
+    settings: Mapping[str, Any]
+    padding_mode: str
 
 
-def second_kind(module: Any, scheme: Fold) -> type[nn.Module]:
-    """Return the class of the second operation; the first has the layer's own class."""
-    return plain_of(module) if scheme == "channel" else base_of(module)
+def whole(module: Any) -> Piece:
+    """Return a convolution itself as the only piece."""
+    return Piece(base_of(module), {name: getattr(module, name) for name in _names(module)}, module.padding_mode)
+
+
+def chain(module: Any, owners: Sequence[int], length: int = 2) -> tuple[Piece, ...]:
+    """Return the convolutions that together have the geometry of one.
+
+    An axis's size, stride, padding and dilation belong to one piece, and every other piece is neutral there. A piece that is neutral
+    along every axis is a plain 1x1 convolution. Where all are, the first one keeps class and padding mode.
+
+    Args:
+        module: the convolution, dense or factorized.
+        owners: for each axis the index of the piece it belongs to.
+        length: number of pieces.
+    """
+    made: Callable[..., tuple[Piece, ...]] = (
+        _chain if torch.compiler.is_compiling() else _chain_once
+    )  # a compiler traces this once, and warns of caches
+    values = [getattr(module, name) for name in _names(module)]
+    hashable = tuple([value if isinstance(value, str) else tuple(value) for value in values])
+    return made(base_of(module), hashable, module.padding_mode, tuple(owners), length)
+
+
+def _names(module: Any) -> tuple[str, ...]:
+    return SETTINGS if module.transposed else SETTINGS[:-1]
+
+
+def _chain(kind: type[nn.Module], values: tuple[Any, ...], padding_mode: str, owners: tuple[int, ...], length: int) -> tuple[Piece, ...]:
+    own = dict(zip(SETTINGS, values, strict=False))
+    acts = [any(_acts(own, axis) for axis, owner in enumerate(owners) if owner == piece) for piece in range(length)]
+    acts[0] = acts[0] or not any(acts)
+    neutral = Piece(PLAIN[len(owners) - 1], {"kernel_size": (1,) * len(owners)}, "zeros")
+    return tuple([Piece(kind, _part(own, owners, piece), padding_mode) if acts[piece] else neutral for piece in range(length)])
+
+
+_chain_once = lru_cache(maxsize=1024)(_chain)
+
+
+def _acts(own: Mapping[str, Any], axis: int) -> bool:
+    """Whether a convolution does anything along an axis; one of a single tap does nothing for padding ``same`` and ``valid``."""
+    return any(not isinstance(value, str) and value[axis] != NEUTRAL[name] for name, value in own.items())
+
+
+def _part(own: Mapping[str, Any], owners: tuple[int, ...], piece: int) -> dict[str, Any]:
+    """Return the settings of one piece: those of the convolution along its own axes, neutral along the others."""
+
+    def along(name: str, value: Any) -> Any:
+        return value if isinstance(value, str) else tuple([value[a] if owner == piece else NEUTRAL[name] for a, owner in enumerate(owners)])
+
+    return {name: along(name, value) for name, value in own.items()}
+
+
+def owners_of(module: Any, scheme: Fold) -> tuple[int, ...]:
+    """Return for each axis of a convolution which of two operations it belongs to, 0 or 1: the one that has its taps.
+
+    An axis of one tap belongs to the first operation, which then works at fewer positions where it has a stride; of a transposed
+    convolution, whose stride makes more positions, to the second one.
+    """
+    count = leading(scheme, module.kernel_size)
+    single = int(module.transposed)
+    return tuple(int(axis >= count) if size > 1 else single for axis, size in enumerate(module.kernel_size))
+
+
+def chain_macs(module: Any, owners: Sequence[int], channels: Sequence[int], shape: Sequence[int] | None) -> float:
+    """Multiply-accumulates of a chain in the place of a convolution.
+
+    A plain convolution multiplies once for each output position, a transposed one once for each input position.
+
+    Args:
+        module: the convolution, dense or factorized.
+        owners: as for `chain`.
+        channels: of the input, between the pieces, and of the output; one more than there are pieces.
+        shape: of the input, ``(batch, in, size...)`` or ``(in, size...)``; None for one output position of a large plane (one input
+            position of a transposed convolution).
+    """
+    count = len(module.kernel_size)
+    if shape is None:
+        batch, unit, stride = 1, [1.0] * count, [float(step) for step in module.stride]
+        before, after = (unit, stride) if module.transposed else (stride, unit)
+    else:
+        batch = shape[0] if len(shape) == count + 2 else 1
+        before = [float(size) for size in shape[-count:]]
+        after = [float(size) for size in output_size(module, shape[-count:])]
+    total = 0.0
+    for piece, (in_, out) in enumerate(pairwise(channels)):
+        done = piece if module.transposed else piece + 1  # pieces that have made their output where this one multiplies
+        macs = float(in_ * out // module.groups)
+        for axis, owner in enumerate(owners):
+            macs *= after[axis] if owner < done else before[axis]
+            if owner == piece:
+                macs *= module.kernel_size[axis]
+        total += macs
+    return batch * total
 
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -115,13 +221,11 @@ def take(x: Tensor, axis: int, index: Tensor) -> Tensor:
     return found.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
 
 
-def convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kind: type[nn.Module], groups: int, padding_mode: str, shape: dict[str, Any]
-) -> Tensor:
-    """Run one convolution of the given geometry; padding modes other than zeros pad first, as torch's layers do."""
-    options = {key: value for key, value in shape.items() if key != "kernel_size"}
-    if padding_mode != "zeros":
-        sides = padded_sides(options["padding"], shape["kernel_size"], options["dilation"])
-        x = F.pad(x, [side for pair in reversed(sides) for side in pair], mode=padding_mode)
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, piece: Piece, groups: int) -> Tensor:
+    """Run one convolution; padding modes other than zeros pad first, as torch's layers do."""
+    options = {key: value for key, value in piece.settings.items() if key != "kernel_size"}
+    if piece.padding_mode != "zeros":
+        sides = padded_sides(options["padding"], piece.settings["kernel_size"], options["dilation"])
+        x = F.pad(x, [side for pair in reversed(sides) for side in pair], mode=piece.padding_mode)
         options["padding"] = 0
-    return cast(Tensor, CONVOLUTIONS[kind](x, weight, bias, groups=groups, **options))
+    return cast(Tensor, CONVOLUTIONS[piece.kind](x, weight, bias, groups=groups, **options))

@@ -1,17 +1,61 @@
-"""Kernels as matrices and back."""
+"""Kernels as matrices and back: which axes of a kernel have their taps on the input side, and which on the output side."""
 
+import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-Fold = Literal["channel", "spatial"]
+from spectrim.errors import SettingError
+
+Fold = Literal["channel", "spatial", "input"]
+"""``channel``: all taps on the input side; ``spatial``: those of the first axis that has some; ``input``: none."""
+
+
+FOLDS: tuple[Fold, ...] = get_args(Fold)
+
+
+def leading(fold: Fold, kernel: Sequence[int]) -> int:
+    """Return how many axes of a kernel, from the first, have their taps on the input side of the matrix; the others on the output side.
+
+    The input side is applied first: in a pair of convolutions these are the axes of the first one. An axis of size one has no taps, so
+    that ``spatial`` divides the axes that have more: ``(3, 5)`` into 3 and 5, ``(1, 3, 3)`` into 3 and 3, ``(64, 1)`` not at all.
+
+    Args:
+        fold: which fold.
+        kernel: sizes of the kernel's axes.
+
+    Raises:
+        SettingError: for an unknown fold.
+
+    Examples:
+        >>> [leading(fold, (1, 3, 3)) for fold in ("channel", "spatial", "input")]
+        [3, 2, 0]
+    """
+    if fold not in FOLDS:
+        raise SettingError("fold", "scheme", got=fold, rule="'channel', 'spatial' or 'input'")
+    if fold == "spatial":
+        return next((axis + 1 for axis, size in enumerate(kernel) if size > 1), len(kernel))
+    return len(kernel) if fold == "channel" else 0
+
+
+def folds(kernel: Sequence[int]) -> tuple[Fold, ...]:
+    """Return the folds of a kernel whose matrices differ, ``channel`` first.
+
+    Examples:
+        >>> folds((3, 3)), folds((64, 1)), folds((1, 1))
+        (('channel', 'spatial', 'input'), ('channel', 'input'), ('channel',))
+    """
+    sizes = {fold: math.prod(kernel[: leading(fold, kernel)]) for fold in FOLDS}
+    first = list(sizes.values())
+    return tuple(fold for index, (fold, size) in enumerate(sizes.items()) if size not in first[:index])
 
 
 def to_matrix(weight: Tensor, fold: Fold = "channel", groups: int = 1, transposed: bool = False) -> Tensor:
-    """Fold a weight into a matrix with the output side first.
+    """Fold a weight into a matrix ``(out * taps, in * taps)``: each axis of the kernel is on one of the two sides, see `leading`.
 
-    ``channel``: ``(out, in*k...)``; ``spatial`` (2-D kernels): ``(out*kw, in*kh)``. With groups, one matrix per block.
+    ``channel``: ``(out, in*k...)``; ``spatial``: ``(out*kw, in*kh)`` of a 2-D kernel, ``(out*kh*kw, in*kt)`` of a 3-D one; ``input``:
+    ``(out*k..., in)``. With groups, one matrix per block.
 
     Args:
         weight: ``(out, in/groups, k...)``, or ``(in, out/groups, k...)`` when `transposed`; any number of kernel axes.
@@ -22,16 +66,23 @@ def to_matrix(weight: Tensor, fold: Fold = "channel", groups: int = 1, transpose
     Returns:
         ``(rows, columns)``, or ``(groups, rows, columns)`` when ``groups > 1``. A copy or a view.
 
-    Source: Yang et al., arXiv 2004.09031, section 3.1.
+    Raises:
+        SettingError: for an unknown fold.
+
+    Examples:
+        >>> import torch
+        >>> kernel = torch.zeros(16, 128, 64)
+        >>> to_matrix(kernel, "channel").shape, to_matrix(kernel, "input").shape
+        (torch.Size([16, 8192]), torch.Size([1024, 128]))
+
+    Source: Yang et al., arXiv 2004.09031, section 3.1 (``channel`` and ``spatial``); ``input`` is the mirror image of ``channel``.
     """
+    first, second = _taps(fold, weight.shape[2:])
     blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     if transposed:
         blocks = blocks.transpose(1, 2)
-    if fold == "spatial":
-        groups_, out, in_, height, width = blocks.shape
-        matrix = blocks.permute(0, 1, 4, 2, 3).reshape(groups_, out * width, in_ * height)
-    else:
-        matrix = blocks.reshape(groups, blocks.shape[1], -1)
+    out, in_ = blocks.shape[1:3]
+    matrix = blocks.reshape(groups, out, in_, first, second).permute(0, 1, 4, 2, 3).reshape(groups, out * second, in_ * first)
     return matrix if groups > 1 else matrix[0]
 
 
@@ -44,14 +95,22 @@ def from_matrix(matrix: Tensor, shape: Sequence[int], fold: Fold = "channel", gr
         fold: how kernel axes were folded.
         groups: number of blocks of the convolution.
         transposed: whether the weight is that of a transposed convolution.
+
+    Raises:
+        SettingError: for an unknown fold.
     """
-    first, second, *kernel = shape
-    out, in_ = (second, first // groups) if transposed else (first // groups, second)
-    if fold == "spatial":
-        height, width = kernel
-        blocks = matrix.reshape(groups, out, width, in_, height).permute(0, 1, 3, 4, 2)
-    else:
-        blocks = matrix.reshape(groups, out, in_, *kernel)
+    lead, inner, *kernel = shape
+    out, in_ = (inner, lead // groups) if transposed else (lead // groups, inner)
+    first, second = _taps(fold, kernel)
+    if second > 1:
+        matrix = matrix.reshape(groups, out, second, in_, first).permute(0, 1, 3, 4, 2)
+    blocks = matrix.reshape(groups, out, in_, *kernel)
     if transposed:
         blocks = blocks.transpose(1, 2)
     return blocks.reshape(tuple(shape))
+
+
+def _taps(fold: Fold, kernel: Sequence[int]) -> tuple[int, int]:
+    """Return the number of taps on the input side and on the output side."""
+    count = leading(fold, kernel)
+    return math.prod(kernel[:count]), math.prod(kernel[count:])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -121,8 +121,8 @@ class OfWeights:
 
     def __post_init__(self) -> None:
         check_weight(self, self.weight)
-        if self.scheme not in ("channel", "spatial"):
-            raise SettingError(type(self).__name__, "scheme", got=self.scheme, rule="'channel' or 'spatial'")
+        if self.scheme not in get_args(Fold):
+            raise SettingError(type(self).__name__, "scheme", got=self.scheme, rule="'channel', 'spatial' or 'input'")
         if isinstance(self.steps, bool) or self.steps < 1:
             raise SettingError(type(self).__name__, "steps", got=self.steps, rule="an integer >= 1")
 

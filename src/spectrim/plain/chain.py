@@ -61,12 +61,7 @@ class PlainPair(nn.Module):
     @torch.jit.unused
     def _sized(self, input: Tensor, output_size: Sequence[int]) -> Tensor:
         first, second = self
-        if not getattr(first, "transposed", False):
-            raise TypeError(f"PlainPair: only a transposed convolution takes an output_size, not {type(first).__name__}")
-        if not getattr(second, "transposed", False):
-            return second(first(input, output_size))  # type: ignore[no-any-return]
-        height, _ = output_size[-2:]
-        return second(first(input, [height, input.shape[-1]]), output_size)  # type: ignore[no-any-return]
+        return _run_sized(first, second, input, output_size)
 
     @property
     def weight(self) -> Tensor:
@@ -201,6 +196,21 @@ class Composed(Tensor):
         return func(*args, **kwargs)
 
 
+def _run_sized(first: Any, second: Any, input: Tensor, output_size: Sequence[int]) -> Tensor:
+    """Run two convolutions, at least one of them transposed, to an output of that size; each axis gets its size from its own one."""
+    if not getattr(second, "transposed", False):
+        if not getattr(first, "transposed", False):
+            raise TypeError(f"PlainPair: only a transposed convolution takes an output_size, not {type(first).__name__}")
+        return second(first(input, output_size))  # type: ignore[no-any-return]
+    if not first.transposed:
+        return second(first(input), output_size)  # type: ignore[no-any-return]
+    axes = range(len(first.kernel_size))
+    idle = [second.kernel_size[a] == second.stride[a] == 1 and second.padding[a] == second.output_padding[a] == 0 for a in axes]
+    wanted, given = output_size[-len(idle) :], input.shape[-len(idle) :]
+    middle = [size if first_only else old for size, old, first_only in zip(wanted, given, idle, strict=True)]
+    return second(first(input, middle), output_size)  # type: ignore[no-any-return]
+
+
 def _settings(first: Any, second: Any, conv1d: bool) -> dict[str, Any]:
     """Return the attributes of the dense layer that two layers stand for."""
     if isinstance(first, nn.Embedding):
@@ -208,13 +218,15 @@ def _settings(first: Any, second: Any, conv1d: bool) -> dict[str, Any]:
         return {name: getattr(first, name) for name in own} | {"embedding_dim": second.out_features}
     if isinstance(first, nn.Linear):
         return dict(zip(("nx", "nf") if conv1d else ("in_features", "out_features"), (first.in_features, second.out_features), strict=True))
-    settings = {name: getattr(first, name) for name in ("in_channels", "groups", "padding_mode", "transposed")}
-    settings |= {"out_channels": second.out_channels}
+    settings = {"in_channels": first.in_channels, "out_channels": second.out_channels, "groups": first.groups}
+    settings["transposed"] = first.transposed or second.transposed
+    settings["padding_mode"] = second.padding_mode if first.padding_mode == "zeros" else first.padding_mode
     for name in ("kernel_size", "stride", "dilation"):  # of the two operations one has the neutral value along each axis
         settings[name] = tuple(a * b for a, b in zip(getattr(first, name), getattr(second, name), strict=True))
     for name in ("padding", "output_padding"):
-        one, two = getattr(first, name), getattr(second, name)
-        settings[name] = one if isinstance(one, str) else tuple(a + b for a, b in zip(one, two, strict=True))
+        both = getattr(first, name), getattr(second, name)
+        words = [value for value in both if isinstance(value, str)]
+        settings[name] = words[0] if words else tuple(a + b for a, b in zip(*both, strict=True))
     return settings
 
 

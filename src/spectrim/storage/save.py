@@ -285,7 +285,7 @@ def _replayed(target: Any, description: list[dict[str, Any]]) -> nn.Module | Non
 def _dense(description: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the settings of the dense layer that `merge` must have had before it, to write what is described."""
     first, last = description[0], description[-1]
-    kind = first["kind"]
+    kind = _kind(description)
     if kind == "PlainAttention":
         given = first["given"]
         return {key: first[key] for key in ("kind", *ATTENTION)} | {"bias": "in_proj_bias" in given, "add_bias_kv": "bias_k" in given}
@@ -295,12 +295,19 @@ def _dense(description: list[dict[str, Any]]) -> dict[str, Any]:
         return {"kind": kind, "num_embeddings": first["num_embeddings"], "embedding_dim": last["out_features"]}
     with torch.device("meta"):
         pair = _construct(description)
-    return {"kind": kind, "bias": last["bias"]} | {key: _listed(getattr(pair, key)) for key in SETTINGS[type(pair[0])]}
+    names = next(names for known, names in SETTINGS.items() if known.__name__ == kind)
+    return {"kind": kind, "bias": last["bias"]} | {key: _listed(getattr(pair, key)) for key in names}
+
+
+def _kind(description: list[dict[str, Any]]) -> str:
+    """Return the class of the dense layer: that of a transposed convolution where one of two is."""
+    kinds: list[str] = [entry["kind"] for entry in description]
+    return next((kind for kind in kinds if kind.startswith("ConvTranspose")), kinds[0])
 
 
 def _found(target: Any, description: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the settings that a layer of the model has, as `_dense` gives them."""
-    kind = description[0]["kind"]
+    kind = _kind(description)
     classes: dict[str, Any] = {
         "PlainRecurrent": nn.RNNBase,
         "PlainAttention": nn.MultiheadAttention,

@@ -52,8 +52,9 @@ class Calibration:
     Changing a weight by ``D`` changes its output for one example by ``tr(D A D^T)``, squared and summed over positions, with ``A`` its
     `inputs`; it harms the loss by about ``1/2 tr(G D A D^T)`` with ``G`` its `outputs`. Both sides are those of the folded matrix, see
     `linalg.to_matrix`: in the spatial scheme an input is a vertical patch, at every column that the second operation reads, and each
-    horizontal offset is an output of its own. Tied weights and layers that run more than once add up; a packed projection of attention on
-    a query, a key and a value that differ sees each of them.
+    horizontal offset is an output of its own; in the input scheme an input is one position, and each tap an output of
+    its own. Tied weights and layers that run more than once add up; a packed projection of attention on a query, a key and a value that
+    differ sees each of them.
 
     Where a bias can take up what a cut does to the mean of the output, ``b <- b + D m``, only the inputs' deviations from their mean
     count (see `absorbing`).
@@ -250,8 +251,8 @@ class _Sums:
 def absorbing(model: nn.Module) -> dict[str, OneWeight]:
     """Return the layers whose bias takes up whatever a cut of their weight does to the mean of their output, by the weight's name.
 
-    Linear layers and convolutions with a bias and a weight of their own. Not in the spatial scheme, where each horizontal offset is an
-    output of its own and the padding keeps some of them from reaching the bias; not packed or recurrent weights.
+    Linear layers and convolutions with a bias and a weight of their own. Not in the spatial and the input scheme, where each tap of the
+    second operation is an output of its own and the padding keeps some of them from reaching the bias; not packed or recurrent weights.
 
     Args:
         model: factorized.
@@ -267,7 +268,7 @@ def absorbing(model: nn.Module) -> dict[str, OneWeight]:
 
     def absorbs(layer: OneWeight) -> bool:
         factors, bias = layer.factors_of("weight"), getattr(layer, "bias", None)
-        if not isinstance(bias, Tensor) or layer.scheme == "spatial" or isinstance(layer, FactorizedEmbedding):
+        if not isinstance(bias, Tensor) or layer.scheme != "channel" or isinstance(layer, FactorizedEmbedding):
             return False
         return bias.shape == (factors.U[..., 0].numel(),) and users[id(factors)] == users[id(bias)] == 1
 

@@ -17,6 +17,7 @@ from spectrim.forms.svd import Factors
 from spectrim.layers import factor_name, named_layers
 from spectrim.layers.base import OneWeight
 from spectrim.layers.embedding import FactorizedEmbedding
+from spectrim.linalg.fold import leading
 from spectrim.metrics.inputs import evaluating
 from spectrim.surgery.calibrate import Calibration, batches_of, check_examples, isolated
 from spectrim.surgery.exchange import duplicate
@@ -84,7 +85,7 @@ def correct(
     In the order the layers run, each gets the weight of its rank, and the bias, that minimise ``sum ||W x + b - W' x~ - b'||^2``: ``x`` is
     what reaches the layer in the dense network, ``x~`` what reaches it here, behind layers that are corrected already. Without the rank
     that is the regression ``W_t = W + W (C_xx~ - C) C^+`` with ``C = C_x~x~``, moments centered where there is a bias; the best weight of
-    the rank is then the truncation of ``W_t`` in the norm ``||(W_t - W') C^1/2||``. In the spatial scheme, where a weight of low rank is no
+    the rank is then the truncation of ``W_t`` in the norm ``||(W_t - W') C^1/2||``. In the other schemes, where a weight of low rank is no
     truncation of that regression, the second factor is refitted to the output with the first one given, once with the one held and once
     with that of the truncation over columns, and the better is taken. Where nothing improves on the present weight it stays.
 
@@ -101,7 +102,7 @@ def correct(
         dense: the network before the cut, dense or factorized, with layers of the same names.
         data: batches ``(inputs, target)`` or inputs alone; those that are used are kept in memory.
         calibration: made with a loss, of the network before the cut: errors then count by the gradients at the layer's outputs, ``||G^1/2
-            (W_t - W') C^1/2||``; in the spatial scheme only where the truncation over columns is taken.
+            (W_t - W') C^1/2||``; in the other schemes only where the truncation over columns is taken.
         examples: stop after the batch that completes this number, counted along the leading dimension, >= 1; None for all data.
         progress: whether to show a progress bar over layers, on stderr and on a terminal only.
 
@@ -123,7 +124,7 @@ def correct(
 
     Source: the asymmetric data reconstruction of Zhang, Zou, He and Sun, arXiv 1505.06798, section 3.3, for linear responses.
     Deviation: the regression starts from ``W``, so that directions that the data leave out keep the dense weight; pseudo-inverses by
-    iterated Tikhonov regularisation; no response of a non-linearity is fitted; the spatial scheme is ours.
+    iterated Tikhonov regularisation; no response of a non-linearity is fitted; the spatial and the input scheme are ours.
     """
     check_examples("correct", examples)
     corrected = duplicate(cut)
@@ -237,10 +238,10 @@ def _refit(layer: Any, original: Any, dense: Tensor, moments: _Moments, left: Te
     target = dense + _divided(wanted - dense @ moments.own, moments.own)
     candidates = (
         _of_columns(layer, wanted, target, moments, left)
-        if layer.scheme == "spatial"
+        if layer.scheme != "channel"
         else [_truncated(factors.rank, target, moments.own, left)]
     )
-    judged = None if layer.scheme == "spatial" else left
+    judged = left if layer.scheme == "channel" else None
     best, error = None, _error(held, wanted, moments.own, judged)
     for candidate in candidates:
         found = _error(_composed(layer, *candidate), wanted, moments.own, judged)
@@ -296,8 +297,10 @@ def _truncated(rank: int, target: Tensor, metric: Tensor, left: Tensor | None) -
 
 
 def _sizes(layer: Any) -> tuple[int, int, int, int]:
-    """Return out and in of one block, and the two sides of the kernel."""
-    return (layer.out_channels // layer.groups, layer.in_channels // layer.groups, *layer.kernel_size)
+    """Return out and in of one block, and the taps of the first and of the second operation."""
+    count = leading(layer.scheme, layer.kernel_size)
+    taps = (math.prod(layer.kernel_size[:count]), math.prod(layer.kernel_size[count:]))
+    return (layer.out_channels // layer.groups, layer.in_channels // layer.groups, *taps)
 
 
 def _composed(layer: Any, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
@@ -310,9 +313,9 @@ def _composed(layer: Any, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
 
 
 def _of_columns(layer: Any, wanted: Tensor, target: Tensor, moments: _Moments, metric: Tensor | None) -> list[Parts]:
-    """Refit the second factor of the spatial scheme to the output: with the first one that is held, and with that of the truncation.
+    """Refit the second factor to the output, where it has taps: with the first one that is held, and with that of the truncation.
 
-    With ``B`` the map from patches to the outputs of the first operation at each horizontal offset, ``L <- L + (W C_xx~ - L B C) B^T
+    With ``B`` the map from patches to the outputs of the first operation at each tap of the second one, ``L <- L + (W C_xx~ - L B C) B^T
     (B C B^T)^+``; ``wanted = W C_xx~``.
     """
     out, in_, height, width = _sizes(layer)

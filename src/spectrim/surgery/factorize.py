@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from threading import Timer
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from rich.console import Console
@@ -23,14 +23,14 @@ from spectrim.surgery.exchange import copy_without
 from spectrim.surgery.ranks import Ranks, check_names, chooser
 from spectrim.surgery.select import decide
 
-Scheme = Literal["auto", "channel", "spatial"]
+Scheme = Literal["auto", "channel", "spatial", "input"]
 
 
 Method = Literal["exact", "randomized", "auto"]
 
 
 AUTO_ENERGY = 0.8
-"""Spectral energy at which ``scheme="auto"`` compares the two schemes.
+"""Spectral energy at which ``scheme="auto"`` compares the schemes.
 
 About what the layers of small residual networks keep at a third to a half of their multiply-accumulates.
 """
@@ -88,8 +88,10 @@ def factorize(
 
     Args:
         model: any module; it is left untouched.
-        scheme: how 2-D convolution kernels are folded: ``channel``, ``spatial``, or ``auto``, which takes for each layer the one with fewer
-            MACs at 80 % of the spectral energy (``channel`` on the meta device). Other layers have one scheme only.
+        scheme: how convolution kernels are folded, see `linalg.to_matrix`: ``channel``, all taps first and then a 1x1; ``input``, a 1x1 and
+            then all taps; ``spatial``, the taps of one axis and then those of the others; or ``auto``, which takes for each layer the one
+            with the fewest MACs at 80 % of the spectral energy (``channel`` on the meta device). A layer without the asked scheme, as
+            1x1 kernels and layers that are no convolutions, takes ``channel``.
         where: selects layers by name and module, see `match`; everything but the classifier head when omitted.
         rank: how many singular values to keep from the start: a number (capped at each layer's full rank), a rank rule, or a mapping
             ``{layer: rank}`` (layers it does not name keep all). All when omitted.
@@ -117,8 +119,8 @@ def factorize(
     Source: Yang et al., arXiv 2004.09031, section 3.1.
     Deviation: factors start from the SVD of the present weights; the published code starts CNN factors at random.
     """
-    if scheme not in ("auto", "channel", "spatial"):
-        raise SettingError("factorize", "scheme", got=scheme, rule="'auto', 'channel' or 'spatial'")
+    if scheme not in get_args(Scheme):
+        raise SettingError("factorize", "scheme", got=scheme, rule="'auto', 'channel', 'spatial' or 'input'")
     if method not in ("exact", "randomized", "auto"):
         raise SettingError("factorize", "method", got=method, rule="'exact', 'randomized' or 'auto'")
     stated = isinstance(rank, Mapping | SupportsIndex)

@@ -12,6 +12,7 @@ import spectrim as sp
 from spectrim import zoo
 from spectrim.budget.costs import rank_costs, spectra
 from spectrim.layers import named_factors
+from spectrim.layers.conv import FactorizedConv
 from spectrim.linalg.spectral import tail_energy
 from spectrim.metrics.macs import count_macs
 
@@ -78,8 +79,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "conv2d-same": (lambda: nn.Conv2d(6, 8, 3, padding="same", padding_mode="circular"), lambda: images(6, 7, 9)),
     "conv2d-1x1": (lambda: nn.Conv2d(12, 9, 1, stride=2), lambda: images(12, 6, 7)),
     "conv3d": (lambda: nn.Conv3d(4, 6, 3, stride=(1, 2, 1)), lambda: images(4, 4, 5, 6)),
+    "conv2d-column": (lambda: nn.Conv2d(12, 9, (5, 1), stride=(1, 2), padding=(2, 0)), lambda: images(12, 8, 7)),
+    "conv3d-images": (lambda: nn.Conv3d(8, 9, (1, 3, 3), stride=(2, 1, 1), padding=(0, 1, 1)), lambda: images(8, 4, 5, 6)),
     "transposed1d": (lambda: nn.ConvTranspose1d(6, 8, 3, stride=2, output_padding=1), lambda: images(6, 7)),
     "transposed2d": (lambda: nn.ConvTranspose2d(6, 8, (3, 4), (2, 3), (1, 2), (1, 2)), lambda: images(6, 5, 4)),
+    "transposed2d-column": (lambda: nn.ConvTranspose2d(6, 8, (4, 1), (2, 3), (1, 0), (1, 2)), lambda: images(6, 5, 4)),
+    "transposed3d": (lambda: nn.ConvTranspose3d(8, 9, (1, 3, 2), (1, 2, 2)), lambda: images(8, 2, 3, 4)),
     "embedding": (lambda: nn.Embedding(30, 8), lambda: torch.randint(0, 30, (3, 5))),
     "lstm": (lambda: nn.LSTM(24, 8, 2, bidirectional=True, batch_first=True), lambda: torch.randn(2, 5, 24)),
     "lstm-projected": (lambda: nn.LSTM(24, 8, proj_size=5, batch_first=True), lambda: torch.randn(2, 5, 24)),
@@ -99,11 +104,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     "language-model": (lambda: zoo.LSTMLanguageModel(40, 12, 12, 1, 0.0), lambda: torch.randint(0, 40, (2, 5))),
     "language-model-tied": (lambda: zoo.LSTMLanguageModel(40, 12, 12, 1, 0.0, tied=True), lambda: torch.randint(0, 40, (2, 5))),
 }
-SCHEMES = {"conv2d", "conv2d-stride", "conv2d-groups", "conv2d-same", "transposed2d", "runs-twice"}
+SCHEMES = {name for name in CASES if name.startswith(("conv", "transposed"))} | {"runs-twice"}
+
+
+def convolution_of(name: str) -> nn.Module:
+    return next(module for module in CASES[name][0]().modules() if hasattr(module, "kernel_size"))
+
+
 PARAMETERS = [
     pytest.param(*CASES[name], scheme, id=f"{name}-{scheme}")
     for name in CASES
-    for scheme in (("channel", "spatial") if name in SCHEMES else ("auto",))
+    for scheme in (FactorizedConv.schemes(convolution_of(name)) if name in SCHEMES else ("auto",))
 ]
 
 

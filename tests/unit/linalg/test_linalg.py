@@ -9,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim import linalg
+from spectrim.errors import SettingError
+from spectrim.linalg.fold import folds, leading
 from spectrim.linalg.polar import POLAR_FLOOR
 
-SHAPES = [(6, 4, 3), (6, 4, 3, 5), (6, 4, 1, 1), (4, 6, 2, 3, 2), (8, 4), (4, 4, 3, 3)]
-FOLDS = [(shape, fold) for shape in SHAPES for fold in ("channel", "spatial") if fold == "channel" or len(shape) == 4]
+SHAPES = [(6, 4, 3), (6, 4, 3, 5), (6, 4, 1, 1), (4, 6, 2, 3, 2), (8, 4), (4, 4, 3, 3), (4, 2, 5, 1), (2, 4, 1, 5), (4, 6, 1, 3, 2)]
+FIRST = {(3, 5): 3, (2, 3, 2): 2, (3, 3): 3, (1, 3, 2): 3}  # taps that the spatial fold has on the input side; all where not listed
 
 
 def double(*shape: int) -> torch.Tensor:
@@ -23,7 +25,8 @@ def near(a: torch.Tensor, b: torch.Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("shape", "fold"), FOLDS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fold", ["channel", "spatial", "input"])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_folding_is_inverted_and_has_the_sizes_it_says(shape: Any, groups: int, transposed: bool, fold: Any) -> None:
@@ -31,21 +34,76 @@ def test_folding_is_inverted_and_has_the_sizes_it_says(shape: Any, groups: int, 
     matrix = linalg.to_matrix(weight, fold, groups, transposed)
     out, in_ = (shape[1], shape[0] // groups) if transposed else (shape[0] // groups, shape[1])
     kernel = shape[2:]
-    expected = (out * kernel[1], in_ * kernel[0]) if fold == "spatial" else (out, in_ * math.prod(kernel))
+    taps = math.prod(kernel)
+    first = {"channel": taps, "spatial": FIRST.get(kernel, taps), "input": 1}[fold]
+    expected = (out * taps // first, in_ * first)
     assert tuple(matrix.shape) == ((groups, *expected) if groups > 1 else expected)
     assert torch.equal(linalg.from_matrix(matrix, shape, fold, groups, transposed), weight)
 
 
 def test_entries_are_where_the_design_says() -> None:
     weight = double(4, 3, 2, 5)
-    channel, spatial = linalg.to_matrix(weight, "channel"), linalg.to_matrix(weight, "spatial")
+    channel, spatial, input_ = (linalg.to_matrix(weight, fold) for fold in ("channel", "spatial", "input"))
     for o, i, y, x in [(0, 0, 0, 0), (3, 1, 1, 2), (2, 2, 0, 4)]:
         assert channel[o, (i * 2 + y) * 5 + x] == weight[o, i, y, x]
         assert spatial[o * 5 + x, i * 2 + y] == weight[o, i, y, x]
+        assert input_[(o * 2 + y) * 5 + x, i] == weight[o, i, y, x]
     grouped = linalg.to_matrix(weight, "channel", groups=2)
     assert torch.equal(grouped[1], linalg.to_matrix(weight[2:], "channel"))
     back = linalg.to_matrix(weight, "channel", transposed=True)  # (in, out, ...): the second axis is the output
     assert back[2, (3 * 2 + 1) * 5 + 4] == weight[3, 2, 1, 4]
+    volume = double(4, 3, 1, 2, 5)
+    assert linalg.to_matrix(volume, "spatial")[3 * 5 + 4, 2 * 2 + 1] == volume[3, 2, 0, 1, 4]
+
+
+def test_the_input_fold_by_hand() -> None:
+    """``K[:, i, :] = a_i I`` with ``a = (1, 2)``: of rank one over the inputs, and of equal singular values over the outputs."""
+    eye = torch.eye(2, dtype=torch.float64)
+    kernel = torch.stack([eye, 2 * eye], 1)
+    assert linalg.to_matrix(kernel, "input").tolist() == [[1, 2], [0, 0], [0, 0], [1, 2]]
+    assert torch.linalg.svdvals(linalg.to_matrix(kernel, "input")).tolist() == pytest.approx([math.sqrt(10), 0], abs=1e-12)
+    assert torch.linalg.svdvals(linalg.to_matrix(kernel, "channel")).tolist() == pytest.approx([math.sqrt(5)] * 2, rel=1e-12)
+
+
+def test_few_outputs_of_many_inputs_and_taps_lose_less_in_the_input_fold() -> None:
+    """16 x 128 x 64 taps of noise at half the multiply-accumulates: 7 of 16 or 56 of 128 singular values."""
+    kernel, share = double(16, 128, 64), {}
+    for fold, rank in (("channel", 7), ("input", 56)):
+        matrix = linalg.to_matrix(kernel, fold)
+        assert rank == (16 * 128 * 64) // 2 // sum(matrix.shape)
+        tail = linalg.tail_energy(torch.linalg.svdvals(matrix))
+        share[fold] = float(tail[rank] / tail[0])
+    assert share["channel"] == pytest.approx(0.544, abs=0.005)  # 9 of 16 nearly equal energies
+    assert share["input"] == pytest.approx(0.414, abs=0.005)
+
+
+def test_an_unknown_fold_is_refused() -> None:
+    unchecked: Any = getattr(leading, "__wrapped__", leading)  # without the checks of argument types
+    with pytest.raises(SettingError, match="scheme must be 'channel', 'spatial' or 'input', got 'diagonal'"):
+        unchecked("diagonal", (3, 3))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        ((), ("channel",)),
+        ((1,), ("channel",)),
+        ((1, 1), ("channel",)),
+        ((5,), ("channel", "input")),
+        ((64, 1), ("channel", "input")),
+        ((1, 5), ("channel", "input")),
+        ((3, 1, 3), ("channel", "spatial", "input")),
+        ((1, 3, 3), ("channel", "spatial", "input")),
+        ((2, 3), ("channel", "spatial", "input")),
+    ],
+    ids=str,
+)
+def test_folds_are_those_whose_matrices_differ(kernel: Any, expected: Any) -> None:
+    assert folds(kernel) == expected
+    weight = double(6, 4, *kernel)
+    shapes = {fold: tuple(linalg.to_matrix(weight, fold).shape) for fold in ("channel", "spatial", "input")}
+    assert {shapes[fold] for fold in expected} == set(shapes.values())
+    assert len(set(shapes.values())) == len(expected)
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5), (3, 5, 4), (1, 6)], ids=str)

@@ -162,7 +162,7 @@ def changed(*changes: str) -> recipes.Recipe:
         ("train=[3]", "'train.0': got 3; allowed: a mapping with epochs"),
         ("dense=3", "'dense': got 3; allowed: a mapping with epochs"),
         ("train.0.penalties=spectrim.Hoyer", "'train.0.penalties': got 'spectrim.Hoyer'; allowed: a list"),
-        ("factorize.scheme=chanel", "'factorize.scheme': got 'chanel'; allowed: auto, channel, spatial"),
+        ("factorize.scheme=chanel", "'factorize.scheme': got 'chanel'; allowed: auto, channel, spatial, input"),
         ("factorize.start=foo", "'factorize.start': got 'foo'; allowed: dense, initial"),
         ("factorize.where=middle", "'factorize.where': got 'middle'; allowed: a list"),
         ("factorize.where=[3]", "'factorize.where.0': got 3; allowed: a string"),

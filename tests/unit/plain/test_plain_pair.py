@@ -39,7 +39,7 @@ def made(name: str, scheme: Any = "channel") -> tuple[Any, Any, Any]:
     return dense, low, pair
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_pair_answers_as_the_dense_layer_does(name: str, scheme: str) -> None:
     dense, low, pair = made(name, scheme)

@@ -72,7 +72,7 @@ BOTH_SCHEMES = ("conv2d", "conv2d-same-reflect", "conv2d-groups", "transposed2d"
 CASES = [
     pytest.param(*KINDS[name], scheme, id=f"{name}-{scheme}")
     for name in KINDS
-    for scheme in (("channel", "spatial") if name in BOTH_SCHEMES else ("auto",))
+    for scheme in (("channel", "spatial", "input") if name in BOTH_SCHEMES else ("auto",))
 ]
 
 
@@ -403,7 +403,7 @@ def test_another_architecture(tmp_path: Path, make: Callable[[], nn.Module], for
 CONVOLUTION = {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 1, "groups": 1, "padding_mode": "zeros"}
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 @pytest.mark.parametrize(
     "change",
     [
@@ -433,6 +433,8 @@ def test_a_merged_convolution_is_not_put_in_the_place_of_another(tmp_path: Path,
         (lambda: nn.Embedding(40, 24), lambda: nn.Embedding(41, 24)),
         (lambda: nn.Embedding(40, 24), lambda: nn.Linear(40, 24)),
         (lambda: nn.Conv2d(8, 8, 3), lambda: nn.ConvTranspose2d(8, 8, 3)),
+        (lambda: nn.ConvTranspose2d(8, 8, 3), lambda: nn.Conv2d(8, 8, 3)),
+        (lambda: nn.ConvTranspose2d(8, 8, 3), lambda: nn.ConvTranspose2d(8, 8, 3, output_padding=1, stride=2)),
         (lambda: nn.LSTM(24, 8), lambda: nn.GRU(24, 8)),
         (lambda: nn.LSTM(24, 8), lambda: nn.LSTM(24, 8, bidirectional=True)),
         (lambda: nn.LSTM(24, 8), lambda: nn.LSTM(24, 8, bias=False)),
@@ -442,8 +444,9 @@ def test_a_merged_convolution_is_not_put_in_the_place_of_another(tmp_path: Path,
         (lambda: nn.MultiheadAttention(24, 4), lambda: nn.Linear(24, 24)),
     ],
 )
-def test_a_merged_layer_is_not_put_in_the_place_of_another(tmp_path: Path, layer: Any, other: Any) -> None:
-    sp.save(sp.merge(sp.factorize(nn.Sequential(layer()), where=EVERYTHING, rank=2)), tmp_path)
+@pytest.mark.parametrize("scheme", ["channel", "input"])
+def test_a_merged_layer_is_not_put_in_the_place_of_another(tmp_path: Path, layer: Any, other: Any, scheme: Any) -> None:
+    sp.save(sp.merge(sp.factorize(nn.Sequential(layer()), scheme, EVERYTHING, rank=2)), tmp_path)
     sp.load(tmp_path, nn.Sequential(layer()))
     assert_refused(tmp_path, PLAN, nn.Sequential(other()), match="layer '0' had")
 

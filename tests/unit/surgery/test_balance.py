@@ -32,7 +32,7 @@ NETWORKS: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 def test_outputs_stay_and_entries_get_one_size(name: str, scheme: Any) -> None:
     make, inputs = NETWORKS[name]
     x, low = inputs(), sp.prune(sp.factorize(make(), scheme, sp.match("*")).eval(), sp.Fixed(3))

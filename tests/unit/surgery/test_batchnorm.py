@@ -38,7 +38,7 @@ def norms(model: nn.Module) -> int:
     return sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 def test_resnet20_after_a_cut(unchecked: Any, scheme: Any) -> None:
     low = sp.prune(sp.factorize(stir(zoo.resnet20(shortcut="projection")), scheme), sp.Fraction(0.3))
     x = torch.randn(2, 3, 32, 32)
@@ -173,7 +173,7 @@ def test_models_that_cannot_be_traced_are_refused() -> None:
 # ---- memory format
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_channels_last_is_kept(scheme: Any, rank: int | None) -> None:
     model = stir(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 6, 3))).to(memory_format=torch.channels_last)
@@ -187,7 +187,7 @@ def test_channels_last_is_kept(scheme: Any, rank: int | None) -> None:
     assert all(p.is_contiguous() for p in sp.merge(sp.factorize(model.to(memory_format=torch.contiguous_format), rank=rank)).parameters())
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 @pytest.mark.parametrize("rank", [None, 2])
 def test_a_factorized_network_computes_channels_last_where_the_dense_one_did(scheme: Any, rank: int | None) -> None:
     """A kernel that is laid out otherwise makes torch compute this layer, and all after it, the slow way."""

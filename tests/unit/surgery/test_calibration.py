@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pack_sequence
 import spectrim as sp
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import base, conv, named_factors
+from spectrim.linalg.fold import folds
 from spectrim.surgery import calibrate as module
 from spectrim.surgery.calibrate import Calibration, calibrate
 
@@ -59,7 +60,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 CASES = [
     pytest.param(name, scheme, id=f"{name}-{scheme}")
     for name, (make, _) in LAYERS.items()
-    for scheme in (("channel", "spatial") if "2d" in name and "pointwise" not in name else ("channel",))
+    for scheme in folds(getattr(make(), "kernel_size", ()))
 ]
 
 

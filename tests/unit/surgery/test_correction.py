@@ -52,7 +52,7 @@ def outputs(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
     return seen[0]
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 def test_no_layer_gets_worse_and_most_get_better(scheme: Any) -> None:
     """With the inputs that it has in the corrected network, each layer is at least as near to the dense one as its cut was."""
     dense, data = convolutions(), images()
@@ -73,7 +73,7 @@ def test_no_layer_gets_worse_and_most_get_better(scheme: Any) -> None:
     assert [f.rank for _, f in named_factors(corrected)] == [f.rank for _, f in named_factors(cut)]
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 def test_full_ranks_recover_the_dense_network(scheme: Any) -> None:
     """From any weights, where the inputs span the whole space."""
     dense, data = convolutions(), images()
@@ -84,7 +84,7 @@ def test_full_ranks_recover_the_dense_network(scheme: Any) -> None:
             torch.testing.assert_close(correct(other, dense, data)(x), dense(x), rtol=1e-6, atol=1e-6)  # pseudo-inverses square conditions
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 def test_what_was_not_cut_stays(scheme: Any) -> None:
     dense, data = convolutions(), images(1)
     low = sp.factorize(dense, scheme, EVERYTHING)
@@ -220,7 +220,7 @@ class Residual(nn.Module):
         return self.last(y.float().mean((2, 3)))
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 @pytest.mark.parametrize("mode", ["", "autocast"])
 def test_one_pass_gives_the_numbers_of_a_pass_for_each_layer(mode: str, scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a network runs its layers in a mode, which would reach the others that wait: they are run one by one then."""
@@ -323,7 +323,7 @@ def test_recalibrate_takes_inputs_as_data_give_them() -> None:
         assert not model.training
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 def test_some_positions_are_as_good_as_all(scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same ones in both networks."""
     dense, data = convolutions(), images(12)
@@ -373,3 +373,28 @@ def test_inputs_that_are_not_finite_name_the_layer() -> None:
     x[0, 0] = torch.inf
     with pytest.raises(LayerError, match="layer '0': its inputs are not finite"):
         correct(cut, dense, [x])
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: nn.Conv1d(4, 6, 5, stride=2, padding=2, dilation=2), (4, 15)),
+        (lambda: nn.Conv2d(4, 6, (5, 1), padding=(2, 0), padding_mode="circular"), (4, 9, 4)),
+        (lambda: nn.Conv3d(4, 6, (2, 3, 2), stride=(1, 2, 1), padding=1, groups=2), (4, 4, 5, 4)),
+        (lambda: nn.ConvTranspose1d(6, 4, 4, stride=3, padding=1), (6, 9)),
+        (lambda: nn.ConvTranspose3d(4, 6, (1, 3, 2), (1, 2, 2), bias=False), (4, 3, 3, 4)),
+    ],
+    ids=["1d", "column", "3d", "transposed 1d", "transposed 3d"],
+)
+def test_kernels_of_every_dimension_are_refitted(make: Any, shape: tuple[int, ...], scheme: Any) -> None:
+    """At full rank from other weights the regression finds the dense layer; at rank 2 the error does not grow."""
+    dense, data = nn.Sequential(make()).double(), [torch.randn(32, *shape).double() + 0.5 for _ in range(3)]
+    other = sp.factorize(nn.Sequential(make()).double(), scheme, EVERYTHING)
+    cut = sp.factorize(dense, scheme, EVERYTHING, rank=2)
+    refitted = correct(cut, dense, data)
+    with torch.no_grad():
+        x = data[0]
+        torch.testing.assert_close(correct(other, dense, data)(x), dense(x), rtol=1e-6, atol=1e-6)  # pseudo-inverses square conditions
+        errors = [sum(float((network(x) - dense(x)).square().sum()) for x in data) for network in (refitted, cut)]
+    assert errors[0] < errors[1]

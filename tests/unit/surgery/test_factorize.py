@@ -43,7 +43,7 @@ def low_rank_kernel(fold: Any, shape: tuple[int, ...] = (16, 16, 3, 3), noise: f
     return linalg.from_matrix(product, shape, fold)
 
 
-@pytest.mark.parametrize("fold", ["channel", "spatial"])
+@pytest.mark.parametrize("fold", ["channel", "spatial", "input"])
 def test_auto_takes_the_scheme_with_fewer_macs_at_equal_energy(fold: Any) -> None:
     layer = nn.Conv2d(16, 16, 3)
     layer.weight.data = low_rank_kernel(fold)
@@ -64,11 +64,11 @@ def test_auto_by_its_definition() -> None:
     for stride in (1, 2, 3):
         layer = nn.Conv2d(10, 12, (3, 5), stride=stride)
         cost = {}
-        for fold in ("channel", "spatial"):
+        for fold in ("channel", "spatial", "input"):
             energy = np.linalg.svd(linalg.to_matrix(layer.weight.detach().double(), fold).numpy(), compute_uv=False) ** 2
             rank = int(np.searchsorted(np.cumsum(energy), 0.8 * energy.sum())) + 1
-            # per output position: the first operation runs at stride-1 columns in the spatial scheme
-            first, second = {"channel": (10 * 15, 12), "spatial": (10 * 3 * stride, 12 * 5)}[fold]
+            # per output position: the first operation runs at every column in the spatial scheme, at every position in the input scheme
+            first, second = {"channel": (10 * 15, 12), "spatial": (10 * 3 * stride, 12 * 5), "input": (10 * stride**2, 12 * 15)}[fold]
             cost[fold] = rank * (first + second)
         assert pick_scheme(layer, "auto") == min(cost, key=lambda fold: cost[fold])
 
@@ -81,7 +81,7 @@ def test_a_scheme_that_a_layer_does_not_have_falls_back_to_the_one_it_has() -> N
 
 def test_an_unknown_scheme_is_refused() -> None:
     factorize = getattr(sp.factorize, "__wrapped__", sp.factorize)  # without the checks of argument types
-    with pytest.raises(SettingError, match=r"factorize: scheme must be 'auto', 'channel' or 'spatial', got 'diagonal'"):
+    with pytest.raises(SettingError, match=r"factorize: scheme must be 'auto', 'channel', 'spatial' or 'input', got 'diagonal'"):
         factorize(network(), "diagonal")
 
 
