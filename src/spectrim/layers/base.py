@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,10 @@ from spectrim import linalg
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
 from spectrim.linalg.fold import Fold
+from spectrim.linalg.writings import write
 from spectrim.plain.chain import Composed
 from spectrim.plain.exchanged import class_of
+from spectrim.plain.writing import interpolative_layer
 
 TRAFFIC = 0.15
 """Two operations also write and read what is between them: they have to save this share of the multiply-accumulates to be faster.
@@ -33,6 +35,10 @@ LOST = 1e-5
 RECOMPUTE_SIZE = 2**16
 """Weights with fewer elements are kept: they take less memory than the bookkeeping is worth."""
 
+LEAST_GAIN = 0.05
+"""Share of the pair's cost, ``r / (m + n)``, that the interpolative writing has to save: its two parts are concatenated."""
+
+Writing = Literal["pair", "interpolative"]
 Self = TypeVar("Self", bound="FactorizedLayer")
 Share = Callable[[Factors, str, Tensor], nn.Parameter]
 
@@ -58,6 +64,7 @@ class FactorizedLayer(nn.Module):
 
     factors: nn.ModuleDict
     scheme: Fold
+    writing: Writing
     parameter_order: tuple[str, ...]
     execution: dict[tuple[str, int, tuple[int, ...]], bool]
 
@@ -129,17 +136,33 @@ class FactorizedLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def size(cls, module: Any, name: str, scheme: Fold, shape: tuple[int, int], blocks: int, rank: int | None) -> int:
-        """Parameters of one weight at `rank`, or dense."""
-        out, in_ = shape
-        return blocks * (out * in_ if rank is None else rank * (out + in_))
+    def interpolated_kind(cls, module: Any, scheme: Fold) -> str | None:
+        """Return the key of `linalg.writings.WRITINGS` for the interpolative writing of the weight; None where there is none."""
+        return None
+
+    @classmethod
+    def interpolated_work(cls, module: Any, scheme: Fold, rank: int, shape: Sequence[int] | None) -> float:
+        """Multiply-accumulates of the interpolative writing, as `work`."""
+        raise NotImplementedError
+
+    def interpolates(self, name: str, rank: int) -> bool:
+        """Whether `merge` writes a rank in ``r (m + n - r)`` numbers: where that was asked for, and saves enough over the pair."""
+        factors = self.factors_of(name)
+        able = self.writing == "interpolative" and self.interpolated_kind(self, self.scheme) is not None
+        return able and rank < factors.full_rank and rank >= LEAST_GAIN * sum(factors.shape)
+
+    def written_work(self, name: str, rank: int | None, shape: Sequence[int] | None) -> float:
+        """Multiply-accumulates of what `merge` writes at `rank`, or of the dense operation; as `work`."""
+        if rank is not None and self.interpolates(name, rank):
+            return self.interpolated_work(self, self.scheme, rank, shape)
+        return self.work(self, name, self.scheme, rank, shape)
 
     @classmethod
     def adopt(cls: type[Self], dense: nn.Module, factors: Mapping[str, Factors], scheme: Fold) -> Self:
         """Take over a dense layer in place: all of it but its factorized weights, which `factors` replace. Returns the layer."""
         layer: Any = dense
         cls.forget(layer)
-        state: dict[str, Any] = {"parameter_order": tuple(layer._parameters), "scheme": scheme, "execution": {}}
+        state: dict[str, Any] = {"parameter_order": tuple(layer._parameters), "scheme": scheme, "execution": {}, "writing": "pair"}
         for name in factors:
             del layer._parameters[name]
         layer.__dict__.update(state)
@@ -220,7 +243,10 @@ class FactorizedLayer(nn.Module):
         return 0.0
 
     def break_even(self, name: str) -> int:
-        """Return the largest rank at which two operations cost less than the dense one; 0 when none does."""
+        """Return the largest rank at which what `merge` writes costs less than the dense operation; 0 when none does."""
+        if self.writing == "interpolative" and self.interpolated_kind(self, self.scheme) is not None:
+            dense, full = self.work(self, name, self.scheme, None, None), self.factors_of(name).full_rank
+            return next((rank for rank in range(full - 1, 0, -1) if self.written_work(name, rank, None) < dense), 0)
         dense, single = (self.work(self, name, self.scheme, rank, None) for rank in (None, 1))
         return max(0, min(self.factors_of(name).full_rank, math.ceil((dense - self.overhead(name)) / single) - 1))
 
@@ -312,13 +338,13 @@ def become(layer: nn.Module, plain: nn.Module, base: type | None = None) -> nn.M
     held._parameters.update(plain._parameters)
     held._buffers.update(plain._buffers)
     held._modules.update(plain._modules)
-    settings = {name: value for name, value in vars(plain).items() if not name.startswith("_") and name != "training"}
+    settings = {name: value for name, value in vars(plain).items() if name not in vars(nn.Module())}
     held.__dict__.update(settings | getattr(ours, "settings", {}))
     held.__class__ = class_of(ours, type(held), base) if stands is not None and stands(base) else ours
     return held  # type: ignore[no-any-return]
 
 
-STATE = ("scheme", "parameter_order", "execution", "channels_last")
+STATE = ("scheme", "parameter_order", "execution", "channels_last", "writing")
 """Attributes of factorized layers."""
 
 READERS = {"weight", "_parameters", "get_parameter", "in_proj_weight", "all_weights", "_flat_weights"}
@@ -350,6 +376,20 @@ def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 class OneWeight(FactorizedLayer):
     """A factorized layer with the single weight called ``weight``."""
+
+    def interpolated(self, share: Share) -> nn.Module | None:
+        """Return the plain layer that holds ``r (m + n - r)`` numbers; None where the pair is written."""
+        if not self.interpolates("weight", self.rank):
+            return None
+        factors, layer = self.factors_of("weight"), cast(Any, self)
+        kind = self.interpolated_kind(self, self.scheme)
+        made = write(factors.U.detach(), factors.Vh.detach(), factors.S.detach(), kind=str(kind), dtype=factors.dtype).interpolation
+        if made is None:
+            return None
+        plain = interpolative_layer(layer, made.side, made.kept, made.mix, start=made.start, order=made.order)
+        for part in (plain.kept, plain.mix):
+            part.requires_grad_(factors.S.requires_grad)
+        return plain
 
     @property
     def U(self) -> Tensor:

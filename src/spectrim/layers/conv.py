@@ -77,6 +77,18 @@ class FactorizedConv(OneWeight):
             return chain_macs(module, (0,) * len(module.kernel_size), (in_, out), shape)
         return chain_macs(module, owners_of(module, scheme), (in_, module.groups * rank, out), shape)
 
+    @classmethod
+    def interpolated_kind(cls, module: Any, scheme: Fold) -> str | None:
+        """Whole output channels can be kept where the fold has no taps on the output side, input channels where it has all of them."""
+        return {"channel": "convolution", "input": "channels first"}.get(scheme)
+
+    @classmethod
+    def interpolated_work(cls, module: Any, scheme: Fold, rank: int, shape: Sequence[int] | None) -> float:
+        """Multiply-accumulates of the convolution of kept channels and of the one of kernel size one for the others."""
+        in_, out, kept = module.in_channels, module.out_channels, module.groups * rank
+        channels = (in_, kept, out - kept) if scheme == "channel" else (in_ - kept, kept, out)
+        return chain_macs(module, owners_of(module, scheme), channels, shape)
+
     def _pieces(self) -> tuple[Piece, ...]:
         """Return the geometry of the two operations."""
         return chain(self, owners_of(self, self.scheme))
@@ -209,9 +221,11 @@ class FactorizedConv(OneWeight):
         return weight.contiguous(memory_format=CHANNELS_LAST[weight.dim()] if self.channels_last else torch.contiguous_format)
 
     def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
-        """Two convolutions, in → groups * rank → out; the second carries the bias."""
+        """Two convolutions, in → groups * rank → out, the bias in the second, or two that hold channels and mix the others."""
         if "weight" not in paying:
             return None
+        if (written := self.interpolated(share)) is not None:
+            return written
         module: Any = self
         factors = self.factors_of("weight")
         kernels = self._kernels(*factors.balanced())

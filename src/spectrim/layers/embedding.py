@@ -33,6 +33,17 @@ class FactorizedEmbedding(OneWeight, nn.Embedding):
             return float(count * width if rank is None else rank * (count + width))
         return 0.0 if rank is None else float(math.prod(shape) * rank * width)
 
+    @classmethod
+    def interpolated_kind(cls, module: Any, scheme: Fold) -> str | None:
+        """Columns can be kept: a look-up has no rows to mix."""
+        return "embedding"
+
+    @classmethod
+    def interpolated_work(cls, module: Any, scheme: Fold, rank: int, shape: Sequence[int] | None) -> float:
+        """``rank * (embedding_dim - rank)`` a token; without a shape: stored parameters."""
+        count, width = module.num_embeddings, module.embedding_dim
+        return float(rank * (count + width - rank) if shape is None else math.prod(shape) * rank * (width - rank))
+
     def forward(self, input: Tensor) -> Tensor:
         """Map indices ``(...)`` to ``(..., embedding_dim)``."""
         if self.scale_grad_by_freq or self.composes("weight", input.shape):
@@ -44,9 +55,11 @@ class FactorizedEmbedding(OneWeight, nn.Embedding):
         return torch.where((input == self.padding_idx).unsqueeze(-1), rows.detach(), rows)  # padding reaches no gradient, Vh's included
 
     def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
-        """An `Embedding` of ``rank`` columns and a `Linear`."""
+        """An `Embedding` of ``rank`` columns and a `Linear`, which mixes all columns or those that are not kept."""
         if "weight" not in paying:
             return None
+        if (written := self.interpolated(share)) is not None:
+            return written
         factors = self.factors_of("weight")
         left, right = factors.balanced()
         rank = self.rank

@@ -59,6 +59,16 @@ class FactorizedLinear(OneWeight, nn.Linear):
         rows = 1 if shape is None else math.prod(shape[:-1])
         return float(rows * (out * in_ if rank is None else rank * (out + in_)))
 
+    @classmethod
+    def interpolated_kind(cls, module: Any, scheme: Fold) -> str | None:
+        """Rows or columns can be kept."""
+        return "linear"
+
+    @classmethod
+    def interpolated_work(cls, module: Any, scheme: Fold, rank: int, shape: Sequence[int] | None) -> float:
+        """``rank * (out + in - rank)`` for each row of the input."""
+        return float((1 if shape is None else math.prod(shape[:-1])) * rank * (module.out_features + module.in_features - rank))
+
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
         if self.composes("weight", input.shape):
@@ -67,8 +77,10 @@ class FactorizedLinear(OneWeight, nn.Linear):
         return F.linear(F.linear(input, right), left, self.bias)
 
     def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
-        """Two `Linear` layers, in → rank → out."""
-        return linear_pair(self.factors_of("weight"), self.bias, share) if "weight" in paying else None
+        """Two `Linear` layers, in → rank → out, or two that hold rows or columns and mix the others."""
+        if "weight" not in paying:
+            return None
+        return self.interpolated(share) or linear_pair(self.factors_of("weight"), self.bias, share)
 
 
 class FactorizedConv1D(OneWeight):
@@ -99,6 +111,16 @@ class FactorizedConv1D(OneWeight):
         rows = 1 if shape is None else math.prod(shape[:-1])
         return float(rows * (out * in_ if rank is None else rank * (out + in_)))
 
+    @classmethod
+    def interpolated_kind(cls, module: Any, scheme: Fold) -> str | None:
+        """Rows or columns can be kept."""
+        return "linear"
+
+    @classmethod
+    def interpolated_work(cls, module: Any, scheme: Fold, rank: int, shape: Sequence[int] | None) -> float:
+        """``rank * (out + in - rank)`` for each row of the input."""
+        return float((1 if shape is None else math.prod(shape[:-1])) * rank * (module.nf + module.nx - rank))
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., nx)`` to ``(..., nf)``."""
         if self.composes("weight", x.shape):
@@ -107,5 +129,7 @@ class FactorizedConv1D(OneWeight):
         return F.linear(F.linear(x, right), left, self.bias)
 
     def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
-        """Two `Linear` layers, in → rank → out."""
-        return linear_pair(self.factors_of("weight"), self.bias, share, conv1d=True) if "weight" in paying else None
+        """Two `Linear` layers, in → rank → out, or two that hold rows or columns and mix the others."""
+        if "weight" not in paying:
+            return None
+        return self.interpolated(share) or linear_pair(self.factors_of("weight"), self.bias, share, conv1d=True)

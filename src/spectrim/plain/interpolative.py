@@ -64,6 +64,9 @@ class PlainRows(PlainInterpolative):
         others = (mixing @ kept.reshape(self._groups, self._rank, 1)).flatten() + self.mix.bias
         return self._together(kept, others, -1)
 
+    def _get_name(self) -> str:
+        return "PlainRows"
+
     def _gathering(self, order: Tensor) -> Tensor:
         return order.argsort().to(torch.int32)
 
@@ -84,7 +87,7 @@ class PlainRows(PlainInterpolative):
 
     def _sizes(self, kept: Any, mix: Any) -> tuple[int, int]:
         rank, others = width(kept, "out"), width(mix, "out")
-        check_joint(type(self).__name__, rank, width(mix, "in"), others, kept, mix)
+        check_joint(self._get_name(), rank, width(mix, "in"), others, kept, mix)
         if (getattr(kept, "bias", None) is None) != (mix.bias is None):
             raise ValueError("PlainRows: kept and mix must both have a bias, or none of them")
         return rank, others
@@ -137,6 +140,9 @@ class PlainColumns(PlainInterpolative):
         else:
             super().__setattr__(name, value)
 
+    def _get_name(self) -> str:
+        return "PlainColumns"
+
     def _gathering(self, order: Tensor) -> Tensor:
         return order.to(torch.int32)
 
@@ -157,7 +163,7 @@ class PlainColumns(PlainInterpolative):
         if isinstance(kept, nn.Embedding):
             raise TypeError("PlainColumns: an embedding has no input to mix; write it as PlainRows, which keeps columns of its table")
         rank, others = width(kept, "in"), width(mix, "in")
-        check_joint(type(self).__name__, rank, width(mix, "out"), others, kept, mix)
+        check_joint(self._get_name(), rank, width(mix, "out"), others, kept, mix)
         if mix.bias is not None:
             raise ValueError("PlainColumns: mix must have no bias")
         return rank, others

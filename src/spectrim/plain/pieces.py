@@ -23,6 +23,7 @@ class PlainInterpolative(nn.Module):
     """
 
     __jit_unused_properties__ = ("weight", "bias")
+    traced_inside = True  # `torch.fx` looks into it
     gather: Tensor | None
 
     def __init__(
@@ -31,13 +32,13 @@ class PlainInterpolative(nn.Module):
         super().__init__()
         rank, others = self._sizes(kept, mix)
         if (start is None) == (order is None):
-            raise ValueError(f"{type(self).__name__}: set exactly one of start and order ({'neither' if start is None else 'both'} is set)")
+            raise ValueError(f"{self._get_name()}: set exactly one of start and order ({'neither' if start is None else 'both'} is set)")
         self.kept, self.mix = kept, mix
         groups = int(getattr(kept, "groups", 1))
         size = (rank + others) // groups
         if start is not None and not 0 <= start < size:
-            raise ValueError(f"{type(self).__name__}: start must be in [0, {size - 1}], got {start}")
-        self.register_buffer("gather", None if order is None else self._gathering(_checked(order, rank + others, type(self).__name__)))
+            raise ValueError(f"{self._get_name()}: start must be in [0, {size - 1}], got {start}")
+        self.register_buffer("gather", None if order is None else self._gathering(_checked(order, rank + others, self._get_name())))
         self.start = start
         self._place(start or 0, size, rank // groups, groups)
         self.__dict__.update(self._settings(conv1d))
@@ -57,13 +58,25 @@ class PlainInterpolative(nn.Module):
         if torch.compiler.is_compiling() or not isinstance(mix, Tensor):  # then it is a proxy of torch.fx
             return self._composed()
         trained = bool(kept.requires_grad or mix.requires_grad)
-        return Composed(type(self).__name__, self._composed, self._weight_shape(), mix.dtype, mix.device, trained)
+        return Composed(self._get_name(), self._composed, self._weight_shape(), mix.dtype, mix.device, trained)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias"):
-            kind = type(self).__name__
+            kind = self._get_name()
             raise AttributeError(f"{kind}: its {name} is composed of its two layers' and cannot be set; set those of its kept and mix")
         super().__setattr__(name, value)
+
+    @classmethod
+    def stands_for(cls, base: type) -> bool:
+        """Whether it behaves as a layer of class `base` does, so that a merged layer can stay an instance of that."""
+        return True
+
+    @staticmethod
+    def takes_over(layer: nn.Module) -> tuple[str, ...]:
+        """Return the names of a layer's parameters that the two layers hold in its place."""
+        return "weight", "bias"
+
+    __repr__ = nn.Module.__repr__
 
     def extra_repr(self) -> str:
         """Say where the kept channels stand."""

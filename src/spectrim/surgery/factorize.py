@@ -1,5 +1,6 @@
 """`factorize` puts factorized layers in the place of dense ones."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from spectrim import linalg
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
-from spectrim.layers import factor_name, kind_of
+from spectrim.layers import factor_name, kind_of, named_layers
+from spectrim.layers.base import Writing
 from spectrim.linalg.fold import Fold
 from spectrim.linalg.spectral import OVERSAMPLE
 from spectrim.plain.encoder import follow_layers
@@ -79,6 +81,7 @@ def factorize(
     *,
     rank: Ranks | None = None,
     method: Method = "exact",
+    writing: Writing = "pair",
     progress: bool = False,
 ) -> nn.Module:
     """Return a copy of `model` in which dense layers hold ``U diag(S) Vh``; the function is preserved at full rank.
@@ -98,6 +101,10 @@ def factorize(
         method: ``exact``, the SVD in float64; ``randomized``, a sketch of ``rank + 16`` columns with four power iterations in the weight's
             precision (float32 at least), whose error is within 1 % of the best possible one, see `linalg.randomized_svd`; ``auto``, that
             where ``rank + 16`` is at most a quarter of the full rank. A sketch needs a number or a mapping; otherwise ``auto`` is exact.
+        writing: how `merge` will write what is cut, which `allocate` prices: ``pair``, two operations through the rank,
+            ``r (m + n)`` numbers of an ``m x n`` weight; ``interpolative``, ``r`` of its rows or columns and the coefficients that mix the
+            others, ``r (m + n - r)`` numbers, so that any cut saves. Tied weights and layers that cannot be written so (recurrent ones,
+            attention's input projections, the spatial scheme) keep the pair.
         progress: whether to show a progress bar, on stderr and on a terminal only, once it has taken two seconds.
 
     Returns:
@@ -123,6 +130,8 @@ def factorize(
         raise SettingError("factorize", "scheme", got=scheme, rule="'auto', 'channel', 'spatial' or 'input'")
     if method not in ("exact", "randomized", "auto"):
         raise SettingError("factorize", "method", got=method, rule="'exact', 'randomized' or 'auto'")
+    if writing not in ("pair", "interpolative"):
+        raise SettingError("factorize", "writing", got=writing, rule="'pair' or 'interpolative'")
     stated = isinstance(rank, Mapping | SupportsIndex)
     if method == "randomized" and not stated:
         rule = "a number or a mapping {layer: rank} with method='randomized'"
@@ -151,7 +160,16 @@ def factorize(
         low = build(model, lambda name, module: pick_scheme(module, scheme) if name in chosen else None, of)
     if isinstance(rank, Mapping):
         check_names(low, rank)
+    set_writing(low, writing)
     return low
+
+
+def set_writing(model: nn.Module, writing: Writing) -> None:
+    """Set how `merge` will write each layer, in place; layers with tied factors keep the pair, whose halves can be shared."""
+    uses = Counter(id(factors) for _, layer in named_layers(model) for _, factors in layer.named_factors())
+    for _, layer in named_layers(model):
+        tied = any(uses[id(factors)] > 1 for _, factors in layer.named_factors())
+        layer.__dict__["writing"] = "pair" if tied else writing
 
 
 @contextmanager

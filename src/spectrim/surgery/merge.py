@@ -15,6 +15,7 @@ from spectrim.protocols import Latencies
 from spectrim.surgery.batchnorm import fold_batchnorms
 from spectrim.surgery.coverage import break_evens
 from spectrim.surgery.exchange import duplicate
+from spectrim.surgery.factorize import set_writing
 
 
 def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm: bool = False) -> nn.Module:
@@ -57,6 +58,8 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
             shared[key] = nn.Parameter(tensor.detach(), requires_grad=factors.S.requires_grad)
         return shared[key]
 
+    if latency is not None:
+        set_writing(clone, "pair")  # the only writing that tables time
     limits = break_evens(clone, latency)
 
     def paying(layer: nn.Module) -> list[str]:
