@@ -23,7 +23,8 @@ from spectrim.integrations.card import model_card
 from spectrim.layers import FactorizedLayer
 from spectrim.metrics.measurement import Measurement
 from spectrim.pipeline.compress import Compressed
-from spectrim.storage.save import PLAN, load, plan_of, save
+from spectrim.storage.folder import PLAN
+from spectrim.storage.save import load, plan_of, save
 from spectrim.surgery.select import ADAPTED, is_adapted
 
 try:

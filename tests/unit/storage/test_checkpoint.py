@@ -20,8 +20,8 @@ from spectrim.layers import FactorizedLayer
 from spectrim.plain.attention import PlainAttention
 from spectrim.plain.chain import PlainPair
 from spectrim.plain.recurrent import PlainRecurrent
-from spectrim.storage import save as checkpoint
-from spectrim.storage.save import PLAN, WEIGHTS
+from spectrim.storage import folder as checkpoint
+from spectrim.storage.folder import PLAN, WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")  # torch's own
 
@@ -474,7 +474,7 @@ def test_a_failed_save_leaves_the_old_model(saved: Path, step: str, monkeypatch:
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(f"spectrim.storage.save.{step}", fail)
+    monkeypatch.setattr(f"spectrim.storage.folder.{step}", fail)
     with pytest.raises(OSError, match="no space"):
         sp.save(sp.factorize(small(), rank=1), saved)
     assert content(saved) == before
