@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import spectrim as sp
 from spectrim import cli
 from spectrim.errors import ExportError, FormatError, SettingError
+from spectrim.pipeline.recipe import read_recipe
+from spectrim.pipeline.run import make_model
 from spectrim.runtimes.export import export
 from spectrim.runtimes.formats import SUFFIXES, run_exported
 from spectrim.runtimes.tensors import compare_outputs
@@ -167,8 +169,8 @@ def test_of_a_recipe_and_of_a_run(folder: Path, capsys: pytest.CaptureFixture[st
     for words in ("largest difference", "latency in torch", "torch.export"):
         assert words in text.out
 
-    recipe = sp.recipe.read_recipe("base.yaml")
-    model = sp.recipe.make_model(recipe)
+    recipe = read_recipe("base.yaml")
+    model = make_model(recipe)
     low = sp.merge(sp.factorize(model, rank=2))
     (folder / "run").mkdir()
     (folder / "run" / "recipe.yaml").write_text((folder / "base.yaml").read_text())

@@ -1,10 +1,12 @@
 """Saving and loading: round trips of everything that can be saved, and refusal of everything that is not whole."""
 
 import json
+import os
 import random
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -360,12 +362,66 @@ def test_a_newer_format(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(saved, WEIGHTS, match="has format 2, this version reads 1; install a newer spectrim")
 
 
-def test_files_of_two_saves_still_give_one_whole_model(tmp_path: Path) -> None:
-    """What a process killed between the two renames leaves: new weights beside an old listing."""
-    low = sp.factorize(small(), rank=2)
-    old, new = sp.save(sp.factorize(small(), rank=1), tmp_path / "old"), sp.save(low, tmp_path / "new")
-    shutil.copy(new / WEIGHTS, old / WEIGHTS)
-    assert_same(sp.load(old, small()), low)
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is cleaned up after it."""
+
+
+@pytest.mark.parametrize("moment", range(1, 6))
+def test_a_save_killed_at_any_rename_leaves_one_whole_model(tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new, newest = (sp.factorize(small(), rank=rank) for rank in (1, 2, 3))
+    folder, calls, replace = sp.save(old, tmp_path / "model"), 0, os.replace
+
+    def killed(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == moment:
+            shutil.copytree(folder, tmp_path / "left")  # what stands on the disk at that moment
+            raise Killed
+        replace(*args)
+
+    monkeypatch.setattr("spectrim.files.os.replace", killed)
+    with suppress(Killed):
+        sp.save(new, folder)
+    monkeypatch.undo()
+    if moment > 3:  # the note, the weights, the listing: there are no more
+        assert_same(sp.load(folder, small()), new)
+        return
+    assert_same(sp.load(tmp_path / "left", small()), new if moment == 3 else old)
+    sp.save(newest, tmp_path / "left")
+    assert_same(sp.load(tmp_path / "left", small()), newest)
+    assert sorted(path.name for path in (tmp_path / "left").iterdir()) == [WEIGHTS, PLAN]
+
+
+def test_killed_twice_between_the_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second save that stops early finds the state of the first one, which it must not make unreadable."""
+    folder, replace = sp.save(sp.factorize(small(), rank=1), tmp_path / "model"), os.replace
+    second = sp.factorize(small(), rank=2)
+    for calls_left, model in ((2, second), (1, sp.factorize(small(), rank=3)), (2, sp.factorize(small(), rank=4))):
+        left = iter(range(calls_left))
+
+        def stopping(*args: Any, left: Any = left) -> None:
+            if next(left, None) is None:
+                if not (tmp_path / "next").exists():
+                    shutil.copytree(folder, tmp_path / "next")
+                raise Killed
+            replace(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("spectrim.files.os.replace", stopping)
+            with pytest.raises(Killed):
+                sp.save(model, folder)
+        shutil.rmtree(folder)
+        shutil.move(tmp_path / "next", folder)
+        found = sp.load(folder, small())
+        assert_same(found, model if calls_left == 2 else second)
+
+
+def test_weights_and_plan_of_two_models_are_refused(tmp_path: Path) -> None:
+    first, second = (sp.save(sp.factorize(small(), rank=2), tmp_path / name) for name in ("first", "second"))
+    for file in (WEIGHTS, PLAN):
+        mixed = Path(shutil.copytree(first, tmp_path / f"mixed-{file}"))
+        shutil.copy(second / file, mixed / file)
+        assert_refused(mixed, PLAN, match="plan of another model")
 
 
 # Other architectures
@@ -467,14 +523,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("step", ["save_file", "_sync", "os.replace"])
+@pytest.mark.parametrize("step", ["storage.folder.save_file", "files.sync", "files.os.replace"])
 def test_a_failed_save_leaves_the_old_model(saved: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = content(saved)
 
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(f"spectrim.storage.folder.{step}", fail)
+    monkeypatch.setattr(f"spectrim.{step}", fail)
     with pytest.raises(OSError, match="no space"):
         sp.save(sp.factorize(small(), rank=1), saved)
     assert content(saved) == before
@@ -495,7 +551,7 @@ def test_a_state_that_is_no_tensor_is_refused_before_anything_is_written(saved: 
 
 
 def test_leftovers_of_a_killed_save_are_removed(saved: Path) -> None:
-    for name in (f"{WEIGHTS}.123.tmp", f"{PLAN}.123.tmp"):
+    for name in (f"{WEIGHTS}.123-0123abcd.tmp", f"{PLAN}.123-0123abcd.tmp"):
         (saved / name).write_bytes(b"half")
     (saved / "notes.tmp").write_text("mine")
     sp.load(saved, small())
