@@ -10,7 +10,7 @@ from functools import partial
 from operator import index
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -25,15 +25,6 @@ from spectrim.surgery.factorize import Scheme
 from spectrim.surgery.select import match
 from spectrim.training.distillation import Distillation
 from spectrim.training.fit import Precision
-
-
-@runtime_checkable
-class Data(Protocol):
-    """What a recipe's data must return: three splits, each an iterable of batches ``(inputs, target)``."""
-
-    train: Any
-    val: Any
-    test: Any
 
 
 @dataclass
