@@ -31,11 +31,13 @@ from spectrim.metrics.inputs import first_examples, one_example
 from spectrim.metrics.measurement import Measurement, measure, measure_together
 from spectrim.pipeline.components import _made, _scheduler, make, make_loss, seed_everything
 from spectrim.pipeline.data import Data, Source, replayed
+from spectrim.pipeline.folders import MANIFEST, RECIPE, finish
 from spectrim.pipeline.recipe import Phase, Recipe, plain
 from spectrim.pipeline.ways import way_to_cut
 from spectrim.storage.save import load, save
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.correct import correct
+from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import factorize
 from spectrim.surgery.merge import merge
 from spectrim.surgery.prune import prune
@@ -45,12 +47,6 @@ from spectrim.training.distillation import Distillation
 from spectrim.training.fit import fit
 
 STAGE = "stage.json"
-
-
-RESULT = "result.json"
-
-
-RECIPE = "recipe.yaml"
 
 
 def make_model(recipe: Recipe) -> nn.Module:
@@ -138,13 +134,14 @@ class Run:
             "recipe": plain(recipe),
             "environment": environment(),
         }
-        write_text(self.out / RESULT, json.dumps(result, indent=1) + "\n")
+        finish(self.out, "run", result, coverage(tuned, recipe.factorize.layers()))
         return result
 
     def dense(self) -> nn.Module:
         """Return the dense network of the first stage, trained where the recipe says so; the recipe is written to the folder."""
         recipe = self.recipe
         with self.hold():
+            (self.out / MANIFEST).unlink(missing_ok=True)  # written again when everything is there
             write_text(self.out / RECIPE, yaml.safe_dump(plain(recipe), sort_keys=False))
             if recipe.threads:
                 torch.set_num_threads(recipe.threads)
