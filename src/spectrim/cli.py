@@ -24,7 +24,7 @@ from spectrim.budget.allocate import allocate
 from spectrim.budget.budget import Budget
 from spectrim.budget.latency_table import latency_table
 from spectrim.budget.plan import BUDGETS, plan
-from spectrim.errors import RecipeError, SettingError
+from spectrim.errors import FormatError, RecipeError, SettingError
 from spectrim.files import read_json, temporary_beside
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import batch_size_of, first_examples, one_example
@@ -323,7 +323,10 @@ def _network(target: str, held: Contents | None, name: str) -> tuple[nn.Module, 
         return make_model(recipe), recipe
     place, path = held.network(name), held.folder / RECIPE
     _note(f"calling the code that {path} names; do so only for folders that you trust")
-    recipe = read_recipe(path, cut=False)
+    try:
+        recipe = read_recipe(path, cut=False)
+    except RecipeError as error:
+        raise error if str(path) in str(error) else FormatError(path, str(error)) from error
     return load(place, make_model(recipe)), recipe
 
 

@@ -47,7 +47,7 @@ def parsed_yaml(text: str, key: str) -> Any:
     except RecipeError:
         raise
     except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(key, f"got {shown(text)}, which is not YAML: {str(error)[:500]}") from error
+        raise RecipeError(key, f"got {shown(text)}, which is not YAML: {' '.join(str(error).split())[:300]}") from error
     except RecursionError as error:
         raise RecipeError(key, "is not YAML that can be read: it is nested too deep") from error
 

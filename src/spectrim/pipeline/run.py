@@ -203,7 +203,7 @@ class Run:
             name: of the stage.
         """
         self.seed, self.readings = self.recipe.seed + int(_digest(name)[:6], 16), 0
-        self.fresh()
+        self.data = self.source.fresh(self.seed)
         seed_everything(self.seed)
 
     def fresh(self) -> Data:

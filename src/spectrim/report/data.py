@@ -204,9 +204,13 @@ def _stage(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
         "phases": [phase["epochs"] for phase in phases],
         "cuts": [[{key: cut[key] for key in ("step", "epoch")} for cut in phase.get("cuts") or [] if "epoch" in cut] for phase in phases],
         "layers": [_course(phase) for phase in phases],
-        "val": {key: numbers[key] for key in ("val_cut", "val_recalibrated", "val") if key in numbers},
+        "val": {key: _scores(numbers[key]) for key in ("val_cut", "val_recalibrated", "val") if key in numbers},
         "seconds": numbers.get("seconds"),
     }
+
+
+def _scores(values: Mapping[str, Any]) -> dict[str, float]:
+    return {metric: float(value) for metric, value in values.items()}
 
 
 def _histories(numbers: Mapping[str, Any]) -> list[Mapping[str, Any]]:
