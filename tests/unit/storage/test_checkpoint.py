@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
@@ -353,6 +354,39 @@ def test_foreign_safetensors(saved: Path) -> None:
     assert_refused(saved, WEIGHTS, match="not a safetensors file")
     torch.save(small().state_dict(), saved / WEIGHTS)
     assert_refused(saved, WEIGHTS, match="not a safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("layer", "place", "value"),
+    [
+        (lambda: nn.Linear(24, 24), "in_features", 10**9),
+        (lambda: nn.Linear(24, 24), "out_features", 40_000),
+        (lambda: nn.Conv2d(24, 24, 3), "kernel_size", [3, 10**8]),
+        (lambda: nn.Embedding(40, 24), "num_embeddings", 10**9),
+        (lambda: nn.LSTM(24, 8), "num_layers", 10**9),
+        (lambda: nn.LSTM(24, 8), "given", {"weight_ih_l0": [[10**6, 10**6]]}),
+        (lambda: nn.MultiheadAttention(24, 4), "embed_dim", 10**7),
+        (lambda: nn.Linear(24, 24), "in_features", "many"),
+    ],
+)
+def test_a_plan_of_huge_layers_is_refused_before_anything_is_built(tmp_path: Path, layer: Any, place: str, value: Any) -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(layer())
+
+    folder = sp.save(sp.merge(sp.factorize(make(), where=EVERYTHING, rank=2)), tmp_path)
+    plan, tensors = checkpoint.read(folder)
+    plan["merged"]["0"][0][place] = value
+    checkpoint.write(folder, plan, tensors)
+    start = time.perf_counter()
+    assert_refused(folder, PLAN, make(), match="not a plan" if value == "many" else r"larger than what is stored for it \(")
+    assert time.perf_counter() - start < 1
+
+
+def test_a_header_longer_than_its_file(saved: Path) -> None:
+    content = (saved / WEIGHTS).read_bytes()
+    for length in (len(content), 1 << 40, (1 << 64) - 1):
+        (saved / WEIGHTS).write_bytes(length.to_bytes(8, "little") + content[8:])
+        assert_refused(saved, WEIGHTS, match="is truncated or not a safetensors file")
 
 
 def test_a_newer_format(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
