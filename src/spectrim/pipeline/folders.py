@@ -129,4 +129,5 @@ def _read(folder: Path) -> Contents:
 
 
 def _line(entry: Mapping[str, Any]) -> LayerCoverage:
-    return LayerCoverage(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    return LayerCoverage(**values)
