@@ -2,6 +2,7 @@
 
 import io
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -240,6 +241,9 @@ _WRITERS: dict[Format, Callable[[ExportedProgram, Path, _Names, bool], _Content]
 
 
 def _open_pt2(path: Path, threads: int | None) -> Runner:
+    with zipfile.ZipFile(path) as archive:  # torch does not look at its checksums
+        if (part := archive.testzip()) is not None:
+            raise ValueError(f"its part {part} is damaged")
     program = torch.export.load(path).module()
 
     def run(inputs: Any) -> list[Tensor]:
