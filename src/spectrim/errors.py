@@ -50,6 +50,19 @@ class FormatError(SpectrimError):
         super().__init__(f"{path}: {problem}" + (f"; {hint}" if hint else ""))
 
 
+class WriteError(SpectrimError, OSError):
+    """A file or folder that cannot be written: the path, the cause, what to try; an `OSError`, too.
+
+    Examples:
+        >>> print(WriteError("runs/a", "cannot be written: No space left on device", hint="free some space"))
+        runs/a: cannot be written: No space left on device; free some space
+    """
+
+    def __init__(self, path: object, problem: str, *, hint: str = "", errno: int | None = None) -> None:
+        super().__init__(f"{path}: {problem}" + (f"; {hint}" if hint else ""))
+        self.errno = errno
+
+
 class RecipeError(SpectrimError):
     """A recipe that cannot run: the key, what came, what is allowed."""
 

@@ -137,18 +137,18 @@ def test_the_command_line(recipe_file: Path, tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     ran = spectrim("run", str(recipe_file), "--out", out, "--json", "--set", "truncated=null", "--set", "continued=null")
     assert ran.returncode == 0, ran.stderr
-    last = json.loads(ran.stdout.splitlines()[-1])
+    last = json.loads(ran.stdout)
     assert last.keys() == {"dense", "final"}
     for entry in last.values():
         assert {"accuracy", "params", "macs", "size_bytes", "latency_s"} <= entry.keys()
     assert last["final"]["ranks"]
     listed = spectrim("coverage", out, "--json")
     assert listed.returncode == 0, listed.stderr
-    rows = json.loads(listed.stdout.splitlines()[-1])
+    rows = json.loads(listed.stdout)
     assert {row["name"] for row in rows if row["factorized"]} == {"features.0", "features.3"}
     measured = spectrim("measure", out, "--json")
     assert measured.returncode == 0, measured.stderr
-    assert json.loads(measured.stdout.splitlines()[-1])["macs"] == last["final"]["macs"]
+    assert json.loads(measured.stdout)["macs"] == last["final"]["macs"]
     bad = spectrim("run", str(recipe_file), "--out", str(tmp_path / "bad"), "--set", "dense.epochs=many")
     assert bad.returncode == 2
     assert "dense.epochs" in bad.stderr

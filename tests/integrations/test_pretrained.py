@@ -176,7 +176,7 @@ def test_a_failure_leaves_what_was_there(merged: Any, tmp_path: Path, monkeypatc
 def test_saving_again_replaces_the_model_and_keeps_other_files(merged: Any, tmp_path: Path) -> None:
     folder = save_pretrained(merged, tmp_path / "small")
     (folder / "notes.txt").write_text("mine")
-    (tmp_path / ".small.123.tmp").mkdir()  # left by a killed process
+    (tmp_path / "small.123-0123abcd.tmp").mkdir()  # left by a killed process
     other = sp.merge(sp.factorize(llama(), rank=2))
     assert torch.equal(call(from_pretrained(save_pretrained(other, folder))), call(other))
     assert (folder / "notes.txt").read_text() == "mine"

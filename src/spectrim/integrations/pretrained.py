@@ -6,7 +6,6 @@ no weights and says so: beside the config it would take them for damaged ones of
 
 import copy
 import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import FormatError, LayerError
+from spectrim.files import make_folder, sweep, temporary_beside
 from spectrim.forms.svd import Factors
 from spectrim.integrations.card import model_card
 from spectrim.layers import FactorizedLayer
+from spectrim.locks import locked, writing_to
 from spectrim.metrics.measurement import Measurement
 from spectrim.pipeline.compress import Compressed
-from spectrim.storage.save import PLAN, load, plan_of, save
+from spectrim.storage.folder import PLAN, WEIGHTS, place
+from spectrim.storage.save import load, plan_of, save
 from spectrim.surgery.select import ADAPTED, is_adapted
 
 try:
@@ -74,23 +76,19 @@ def save_pretrained(
         raise FormatError(
             folder, f"holds weights that transformers would load in place of these: {foreign[0]}", hint="choose another folder"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir()
-        _config_for(model).save_pretrained(temporary)
-        generation: Any = getattr(model, "generation_config", None)
-        for part in (generation, tokenizer):
-            if part is not None:
-                part.save_pretrained(temporary)
-        card = model_card(model, folder.name, base_model, report, own_class=_class_of(type(model).__name__) is not type(model))
-        (temporary / CARD).write_text(card, encoding="utf-8")
-        save(model, temporary / INSIDE)
-        _move(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    make_folder(folder.parent)
+    with locked(folder, wait=60.0):
+        sweep(folder.parent)
+        with temporary_beside(folder, folder=True) as temporary, writing_to(folder):
+            _config_for(model).save_pretrained(temporary)
+            generation: Any = getattr(model, "generation_config", None)
+            for part in (generation, tokenizer):
+                if part is not None:
+                    part.save_pretrained(temporary)
+            card = model_card(model, folder.name, base_model, report, own_class=_class_of(type(model).__name__) is not type(model))
+            (temporary / CARD).write_text(card, encoding="utf-8")
+            save(model, temporary / INSIDE)
+            _move(temporary, folder)
     return folder
 
 
@@ -226,11 +224,12 @@ def _move(source: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(source, folder)
         return
-    files = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path.parent.name == INSIDE)
-    for path in files:
+    for path in [path for path in source.rglob("*") if path.is_file() and path.parent.name != INSIDE]:
         target = folder / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
+    make_folder(folder / INSIDE)
+    place(source / INSIDE / WEIGHTS, source / INSIDE / PLAN, folder / INSIDE)
 
 
 def _download(name: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None) -> Path:

@@ -13,6 +13,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from spectrim.errors import RecipeError, SettingError
+from spectrim.pipeline.reading import shown
 from spectrim.training.distillation import Loss
 
 Component = dict[str, Any]
@@ -32,7 +33,7 @@ def _explain(error: Exception) -> tuple[str, str, str]:
     if missing := re.search(r"arguments? (?:is|are) required: (\w+)", text):
         return missing[1], "is missing", ""
     if wrong := re.fullmatch(r'Parser key "([^"]*)": Expected an? (.*?)\. Got value: (.*)', text):
-        return wrong[1], f"got {wrong[3]!r}", wrong[2]
+        return wrong[1], f"got {shown(wrong[3])}", wrong[2]
     other = re.fullmatch(r'Parser key "([^"]*)": (.*)', text)
     return (other[1], other[2], "") if other else ("", text, "")
 
@@ -41,7 +42,7 @@ def _filled(component: Component, key: str, skip: int = 0, open_keys: tuple[str,
     """Return a component with its defaults written out."""
     extra = sorted(set(component) - {"class_path", "init_args"})
     if extra or not isinstance(component.get("class_path"), str) or not isinstance(component.get("init_args") or {}, dict):
-        raise RecipeError(key, f"got {component!r}", allowed=IMPORTED)
+        raise RecipeError(key, f"got {shown(component)}", allowed=IMPORTED)
     target = _imported(component["class_path"], key)
     given = dict(component.get("init_args") or {})
     if key == "loss" and not given and _is_loss(target):

@@ -10,30 +10,21 @@ from functools import partial
 from operator import index
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from spectrim.budget.budget import Budget
 from spectrim.errors import RecipeError
 from spectrim.pipeline.components import IMPORTED, STEPS, Component, _filled, _guard, _scheduler, make, make_loss
+from spectrim.pipeline.reading import parsed_yaml, read_yaml, shown
 from spectrim.protocols import LayerFilter
 from spectrim.surgery.factorize import Scheme
 from spectrim.surgery.select import match
 from spectrim.training.distillation import Distillation
 from spectrim.training.fit import Precision
-
-
-@runtime_checkable
-class Data(Protocol):
-    """What a recipe's data must return: three splits, each an iterable of batches ``(inputs, target)``."""
-
-    train: Any
-    val: Any
-    test: Any
 
 
 @dataclass
@@ -188,10 +179,7 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), *, cut: bool = Tr
     for folder in (str(path.resolve().parent), os.getcwd()):
         if folder not in sys.path:
             sys.path.append(folder)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise RecipeError(str(path), f"is not YAML: {error}") from error
+    raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise RecipeError(str(path), f"is a {type(raw).__name__}", allowed="a mapping of keys")
     for change in changes:
@@ -233,14 +221,14 @@ def _parsed(kind: Any, value: Any, key: str) -> Any:
             return float(value)  # YAML reads 1e-3 as a string
     names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", list: "a list", dict: "a mapping"}
     allowed = ", ".join(map(str, args)) if origin is Literal else IMPORTED if kind == Component else names[origin or kind]
-    raise RecipeError(key, f"got {value!r}", allowed=allowed)
+    raise RecipeError(key, f"got {shown(value)}", allowed=allowed)
 
 
 def _parsed_section(kind: Any, value: Any, key: str) -> Any:
     known = {entry.name: entry for entry in fields(kind)}
     allowed = ", ".join(known)
     if not isinstance(value, Mapping):
-        raise RecipeError(key or "(recipe)", f"got {value!r}", allowed=f"a mapping with {allowed}")
+        raise RecipeError(key or "(recipe)", f"got {shown(value)}", allowed=f"a mapping with {allowed}")
     dotted = {name: f"{key}.{name}".removeprefix(".") for name in (*value, *known)}
     for name in value:
         if name not in known:
@@ -258,10 +246,7 @@ def _change(raw: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     if not equals or not all(key.split(".")):
         raise RecipeError(change, "is not a change", allowed="KEY=VALUE, for example train.0.epochs=3")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(key, f"got {text!r}, which is not YAML: {error}") from error
+    value = parsed_yaml(text, key)
     node: Any = raw
     parts = key.split(".")
     for depth, part in enumerate(parts):
@@ -274,7 +259,7 @@ def _change(raw: dict[str, Any], change: str) -> None:
             place = next((name for name in node if str(name) == part), part)
             node.setdefault(place, None)
         else:
-            raise RecipeError(path, f"cannot be set inside {node!r}", allowed="a key of a mapping or a list")
+            raise RecipeError(path, f"cannot be set inside {shown(node)}", allowed="a key of a mapping or a list")
         if last:
             node[place] = value
         elif isinstance(node[place], str):

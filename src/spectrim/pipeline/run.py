@@ -7,7 +7,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,33 +23,30 @@ from spectrim.budget.allocate import allocate
 from spectrim.budget.budget import Budget
 from spectrim.budget.costs import spectra
 from spectrim.errors import FormatError, RecipeError
-from spectrim.files import write_text
+from spectrim.files import make_folder, read_json, write_text
 from spectrim.layers import factor_name, kind_of, named_factors
+from spectrim.locks import locked
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import first_examples, one_example
 from spectrim.metrics.measurement import Measurement, measure, measure_together
 from spectrim.pipeline.components import _made, _scheduler, make, make_loss, seed_everything
-from spectrim.pipeline.recipe import Data, Phase, Recipe, plain
+from spectrim.pipeline.data import Data, Source, replayed
+from spectrim.pipeline.folders import MANIFEST, RECIPE, finish
+from spectrim.pipeline.recipe import Phase, Recipe, plain
 from spectrim.pipeline.ways import way_to_cut
 from spectrim.storage.save import load, save
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.correct import correct
+from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import factorize
 from spectrim.surgery.merge import merge
 from spectrim.surgery.prune import prune
 from spectrim.surgery.recalibrate import recalibrate
 from spectrim.surgery.select import decide
-from spectrim.training.checkpoint import generators_of
 from spectrim.training.distillation import Distillation
 from spectrim.training.fit import fit
 
 STAGE = "stage.json"
-
-
-RESULT = "result.json"
-
-
-RECIPE = "recipe.yaml"
 
 
 def make_model(recipe: Recipe) -> nn.Module:
@@ -61,13 +59,8 @@ def make_model(recipe: Recipe) -> nn.Module:
 
 
 def make_data(recipe: Recipe) -> Data:
-    """Build the data, and check that it has the three splits."""
-    data = _made(recipe.data, "data")
-    for split in ("train", "val", "test"):
-        if not hasattr(data, split):
-            problem = f"{recipe.data['class_path']} gives a {type(data).__name__} without '{split}'"
-            raise RecipeError("data", problem, allowed="an object with train, val, test")
-    return data  # type: ignore[no-any-return]
+    """Build the data, seeded, and check that it has the three splits."""
+    return Source(recipe.data, recipe.seed).data
 
 
 class Run:
@@ -88,16 +81,37 @@ class Run:
         """
         self.recipe, self.out, self.progress = recipe, Path(out), progress
         self.console = Console(stderr=True, quiet=not progress)
-        self.data = make_data(recipe)
+        self.source = Source(recipe.data, recipe.seed)
+        self.data = self.source.data
         self.loss = make_loss(recipe.loss)
         self.initial = make_model(recipe)
         self.example = one_example(self.data.val)
         self._check_layers()
         self.digest = ""
+        self.seed, self.readings = recipe.seed, 0
         self.numbers: dict[str, dict[str, Any]] = {}
 
     def run(self) -> dict[str, Any]:
-        """Run every stage that is not finished and return the result, which is in ``result.json`` too."""
+        """Run every stage that is not finished and return the result, which is in ``result.json`` too.
+
+        Raises:
+            WriteError: the folder cannot be written, or another process is writing it.
+        """
+        with self.hold():
+            return self._run()
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep other runs out of the folder, which is made if missing.
+
+        Raises:
+            WriteError: another process is writing it.
+        """
+        make_folder(self.out)
+        with locked(self.out):
+            yield
+
+    def _run(self) -> dict[str, Any]:
         recipe, dense = self.recipe, self.dense()
         after_dense = self.digest
         low = self._stage("2-train", [plain(recipe.factorize), plain(recipe.train)], lambda folder: self._train(dense, folder))
@@ -120,18 +134,19 @@ class Run:
             "recipe": plain(recipe),
             "environment": environment(),
         }
-        write_text(self.out / RESULT, json.dumps(result, indent=1) + "\n")
+        finish(self.out, "run", result, coverage(tuned, recipe.factorize.layers()))
         return result
 
     def dense(self) -> nn.Module:
         """Return the dense network of the first stage, trained where the recipe says so; the recipe is written to the folder."""
         recipe = self.recipe
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_text(self.out / RECIPE, yaml.safe_dump(plain(recipe), sort_keys=False))
-        if recipe.threads:
-            torch.set_num_threads(recipe.threads)
-        common = {name: plain(getattr(recipe, name)) for name in ("model", "data", "loss", "seed", "precision")}
-        return self._stage("1-dense", [common, plain(recipe.dense)], self._dense)
+        with self.hold():
+            (self.out / MANIFEST).unlink(missing_ok=True)  # written again when everything is there
+            write_text(self.out / RECIPE, yaml.safe_dump(plain(recipe), sort_keys=False))
+            if recipe.threads:
+                torch.set_num_threads(recipe.threads)
+            common = {name: plain(getattr(recipe, name)) for name in ("model", "data", "loss", "seed", "precision")}
+            return self._stage("1-dense", [common, plain(recipe.dense)], self._dense)
 
     def _check_layers(self) -> None:
         """Check what the recipe says about layers before any work."""
@@ -165,13 +180,10 @@ class Run:
                 self.console.print(f"{name}: settings changed, run anew")
                 (folder / STAGE).unlink(missing_ok=True)  # first, so that what is left of a folder never looks finished
                 shutil.rmtree(folder)
-            folder.mkdir(parents=True)
+            make_folder(folder)
             write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": False}))
         self.console.rule(name, align="left")
-        seed = self.recipe.seed + int(_digest(name)[:6], 16)
-        seed_everything(seed)
-        for generator in generators_of(self.data.train):
-            generator.manual_seed(seed)
+        self.begin(name)
         start = time.perf_counter()
         model, numbers = work(folder)
         numbers = {**numbers, "seconds": round(time.perf_counter() - start, 1)}
@@ -184,19 +196,37 @@ class Run:
                 self.console.print(f"validation split, {title}: {values}", highlight=False)
         return model
 
+    def begin(self, name: str) -> None:
+        """Seed every generator for a stage and start with fresh data, so that it is the same whether or not stages before it are skipped.
+
+        Args:
+            name: of the stage.
+        """
+        self.seed, self.readings = self.recipe.seed + int(_digest(name)[:6], 16), 0
+        self.data = self.source.fresh(self.seed)
+        seed_everything(self.seed)
+
+    def fresh(self) -> Data:
+        """Return the data as they are before their first pass; loaders' own generators get a seed that belongs to this reading."""
+        self.data = self.source.fresh(self.seed + self.readings)
+        self.readings += 1
+        return self.data
+
     def _fit(self, model: nn.Module, phase: Phase, folder: Path, teacher: nn.Module | None) -> dict[str, list[dict[str, Any]]]:
         """Run one phase and return its history as plain data."""
+        data = self.fresh()
         optimizer = make(phase.optimizer, "optimizer", [p for p in model.parameters() if p.requires_grad])
         scheduler = None
         if phase.scheduler is not None and phase.epochs:
-            steps = phase.epochs * (-(-len(self.data.train) // phase.accumulate) if phase.scheduler_steps == "batch" else 1)
+            steps = phase.epochs * (-(-len(data.train) // phase.accumulate) if phase.scheduler_steps == "batch" else 1)
             scheduler = _scheduler(phase.scheduler, optimizer, steps)
         penalties = [make(penalty, "penalties") for penalty in phase.penalties]
         distill = Distillation(copy.deepcopy(teacher), **asdict(phase.distill)) if phase.distill and teacher is not None else None
         schedule = make(phase.rank_schedule, "rank_schedule") if phase.rank_schedule is not None else None
+        train = replayed(data.train, data.val, self.console.print)
         history = fit(
-            model, self.data.train, self.loss, optimizer, phase.epochs, rank_schedule=schedule,
-            penalties=penalties, eval_data=self.data.val, scheduler=scheduler, scheduler_steps=phase.scheduler_steps, distill=distill,
+            model, train, self.loss, optimizer, phase.epochs, rank_schedule=schedule,
+            penalties=penalties, eval_data=data.val, scheduler=scheduler, scheduler_steps=phase.scheduler_steps, distill=distill,
             precision=self.recipe.precision, accumulate=phase.accumulate, clip=phase.clip, compiled=self.recipe.compiled, checkpoint=folder,
             progress=self.progress,
         )  # fmt: skip
@@ -217,7 +247,7 @@ class Run:
 
     def _cut(self, low: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         settings = self.recipe.prune
-        known = first_examples(self.data.train, settings.examples) if settings.correct or settings.cut != "plain" else []
+        known = first_examples(self.fresh().train, settings.examples) if settings.correct or settings.cut != "plain" else []
         moments = calibrate(low, known, self.loss, examples=None) if settings.cut != "plain" else None
         importance, metric = way_to_cut(settings.cut, moments)
         rule: Any = settings.ranks
@@ -230,7 +260,7 @@ class Run:
             cut = correct(cut, low, known, examples=None)
         numbers: dict[str, Any] = {"ranks": ranks(cut), "val_cut": self._validate(cut)}
         if settings.recalibrate:
-            recalibrate(cut, self.data.train)
+            recalibrate(cut, self.fresh().train)
             numbers["val"] = self._validate(cut)
         return cut, numbers
 
@@ -246,7 +276,7 @@ class Run:
         cut = prune(low, allocate(low, Budget(macs=min(1.0, kept)), self.example))
         numbers: dict[str, Any] = {"ranks": ranks(cut), "val_cut": self._validate(cut)}
         if self.recipe.prune.recalibrate:
-            recalibrate(cut, self.data.train)
+            recalibrate(cut, self.fresh().train)
             numbers["val_recalibrated"] = self._validate(cut)
         tuned, more = self._finetune(cut, dense, phase, folder)
         return merge(tuned), numbers | more
@@ -259,17 +289,19 @@ class Run:
         folder = self.out / "measure"
         state = _read_stage(folder)
         if state.get("digest") == self.digest and state.get("finished"):
-            return {name: Measurement.from_dict(entry) for name, entry in state["numbers"].items()}
+            with suppress(FormatError, TypeError, KeyError, AttributeError):  # damaged: measured once more
+                return {name: Measurement.from_dict(entry) for name, entry in state["numbers"].items()}
         self.console.rule("measure", align="left")
+        self.begin("measure")
         measured = measure_together(models, self.example, self.data.test, self.loss, self.recipe.latency_threads)
         measured["final"] = replace(measured["final"], ranks=ranks(tuned))
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         numbers = {name: entry.to_dict() for name, entry in measured.items()}
         write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": True, "numbers": numbers}, indent=1))
         return measured
 
     def _validate(self, model: nn.Module) -> dict[str, float]:
-        return evaluate(model, self.data.val, self.loss)
+        return evaluate(model, self.fresh().val, self.loss)
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
@@ -293,9 +325,9 @@ def _digest(value: Any) -> str:
 
 
 def _read_stage(folder: Path) -> dict[str, Any]:
-    """Return a stage's file, or nothing when it is missing or was cut off."""
+    """Return a stage's file, or nothing when it is missing or damaged."""
     try:
-        state = json.loads((folder / STAGE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        state = read_json(folder / STAGE)
+    except FormatError:
         return {}
-    return state if isinstance(state, dict) else {}
+    return state if isinstance(state.get("numbers", {}), dict) and ("numbers" in state or not state.get("finished")) else {}

@@ -2,8 +2,8 @@
 
 import base64
 import itertools
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from spectrim.budget.plan_table import Plan, WeightPlan
 from spectrim.errors import FormatError
+from spectrim.files import read_json
 from spectrim.metrics.measurement import Measurement
 
 CHOICES = 600_000
@@ -21,6 +22,8 @@ POINTS = 120
 
 KNOWN = ("loss", "mean_rank", "learning_rate", "examples_per_s", "seconds")
 """What a line of the training log holds beside penalties and ``eval_*``."""
+
+HINT = "the same command writes it again"
 
 LABELS = {"final": "low-rank", "truncated": "truncated SVD", "continued": "dense, trained on"}
 
@@ -131,11 +134,30 @@ def run_data(folder: Path) -> dict[str, Any]:
         raise FormatError(folder, "is not the folder of a run: it has no recipe.yaml", hint=hint)
     stages = {}
     for path in sorted(folder.glob("*/stage.json")):
-        state = _json(path)
+        state = read_json(path, HINT)
         if path.parent.name != "measure" and state.get("finished"):
-            stages[path.parent.name] = state["numbers"]
-    found = result_data(next((result for result in map(_json, results) if result), {}), stages)
-    return found | {"name": folder.resolve().name, "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else ""}
+            numbers = state.get("numbers")
+            with _naming(path):
+                result_data({}, {path.parent.name: numbers})  # type: ignore[dict-item]
+            stages[path.parent.name] = numbers
+    path = next((path for path in results if path.is_file()), folder)
+    with _naming(path):
+        found = result_data(read_json(path, HINT) if path != folder else {}, stages)  # type: ignore[arg-type]
+        measurements(found)
+    with _naming(recipe):
+        text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
+    return found | {"name": folder.resolve().name, "recipe": text}
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in the error for what is in it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, OSError) as error:
+        if isinstance(error, FormatError) and str(error).startswith(str(path)):
+            raise
+        raise FormatError(path, f"is damaged ({error!r})", hint=HINT) from error
 
 
 def result_data(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -149,11 +171,19 @@ def result_data(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any
         "name": "",
         "recipe": "",
         "environment": result.get("environment", {}),
+        "split": _split(result),
         "measured": {LABELS.get(name, name): entry for name, entry in result.items() if isinstance(entry, dict) and "size_bytes" in entry},
         "stages": [*(_stage(name, numbers) for name, numbers in stages.items()), *_compress_stages(result)],
         "ranks": _ranks(result, stages),
         "spectra": _spectra(stages),
     }
+
+
+def _split(result: Mapping[str, Any]) -> str:
+    """Return what accuracy and loss were measured on, in words."""
+    if "split" in result:
+        return f"{result['split']} split"
+    return "validation split (where compress had none: the examples that calibrate)" if "scores" in result else "test split"
 
 
 def _compress_stages(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -166,19 +196,6 @@ def _compress_stages(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*before, _stage("cut", {}) | {"val": cut}, _stage("fine-tuning", after)] if scores or history.get("epochs") else []
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """Return a JSON file's mapping; nothing when there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(path, f"is damaged ({error})", hint="the same run command writes it anew") from error
-    if not isinstance(values, dict):
-        raise FormatError(path, "is damaged: not a mapping", hint="the same run command writes it anew")
-    return values
-
-
 def _stage(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
     """Return one stage: its phases, each a list of epochs, cuts and layers of each, its values on the validation split, its seconds."""
     phases = [phase for phase in _histories(numbers) if phase.get("epochs")]
@@ -187,9 +204,13 @@ def _stage(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
         "phases": [phase["epochs"] for phase in phases],
         "cuts": [[{key: cut[key] for key in ("step", "epoch")} for cut in phase.get("cuts") or [] if "epoch" in cut] for phase in phases],
         "layers": [_course(phase) for phase in phases],
-        "val": {key: numbers[key] for key in ("val_cut", "val_recalibrated", "val") if key in numbers},
+        "val": {key: _scores(numbers[key]) for key in ("val_cut", "val_recalibrated", "val") if key in numbers},
         "seconds": numbers.get("seconds"),
     }
+
+
+def _scores(values: Mapping[str, Any]) -> dict[str, float]:
+    return {metric: float(value) for metric, value in values.items()}
 
 
 def _histories(numbers: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -207,12 +207,12 @@ function overview(parent) {
     const list = add(box, "ul");
     DATA.shortfalls.forEach((line) => add(list, "li", {}, line));
   }
-  if (run && Object.keys(run.measured).length) compared(parent, run.measured);
+  if (run && Object.keys(run.measured).length) compared(parent, run.measured, run.split);
   if (PLAN) budgets(parent);
   settings(parent, run);
 }
 
-function compared(parent, measured) {
+function compared(parent, measured, split) {
   const names = Object.keys(measured);
   const dense = measured.dense || measured[names[0]];
   const ratio = (key) => (m) => (dense[key] && m[key] ? `${(dense[key] / m[key]).toFixed(2)}x` : "");
@@ -228,7 +228,7 @@ function compared(parent, measured) {
     ["speedup (measured)", ratio("latency_s")],
   ].map(([title, cell]) => [title, ...names.map((name) => cell(measured[name]) || "")]);
   table(parent, ["", ...names], rows.filter((row) => row.slice(1).some(Boolean)));
-  if (dense.latency_s) add(parent, "p", { class: "soft" }, `Latency: median ± half the interquartile range; batch ${dense.batch}, CPU threads ${dense.threads}. Accuracy and loss on the test split.`);
+  if (dense.latency_s) add(parent, "p", { class: "soft" }, `Latency: median ± half the interquartile range; batch ${dense.batch}, CPU threads ${dense.threads}. Accuracy and loss on the ${split}.`);
   const merit = dense.accuracy !== null ? "accuracy" : "loss";
   if (names.some((name) => measured[name][merit] !== null)) {
     const series = names.map((name) => ({ name, dots: true, points: [[measured[name].macs / dense.macs, measured[name][merit]]] }));

@@ -9,7 +9,7 @@ from typing import Any
 
 from spectrim.budget.plan_table import Plan
 from spectrim.errors import FormatError
-from spectrim.files import write_text
+from spectrim.files import make_folder, read_json, write_text
 from spectrim.metrics.measurement import compare_table
 from spectrim.report.data import measurements, plan_data, result_data, run_data, shortfalls
 
@@ -47,7 +47,7 @@ def write_report(source: Plan | str | Path, path: str | Path | None = None, *, r
     if path is None and isinstance(source, Plan):
         raise FormatError("report", "has no path", hint="write_report(plan, 'plan.html')")
     target = Path(path) if path is not None else _beside(Path(str(source)))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     write_text(target, _page(plan, run))
     return target
 
@@ -73,11 +73,25 @@ def _read(source: Plan | str | Path, result: Mapping[str, Any] | None) -> tuple[
     """Return the plan and the run's data, whichever there is."""
     if not isinstance(source, Plan) and Path(source).is_dir():
         folder = Path(source)
-        return Plan.load(folder / PLAN) if (folder / PLAN).is_file() else None, run_data(folder)
+        return _plan(folder / PLAN) if (folder / PLAN).exists() else None, run_data(folder)
     if not isinstance(source, Plan) and not Path(source).is_file():
         raise FormatError(source, "does not exist", hint="pass the folder of a run, or what spectrim plan --out wrote")
-    plan = source if isinstance(source, Plan) else Plan.load(source)
+    plan = source if isinstance(source, Plan) else _plan(Path(source))
     return plan, None if result is None else result_data(result, {})
+
+
+def _plan(path: Path) -> Plan:
+    """Read a plan; an error names the file."""
+    try:
+        read_json(path)
+        plan = Plan.load(path)
+        plan_data(plan)
+        str(plan)
+    except Exception as error:  # whatever a damaged number makes of it
+        if isinstance(error, FormatError) and str(error).startswith(str(path)):
+            raise
+        raise FormatError(path, f"is damaged ({error!r})", hint="plan again") from error
+    return plan
 
 
 def _page(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
@@ -123,7 +137,7 @@ def _finite(node: Any) -> Any:
 def _text(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
     parts = []
     if run is not None and run["measured"]:
-        parts.append(compare_table(measurements(run)))
+        parts.append(f"{compare_table(measurements(run))}\n\nAccuracy and loss on the {run['split']}.")
     fell_short = shortfalls(None, run) if plan else shortfalls(plan, run)  # a plan's own text names its budgets that cannot be met
     if fell_short:
         parts.append("\n".join(["What fell short:", *(f"- {line}" for line in fell_short)]))

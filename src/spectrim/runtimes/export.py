@@ -3,9 +3,6 @@
 What one format needs stands in three functions side by side: one that writes it, one that opens it, one row in `_WRITERS` and `_READERS`.
 """
 
-import os
-import shutil
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from spectrim.errors import ExportError, FormatError, SettingError
+from spectrim.files import check_room, new_files
 from spectrim.layers import named_layers
+from spectrim.locks import writing_to
 from spectrim.metrics.clock import Latency, compare_latency
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.metrics.table import markdown_table
@@ -126,6 +125,7 @@ def export(
         ExportError: the model cannot be written in this format, refuses a dynamic batch, or its file computes something else; it names
             the operator and the layer where they are known.
         SettingError: an argument is outside its range.
+        WriteError: the file cannot be written, or another process still writes it after a minute.
         ImportError: the format's package is not installed.
 
     Examples:
@@ -154,22 +154,21 @@ def export(
     batches = _batches(batch, limit) if dynamic_batch else (batch,)
     allowed = tolerance or _tolerance(outputs, half_weights and format == "openvino")
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder, _quiet():
-        file = Path(folder) / path.name
+    with new_files(path) as folder, _quiet():
+        file = folder / path.name
         traced = max(batch, 2) if dynamic_batch and limit != 1 else None
         example = _resized(inputs, batch, traced or batch)
         program, names = _trace(format, network, example, traced, limit)
-        content = _WRITERS[format](program, file, names, half_weights)
+        check_room(
+            folder,
+            sum(tensor.nbytes for tensor in network.state_dict().values() if isinstance(tensor, Tensor)) // (2 if half_weights else 1),
+        )
+        with writing_to(path):
+            content = _WRITERS[format](program, file, names, half_weights)
         difference = _proved(format, file, reference, inputs, batch, batches, allowed)
-        written = sorted(Path(folder).iterdir(), key=lambda part: part == file)  # the weights first
-        size = sum(part.stat().st_size for part in written)
-        for part in written:
-            os.replace(part, path.parent / part.name)
-        if format == "onnx" and len(written) == 1:
-            path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of a larger model that was here before
+        size = sum(part.stat().st_size for part in folder.iterdir() if part.is_file())
+    if format == "onnx" and size == path.stat().st_size:
+        path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of a larger model that was here before
     timed = _timed(path, network, inputs, threads) if latency else {}
     return Exported(path, format, size, difference, allowed, batches, content.operators, content.delegated, **timed)
 

@@ -1,7 +1,8 @@
 """File formats of other runtimes: for each one function that writes it, one that opens it, one row in the tables."""
 
+import io
 import re
-import tempfile
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,9 @@ class _Content:
 
 def _write_pt2(program: ExportedProgram, file: Path, names: _Names, half: bool) -> _Content:
     program.example_inputs = None  # they would be written, too
-    torch.export.save(program, file)
+    content = io.BytesIO()  # a failed write to a file ends the interpreter
+    torch.export.save(program, content)
+    file.write_bytes(content.getbuffer())
     nodes = [node for node in program.graph.nodes if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload)]
     return _Content(dict(Counter(str(node.target) for node in nodes)))
 
@@ -204,21 +207,21 @@ def _layer_with(graph: fx.Graph, operator: str) -> str:
 def _write_openvino(program: ExportedProgram, file: Path, names: _Names, half: bool) -> _Content:
     """By way of ONNX, which keeps recurrent layers whole and the sizes known; OpenVINO's reader of exported programs does neither."""
     openvino = import_module("openvino")
-    with tempfile.TemporaryDirectory() as folder:
-        between = Path(folder) / "model.onnx"
-        try:
-            _write_onnx(program, between, names, half)
-        except ExportError as error:
-            raise ExportError("openvino", error.problem, operator=error.operator, layer=error.layer, hint=error.hint) from error
-        try:
-            with quietly():
-                made = openvino.convert_model(between)
-                openvino.save_model(made, file, compress_to_fp16=half)
-        except Exception as error:  # of its front end
-            operator, layer = _onnx_node(between, str(error))
-            problem = f"cannot be converted: {_conversion_problem(error)}"
-            raise ExportError("openvino", problem, operator=operator, layer=layer, hint=_OTHER) from error
-        return _Content(dict(Counter(operation.get_type_name() for operation in made.get_ops())))
+    between = file.parent / "between" / "model.onnx"  # in the same folder of temporary files, which goes when this process dies, too
+    between.parent.mkdir()
+    try:
+        _write_onnx(program, between, names, half)
+    except ExportError as error:
+        raise ExportError("openvino", error.problem, operator=error.operator, layer=error.layer, hint=error.hint) from error
+    try:
+        with quietly():
+            made = openvino.convert_model(between)
+            openvino.save_model(made, file, compress_to_fp16=half)
+    except Exception as error:  # of its front end
+        operator, layer = _onnx_node(between, str(error))
+        problem = f"cannot be converted: {_conversion_problem(error)}"
+        raise ExportError("openvino", problem, operator=operator, layer=layer, hint=_OTHER) from error
+    return _Content(dict(Counter(operation.get_type_name() for operation in made.get_ops())))
 
 
 def _conversion_problem(error: BaseException) -> str:
@@ -238,6 +241,9 @@ _WRITERS: dict[Format, Callable[[ExportedProgram, Path, _Names, bool], _Content]
 
 
 def _open_pt2(path: Path, threads: int | None) -> Runner:
+    with zipfile.ZipFile(path) as archive:  # torch does not look at its checksums
+        if (part := archive.testzip()) is not None:
+            raise ValueError(f"its part {part} is damaged")
     program = torch.export.load(path).module()
 
     def run(inputs: Any) -> list[Tensor]:

@@ -6,7 +6,6 @@ and the proof that the written file runs.
 
 import ast
 import io
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from spectrim.errors import ExportError, FormatError, LayerError, SettingError
+from spectrim.files import new_files
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import first_examples, inputs_of
 from spectrim.metrics.table import markdown_table
@@ -180,11 +180,11 @@ def quantize(
         raise SettingError("quantize", "path", got=str(path), rule="a file with the suffix .onnx")
     if tolerance is not None and not tolerance > 0:
         raise SettingError("quantize", "tolerance", got=tolerance, rule="above 0")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder, quietly():
-        network = _prepare(model, data, Path(folder), how)
+    with new_files(path) as made, quietly():
+        folder, file = made / "between", made / path.name
+        folder.mkdir()
+        network = _prepare(model, data, folder, how)
         kept = _kept(model, network, keep)
-        file = Path(folder) / path.name
         _write(network, file, how, without=kept)
         states = _states(network, file, kept)
         if "int8" not in states.values():
@@ -193,9 +193,8 @@ def quantize(
         if tolerance is not None and not error <= tolerance:
             hint = "see sensitivity() for the layers to keep in float, or try other ranges"
             raise ExportError("int8", f"its error, {error:.3g}, is above the tolerance, {tolerance:.3g}", hint=hint)
-        operators = _operators(file, Path(folder))
+        operators = _operators(file, folder)
         size, plain = file.stat().st_size, network.file.stat().st_size
-        os.replace(file, path)
     return Quantized(path, network.method, size, plain, difference, error, states, operators, network.equalized)
 
 

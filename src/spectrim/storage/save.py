@@ -1,16 +1,11 @@
 """`save` and `load`: tensors in safetensors, the plan beside them in JSON, never a pickle."""
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spectrim.errors import FormatError
@@ -24,18 +19,10 @@ from spectrim.plain.attention import PlainAttention
 from spectrim.plain.chain import PlainPair
 from spectrim.plain.encoder import follow_layers
 from spectrim.plain.recurrent import PlainRecurrent
+from spectrim.storage.folder import FORMAT, PLAN, read, tensors_of, write
 from spectrim.surgery.batchnorm import NORMS
 from spectrim.surgery.exchange import replace
 from spectrim.surgery.factorize import build
-
-FORMAT = 1
-
-
-WEIGHTS = "model.safetensors"
-
-
-PLAN = "spectrim.json"
-
 
 CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -74,25 +61,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     """
     refuse_shards(model, "save")
     folder = Path(folder)
-    tensors, aliases = _tensors(model)
-    plan = plan_of(model) | {"aliases": aliases}
-    plan["tensors"] = _digest_tensors(tensors)
-    text = _text(plan)
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in (*folder.glob(f"{WEIGHTS}.*.tmp"), *folder.glob(f"{PLAN}.*.tmp")):
-        leftover.unlink(missing_ok=True)
-    mark = f".{os.getpid()}.tmp"
-    weights, listing = folder / (WEIGHTS + mark), folder / (PLAN + mark)
-    try:
-        save_file(tensors, weights, metadata={"format": "pt", "spectrim": text, "digest": _digest(text)})
-        _sync(weights)
-        listing.write_text(_text({**plan, "digest": _digest(text)}) + "\n", encoding="utf-8")
-        _sync(listing)
-        os.replace(weights, folder / WEIGHTS)
-        os.replace(listing, folder / PLAN)
-    finally:
-        weights.unlink(missing_ok=True)
-        listing.unlink(missing_ok=True)
+    tensors, aliases = tensors_of(model)
+    write(folder, plan_of(model) | {"aliases": aliases}, tensors)
     return folder
 
 
@@ -159,39 +129,6 @@ def plan_of(model: nn.Module) -> dict[str, Any]:
         "channels_last": [name for name, p in model.named_parameters() if memory_format_of(p) is not torch.contiguous_format],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
     }
-
-
-def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read and verify both files of a folder; nothing of it is trusted before its digest is checked."""
-    if not folder.is_dir():
-        raise FormatError(folder, "no such folder", hint="it is what save(model, folder) writes")
-    listing, weights = folder / PLAN, folder / WEIGHTS
-    for path in (listing, weights):
-        if not path.is_file():
-            raise FormatError(path, "is missing", hint="a saved model is model.safetensors and spectrim.json")
-    try:
-        text = listing.read_text(encoding="utf-8")
-        beside = json.loads(text)
-        digest = beside.pop("digest")
-        intact = digest == _digest(_text(beside)) and text == _text({**beside, "digest": digest}) + "\n"
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise FormatError(listing, f"is truncated or not a plan of spectrim ({error!r})") from error
-    if not intact:
-        raise FormatError(listing, "was altered: its digest does not match", hint="save the model again")
-    try:
-        with safe_open(weights, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise FormatError(weights, f"is truncated or not a safetensors file ({error})") from error
-    if set(header) != {"format", "spectrim", "digest"} or header["format"] != "pt" or header["digest"] != _digest(header["spectrim"]):
-        raise FormatError(weights, "was not written by spectrim, or its header was altered")
-    plan: dict[str, Any] = json.loads(header["spectrim"])
-    if plan.get("format") != FORMAT:
-        raise FormatError(weights, f"has format {plan.get('format')}, this version reads {FORMAT}", hint="install a newer spectrim")
-    if plan["tensors"] != _digest_tensors(tensors):
-        raise FormatError(weights, "was altered: the digest of its tensors does not match", hint="save the model again")
-    return plan, tensors
 
 
 def _hint(plan: Mapping[str, Any]) -> str:
@@ -400,43 +337,3 @@ def _construct(description: list[dict[str, Any]], conv1d: bool = False) -> Any:
             settings |= {"bias": "in_proj_bias" in entry["given"], "add_bias_kv": "bias_k" in entry["given"]}
         layers.append(kinds[entry["kind"]](**settings))
     return layers[0] if len(layers) == 1 else PlainPair(*layers, conv1d=conv1d)
-
-
-def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the state as separate contiguous tensors on the CPU, and for tied ones ``{name: the name it is stored under}``."""
-    kept: dict[tuple[Any, ...], str] = {}
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    for key, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            raise FormatError(key, f"is a {type(tensor).__name__}, not a tensor", hint="safetensors files hold tensors only")
-        place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        if tensor.numel() and place in kept:
-            aliases[key] = kept[place]
-        else:
-            kept[place] = key
-            tensors[key] = tensor.detach().cpu().contiguous().clone()
-    return tensors, aliases
-
-
-def _text(plan: Mapping[str, Any]) -> str:
-    return json.dumps(plan, indent=1, sort_keys=True)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and bytes."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
-    return total.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

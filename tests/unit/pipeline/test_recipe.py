@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -245,6 +246,10 @@ def test_what_needs_the_model_is_checked_before_any_work_too(change: str, messag
         ("[1, 2]", "is a list; allowed: a mapping of keys"),
         ("", "is a NoneType; allowed: a mapping of keys"),
         ("a: [1", "is not YAML"),
+        ("a: &a {b: *a}", "holds an alias of what it stands in"),
+        ("[" * 5000, "nested too deep"),
+        ("a: 2020-99-99", "is not YAML"),
+        ("a: " + "9" * 5000, "is not YAML"),
         ("loss: x.y", "'model': is missing; allowed: an import path"),
         ("model: x.y\ndata: x.y\nloss: x.y", "'prune': has none of rule, budget, ranks"),
     ],
@@ -253,6 +258,50 @@ def test_files_that_are_no_recipes(text: str, message: str, folder: Path) -> Non
     (folder / "bad.yaml").write_text(text)
     with pytest.raises(RecipeError, match=message.replace("(", r"\(")):
         read_recipe("bad.yaml")
+
+
+def bomb(levels: int, how: str) -> str:
+    """YAML of a few hundred bytes whose aliases stand for ``9 ** levels`` values."""
+    if how == "lists":
+        lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+        lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
+    else:
+        lines = ["a0: &a0 {k0: 1, k1: 1}"]
+        lines += [f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}], n{n}: 1}}" for n in range(1, levels)]
+    return "\n".join([*lines, f"model: *a{levels - 1}", "data: x.y", "loss: x.y"])
+
+
+@pytest.mark.parametrize("how", ["lists", "merges"])
+def test_a_small_file_that_expands_is_refused_early(how: str, folder: Path) -> None:
+    text = bomb(9, how)
+    assert len(text) < 700
+    (folder / "bomb.yaml").write_text(text)
+    start = time.perf_counter()
+    with pytest.raises(RecipeError, match="expands to too many values") as caught:
+        read_recipe("bomb.yaml")
+    assert time.perf_counter() - start < 1, "without the bound it takes minutes"
+    assert len(str(caught.value)) < 200
+    with pytest.raises(RecipeError, match="expands to too many values"):
+        changed(f"model={{{', '.join(text.splitlines()[:-3])}}}")
+    (folder / "few.yaml").write_text(bomb(3, how))
+    with pytest.raises(RecipeError) as caught:
+        read_recipe("few.yaml")
+    assert len(str(caught.value)) < 2500
+
+
+def test_long_values_are_cut_short_in_errors(folder: Path) -> None:
+    (folder / "long.yaml").write_text(yaml.safe_dump(BASE | {"model": ["x" * 10_000] * 100}))
+    with pytest.raises(RecipeError, match="'model': got") as caught:
+        read_recipe("long.yaml")
+    assert len(str(caught.value)) < 2000
+    (folder / "large.yaml").write_text("#" * (1 << 20) + "\n")
+    with pytest.raises(RecipeError, match="too large for a recipe"):
+        read_recipe("large.yaml")
+
+
+def test_aliases_are_allowed(folder: Path) -> None:
+    (folder / "alias.yaml").write_text(yaml.safe_dump(BASE) + "continued: &phase {epochs: 2}\ntruncated: *phase\n")
+    assert read_recipe("alias.yaml").truncated == read_recipe("alias.yaml").continued
 
 
 def test_a_file_that_does_not_exist() -> None:
@@ -562,14 +611,15 @@ def test_exit_codes_and_output(folder: Path, capsys: pytest.CaptureFixture[str])
     assert call("run", "base.yaml", "--out", "out", "--quiet", "--json", "--set", "dense.epochs=0") == 0
     text = capsys.readouterr()
     assert text.err == ""
-    lines = text.out.splitlines()
-    assert [word in lines[0] for word in ("dense", "low-rank")] == [True, True]
-    last = json.loads(lines[-1])
+    last = json.loads(text.out)
     assert list(last) == ["dense", "final"]
     assert all({"accuracy", "params", "macs", "size_bytes", "latency_s"} <= set(entry) for entry in last.values())
     assert set(last["final"]["ranks"]) == {"first", "middle"}
+    assert call("run", "base.yaml", "--out", "out", "--quiet", "--set", "dense.epochs=0") == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert [word in first for word in ("dense", "low-rank")] == [True, True]
     assert call("coverage", "out", "--json") == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = json.loads(capsys.readouterr().out)
     assert {row["name"]: row["factorized"] for row in rows} == {"first": True, "norm": False, "middle": True, "head": False}
     assert {row["name"]: row["rank"] for row in rows if row["factorized"]} == last["final"]["ranks"]
     assert call("coverage", "base.yaml") == 0
@@ -602,5 +652,5 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, c
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Run, "run", interrupt)
-    assert call("run", "base.yaml", "--out", "out") == 1
+    assert call("run", "base.yaml", "--out", "out") == 130
     assert "the same command goes on from the last checkpoint" in capsys.readouterr().err

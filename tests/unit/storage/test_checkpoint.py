@@ -1,10 +1,13 @@
 """Saving and loading: round trips of everything that can be saved, and refusal of everything that is not whole."""
 
 import json
+import os
 import random
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,8 @@ from spectrim.layers import FactorizedLayer
 from spectrim.plain.attention import PlainAttention
 from spectrim.plain.chain import PlainPair
 from spectrim.plain.recurrent import PlainRecurrent
-from spectrim.storage import save as checkpoint
-from spectrim.storage.save import PLAN, WEIGHTS
+from spectrim.storage import folder as checkpoint
+from spectrim.storage.folder import PLAN, WEIGHTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")  # torch's own
 
@@ -353,6 +356,39 @@ def test_foreign_safetensors(saved: Path) -> None:
     assert_refused(saved, WEIGHTS, match="not a safetensors file")
 
 
+@pytest.mark.parametrize(
+    ("layer", "place", "value"),
+    [
+        (lambda: nn.Linear(24, 24), "in_features", 10**9),
+        (lambda: nn.Linear(24, 24), "out_features", 40_000),
+        (lambda: nn.Conv2d(24, 24, 3), "kernel_size", [3, 10**8]),
+        (lambda: nn.Embedding(40, 24), "num_embeddings", 10**9),
+        (lambda: nn.LSTM(24, 8), "num_layers", 10**9),
+        (lambda: nn.LSTM(24, 8), "given", {"weight_ih_l0": [[10**6, 10**6]]}),
+        (lambda: nn.MultiheadAttention(24, 4), "embed_dim", 10**7),
+        (lambda: nn.Linear(24, 24), "in_features", "many"),
+    ],
+)
+def test_a_plan_of_huge_layers_is_refused_before_anything_is_built(tmp_path: Path, layer: Any, place: str, value: Any) -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(layer())
+
+    folder = sp.save(sp.merge(sp.factorize(make(), where=EVERYTHING, rank=2)), tmp_path)
+    plan, tensors = checkpoint.read(folder)
+    plan["merged"]["0"][0][place] = value
+    checkpoint.write(folder, plan, tensors)
+    start = time.perf_counter()
+    assert_refused(folder, PLAN, make(), match="not a plan" if value == "many" else r"larger than what is stored for it \(")
+    assert time.perf_counter() - start < 1
+
+
+def test_a_header_longer_than_its_file(saved: Path) -> None:
+    content = (saved / WEIGHTS).read_bytes()
+    for length in (len(content), 1 << 40, (1 << 64) - 1):
+        (saved / WEIGHTS).write_bytes(length.to_bytes(8, "little") + content[8:])
+        assert_refused(saved, WEIGHTS, match="is truncated or not a safetensors file")
+
+
 def test_a_newer_format(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", 2)
@@ -360,12 +396,66 @@ def test_a_newer_format(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_refused(saved, WEIGHTS, match="has format 2, this version reads 1; install a newer spectrim")
 
 
-def test_files_of_two_saves_still_give_one_whole_model(tmp_path: Path) -> None:
-    """What a process killed between the two renames leaves: new weights beside an old listing."""
-    low = sp.factorize(small(), rank=2)
-    old, new = sp.save(sp.factorize(small(), rank=1), tmp_path / "old"), sp.save(low, tmp_path / "new")
-    shutil.copy(new / WEIGHTS, old / WEIGHTS)
-    assert_same(sp.load(old, small()), low)
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is cleaned up after it."""
+
+
+@pytest.mark.parametrize("moment", range(1, 6))
+def test_a_save_killed_at_any_rename_leaves_one_whole_model(tmp_path: Path, moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new, newest = (sp.factorize(small(), rank=rank) for rank in (1, 2, 3))
+    folder, calls, replace = sp.save(old, tmp_path / "model"), 0, os.replace
+
+    def killed(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == moment:
+            shutil.copytree(folder, tmp_path / "left")  # what stands on the disk at that moment
+            raise Killed
+        replace(*args)
+
+    monkeypatch.setattr("spectrim.files.os.replace", killed)
+    with suppress(Killed):
+        sp.save(new, folder)
+    monkeypatch.undo()
+    if moment > 3:  # the note, the weights, the listing: there are no more
+        assert_same(sp.load(folder, small()), new)
+        return
+    assert_same(sp.load(tmp_path / "left", small()), new if moment == 3 else old)
+    sp.save(newest, tmp_path / "left")
+    assert_same(sp.load(tmp_path / "left", small()), newest)
+    assert sorted(path.name for path in (tmp_path / "left").iterdir()) == [WEIGHTS, PLAN]
+
+
+def test_killed_twice_between_the_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second save that stops early finds the state of the first one, which it must not make unreadable."""
+    folder, replace = sp.save(sp.factorize(small(), rank=1), tmp_path / "model"), os.replace
+    second = sp.factorize(small(), rank=2)
+    for calls_left, model in ((2, second), (1, sp.factorize(small(), rank=3)), (2, sp.factorize(small(), rank=4))):
+        left = iter(range(calls_left))
+
+        def stopping(*args: Any, left: Any = left) -> None:
+            if next(left, None) is None:
+                if not (tmp_path / "next").exists():
+                    shutil.copytree(folder, tmp_path / "next")
+                raise Killed
+            replace(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("spectrim.files.os.replace", stopping)
+            with pytest.raises(Killed):
+                sp.save(model, folder)
+        shutil.rmtree(folder)
+        shutil.move(tmp_path / "next", folder)
+        found = sp.load(folder, small())
+        assert_same(found, model if calls_left == 2 else second)
+
+
+def test_weights_and_plan_of_two_models_are_refused(tmp_path: Path) -> None:
+    first, second = (sp.save(sp.factorize(small(), rank=2), tmp_path / name) for name in ("first", "second"))
+    for file in (WEIGHTS, PLAN):
+        mixed = Path(shutil.copytree(first, tmp_path / f"mixed-{file}"))
+        shutil.copy(second / file, mixed / file)
+        assert_refused(mixed, PLAN, match="plan of another model")
 
 
 # Other architectures
@@ -470,14 +560,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("step", ["save_file", "_sync", "os.replace"])
+@pytest.mark.parametrize("step", ["storage.folder.save_file", "files.sync", "files.os.replace"])
 def test_a_failed_save_leaves_the_old_model(saved: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = content(saved)
 
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(f"spectrim.storage.save.{step}", fail)
+    monkeypatch.setattr(f"spectrim.{step}", fail)
     with pytest.raises(OSError, match="no space"):
         sp.save(sp.factorize(small(), rank=1), saved)
     assert content(saved) == before
@@ -498,7 +588,7 @@ def test_a_state_that_is_no_tensor_is_refused_before_anything_is_written(saved: 
 
 
 def test_leftovers_of_a_killed_save_are_removed(saved: Path) -> None:
-    for name in (f"{WEIGHTS}.123.tmp", f"{PLAN}.123.tmp"):
+    for name in (f"{WEIGHTS}.123-0123abcd.tmp", f"{PLAN}.123-0123abcd.tmp"):
         (saved / name).write_bytes(b"half")
     (saved / "notes.tmp").write_text("mine")
     sp.load(saved, small())

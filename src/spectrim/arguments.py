@@ -1,0 +1,103 @@
+"""The arguments of the command line."""
+
+from importlib.metadata import version
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from spectrim.runtimes.formats import SUFFIXES
+
+HELP = {
+    "run": "Run a recipe, stage after stage; finished stages are skipped. The recipe's components are imported and called.",
+    "compress": "Compress a recipe's dense network to a budget; only its model, data, loss, dense and factorize keys are read.",
+    "measure": "Measure the network of a recipe; or show what a finished folder holds, where nothing is imported or called. With --split "
+    "or --threads the folder's final network is measured here and now, which calls the code that its recipe names.",
+    "coverage": "List every parameterised layer: factorized, or why not. Of a finished folder nothing is imported or called.",
+    "plan": "Say what each budget would give, without training: ranks, costs, and the error right after the cut. Calls what the recipe, or "
+    "the recipe in the folder, names.",
+    "report": "Write the HTML page of a run's folder or of a plan; it needs no server and no network, and nothing is imported or called.",
+    "export": "Write the network of a recipe, or the final one of a folder, for another runtime; the file is proved equal before it gets "
+    "its name. Calls what the recipe, or the recipe in the folder, names.",
+}
+
+
+def parser() -> ArgumentParser:
+    """Return the parser of the whole command line."""
+    top = ArgumentParser(prog="spectrim", description="Train and ship low-rank neural networks.", version=version("spectrim"))
+    commands = top.add_subcommands(required=True, dest="command")
+
+    sub = ArgumentParser(description=HELP["run"])
+    sub.add_argument("recipe", type=str, help="a YAML recipe")
+    sub.add_argument("--out", type=str, help="folder of the run (default: runs/NAME)")
+    sub.add_argument("--set", type=str, action="append", metavar="KEY=VALUE", help="change a key of the recipe: train.0.epochs=3")
+    sub.add_argument("--seed", type=int, help="the same as --set seed=N")
+    sub.add_argument("--json", action="store_true", help="print one line of JSON and nothing else: {dense: ..., final: ...}")
+    sub.add_argument("--quiet", action="store_true", help="no progress")
+    commands.add_subcommand("run", sub)
+
+    sub = ArgumentParser(description=HELP["compress"])
+    sub.add_argument("recipe", type=str, help="a YAML recipe; model, data and loss are enough")
+    sub.add_argument("--macs", type=str, help="share of the multiply-accumulates to keep, in (0, 1]; several, 0.7,0.5,0.35, are a sweep")
+    sub.add_argument("--params", type=str, help="share of the parameters to keep, in (0, 1]; or several")
+    sub.add_argument("--size", type=str, help="share of the bytes to keep, in (0, 1]; or several")
+    sub.add_argument("--size_bytes", type=PositiveInt, help="bytes to keep")
+    sub.add_argument("--latency", type=float, help="share of the dense network's seconds to keep, in (0, 1]")
+    sub.add_argument("--latency_s", type=float, help="seconds of one example")
+    sub.add_argument("--backend", choices=["eager", "compile", "onnx"], help="time layers there; what no rank makes faster stays dense")
+    sub.add_argument("--epochs", type=NonNegativeInt, default=0, help="of fine-tuning (default: none, calibration only)")
+    sub.add_argument("--examples", type=PositiveInt, default=1024, help="training examples that calibrate")
+    sub.add_argument("--cut", choices=["auto", "plain", "whitened", "sensitive", "mixed"], default="auto", help="how the cut is made")
+    sub.add_argument("--squeeze", type=float, default=0.0, help="share of the epochs spent training toward the budget before the cut")
+    sub.add_argument("--out", type=str, help="folder (default: runs/NAME-compress-BUDGET)")
+    sub.add_argument("--set", type=str, action="append", metavar="KEY=VALUE", help="change a key of the recipe")
+    sub.add_argument("--seed", type=int, help="the same as --set seed=N")
+    sub.add_argument("--json", action="store_true", help="print one line of JSON and nothing else: {dense: ..., final: ...}")
+    sub.add_argument("--quiet", action="store_true", help="no progress")
+    commands.add_subcommand("compress", sub)
+
+    sub = ArgumentParser(description=HELP["measure"])
+    sub.add_argument("target", type=str, help="a recipe (its dense network) or the folder of a run (its final one)")
+    sub.add_argument("--split", choices=["train", "val", "test"], help="what accuracy and loss are measured on (default for a recipe: val)")
+    sub.add_argument("--threads", type=PositiveInt, help="CPU threads of the latency measurement (default: 1)")
+    sub.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
+    commands.add_subcommand("measure", sub)
+
+    sub = ArgumentParser(description=HELP["coverage"])
+    sub.add_argument("target", type=str, help="a recipe (factorized at full rank) or the folder of a run (after the cut)")
+    sub.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
+    commands.add_subcommand("coverage", sub)
+
+    sub = ArgumentParser(description=HELP["plan"])
+    sub.add_argument(
+        "target", type=str, help="a recipe (its dense network, as it is before training) or the folder of a run (its dense one)"
+    )
+    sub.add_argument("--budgets", type=str, help="fractions of the MACs kept: 0.5,0.33")
+    sub.add_argument("--examples", type=PositiveInt, default=512, help="training examples that calibrate, validation ones that judge")
+    sub.add_argument("--weights-only", action="store_true", help="no data: ranks and cuts by the weights alone")
+    sub.add_argument("--latency", choices=["eager", "compile", "onnx"], help="time the layers, and predict seconds")
+    sub.add_argument("--threads", type=PositiveInt, default=1, help="CPU threads of that timing")
+    sub.add_argument("--out", type=str, help="a JSON file; its page is written beside it")
+    sub.add_argument("--json", action="store_true", help="print one line of JSON and nothing else: the whole plan")
+    sub.add_argument("--quiet", action="store_true", help="no progress")
+    commands.add_subcommand("plan", sub)
+
+    sub = ArgumentParser(description=HELP["report"])
+    sub.add_argument("target", type=str, help="the folder of a run, or what spectrim plan --out wrote")
+    sub.add_argument("--out", type=str, help="the page (default: report.html in the folder, or beside the plan)")
+    sub.add_argument("--open", action="store_true", help="show it in the browser")
+    sub.add_argument("--text", action="store_true", help="print the essentials instead")
+    commands.add_subcommand("report", sub)
+
+    sub = ArgumentParser(description=HELP["export"])
+    sub.add_argument("target", type=str, help="the folder of a run (its final network) or a recipe (its dense one, untrained)")
+    sub.add_argument("--format", choices=list(SUFFIXES.values()), help="what to write (default: by the suffix of --out)")
+    sub.add_argument("--out", type=str, help=f"the file: {', '.join(SUFFIXES)} (default: model.SUFFIX in the run's folder)")
+    sub.add_argument("--batch", type=PositiveInt, default=1, help="examples of the validation split to compare and time with")
+    sub.add_argument("--static", action="store_true", help="for that batch only")
+    sub.add_argument("--int8", action="store_true", help="8-bit weights and activations, calibrated on training batches; ONNX only")
+    sub.add_argument("--max_batch", type=PositiveInt, default=8, help="largest batch that an ExecuTorch file takes")
+    sub.add_argument("--tolerance", type=float, help="largest difference allowed, as a fraction of the output's largest magnitude")
+    sub.add_argument("--threads", type=PositiveInt, default=1, help="CPU threads of the latency measurement")
+    sub.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
+    commands.add_subcommand("export", sub)
+    return top
