@@ -82,6 +82,9 @@ class PlainInterpolative(nn.Module):
         """Say where the kept channels stand."""
         return f"start={self.start}" if self.gather is None else "free pivots"
 
+    def _get_name(self) -> str:
+        raise NotImplementedError
+
     def _sizes(self, kept: Any, mix: Any) -> tuple[int, int]:
         raise NotImplementedError
 
