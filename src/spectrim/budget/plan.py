@@ -263,7 +263,7 @@ def _settings(model: nn.Module, inputs: Any, latency: Latencies | None, *, examp
     table = {name: getattr(latency, name) for name in ("backend", "threads", "machine") if hasattr(latency, name)}
     return {
         "model": type(model).__name__,
-        "batch": batch_size_of(inputs),
+        "batch": batch_size_of(inputs, model=model),
         "examples": examples,
         "latency": json.loads(json.dumps(table, default=dict)) if latency else None,
         "versions": {name: version(name) for name in names} | {"python": platform.python_version()},

@@ -138,7 +138,7 @@ def export(
     """
     path = Path(path)
     format = _format_of(path, format)
-    batch = batch_size_of(inputs)
+    batch = batch_size_of(inputs, model=model)
     if max_batch < 1 or (format == "executorch" and dynamic_batch and max_batch < batch):
         raise SettingError("export", "max_batch", got=max_batch, rule=f"at least the batch of the inputs ({batch})")
     if tolerance is not None and not tolerance > 0:

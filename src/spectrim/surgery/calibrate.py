@@ -149,8 +149,8 @@ def calibrate(
     seen = 0
     with isolated(observed), torch.set_grad_enabled(loss is not None), sums.watching(observed):
         for inputs, target in batches_of(data, observed, examples, targets=loss is not None, progress=progress, title="calibrate"):
-            count = batch_size_of(inputs)
             output = call_model(observed, inputs)
+            count = batch_size_of(inputs, target=target, model=observed, output=output)
             if loss is not None:
                 sums.add_slopes(held, loss_of(loss, output, target, "calibrate") * count)
             seen += count
@@ -346,6 +346,6 @@ def batches_of(
             raise SettingError(title, "data", got=type(batch), rule="batches (inputs, target) with a loss")
         inputs, target = _send(tuple(batch) if pair else (batch, None), model)
         yield inputs, target
-        seen += batch_size_of(inputs)
+        seen += batch_size_of(inputs, target=target)
         if examples is not None and seen >= examples:
             return
