@@ -255,6 +255,29 @@ def _tried(inputs: Any, layouts: Sequence[Layout], model: nn.Module, owner: str)
     raise SettingError(owner, "example_inputs", got=None, rule=rule, hint=hint) from failure
 
 
+def length_of(data: Iterable[Any], owner: str) -> int:
+    """Return the number of batches; data without a length are read once to count them.
+
+    Args:
+        data: can be iterated again.
+        owner: the verb that was called, for errors.
+
+    Raises:
+        SettingError: when there is no batch.
+
+    Examples:
+        >>> length_of([1, 2], "fit")
+        2
+    """
+    try:
+        length = len(data)  # type: ignore[arg-type]
+    except TypeError:
+        length = sum(1 for _ in data)
+    if not length:
+        raise SettingError(owner, "data", got=f"nothing from {type(data).__name__}", rule="at least one batch", hint=READ_ONCE)
+    return length
+
+
 def first_batch(data: Iterable[Any], owner: str) -> Any:
     """Return the first batch of data.
 
