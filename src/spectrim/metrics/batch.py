@@ -1,5 +1,6 @@
 """Where the examples of a batch lie in its tensors: found by agreement of sizes, or stated by the caller."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,18 +64,18 @@ def _sizes(item: Any) -> tuple[int, ...]:
 
 
 def _hints(given: Any) -> list[int]:
-    """Return the sizes of targets or outputs that can be the batch, the leading one first; empty where they disagree on all."""
+    """Return the sizes of targets or outputs that can be the batch, those that all tensors share, else the most common leading one."""
     if isinstance(given, list) and given and not isinstance(given[0], Tensor):
         return [len(given)]
     tensors = [
         leaf for leaf in tree_leaves(dict(given) if isinstance(given, Mapping) else given) if isinstance(leaf, Tensor) and leaf.dim()
     ]
-    first = [tensor.shape[0] for tensor in tensors]
-    if first and len(set(first)) == 1:
-        second = {tensor.shape[1] if tensor.dim() > 1 else None for tensor in tensors}
-        rest = second.pop() if len(second) == 1 else None
-        return first[:1] if rest is None else [first[0], rest]
-    return [len(given)] if isinstance(given, list) and given else sorted(set(first), key=first.count, reverse=True)[:1]
+    if not tensors:
+        return [len(given)] if isinstance(given, list) and given else []
+    common = [size for size in tensors[0].shape[:2] if all(size in tensor.shape[:2] for tensor in tensors)]
+    if not common:
+        common = [Counter(tensor.shape[0] for tensor in tensors).most_common(1)[0][0]]
+    return list(dict.fromkeys(common))
 
 
 def layout_of(inputs: Any, size: int) -> Layout:

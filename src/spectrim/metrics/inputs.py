@@ -95,6 +95,8 @@ def loss_of(loss: Callable[[Any, Any], Tensor], output: Any, target: Any, owner:
     except (SpectrimError, torch.OutOfMemoryError):
         raise
     except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+        if isinstance(error, AttributeError | KeyError) and isinstance(output, Tensor) and isinstance(target, Tensor):
+            raise  # of the loss's own code
         hint = f"it fails with {type(error).__name__}: {str(error).strip()[:300]}"
         if scores_of(output) is not output:
             hint = "which holds its scores as logits: give lambda output, target: loss(output.logits, target)"
@@ -138,13 +140,13 @@ def batch_size_of(inputs: Any, given: int | None = None, *, target: Any = None, 
     single = isinstance(inputs, list) and model is not None and _takes_list(model, inputs)
     arguments = (inputs,) if single else dict(inputs) if isinstance(inputs, Mapping) else inputs
     found = candidates(arguments, target)
-    if model is not None and not (len(found) == 1 and found[0].plain):
-        if output is None:
+    if (model is not None or output is not None) and not (len(found) == 1 and found[0].plain):
+        if output is None and model is not None:
             with evaluating(model), unfused():
                 output = call_model(model, _send(inputs, model))
         found = agreeing(arguments, output) or found
         sizes = {layout.size for layout in found}
-        if len(sizes) > 1 and (size := _stated_by_layers(model, inputs, sizes)):
+        if model is not None and len(sizes) > 1 and (size := _stated_by_layers(model, inputs, sizes)):
             return size
     if not found or found[0].size < 1:
         raise _unknown_batch(inputs)

@@ -224,7 +224,7 @@ def compress(
     judged = known if eval_data is None else eval_data
     cutter = _Cutter(dense, loss, budget, inputs, known, judged, importance, latency)
     scores, history = {"dense": cutter.uncut}, History()
-    low = factorize(dense, scheme, where, progress=progress)
+    low = factorize(dense, scheme, where, example_inputs=inputs, progress=progress)
     teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
     if chosen and (able := teacher_for(dense, known, loss)):
         teacher = showing(able, low, known[0])
@@ -258,7 +258,9 @@ def compress(
         {"dense": dense.eval(), "final": final}, inputs, cutter.judged, loss, batch_size=1 if example_inputs is None else None
     )
     taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
-    made = Compressed(final, low, measured, scores, how, taught, history, coverage(low, where, latency=latency), store.settings)
+    made = Compressed(
+        final, low, measured, scores, how, taught, history, coverage(low, where, inputs=inputs, latency=latency), store.settings
+    )
     store.finish(made)
     return made
 

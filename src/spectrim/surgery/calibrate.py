@@ -150,7 +150,7 @@ def calibrate(
     with isolated(observed), torch.set_grad_enabled(loss is not None), sums.watching(observed):
         for inputs, target in batches_of(data, observed, examples, targets=loss is not None, progress=progress, title="calibrate"):
             output = call_model(observed, inputs)
-            count = batch_size_of(inputs, target=target, model=observed, output=output)
+            count = batch_size_of(inputs, target=target, output=output)
             if loss is not None:
                 sums.add_slopes(held, loss_of(loss, output, target, "calibrate") * count)
             seen += count

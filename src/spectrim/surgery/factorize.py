@@ -12,15 +12,17 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from spectrim import linalg
+from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import factor_name, kind_of
 from spectrim.linalg.fold import Fold
 from spectrim.linalg.spectral import OVERSAMPLE
-from spectrim.protocols import LayerFilter
+from spectrim.protocols import Where
 from spectrim.surgery.exchange import duplicate, replace
+from spectrim.surgery.head import call_order
 from spectrim.surgery.ranks import Ranks, check_names, chooser
-from spectrim.surgery.select import decide
+from spectrim.surgery.select import decide, layer_filter
 
 Scheme = Literal["auto", "channel", "spatial"]
 
@@ -74,10 +76,11 @@ def decomposition(method: Method, rank: int | None, full: int) -> Callable[[Tens
 def factorize(
     model: nn.Module,
     scheme: Scheme = "auto",
-    where: LayerFilter | None = None,
+    where: Where | None = None,
     *,
     rank: Ranks | None = None,
     method: Method = "exact",
+    example_inputs: Any = None,
     progress: bool = False,
 ) -> nn.Module:
     """Return a copy of `model` in which dense layers hold ``U diag(|S|) Vh``; the function is preserved at full rank.
@@ -89,12 +92,14 @@ def factorize(
         model: any module; it is left untouched.
         scheme: how 2-D convolution kernels are folded: ``channel``, ``spatial``, or ``auto``, which takes for each layer the one with fewer
             MACs at 80 % of the spectral energy (``channel`` on the meta device). Other layers have one scheme only.
-        where: selects layers by name and module, see `match`; everything but the classifier head when omitted.
+        where: selects layers: a name, a glob, a list of these, or a predicate of name and module, see `match`; everything but the classifier
+            head when omitted.
         rank: how many singular values to keep from the start: a number (capped at each layer's full rank), a rank rule, or a mapping
             ``{layer: rank}`` (layers it does not name keep all). All when omitted.
         method: ``exact``, the SVD in float64; ``randomized``, a sketch of ``rank + 16`` columns with four power iterations in the weight's
             precision (float32 at least), whose error is within 1 % of the best possible one, see `linalg.randomized_svd`; ``auto``, that
             where ``rank + 16`` is at most a quarter of the full rank. A sketch needs a number or a mapping; otherwise ``auto`` is exact.
+        example_inputs: one batch of inputs, by which the classifier head is the last layer called; without it names and sizes decide.
         progress: whether to show a progress bar, on stderr and on a terminal only, once it has taken two seconds.
 
     Returns:
@@ -116,6 +121,8 @@ def factorize(
     Source: Yang et al., arXiv 2004.09031, section 3.1.
     Deviation: factors start from the SVD of the present weights; the published code starts CNN factors at random.
     """
+    check("factorize", model=model, where=where, rank=rank, example_inputs=example_inputs)
+    model = unwrapped(model)
     if scheme not in ("auto", "channel", "spatial"):
         raise SettingError("factorize", "scheme", got=scheme, rule="'auto', 'channel' or 'spatial'")
     if method not in ("exact", "randomized", "auto"):
@@ -137,7 +144,8 @@ def factorize(
             raise LayerError(name, "its weight holds NaN or infinite values", hint="load a sound checkpoint")
         return Factors.of(weight, matrix, choose, decomposition(method, choose(matrix) if stated else None, min(shape)))
 
-    reasons = decide(model, where)
+    order = None if example_inputs is None or where is not None else call_order(model, example_inputs)
+    reasons = decide(model, layer_filter(where, model), order=order)
     chosen = {name: None for name, reason in reasons.items() if reason is None}
     if not chosen:
         listed = "; ".join(f"'{name}': {reason}" for name, reason in list(reasons.items())[:5]) or "it has no parameters"

@@ -15,7 +15,8 @@ from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, named_factors
 from spectrim.plain.attention import PlainAttention
 from spectrim.plain.recurrent import PlainRecurrent
-from spectrim.surgery.select import HEAD, head_of
+from spectrim.surgery.head import head_of
+from spectrim.surgery.select import HEAD
 
 EVERYTHING = sp.match("*")
 
