@@ -216,11 +216,8 @@ def _budget(verb: str, name: str, value: Any) -> None:
 def _ranks(verb: str, name: str, value: Any) -> None:
     """Accept a whole number, a mapping or a rank rule; the numbers in it are checked with the layers' sizes."""
     if isinstance(value, Mapping) or (callable(value) and not isinstance(value, type)):
-        for layer, rank in value.items() if isinstance(value, Mapping) else ():
-            if isinstance(rank, bool) or not isinstance(rank, SupportsIndex):
-                raise SettingError(verb, f"{name}[{layer!r}]", got=_shown(rank), rule="an integer")
         return
-    if name == "rank" and isinstance(value, SupportsIndex) and not isinstance(value, bool | Tensor):
+    if name == "rank" and isinstance(value, SupportsIndex) and not isinstance(value, Tensor):
         return
     number = isinstance(value, SupportsIndex)
     hint = "the same rank everywhere: Fixed(8)" if number else "a fraction of each full rank: Fraction(0.25)"
@@ -263,7 +260,7 @@ def _plan(verb: str, name: str, value: Any) -> None:
 
 
 def _budgets(verb: str, name: str, value: Any) -> None:
-    if isinstance(value, str | Mapping) or not isinstance(value, Sequence) or not value:
+    if isinstance(value, str | Mapping) or not isinstance(value, Sequence):
         raise _fail(verb, name, value, "a list of budgets, such as [0.5, 0.25]", f"[{value!r}]" if isinstance(value, Real) else "")
     for budget in value:
         _budget(verb, f"each of {name}", budget)
@@ -311,6 +308,10 @@ def _bare(verb: str, name: str, value: Any) -> None:
     _data(verb, name, value, bare=True, once=True, rule="an iterable of batches, (inputs, target) or bare inputs")
 
 
+def _reread_bare(verb: str, name: str, value: Any) -> None:
+    _data(verb, name, value, bare=True, rule="an iterable of batches, (inputs, target) or bare inputs")
+
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("model", "cut_model", "dense"), _model),
     **dict.fromkeys(("data", "eval_data"), _reread),
@@ -325,6 +326,7 @@ RULES: dict[str, Rule] = {
     "models": _models,
     "data_once": _read_once,
     "batches": _bare,
+    **dict.fromkeys(("batches_again", "eval_batches"), _reread_bare),
     "loss": _loss,
     "optimizer": _optimizer,
     "factory": _factory,
@@ -342,11 +344,18 @@ RULES: dict[str, Rule] = {
 
 NONE_ALLOWED = {
     *("where", "keep", "eval_data", "example_inputs", "clip", "latency", "calibration", "scheduler", "rank", "multiple", "tolerance"),
-    *("batch_size", "checkpoint", "factory"),
+    *("batch_size", "checkpoint", "factory", "eval_batches"),
 }
 """Arguments for which None is a value in every verb."""
 
-FIELDS = {"cut_model": "cut", "data_once": "data", "batches": "data", "factory": "optimizer"}
+FIELDS = {
+    "cut_model": "cut",
+    "data_once": "data",
+    "batches": "data",
+    "batches_again": "data",
+    "eval_batches": "eval_data",
+    "factory": "optimizer",
+}
 """Names in messages, where rules differ between verbs for arguments of one name."""
 
 __all__ = ["BATCHES", "INPUTS", "READ_ONCE", "RULES", "WHERE", "check", "unwrapped"]

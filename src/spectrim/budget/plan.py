@@ -93,8 +93,10 @@ def plan(
         >>> Plan.from_dict(found.to_dict()) == found
         True
     """
-    check("plan", optional=("data", "loss"), model=model, inputs=inputs, data=data, loss=loss, budgets=budgets, where=where)
-    check("plan", latency=latency, eval_data=eval_data, examples=examples)
+    check(
+        "plan", optional=("batches_again", "loss"), model=model, inputs=inputs, batches_again=data, loss=loss, budgets=budgets, where=where
+    )
+    check("plan", latency=latency, eval_batches=eval_data, examples=examples)
     model = unwrapped(model)
     if loss is not None and data is None:
         raise SettingError("plan", "loss", got=loss, rule="given together with data", hint="plan(model, inputs, data, loss)")

@@ -92,8 +92,8 @@ def factorize(
         model: any module; it is left untouched.
         scheme: how 2-D convolution kernels are folded: ``channel``, ``spatial``, or ``auto``, which takes for each layer the one with fewer
             MACs at 80 % of the spectral energy (``channel`` on the meta device). Other layers have one scheme only.
-        where: selects layers: a name, a glob, a list of these, or a predicate of name and module, see `match`; everything but the classifier
-            head when omitted.
+        where: selects layers: a name, a glob, a list of these, or a predicate of name and module, see `match`; everything but the
+            classifier head when omitted.
         rank: how many singular values to keep from the start: a number (capped at each layer's full rank), a rank rule, or a mapping
             ``{layer: rank}`` (layers it does not name keep all). All when omitted.
         method: ``exact``, the SVD in float64; ``randomized``, a sketch of ``rank + 16`` columns with four power iterations in the weight's
