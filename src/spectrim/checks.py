@@ -106,6 +106,12 @@ def _model(verb: str, name: str, value: Any) -> None:
     raise _fail(verb, name, value, "an nn.Module", hint)
 
 
+def _network(verb: str, name: str, value: Any) -> None:
+    """Accept a model or the path of a file that holds one."""
+    if not isinstance(value, str | os.PathLike):
+        _model(verb, name, value)
+
+
 def _models(verb: str, name: str, value: Any) -> None:
     if not isinstance(value, Mapping):
         raise _fail(verb, name, value, "a dict {name: model}", 'for one model: {"model": model}' if isinstance(value, nn.Module) else "")
@@ -324,6 +330,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("clip", "min_time", "time_box", "tolerance"), _number("a number above 0", lambda value: value > 0)),
     **dict.fromkeys(("squeeze", "margin"), _number("a fraction in [0, 1)", lambda value: 0 <= value < 1)),
     "models": _models,
+    "network": _network,
     "data_once": _read_once,
     "batches": _bare,
     **dict.fromkeys(("batches_again", "eval_batches"), _reread_bare),

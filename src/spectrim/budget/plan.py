@@ -197,7 +197,7 @@ def _row(model: nn.Module, budget: Budget, way: _Way, *, inputs: Any, latency: L
     except SettingError as error:
         return BudgetPlan(budget.limits, problem=str(error))
     merged = merge(prune(model, ranks, calibration=way.calibration), latency=latency)
-    found = measure(merged, inputs, latency=False)
+    found = measure(merged, inputs, latency=False, batch_size=batch_size_of(inputs, model=model, unknown=1))
     assert found.macs is not None
     return BudgetPlan(budget.limits, ranks, Totals(found.macs, found.params, found.size_bytes, **judge.judged(merged)))
 
@@ -267,7 +267,7 @@ def _settings(model: nn.Module, inputs: Any, latency: Latencies | None, *, examp
     table = {name: getattr(latency, name) for name in ("backend", "threads", "machine") if hasattr(latency, name)}
     return {
         "model": type(model).__name__,
-        "batch": batch_size_of(inputs, model=model),
+        "batch": batch_size_of(inputs, model=model, unknown=1),
         "examples": examples,
         "latency": json.loads(json.dumps(table, default=dict)) if latency else None,
         "versions": {name: version(name) for name in names} | {"python": platform.python_version()},

@@ -113,7 +113,15 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__} ({value.dtype}, {tuple(value.shape)})" if isinstance(value, Tensor) else type(value).__name__
 
 
-def batch_size_of(inputs: Any, given: int | None = None, *, target: Any = None, model: nn.Module | None = None, output: Any = None) -> int:
+def batch_size_of(
+    inputs: Any,
+    given: int | None = None,
+    *,
+    target: Any = None,
+    model: nn.Module | None = None,
+    output: Any = None,
+    unknown: int | None = None,
+) -> int:
     """Return the number of examples: the one given, or the one on which the sizes of inputs, target and output agree.
 
     Args:
@@ -124,6 +132,7 @@ def batch_size_of(inputs: Any, given: int | None = None, *, target: Any = None, 
             its recurrent and attention layers can say, by ``batch_first``, which axis is the batch. Without a model the leading axis is
             taken where the sizes allow it.
         output: of the model for these inputs.
+        unknown: returned where the tensors agree on no size, for costs of which only ratios matter; None for an error.
 
     Raises:
         SettingError: when the tensors agree on no size, or for a number below 1.
@@ -145,11 +154,15 @@ def batch_size_of(inputs: Any, given: int | None = None, *, target: Any = None, 
             with evaluating(model), unfused():
                 output = call_model(model, _send(inputs, model))
         found = agreeing(arguments, output) or found
+        if not found and all(tensor.dim() == 0 or tensor.size(0) == 1 for tensor in tensors_of(output)):
+            return 1  # one result for all inputs together, such as a graph
         sizes = {layout.size for layout in found}
         if model is not None and len(sizes) > 1 and (size := _stated_by_layers(model, inputs, sizes)):
             return size
     if not found or found[0].size < 1:
-        raise _unknown_batch(inputs)
+        if unknown is None:
+            raise _unknown_batch(inputs)
+        return unknown
     return found[0].size
 
 

@@ -23,7 +23,7 @@ from spectrim.files import write_text
 from spectrim.layers import named_factors
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.evaluate import evaluate
-from spectrim.metrics.inputs import first_examples, length_of, one_example
+from spectrim.metrics.inputs import batch_size_of, first_examples, length_of, one_example
 from spectrim.metrics.measurement import Measurement, compare_table, measure_together
 from spectrim.penalties import Orthogonality
 from spectrim.pipeline.teaching import AHEAD, NATS_AHEAD, RECITING, TEACHING, axis_of_classes, showing, teacher_for
@@ -219,10 +219,11 @@ def compress(
         examples=examples,
     )
     inputs = one_example(data, model, dims=batch_dims, owner="compress") if example_inputs is None else example_inputs
+    batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
     known = first_examples(data, examples, dims=batch_dims)
     dense = copy.deepcopy(model)
     judged = known if eval_data is None else eval_data
-    cutter = _Cutter(dense, loss, budget, inputs, known, judged, importance, latency)
+    cutter = _Cutter(dense, loss, budget, inputs, known, judged, importance, latency, batch_dims)
     scores, history = {"dense": cutter.uncut}, History()
     low = factorize(dense, scheme, where, example_inputs=inputs, progress=progress)
     teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
@@ -254,9 +255,7 @@ def compress(
         scores["final"] = cutter.score(low)
     low.eval()
     final = merge(low, latency=latency)
-    measured = measure_together(
-        {"dense": dense.eval(), "final": final}, inputs, cutter.judged, loss, batch_size=1 if example_inputs is None else None
-    )
+    measured = measure_together({"dense": dense.eval(), "final": final}, inputs, cutter.judged, loss, batch_size=batch)
     taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
     made = Compressed(
         final, low, measured, scores, how, taught, history, coverage(low, where, inputs=inputs, latency=latency), store.settings
@@ -277,6 +276,7 @@ class _Cutter:
     judged: Iterable[Any]
     importance: Importance | None
     latency: Latencies | None
+    batch_dims: BatchDims | None = None
 
     def score(self, network: nn.Module) -> dict[str, float]:
         return evaluate(network, self.judged, self.loss)
@@ -320,7 +320,7 @@ class _Cutter:
         return loss if kind == "sensitive" else LEVEL * loss
 
     def _moments(self, full: nn.Module) -> Calibration:
-        return calibrate(full, self.known, self.loss, examples=None)
+        return calibrate(full, self.known, self.loss, examples=None, batch_dims=self.batch_dims)
 
     def _made(self, full: nn.Module, kind: str, moments: Calibration | None = None) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
         if kind != "plain" and moments is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from spectrim.checks import check
 from spectrim.errors import ExportError, FormatError, SettingError
 from spectrim.layers import named_layers
 from spectrim.metrics.clock import Latency, compare_latency
@@ -136,6 +137,7 @@ def export(
         >>> run_exported(made.path, torch.zeros(5, 4)).shape
         torch.Size([5, 2])
     """
+    check("export", model=model, inputs=inputs, path=path, max_batch=max_batch, tolerance=tolerance, threads=threads)
     path = Path(path)
     format = _format_of(path, format)
     batch = batch_size_of(inputs, model=model)

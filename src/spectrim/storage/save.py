@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from spectrim.checks import check, unwrapped
 from spectrim.errors import FormatError
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, kind_of, named_factors
@@ -68,6 +69,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         FormatError: when the model's state holds something that is not a tensor.
         LayerError: for a model that FSDP2 shards.
     """
+    check("save", model=model, folder=folder)
+    model = unwrapped(model)
     refuse_shards(model, "save")
     folder = Path(folder)
     tensors, aliases = _tensors(model)
@@ -105,6 +108,8 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     Raises:
         FormatError: for a missing, truncated, altered or foreign file, or for another architecture; nothing is changed then.
     """
+    check("load", folder=folder, model=model)
+    model = unwrapped(model)
     plan, tensors = read(Path(folder))
     path = Path(folder) / PLAN
     try:
