@@ -1,10 +1,11 @@
 """One check of arguments, at the entry of every public verb and before any work: `check` and the table of its rules."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any, SupportsIndex
+from typing import Any, ParamSpec, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,11 @@ READ_ONCE = "a generator can be read only once: give a list or a DataLoader"
 BATCHES = "an iterable of batches (inputs, target), such as a DataLoader or a list"
 INPUTS = "one batch of inputs: a tensor, a tuple of arguments or a dict of keyword arguments"
 WHERE = "a layer name, a glob, a list of these, or a function (name, module) -> bool"
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+INNER = ("factorize", "fit", "calibrate", "allocate", "prune", "correct", "recalibrate", "merge", "evaluate", "measure", "compare_latency")
+"""Verbs that others call."""
 
 Rule = Callable[[str, str, Any], None]
 """Takes the verb, the name of the argument and its value; raises a `SettingError` for a wrong value."""
@@ -44,6 +50,31 @@ def check(verb: str, /, *, optional: Sequence[str] = (), **arguments: Any) -> No
         if value is None and (name in optional or name in NONE_ALLOWED):
             continue
         RULES[name](verb, FIELDS.get(name, name), value)
+
+
+def naming(verb: Callable[P, R]) -> Callable[P, R]:
+    """Let the errors of the verbs that a verb calls name the verb that was called; a decorator.
+
+    Examples:
+        >>> @naming
+        ... def compress(epochs):
+        ...     check("fit", epochs=epochs)
+        >>> compress(-1)
+        Traceback (most recent call last):
+        spectrim.errors.SettingError: compress: epochs must be an integer of at least 0, got -1
+    """
+
+    @functools.wraps(verb)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return verb(*args, **kwargs)
+        except SettingError as error:
+            inner, _, rest = str(error).partition(": ")
+            if inner in INNER:
+                error.args = (f"{verb.__name__}: {rest}",)
+            raise
+
+    return called
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ from spectrim.budget.distortion.loss import LossSensitivity
 from spectrim.budget.distortion.normalized import NormalizedEnergy
 from spectrim.budget.plan_table import BudgetPlan, Plan, SkippedLayer, Totals, WeightPlan
 from spectrim.budget.prices import _Cost, _costs
-from spectrim.checks import check, unwrapped
+from spectrim.checks import check, naming, unwrapped
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
 from spectrim.metrics.evaluate import evaluate
@@ -34,6 +34,7 @@ from spectrim.surgery.coverage import LayerCoverage, coverage
 from spectrim.surgery.factorize import Scheme, factorize
 from spectrim.surgery.merge import merge
 from spectrim.surgery.prune import prune
+from spectrim.surgery.select import layer_filter
 
 BUDGETS = (0.8, 0.65, 0.5, 0.4, 0.33, 0.25, 0.2)
 """Fractions of the dense network that a plan tries."""
@@ -43,6 +44,7 @@ DIGITS = 7
 """Significant digits of the spectra and harms that a plan holds."""
 
 
+@naming
 def plan(
     model: nn.Module,
     inputs: Any,
@@ -98,6 +100,7 @@ def plan(
     )
     check("plan", latency=latency, eval_batches=eval_data, examples=examples)
     model = unwrapped(model)
+    where = layer_filter(where, model, "plan")
     if loss is not None and data is None:
         raise SettingError("plan", "loss", got=loss, rule="given together with data", hint="plan(model, inputs, data, loss)")
     wanted = [as_budget(budget, "plan") for budget in budgets]

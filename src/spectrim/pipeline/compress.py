@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from spectrim.budget.allocate import allocate
 from spectrim.budget.budget import Budget, as_budget
-from spectrim.checks import check, unwrapped
+from spectrim.checks import check, naming, unwrapped
 from spectrim.errors import FormatError, SettingError
 from spectrim.files import write_text
 from spectrim.layers import named_factors
@@ -38,6 +38,7 @@ from spectrim.surgery.factorize import Scheme, factorize
 from spectrim.surgery.merge import merge
 from spectrim.surgery.prune import prune, prune_
 from spectrim.surgery.recalibrate import recalibrate
+from spectrim.surgery.select import layer_filter
 from spectrim.training.distillation import Distillation, Loss
 from spectrim.training.fit import Precision, fit
 from spectrim.training.history import History
@@ -113,6 +114,7 @@ class Compressed:
         return "\n".join([f"cut: {self.cut}", *taught, *lines])
 
 
+@naming
 def compress(
     model: nn.Module,
     data: Iterable[Any],
@@ -202,6 +204,7 @@ def compress(
     check("compress", model=model, data=data, loss=loss, epochs=epochs, example_inputs=example_inputs, eval_data=eval_data, where=where)
     check("compress", squeeze=squeeze, factory=optimizer, penalties=penalties, clip=clip, examples=examples, latency=latency)
     model, budget, epochs, examples = unwrapped(model), as_budget(budget, "compress"), index(epochs), index(examples)
+    where = layer_filter(where, model, "compress")
     if cut not in ("auto", "plain", "whitened", "sensitive", "mixed"):
         raise SettingError("compress", "cut", got=cut, rule="'auto', 'plain', 'whitened', 'sensitive' or 'mixed'")
     store = _Store(None if folder is None else Path(folder))
