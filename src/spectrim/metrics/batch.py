@@ -63,7 +63,7 @@ def _sizes(item: Any) -> tuple[int, ...]:
     return tuple(item.shape[:2]) if isinstance(item, Tensor) else ()
 
 
-def _hints(given: Any) -> list[int]:
+def hints_of(given: Any) -> list[int]:
     """Return the sizes of targets or outputs that can be the batch, those that all tensors share, else the most common leading one."""
     if isinstance(given, list) and given and not isinstance(given[0], Tensor):
         return [len(given)]
@@ -119,8 +119,12 @@ def candidates(inputs: Any, *hints: Any) -> list[Layout]:
 
 def agreeing(inputs: Any, hint: Any) -> list[Layout]:
     """Return the layouts whose size is that of the first or the second axis of a target or an output."""
-    layouts = [layout_of(inputs, size) for size in _hints(hint)]
-    return _with_shared_squares(inputs, [layout for layout in layouts if any(axis is not None for axis in layout.axes)])
+    sizes = hints_of(hint)
+    layouts = [layout_of(inputs, size) for size in sizes]
+    agreed = [layout for layout in layouts if any(axis is not None for axis in layout.axes)]
+    if not agreed and sizes[:1] == [1]:
+        return layouts[:1]  # one result for all inputs together, such as a graph: one example
+    return _with_shared_squares(inputs, agreed)
 
 
 def _with_shared_squares(inputs: Any, found: list[Layout]) -> list[Layout]:
@@ -198,6 +202,13 @@ def _one(item: Any, axis: int | None, index: int) -> Any:
     return item.narrow(axis, index, 1)
 
 
+def sizes_in_both(inputs: Any, output: Any) -> set[int]:
+    """Return the sizes of the first two axes of inputs that every output has along some axis."""
+    tensors = [leaf for leaf in tree_leaves(dict(output) if isinstance(output, Mapping) else output) if isinstance(leaf, Tensor)]
+    sizes = {size for item in items_of(inputs, None)[0] for size in _sizes(item)}
+    return {size for size in sizes if tensors and all(size in tensor.shape for tensor in tensors)}
+
+
 def described(inputs: Any) -> str:
     """Name the tensors of inputs and their shapes, for errors."""
     given = dict(inputs) if isinstance(inputs, Mapping) else inputs
@@ -210,8 +221,8 @@ def described(inputs: Any) -> str:
         shapes = [_shape(leaf) for leaf in leaves if isinstance(leaf, Tensor | PackedSequence)]
         if shapes:
             listed = ", ".join(shapes[:3]) + (f" and {len(shapes) - 3} more" if len(shapes) > 3 else "")
-            parts.append(f"{name!r} {listed}")
-    return "inputs " + ", ".join(parts) if parts else f"inputs of type {type(inputs).__name__}"
+            parts.append(f"inputs[{name!r}] {listed}")
+    return ", ".join(parts) if parts else f"inputs of type {type(inputs).__name__}"
 
 
 def _shape(value: Any) -> str:

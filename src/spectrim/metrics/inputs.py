@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spectrim.checks import READ_ONCE, check, unwrapped
 from spectrim.errors import SettingError, SpectrimError
-from spectrim.metrics.batch import BatchDims, Layout, agreeing, candidates, described, same_example, stated, take
+from spectrim.metrics.batch import BatchDims, Layout, agreeing, candidates, described, hints_of, same_example, sizes_in_both, stated, take
 
 # Models and inputs, also for training and costs
 
@@ -154,11 +154,11 @@ def batch_size_of(
             with evaluating(model), unfused():
                 output = call_model(model, _send(inputs, model))
         found = agreeing(arguments, output) or found
-        if not found and all(tensor.dim() == 0 or tensor.size(0) == 1 for tensor in tensors_of(output)):
-            return 1  # one result for all inputs together, such as a graph
-        sizes = {layout.size for layout in found}
+        sizes = {layout.size for layout in found} | sizes_in_both(arguments, output)
         if model is not None and len(sizes) > 1 and (size := _stated_by_layers(model, inputs, sizes)):
             return size
+    if not found and (counts := hints_of(target)):
+        return counts[0]
     if not found or found[0].size < 1:
         if unknown is None:
             raise _unknown_batch(inputs)
@@ -307,7 +307,7 @@ def first_batch(data: Iterable[Any], owner: str) -> Any:
 def pair_of(batch: Any, owner: str) -> tuple[Any, Any]:
     """Return ``(inputs, target)`` of a batch; `owner` is named in the error for any other."""
     if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
+        return ordinary(batch[0]), ordinary(batch[1])
     hint = "for a dict that holds its labels: spectrim.integrations.batches.pairs(data)" if isinstance(batch, Mapping) else ""
     raise SettingError(owner, "data", got=type(batch), rule="batches (inputs, target)", hint=hint)
 
@@ -370,9 +370,8 @@ def _binds(signature: inspect.Signature, *args: Any) -> bool:
 def _send(value: Any, model: nn.Module) -> Any:
     """Move tensors, in whatever they are nested, to the model's device; those made in inference mode become ordinary ones."""
     first = next((tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors), None)
+    value = ordinary(value)
     tensors = tensors_of(value)
-    if not torch.is_inference_mode_enabled() and any(tensor.is_inference() for tensor in tensors):
-        value = tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, value)
     if first is None or all(tensor.device == first.device for tensor in tensors):
         return value
     from accelerate.utils import send_to_device
@@ -381,6 +380,13 @@ def _send(value: Any, model: nn.Module) -> Any:
         moved = {entry.name: _send(getattr(value, entry.name), model) for entry in dataclasses.fields(value) if entry.init}
         return dataclasses.replace(value, **moved)
     return send_to_device(value, first.device)
+
+
+def ordinary(value: Any) -> Any:
+    """Return inputs or targets in which tensors made in inference mode are ordinary ones, which training may use."""
+    if torch.is_inference_mode_enabled() or not any(tensor.is_inference() for tensor in tensors_of(value)):
+        return value
+    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, value)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

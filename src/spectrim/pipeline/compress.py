@@ -305,7 +305,8 @@ class _Cutter:
         if cut != "auto":
             return self._made(full, cut)
         moments = self._moments(full)
-        made = [self._made(full, kind, moments) for kind in ("plain", "whitened", "sensitive")]
+        kinds = ("plain", "whitened", "sensitive") if moments.outputs else ("plain", "whitened")  # weights may be too wide for gradients
+        made = [self._made(full, kind, moments) for kind in kinds]
         if not trains:
             return min(made, key=lambda one: _rank(one[2]))
         best = min(made, key=lambda one: _last(one[2])["loss"])
