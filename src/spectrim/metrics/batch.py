@@ -124,19 +124,21 @@ def agreeing(inputs: Any, hint: Any) -> list[Layout]:
     agreed = [layout for layout in layouts if any(axis is not None for axis in layout.axes)]
     if not agreed and sizes[:1] == [1]:
         return layouts[:1]  # one result for all inputs together, such as a graph: one example
-    return _with_shared_squares(inputs, agreed)
+    return _with_squares(inputs, agreed)
 
 
-def _with_shared_squares(inputs: Any, found: list[Layout]) -> list[Layout]:
-    """Add to each layout the one in which square items behind the first, such as masks ``(time, time)``, are shared."""
-    more = []
+def _with_squares(inputs: Any, found: list[Layout]) -> list[Layout]:
+    """Add to each layout those in which square items are read otherwise: shared, such as masks ``(time, time)``, or with time first."""
+    more: list[Layout] = []
     for layout in found:
         items, _ = items_of(inputs, layout.size)
-        square = [place > 0 and _sizes(item) == (layout.size, layout.size) for place, item in enumerate(items)]
-        more.append(layout)
-        if any(square) and layout.size > 1:
-            more.append(Layout(layout.size, tuple(None if lone else axis for lone, axis in zip(square, layout.axes, strict=True))))
-    return more
+        square = [layout.size > 1 and _sizes(item) == (layout.size, layout.size) for item in items]
+        shared = tuple(None if lone and place else axis for place, (lone, axis) in enumerate(zip(square, layout.axes, strict=True)))
+        second = tuple(
+            1 if lone and axis == 0 and not place else axis for place, (lone, axis) in enumerate(zip(square, shared, strict=True))
+        )
+        more += [layout, Layout(layout.size, shared), Layout(layout.size, second)]
+    return list(dict.fromkeys(more))
 
 
 def stated(inputs: Any, dims: BatchDims, owner: str) -> Layout:
@@ -245,6 +247,8 @@ def same_example(whole: Any, one: Any, layout: Layout, index: int) -> bool | Non
         index: of the example.
     """
     pairs = list(zip(_real(whole), _real(one), strict=False))
+    if layout.size > 1 and any(batch.shape == single.shape and batch.dim() and len(batch) == layout.size for batch, single in pairs):
+        return False
     found = [part for batch, single in pairs for part in [_part(batch, single, layout, index)] if part is not None]
     if not found:
         return None

@@ -26,7 +26,7 @@ from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import batch_size_of, first_examples, length_of, one_example
 from spectrim.metrics.measurement import Measurement, compare_table, measure_together
 from spectrim.penalties import Orthogonality
-from spectrim.pipeline.teaching import AHEAD, NATS_AHEAD, RECITING, TEACHING, axis_of_classes, showing, teacher_for
+from spectrim.pipeline.teaching import AHEAD, NATS_AHEAD, RECITING, TEACHING, axis_of_classes, showing, teacher_for, why_untaught
 from spectrim.pipeline.ways import LEVEL, Cut, way_to_cut
 from spectrim.protocols import Importance, Latencies, Penalty, RankSchedule, Where
 from spectrim.storage.save import load, save
@@ -70,6 +70,7 @@ class Compressed:
         history: of the fine-tuning; empty without epochs.
         coverage: each layer: factorized, or why not; and what `merge` wrote.
         settings: what was asked for, as plain data.
+        untaught: why ``distill="auto"`` found no teacher; empty where it did or was not asked to.
     """
 
     model: nn.Module
@@ -81,6 +82,7 @@ class Compressed:
     history: History
     coverage: Coverage
     settings: dict[str, Any] = field(default_factory=dict)
+    untaught: str = ""
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -110,7 +112,7 @@ class Compressed:
         lines = [f"{stage:14}" + ", ".join(f"{name} {value:.4g}" for name, value in found.items()) for stage, found in self.scores.items()]
         told = {"weight": "what it says", "features": "what its layers put out"}
         ways = [way for name, way in told.items() if (self.teacher or {}).get(name)]
-        taught = [f"the dense network taught by {' and '.join(ways)}"] if ways else []
+        taught = [f"the dense network taught by {' and '.join(ways)}"] if ways else [self.untaught] if self.untaught else []
         return "\n".join([f"cut: {self.cut}", *taught, *lines])
 
 
@@ -230,8 +232,11 @@ def compress(
     scores, history = {"dense": cutter.uncut}, History()
     low = factorize(dense, scheme, where, example_inputs=inputs, progress=progress)
     teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
-    if chosen and (able := teacher_for(dense, known, loss)):
+    able, untaught = teacher_for(dense, known, loss) if chosen else None, ""
+    if able is not None:
         teacher = showing(able, low, known[0])
+    elif chosen:
+        untaught = why_untaught(dense, known[0])
     tuner = _Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
     training = round(epochs * squeeze)
     if training:
@@ -261,7 +266,7 @@ def compress(
     measured = measure_together({"dense": dense.eval(), "final": final}, inputs, cutter.judged, loss, batch_size=batch)
     taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
     made = Compressed(
-        final, low, measured, scores, how, taught, history, coverage(low, where, inputs=inputs, latency=latency), store.settings
+        final, low, measured, scores, how, taught, history, coverage(low, where, inputs=inputs, latency=latency), store.settings, untaught
     )
     store.finish(made)
     return made

@@ -34,7 +34,7 @@ A guess at why: what it says of them is hardly more than their labels, until sof
 """
 
 
-def teacher_for(dense: nn.Module, examples: Sequence[tuple[Any, Tensor]], loss: Loss) -> Distillation | None:
+def teacher_for(dense: nn.Module, examples: Sequence[tuple[Any, Any]], loss: Loss) -> Distillation | None:
     """Return distillation from the dense network where outputs are scores of classes and targets are their numbers, else None.
 
     None, too, where outputs in training mode are of another form than in eval mode, for example ``(logits, auxiliary logits)``.
@@ -73,6 +73,18 @@ def _axis_of(output: Any, target: Any) -> int | None:
     return axes[0] if axes else None
 
 
+def why_untaught(dense: nn.Module, batch: tuple[Any, Any]) -> str:
+    """Say why `teacher_for` returns None.
+
+    Args:
+        dense: runs once.
+        batch: ``(inputs, target)`` of the training data.
+    """
+    output, shown = scores_of(training_output(dense, batch[0])), "class scores with class indices as targets"
+    form = f"{type(output).__name__} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    return f"no teacher: distillation needs {shown} in eval and in training mode; in training mode the output is a {form}"
+
+
 def training_output(network: nn.Module, inputs: Any) -> Any:
     """Return what a network computes in training mode; its flags, its buffers and torch's random generators are as before afterwards.
 
@@ -90,7 +102,7 @@ def training_output(network: nn.Module, inputs: Any) -> Any:
                 buffer.copy_(value)
 
 
-def showing(teacher: Distillation, low: nn.Module, batch: tuple[Any, Tensor]) -> Distillation:
+def showing(teacher: Distillation, low: nn.Module, batch: tuple[Any, Any]) -> Distillation:
     """Return the teacher with those layers to show whose outputs can be seen in both networks, and are alike in shape.
 
     Args:
