@@ -12,7 +12,7 @@ from spectrim.budget.distortion.base import harms_of
 from spectrim.budget.distortion.energy import SpectralEnergy
 from spectrim.budget.knapsack import _knapsack, _limit
 from spectrim.budget.prices import _costs
-from spectrim.checks import check
+from spectrim.checks import check, unwrapped
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance, Latencies
 
@@ -62,6 +62,7 @@ def allocate(
     Source: energy as importance: Idelbayev and Carreira-Perpinan, CVPR 2020 (learned ranks); the knapsack is ours.
     """
     check("allocate", model=model, inputs=inputs, latency=latency, multiple=multiple)
+    model = unwrapped(model)
     budget = as_budget(budget, "allocate")
     harms = harms_of(model, importance or SpectralEnergy())
     costs = _costs(model, {(FRACTIONS | ABSOLUTE)[name] for name in budget.limits}, inputs, latency)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from spectrim.checks import check
+from spectrim.checks import check, unwrapped
 from spectrim.errors import ExportError, FormatError, SettingError
 from spectrim.layers import named_layers
 from spectrim.metrics.clock import Latency, compare_latency
@@ -138,6 +138,7 @@ def export(
         torch.Size([5, 2])
     """
     check("export", model=model, inputs=inputs, path=path, max_batch=max_batch, tolerance=tolerance, threads=threads)
+    model = unwrapped(model)
     path = Path(path)
     format = _format_of(path, format)
     batch = batch_size_of(inputs, model=model)

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from spectrim.checks import check
+from spectrim.checks import check, unwrapped
 from spectrim.errors import ExportError, FormatError, LayerError, SettingError
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import first_examples, inputs_of
@@ -177,6 +177,7 @@ def quantize(
     Source: Jacob et al., arXiv 1712.05877 (integer arithmetic); https://onnxruntime.ai, "Quantize ONNX models".
     """
     check("quantize", network=model, batches_again=data, path=path, keep=keep, tolerance=tolerance)
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     how, path = how or Int8(), Path(path)
     if path.suffix != ".onnx":
         raise SettingError("quantize", "path", got=str(path), rule="a file with the suffix .onnx")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from spectrim.checks import check
+from spectrim.checks import check, unwrapped
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import refuse_shards
@@ -46,6 +46,7 @@ def balance_(model: nn.Module, above: int = 1024) -> list[str]:
         (True, True)
     """
     check("balance_", model=model, above=above)
+    model = unwrapped(model)
     refuse_shards(model, "balance_")
     names = []
     for name, factors in named_factors(model):
