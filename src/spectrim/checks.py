@@ -20,7 +20,8 @@ BATCHES = "an iterable of batches (inputs, target), such as a DataLoader or a li
 INPUTS = "one batch of inputs: a tensor, a tuple of arguments or a dict of keyword arguments"
 WHERE = "a layer name, a glob, a list of these, or a function (name, module) -> bool"
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 INNER = ("factorize", "fit", "calibrate", "allocate", "prune", "correct", "recalibrate", "merge", "evaluate", "measure", "compare_latency")
 """Verbs that others call."""
@@ -358,8 +359,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("path", "folder", "checkpoint"), _path),
     **dict.fromkeys(("epochs", "first_epoch", "above"), _integer(0)),
     **dict.fromkeys(("examples", "accumulate", "threads", "repeats", "multiple", "batch_size", "max_batch"), _integer(1)),
-    **dict.fromkeys(("clip", "min_time", "time_box", "tolerance"), _number("a number above 0", lambda value: value > 0)),
-    **dict.fromkeys(("squeeze", "margin"), _number("a fraction in [0, 1)", lambda value: 0 <= value < 1)),
+    **dict.fromkeys(("clip", "min_time", "time_box", "tolerance"), _number("above 0", lambda value: value > 0)),
+    **dict.fromkeys(("squeeze", "margin"), _number("in [0, 1)", lambda value: 0 <= value < 1)),
     "models": _models,
     "network": _network,
     "data_once": _read_once,

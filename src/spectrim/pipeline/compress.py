@@ -207,6 +207,9 @@ def compress(
     check("compress", squeeze=squeeze, factory=optimizer, penalties=penalties, clip=clip, examples=examples, latency=latency)
     model, budget, epochs, examples = unwrapped(model), as_budget(budget, "compress"), index(epochs), index(examples)
     where = layer_filter(where, model, "compress")
+    if next(named_factors(model), None) is not None:
+        hint = "merge(model) makes it dense; to cut it as it is, allocate ranks and prune"
+        raise SettingError("compress", "model", got="one that is factorized already", rule="dense", hint=hint)
     if cut not in ("auto", "plain", "whitened", "sensitive", "mixed"):
         raise SettingError("compress", "cut", got=cut, rule="'auto', 'plain', 'whitened', 'sensitive' or 'mixed'")
     store = _Store(None if folder is None else Path(folder))

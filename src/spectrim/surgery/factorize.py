@@ -15,7 +15,7 @@ from spectrim import linalg
 from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
-from spectrim.layers import factor_name, kind_of
+from spectrim.layers import factor_name, kind_of, named_factors
 from spectrim.linalg.fold import Fold
 from spectrim.linalg.spectral import OVERSAMPLE
 from spectrim.protocols import Where
@@ -149,6 +149,8 @@ def factorize(
     chosen = {name: None for name, reason in reasons.items() if reason is None}
     if not chosen:
         listed = "; ".join(f"'{name}': {reason}" for name, reason in list(reasons.items())[:5]) or "it has no parameters"
+        if next(named_factors(model), None) is not None:
+            listed = f"it is factorized already, merge(model) makes it dense; {listed}"
         raise LayerError(type(model).__name__, "nothing to factorize", hint=listed)
     modules = dict(model.named_modules())
     count = sum(len(kind.weights(modules[name])) for name in chosen if (kind := kind_of(modules[name])))

@@ -88,7 +88,7 @@ def _lists(model: nn.Module, name: str) -> Iterable[str]:
     modules = dict(model.named_modules())
     parts = name.split(".")
     parents = [".".join(parts[:end]) for end in range(len(parts))]
-    return [parent for parent in parents if isinstance(modules[parent], nn.ModuleList) and len(modules[parent]) > 1]  # type: ignore[arg-type]
+    return [parent for parent in parents if isinstance(modules[parent], nn.ModuleList) and len(modules[parent]) > 1]
 
 
 def _in_list(model: nn.Module, name: str) -> bool:

@@ -334,8 +334,8 @@ def test_the_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"threads": 0}, "latency_table: threads must be at least 1, got 0"),
-        ({"multiple": 0}, "multiple must be at least 1"),
+        ({"threads": 0}, "latency_table: threads must be an integer of at least 1, got 0"),
+        ({"multiple": 0}, "multiple must be an integer of at least 1"),
         ({"margin": 1.0}, r"margin must be in \[0, 1\)"),
         ({"time_box": 0.0}, "time_box must be above 0"),
     ],
