@@ -87,7 +87,7 @@ def measure_(args: Namespace) -> None:
     model, recipe, _ = _network(args.target, "5-merge")
     data = make_data(recipe)
     split = getattr(data, args.split)
-    found = measure(model, one_example(data.val), data=split, loss=make_loss(recipe.loss), threads=args.threads)
+    found = measure(model, one_example(data.val, model), data=split, loss=make_loss(recipe.loss), threads=args.threads)
     print(found.summary())
     if args.json:
         print(json.dumps(found.to_dict()))

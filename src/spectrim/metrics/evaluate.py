@@ -41,7 +41,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], T
             inputs, target = pair_of(batch, "evaluate")
             inputs, target = _send(inputs, model), _send(target, model)
             output = call_model(model, inputs)
-            targets = _count(target)
+            targets = weight_of(target)
             total += float(loss_of(loss, output, target, "evaluate")) * targets
             count += targets
             scores = scores_of(output)
@@ -53,7 +53,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], T
     return {"loss": total / count} | ({"accuracy": correct / judged} if judged else {})
 
 
-def _count(target: Any) -> int:
+def weight_of(target: Any) -> int:
     """Return the weight of a batch: the numbers in its target, or of several tensors or objects the number of examples; at least 1."""
     if isinstance(target, Tensor):
         return target.numel()

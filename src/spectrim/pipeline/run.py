@@ -91,7 +91,7 @@ class Run:
         self.data = make_data(recipe)
         self.loss = make_loss(recipe.loss)
         self.initial = make_model(recipe)
-        self.example = one_example(self.data.val)
+        self.example = one_example(self.data.val, self.initial)
         self._check_layers()
         self.digest = ""
         self.numbers: dict[str, dict[str, Any]] = {}

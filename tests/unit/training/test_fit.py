@@ -421,7 +421,10 @@ def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
         ({"clip": 0.0}, "fit: clip must be above 0, got 0.0"),
         ({"clip": math.nan}, "fit: clip must be above 0, got nan"),
         ({"data": []}, "fit: data must be at least one batch, got []"),
-        ({"data": iter(batches(1))}, "fit: data must be an iterable of batches (inputs, target), such as a DataLoader or a list, got a list_iterator; a generator"),
+        (
+            {"data": iter(batches(1))},
+            "fit: data must be an iterable of batches (inputs, target), such as a DataLoader or a list, got a list_iterator; a generator",
+        ),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
