@@ -179,7 +179,7 @@ def measure_(args: Namespace) -> None:
         model, recipe = _network(args.target, held, "final")
         data = make_data(recipe)
         split = getattr(data, args.split or "val")
-        example = one_example(data.val)
+        example = one_example(data.val, model)
         found = measure(model, example, data=split, loss=make_loss(recipe.loss), threads=args.threads or 1)
         where = f"measured on the {args.split or 'val'} split"
     else:

@@ -1,6 +1,6 @@
 """The contracts. A method is a frozen dataclass whose fields are its knobs, and which is called."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 from torch import Tensor, nn
@@ -95,3 +95,7 @@ class LayerFilter(Protocol):
 
     def __call__(self, name: str, module: nn.Module, /) -> bool:
         """Return True for layers that should be factorized."""
+
+
+Where = LayerFilter | str | Sequence[str]
+"""Which layers: a predicate, the name of a layer or a glob over names, or a list of these."""

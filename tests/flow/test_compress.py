@@ -268,9 +268,9 @@ def test_a_folder_belongs_to_one_call(trained: tuple[nn.Module, Any], tmp_path: 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": -1}, "epochs must be >= 0"),
+        ({"epochs": -1}, "epochs must be an integer of at least 0"),
         ({"squeeze": 1.0}, "squeeze must be"),
-        ({"examples": 0}, "examples must be >= 1"),
+        ({"examples": 0}, "examples must be an integer of at least 1"),
         ({"budget": sp.Budget(macs=0.001)}, "at least 0.0"),
     ],
     ids=["epochs", "squeeze", "examples", "budget"],

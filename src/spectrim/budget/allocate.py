@@ -1,24 +1,25 @@
 """`allocate`: ranks for the whole network under one budget."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget
+from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget, as_budget
 from spectrim.budget.distortion.base import harms_of
 from spectrim.budget.distortion.energy import SpectralEnergy
 from spectrim.budget.knapsack import _knapsack, _limit
 from spectrim.budget.prices import _costs
-from spectrim.errors import SettingError
+from spectrim.checks import check, unwrapped
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance, Latencies
 
 
 def allocate(
     model: nn.Module,
-    budget: Budget,
+    budget: Budget | float | Mapping[str, Any],
     inputs: Any,
     *,
     importance: Importance | None = None,
@@ -35,7 +36,7 @@ def allocate(
 
     Args:
         model: factorized, at any rank.
-        budget: what the network keeps of the dense one.
+        budget: what the network keeps of the dense one: a `Budget`, a fraction of its multiply-accumulates, or a dict of a budget's fields.
         inputs: one batch of inputs, for the layers' sizes; for a latency budget the batch that the table was made with.
         importance: what is harm, see `spectrim.budget.distortion.base`; the relative `SpectralEnergy` when omitted.
         latency: a `LatencyTable` of the model. Ranks above a layer's measured break-even rank then cost what the dense layer costs, so that
@@ -60,8 +61,9 @@ def allocate(
 
     Source: energy as importance: Idelbayev and Carreira-Perpinan, CVPR 2020 (learned ranks); the knapsack is ours.
     """
-    if multiple is not None and multiple < 1:
-        raise SettingError("allocate", "multiple", got=multiple, rule="at least 1")
+    check("allocate", model=model, inputs=inputs, latency=latency, multiple=multiple)
+    model = unwrapped(model)
+    budget = as_budget(budget, "allocate")
     harms = harms_of(model, importance or SpectralEnergy())
     costs = _costs(model, {(FRACTIONS | ABSOLUTE)[name] for name in budget.limits}, inputs, latency)
     choices = {}

@@ -1,8 +1,12 @@
 """`Budget`: what the whole network may keep."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
 
+from spectrim.checks import check
 from spectrim.errors import SettingError
 
 FRACTIONS = {"macs": "macs", "params": "params", "size": "size", "latency": "latency"}
@@ -14,6 +18,31 @@ ABSOLUTE = {"size_bytes": "size", "latency_s": "latency"}
 
 
 UNITS = {"size_bytes": "bytes", "latency_s": "seconds"}
+
+
+def as_budget(budget: "Budget | float | Mapping[str, Any]", verb: str) -> "Budget":
+    """Return a budget as people write it: a `Budget`, a fraction of the multiply-accumulates, or a dict of a budget's fields.
+
+    Args:
+        budget: in any of these forms.
+        verb: that was called, for errors.
+
+    Raises:
+        SettingError: for anything else.
+
+    Examples:
+        >>> as_budget(0.5, "compress"), as_budget({"params": 0.3}, "compress")
+        (Budget(macs=0.5), Budget(params=0.3))
+    """
+    check(verb, budget=budget)
+    if isinstance(budget, Budget):
+        return budget
+    if not isinstance(budget, Mapping):
+        return Budget(macs=float(budget))
+    names = [field.name for field in fields(Budget)]
+    if unknown := [name for name in budget if name not in names]:
+        raise SettingError(verb, "budget", got=dict(budget), rule=f"a dict with the keys {names}", hint=f"{unknown[0]!r} is none of them")
+    return Budget(**budget)
 
 
 @dataclass(frozen=True, repr=False)
@@ -50,6 +79,8 @@ class Budget:
         if not self.limits:
             raise SettingError("Budget", f"one of {', '.join(f.name for f in fields(self))}", got=None, rule="given", hint=hint)
         for name, value in self.limits.items():
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise SettingError("Budget", name, got=value, rule="a number", hint=hint)
             if name in FRACTIONS and not 0 < value <= 1:
                 hint = next((f"write {other}= for {unit}" for other, unit in UNITS.items() if FRACTIONS[name] == ABSOLUTE[other]), hint)
                 raise SettingError("Budget", name, got=value, rule="the fraction kept, in (0, 1]", hint=hint)

@@ -85,7 +85,7 @@ def rank_costs(model: nn.Module, inputs: Any, latency: Latencies | None = None) 
         LayerError: when `latency` is of another model.
     """
     work, limits = works(model, inputs), break_evens(model, latency)
-    batch = batch_size_of(inputs)
+    batch = batch_size_of(inputs, model=model, unknown=1)
     users: dict[int, list[_User]] = defaultdict(list)
     for layer_name, layer in named_layers(model):
         for weight, factors in layer.named_factors():

@@ -20,6 +20,7 @@ from torch import nn
 from spectrim.budget.costs import Call, calls
 from spectrim.budget.onnx_layer import _NoFormError, _onnx_model
 from spectrim.budget.timing import Backend, Timing, _example, _forms, _onnxruntime, _Operation, _shape, time_layer
+from spectrim.checks import check, unwrapped
 from spectrim.errors import FormatError, LayerError, SettingError
 from spectrim.files import whole_file
 from spectrim.forms.svd import Factors
@@ -231,6 +232,8 @@ def latency_table(
         >>> 0 <= table.break_even("") <= 24
         True
     """
+    check("latency_table", model=model, inputs=inputs, threads=threads, multiple=multiple, margin=margin, time_box=time_box)
+    model = unwrapped(model)
     for name, value, fits, rule in (
         ("backend", backend, backend in get_args(Backend), f"one of {get_args(Backend)}"),
         ("threads", threads, threads >= 1, "at least 1"),

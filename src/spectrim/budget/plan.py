@@ -15,24 +15,26 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from spectrim.budget.allocate import allocate
-from spectrim.budget.budget import Budget
+from spectrim.budget.budget import Budget, as_budget
 from spectrim.budget.costs import RankCosts, rank_costs, spectra
 from spectrim.budget.distortion.energy import SpectralEnergy, WhitenedEnergy
 from spectrim.budget.distortion.loss import LossSensitivity
 from spectrim.budget.distortion.normalized import NormalizedEnergy
 from spectrim.budget.plan_table import BudgetPlan, Plan, SkippedLayer, Totals, WeightPlan
 from spectrim.budget.prices import _Cost, _costs
+from spectrim.checks import check, naming, unwrapped
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import batch_size_of, call_model, evaluating, first_examples, inputs_of
 from spectrim.metrics.measurement import measure
-from spectrim.protocols import Latencies, LayerFilter
+from spectrim.protocols import Latencies, Where
 from spectrim.surgery.calibrate import Calibration, calibrate
 from spectrim.surgery.coverage import LayerCoverage, coverage
 from spectrim.surgery.factorize import Scheme, factorize
 from spectrim.surgery.merge import merge
 from spectrim.surgery.prune import prune
+from spectrim.surgery.select import layer_filter
 
 BUDGETS = (0.8, 0.65, 0.5, 0.4, 0.33, 0.25, 0.2)
 """Fractions of the dense network that a plan tries."""
@@ -42,6 +44,7 @@ DIGITS = 7
 """Significant digits of the spectra and harms that a plan holds."""
 
 
+@naming
 def plan(
     model: nn.Module,
     inputs: Any,
@@ -50,7 +53,7 @@ def plan(
     *,
     budgets: Sequence[float | Budget] = BUDGETS,
     scheme: Scheme = "auto",
-    where: LayerFilter | None = None,
+    where: Where | None = None,
     latency: Latencies | None = None,
     eval_data: Iterable[Any] | None = None,
     examples: int = 512,
@@ -92,12 +95,16 @@ def plan(
         >>> Plan.from_dict(found.to_dict()) == found
         True
     """
+    check(
+        "plan", optional=("batches_again", "loss"), model=model, inputs=inputs, batches_again=data, loss=loss, budgets=budgets, where=where
+    )
+    check("plan", latency=latency, eval_batches=eval_data, examples=examples)
+    model = unwrapped(model)
+    where = layer_filter(where, model, "plan")
     if loss is not None and data is None:
         raise SettingError("plan", "loss", got=loss, rule="given together with data", hint="plan(model, inputs, data, loss)")
-    if examples < 1:
-        raise SettingError("plan", "examples", got=examples, rule=">= 1")
-    wanted = [budget if isinstance(budget, Budget) else Budget(macs=budget) for budget in budgets]
-    held = model if next(named_factors(model), None) else factorize(model, scheme, where, progress=progress)
+    wanted = [as_budget(budget, "plan") for budget in budgets]
+    held = model if next(named_factors(model), None) else factorize(model, scheme, where, example_inputs=inputs, progress=progress)
     judge = _Judge.of(held, inputs, data if eval_data is None else eval_data, loss, examples)
     calibration = None if data is None else calibrate(held, data, loss, examples=examples, progress=progress)
     ways = _ways(held, inputs, calibration)
@@ -106,7 +113,7 @@ def plan(
     shown = track(wanted, "budgets", console=Console(stderr=True), transient=True, disable=not progress)
     rows = [known[budget] if budget in known else try_(budget, ways[name]) for budget in shown]
     costs = _costs(held, {"macs", "params", "size"} | ({"latency"} if latency else set()), inputs, latency)
-    lines = coverage(held, where, latency=latency)
+    lines = coverage(held, where, inputs=inputs, latency=latency)
     weights = _weights(held, rank_costs(held, inputs, latency), lines, {name: way.harms for name, way in ways.items()}, latency)
     dense, fixed = _totals(costs, judge.judged(held))
     rows = [_predicted(row, weights, fixed) for row in rows]
@@ -193,7 +200,7 @@ def _row(model: nn.Module, budget: Budget, way: _Way, *, inputs: Any, latency: L
     except SettingError as error:
         return BudgetPlan(budget.limits, problem=str(error))
     merged = merge(prune(model, ranks, calibration=way.calibration), latency=latency)
-    found = measure(merged, inputs, latency=False)
+    found = measure(merged, inputs, latency=False, batch_size=batch_size_of(inputs, model=model, unknown=1))
     assert found.macs is not None
     return BudgetPlan(budget.limits, ranks, Totals(found.macs, found.params, found.size_bytes, **judge.judged(merged)))
 
@@ -263,7 +270,7 @@ def _settings(model: nn.Module, inputs: Any, latency: Latencies | None, *, examp
     table = {name: getattr(latency, name) for name in ("backend", "threads", "machine") if hasattr(latency, name)}
     return {
         "model": type(model).__name__,
-        "batch": batch_size_of(inputs),
+        "batch": batch_size_of(inputs, model=model, unknown=1),
         "examples": examples,
         "latency": json.loads(json.dumps(table, default=dict)) if latency else None,
         "versions": {name: version(name) for name in names} | {"python": platform.python_version()},

@@ -15,6 +15,7 @@ from spectrim.budget.latency_table import LatencyTable, _key
 from spectrim.errors import SettingError
 from spectrim.layers import factor_name, named_factors, named_layers
 from spectrim.metrics.clock import compare_latency
+from spectrim.metrics.inputs import batch_size_of
 from spectrim.metrics.macs import count_macs
 from spectrim.metrics.measurement import measure
 from spectrim.protocols import Latencies
@@ -51,8 +52,9 @@ def _costs(model: nn.Module, kinds: set[str], inputs: Any, latency: Latencies | 
     bytes_each = {name: factors.dtype.itemsize for name, factors in named_factors(model)}
     found = {}
     if "macs" in kinds:
+        batch = batch_size_of(inputs, model=model, unknown=1)
         macs = {name: cost.macs for name, cost in by_name.items()}
-        found["macs"] = _counted(macs, sum(cost.dense_macs for cost in by_name.values()), count_macs(merged, inputs))
+        found["macs"] = _counted(macs, sum(cost.dense_macs for cost in by_name.values()), count_macs(merged, inputs, batch_size=batch))
     if "params" in kinds:
         params = {name: [float(count) for count in cost.params] for name, cost in by_name.items()}
         dense = float(sum(cost.dense_params for cost in by_name.values()))

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 from torch.utils.benchmark import Timer
 
-from spectrim.errors import SettingError
+from spectrim.checks import check, unwrapped
 from spectrim.metrics.inputs import _arguments, _send, batch_size_of, evaluating
 
 
@@ -58,7 +58,7 @@ def compare_latency(
         threads: CPU threads of torch, at least 1.
         repeats: rounds, at least 1; in each every model is warmed up and timed.
         min_time: seconds that a model is timed in each round, above 0; it is called at least once.
-        batch_size: examples in `inputs`; None for the leading dimension of its first tensor.
+        batch_size: examples in `inputs`; None to find it by agreement of sizes, see `batch_size_of`.
 
     Returns:
         Name to latency.
@@ -72,15 +72,13 @@ def compare_latency(
         >>> list(times), times["a"].batch, times["a"].median_s > 0
         (['a', 'b'], 4, True)
     """
-    for name, value, rule in (("threads", threads, "at least 1"), ("repeats", repeats, "at least 1"), ("min_time", min_time, "above 0")):
-        if value <= 0:
-            raise SettingError("latency", name, got=value, rule=rule)
-    batch = batch_size_of(inputs, batch_size)
+    check("compare_latency", models=models, inputs=inputs, threads=threads, repeats=repeats, min_time=min_time, batch_size=batch_size)
+    batch = batch_size_of(inputs, batch_size, model=next((unwrapped(model) for model in models.values()), None))
     timers, runs = {}, {}
     with ExitStack() as stack:
         for name, model in models.items():
             stack.enter_context(evaluating(model))
-            args, kwargs = _send(_arguments(inputs), model)
+            args, kwargs = _send(_arguments(inputs, model), model)
             timers[name] = Timer("call()", globals={"call": functools.partial(model, *args, **kwargs)}, num_threads=threads)
             runs[name] = list[float]()
         for _ in range(repeats):

@@ -1,13 +1,15 @@
 """`evaluate`: loss and accuracy on a data set."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spectrim.checks import READ_ONCE, check
 from spectrim.errors import SettingError
-from spectrim.metrics.inputs import _arguments, _send, evaluating, loss_of, pair_of, scores_of
+from spectrim.metrics.inputs import _send, call_model, evaluating, loss_of, pair_of, scores_of, tensors_of
 
 
 def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor]) -> dict[str, float]:
@@ -15,12 +17,14 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], T
 
     Args:
         model: any module; batches are moved to its device.
-        data: batches ``(inputs, target)``; `inputs` is a tensor, a tuple or list of arguments, or a dict of keyword arguments.
+        data: batches ``(inputs, target)``; `inputs` is a tensor, a tuple or list of arguments, or a dict of keyword arguments; `target` is
+            what the loss takes: a tensor, or a tuple, list, dict or dataclass of tensors.
         loss: called as ``loss(output, target)``, gives a scalar: the mean over the targets of a batch.
 
     Returns:
-        ``loss``, the mean over all targets (each batch weighs ``target.numel()``), and ``accuracy``, a fraction, where the output (or its
-        ``logits``, see `scores_of`) is ``(N, classes)`` and the target ``(N,)`` integers.
+        ``loss``, the mean over all targets (each batch weighs ``target.numel()``, or its examples where the target is no tensor), and
+        ``accuracy``, a fraction, where the output (or its ``logits``, see `scores_of`) is ``(N, classes)`` and the target ``(N,)``
+        integers.
 
     Raises:
         SettingError: `data` yields nothing, or something that is not ``(inputs, target)``.
@@ -31,23 +35,32 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], T
         0.5
     """
     total, count, correct, judged = 0.0, 0, 0, 0
+    check("evaluate", model=model, data_once=data, loss=loss)
     with evaluating(model):
         for batch in data:
             inputs, target = pair_of(batch, "evaluate")
-            if not isinstance(target, Tensor):
-                raise SettingError("evaluate", "data", got=type(target), rule="batches (inputs, target) with a tensor as target")
-            (args, kwargs), target = _send((_arguments(inputs), target), model)
-            output = model(*args, **kwargs)
-            total += float(loss_of(loss, output, target, "evaluate")) * target.numel()
-            count += target.numel()
+            inputs, target = _send(inputs, model), _send(target, model)
+            output = call_model(model, inputs)
+            targets = weight_of(target)
+            total += float(loss_of(loss, output, target, "evaluate")) * targets
+            count += targets
             scores = scores_of(output)
-            if _is_classification(scores, target):
+            if isinstance(target, Tensor) and _is_classification(scores, target):
                 correct += int((scores.argmax(1) == target).sum())
                 judged += len(target)
     if not count:
-        hint = "a generator can be read only once: give a list or a DataLoader"
-        raise SettingError("evaluate", "data", got=f"no targets from {type(data).__name__}", rule="at least one batch", hint=hint)
+        raise SettingError("evaluate", "data", got=f"no targets from {type(data).__name__}", rule="at least one batch", hint=READ_ONCE)
     return {"loss": total / count} | ({"accuracy": correct / judged} if judged else {})
+
+
+def weight_of(target: Any) -> int:
+    """Return the weight of a batch: the numbers in its target, or of several tensors or objects the number of examples; at least 1."""
+    if isinstance(target, Tensor):
+        return target.numel()
+    if isinstance(target, list) and target and not isinstance(target[0], Tensor):
+        return len(target)
+    sizes = [tensor.size(0) for tensor in tensors_of(target) if tensor.dim()]
+    return max(1, Counter(sizes).most_common(1)[0][0]) if sizes else 1
 
 
 def _is_classification(output: Any, target: Tensor) -> bool:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from spectrim.checks import unwrapped
 from spectrim.errors import SpectrimError
-from spectrim.metrics.inputs import _arguments, _send, batch_size_of, evaluating
+from spectrim.metrics.inputs import _arguments, _send, batch_size_of, check_batch_size, evaluating
 
 
 def count_macs(model: nn.Module, inputs: Any, *, batch_size: int | None = None) -> int:
@@ -28,25 +29,26 @@ def count_macs(model: nn.Module, inputs: Any, *, batch_size: int | None = None) 
     Args:
         model: any module; of a compiled one the original is run.
         inputs: one batch: a tensor, a tuple of arguments or a dict of keyword arguments.
-        batch_size: examples in `inputs`; None for the leading dimension of its first tensor. Give 1 for an unbatched input, and the batch
-            where time comes first.
+        batch_size: examples in `inputs`; None to find it by agreement of sizes, see `batch_size_of`. Give 1 for an unbatched input.
 
     Returns:
         Multiply-accumulates divided by the batch, to the nearest integer (sequences of different length may differ in cost).
 
     Raises:
-        SettingError: the batch size cannot be read off `inputs`.
+        SettingError: inputs and output agree on no batch size.
         SpectrimError: the model runs a kernel that is known to work but cannot be counted (quantized convolutions and recurrent layers).
 
     Examples:
         >>> count_macs(nn.Conv2d(3, 8, 3, padding=1), torch.zeros(2, 3, 10, 10))
         21600
     """
-    batch = batch_size_of(inputs, batch_size)
-    args, kwargs = _send(_arguments(inputs), model)
+    check_batch_size(inputs, batch_size)
+    model = unwrapped(model)
+    args, kwargs = _send(_arguments(inputs, model), model)
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     with evaluating(model), _frozen(model), counter:  # the counter fails for a parameter that a model hands to one of its layers
-        getattr(model, "_orig_mod", model)(*args, **kwargs)
+        output = model(*args, **kwargs)
+    batch = batch_size_of(inputs, batch_size, model=model, output=output)
     return (counter.get_total_flops() + batch) // (2 * batch)
 
 

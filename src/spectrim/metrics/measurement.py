@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from spectrim.checks import check, unwrapped
 from spectrim.errors import FormatError, SettingError
 from spectrim.layers import named_factors
 from spectrim.metrics.clock import compare_latency
@@ -98,7 +99,7 @@ def measure(
         loss: called as ``loss(output, target)``, gives the mean over targets; together with `data`.
         threads: CPU threads for latency, at least 1.
         latency: whether to time the model (about a second).
-        batch_size: examples in `inputs`; None for the leading dimension of its first tensor.
+        batch_size: examples in `inputs`; None to find it by agreement of sizes, see `batch_size_of`.
 
     Returns:
         The measurement.
@@ -116,6 +117,8 @@ def measure(
         raise SettingError(
             "measure", "data and loss", got="data alone" if loss is None else "loss alone", rule="given together or not at all"
         )
+    check("measure", optional=("inputs", "data_once", "loss"), model=model, inputs=inputs, data_once=data, loss=loss, threads=threads)
+    check("measure", batch_size=batch_size)
     fields: dict[str, Any] = {"macs": None}
     if inputs is not None:
         fields["macs"] = count_macs(model, inputs, batch_size=batch_size)
@@ -124,6 +127,7 @@ def measure(
             fields |= {"latency_s": timed.median_s, "latency_iqr_s": timed.iqr_s, "batch": timed.batch, "threads": timed.threads}
     if data is not None and loss is not None:
         fields |= evaluate(model, data, loss)
+    model = unwrapped(model)
     return Measurement(
         params=sum(tensor.numel() for tensor in _distinct(model.parameters())),
         size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in _distinct(tree_leaves(model.state_dict()))),
@@ -133,7 +137,12 @@ def measure(
 
 
 def measure_together(
-    models: Mapping[str, nn.Module], inputs: Any, data: Iterable[Any], loss: Callable[[Any, Any], Tensor], threads: int = 1
+    models: Mapping[str, nn.Module],
+    inputs: Any,
+    data: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor],
+    threads: int = 1,
+    batch_size: int | None = None,
 ) -> dict[str, Measurement]:
     """Measure several models: latencies side by side, see `compare_latency`; the rest as `measure` does.
 
@@ -143,9 +152,10 @@ def measure_together(
         data: batches ``(inputs, target)`` for loss and accuracy.
         loss: ``(output, target) -> scalar``.
         threads: CPU threads of the latencies.
+        batch_size: examples in `inputs`; None to find it, see `batch_size_of`.
     """
-    times = compare_latency(models, inputs, threads=threads)
-    measured = {name: measure(model, inputs, data=data, loss=loss, latency=False) for name, model in models.items()}
+    times = compare_latency(models, inputs, threads=threads, batch_size=batch_size)
+    measured = {name: measure(model, inputs, data=data, loss=loss, latency=False, batch_size=batch_size) for name, model in models.items()}
     return {
         name: dataclasses.replace(entry, latency_s=time.median_s, latency_iqr_s=time.iqr_s, batch=time.batch, threads=time.threads)
         for (name, entry), time in zip(measured.items(), times.values(), strict=True)

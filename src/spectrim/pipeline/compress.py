@@ -2,10 +2,11 @@
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,17 +16,19 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
 
 from spectrim.budget.allocate import allocate
-from spectrim.budget.budget import Budget
+from spectrim.budget.budget import Budget, as_budget
+from spectrim.checks import check, naming, unwrapped
 from spectrim.errors import FormatError, SettingError
 from spectrim.files import write_text
 from spectrim.layers import named_factors
+from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.evaluate import evaluate
-from spectrim.metrics.inputs import first_examples, one_example
+from spectrim.metrics.inputs import batch_size_of, first_examples, length_of, one_example
 from spectrim.metrics.measurement import Measurement, compare_table, measure_together
 from spectrim.penalties import Orthogonality
-from spectrim.pipeline.teaching import AHEAD, NATS_AHEAD, RECITING, TEACHING, axis_of_classes, showing, teacher_for
+from spectrim.pipeline.teaching import AHEAD, NATS_AHEAD, RECITING, TEACHING, axis_of_classes, showing, teacher_for, why_untaught
 from spectrim.pipeline.ways import LEVEL, Cut, way_to_cut
-from spectrim.protocols import Importance, Latencies, LayerFilter, Penalty, RankSchedule
+from spectrim.protocols import Importance, Latencies, Penalty, RankSchedule, Where
 from spectrim.storage.save import load, save
 from spectrim.surgery.balance import balanced
 from spectrim.surgery.calibrate import Calibration, calibrate
@@ -35,6 +38,7 @@ from spectrim.surgery.factorize import Scheme, factorize
 from spectrim.surgery.merge import merge
 from spectrim.surgery.prune import prune, prune_
 from spectrim.surgery.recalibrate import recalibrate
+from spectrim.surgery.select import layer_filter
 from spectrim.training.distillation import Distillation, Loss
 from spectrim.training.fit import Precision, fit
 from spectrim.training.history import History
@@ -66,6 +70,7 @@ class Compressed:
         history: of the fine-tuning; empty without epochs.
         coverage: each layer: factorized, or why not; and what `merge` wrote.
         settings: what was asked for, as plain data.
+        untaught: why ``distill="auto"`` found no teacher; empty where it did or was not asked to.
     """
 
     model: nn.Module
@@ -77,6 +82,7 @@ class Compressed:
     history: History
     coverage: Coverage
     settings: dict[str, Any] = field(default_factory=dict)
+    untaught: str = ""
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -106,21 +112,23 @@ class Compressed:
         lines = [f"{stage:14}" + ", ".join(f"{name} {value:.4g}" for name, value in found.items()) for stage, found in self.scores.items()]
         told = {"weight": "what it says", "features": "what its layers put out"}
         ways = [way for name, way in told.items() if (self.teacher or {}).get(name)]
-        taught = [f"the dense network taught by {' and '.join(ways)}"] if ways else []
+        taught = [f"the dense network taught by {' and '.join(ways)}"] if ways else [self.untaught] if self.untaught else []
         return "\n".join([f"cut: {self.cut}", *taught, *lines])
 
 
+@naming
 def compress(
     model: nn.Module,
     data: Iterable[Any],
     loss: Loss,
-    budget: Budget,
+    budget: Budget | float | Mapping[str, Any],
     epochs: int = 0,
     *,
     example_inputs: Any = None,
+    batch_dims: BatchDims | None = None,
     eval_data: Iterable[Any] | None = None,
     scheme: Scheme = "auto",
-    where: LayerFilter | None = None,
+    where: Where | None = None,
     cut: Cut = "auto",
     importance: Importance | None = None,
     squeeze: float = 0.0,
@@ -145,9 +153,12 @@ def compress(
         model: dense and trained; it is left untouched.
         data: the training split, batches ``(inputs, target)`` anew at each pass.
         loss: ``(output, target) -> scalar``, a mean over examples.
-        budget: what the whole network may keep.
+        budget: what the whole network may keep: a `Budget`, a fraction of its multiply-accumulates, or a dict of a budget's fields.
         epochs: passes over `data`, >= 0; 0 for calibration only.
-        example_inputs: one batch for costs and latency; the first example of `data` when omitted.
+        example_inputs: one batch for costs and latency; the first example of `data` when omitted. That is cut along axes whose sizes agree
+            with the target's or among the inputs, and tried in the network.
+        batch_dims: states the batch axes of the inputs instead: one axis for all tensors, or a dict or list by argument, where None
+            stands for what all examples share.
         eval_data: the validation split: scores at each stage, and what ``cut="auto"`` judges by.
         scheme: how convolution kernels are folded, see `factorize`.
         where: selects layers, see `factorize`.
@@ -192,14 +203,15 @@ def compress(
         >>> made.measured["final"].macs <= 256
         True
     """
-    if epochs < 0:
-        raise SettingError("compress", "epochs", got=epochs, rule=">= 0")
-    if not 0 <= squeeze < 1:
-        raise SettingError("compress", "squeeze", got=squeeze, rule="a share of the epochs in [0, 1)")
+    check("compress", model=model, data=data, loss=loss, epochs=epochs, example_inputs=example_inputs, eval_data=eval_data, where=where)
+    check("compress", squeeze=squeeze, factory=optimizer, penalties=penalties, clip=clip, examples=examples, latency=latency)
+    model, budget, epochs, examples = unwrapped(model), as_budget(budget, "compress"), index(epochs), index(examples)
+    where = layer_filter(where, model, "compress")
+    if next(named_factors(model), None) is not None:
+        hint = "merge(model) makes it dense; to cut it as it is, allocate ranks and prune"
+        raise SettingError("compress", "model", got="one that is factorized already", rule="dense", hint=hint)
     if cut not in ("auto", "plain", "whitened", "sensitive", "mixed"):
         raise SettingError("compress", "cut", got=cut, rule="'auto', 'plain', 'whitened', 'sensitive' or 'mixed'")
-    if examples < 1:
-        raise SettingError("compress", "examples", got=examples, rule=">= 1")
     store = _Store(None if folder is None else Path(folder))
     store.claim(
         budget=repr(budget),
@@ -214,16 +226,20 @@ def compress(
         precision=precision,
         examples=examples,
     )
-    inputs = one_example(data) if example_inputs is None else example_inputs
-    known = first_examples(data, examples)
+    inputs = one_example(data, model, dims=batch_dims, owner="compress") if example_inputs is None else example_inputs
+    batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
+    known = first_examples(data, examples, dims=batch_dims)
     dense = copy.deepcopy(model)
     judged = known if eval_data is None else eval_data
-    cutter = _Cutter(dense, loss, budget, inputs, known, judged, importance, latency)
+    cutter = _Cutter(dense, loss, budget, inputs, known, judged, importance, latency, batch_dims)
     scores, history = {"dense": cutter.uncut}, History()
-    low = factorize(dense, scheme, where, progress=progress)
+    low = factorize(dense, scheme, where, example_inputs=inputs, progress=progress)
     teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
-    if chosen and (able := teacher_for(dense, known, loss)):
+    able, untaught = teacher_for(dense, known, loss) if chosen else None, ""
+    if able is not None:
         teacher = showing(able, low, known[0])
+    elif chosen:
+        untaught = why_untaught(dense, known[0])
     tuner = _Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
     training = round(epochs * squeeze)
     if training:
@@ -250,9 +266,11 @@ def compress(
         scores["final"] = cutter.score(low)
     low.eval()
     final = merge(low, latency=latency)
-    measured = measure_together({"dense": dense.eval(), "final": final}, inputs, cutter.judged, loss)
+    measured = measure_together({"dense": dense.eval(), "final": final}, inputs, cutter.judged, loss, batch_size=batch)
     taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
-    made = Compressed(final, low, measured, scores, how, taught, history, coverage(low, where, latency=latency), store.settings)
+    made = Compressed(
+        final, low, measured, scores, how, taught, history, coverage(low, where, inputs=inputs, latency=latency), store.settings, untaught
+    )
     store.finish(made)
     return made
 
@@ -269,6 +287,7 @@ class _Cutter:
     judged: Iterable[Any]
     importance: Importance | None
     latency: Latencies | None
+    batch_dims: BatchDims | None = None
 
     def score(self, network: nn.Module) -> dict[str, float]:
         return evaluate(network, self.judged, self.loss)
@@ -294,7 +313,8 @@ class _Cutter:
         if cut != "auto":
             return self._made(full, cut)
         moments = self._moments(full)
-        made = [self._made(full, kind, moments) for kind in ("plain", "whitened", "sensitive")]
+        kinds = ("plain", "whitened", "sensitive") if moments.outputs else ("plain", "whitened")  # weights may be too wide for gradients
+        made = [self._made(full, kind, moments) for kind in kinds]
         if not trains:
             return min(made, key=lambda one: _rank(one[2]))
         best = min(made, key=lambda one: _last(one[2])["loss"])
@@ -312,7 +332,7 @@ class _Cutter:
         return loss if kind == "sensitive" else LEVEL * loss
 
     def _moments(self, full: nn.Module) -> Calibration:
-        return calibrate(full, self.known, self.loss, examples=None)
+        return calibrate(full, self.known, self.loss, examples=None, batch_dims=self.batch_dims)
 
     def _made(self, full: nn.Module, kind: str, moments: Calibration | None = None) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
         if kind != "plain" and moments is None:
@@ -369,7 +389,7 @@ class _Tuner:
         parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, LEARNING_RATE) if self.make is None else self.make(parameters)
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        steps = max(1, self.epochs * len(self.data))  # type: ignore[arg-type]
+        steps = max(1, self.epochs * length_of(self.data, "compress")) if self.epochs else 1
         rise = WARMUP if WARMUP * steps != 1 else 2 * WARMUP  # torch divides by the steps of the rise less one
         self.scheduler = OneCycleLR(self.optimizer, rates, steps, pct_start=rise, cycle_momentum=False)
 

@@ -85,7 +85,7 @@ class Run:
         self.data = self.source.data
         self.loss = make_loss(recipe.loss)
         self.initial = make_model(recipe)
-        self.example = one_example(self.data.val)
+        self.example = one_example(self.data.val, self.initial)
         self._check_layers()
         self.digest = ""
         self.seed, self.readings = recipe.seed, 0

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spectrim.metrics.evaluate import evaluate
@@ -33,8 +34,10 @@ A guess at why: what it says of them is hardly more than their labels, until sof
 """
 
 
-def teacher_for(dense: nn.Module, examples: Sequence[tuple[Any, Tensor]], loss: Loss) -> Distillation | None:
+def teacher_for(dense: nn.Module, examples: Sequence[tuple[Any, Any]], loss: Loss) -> Distillation | None:
     """Return distillation from the dense network where outputs are scores of classes and targets are their numbers, else None.
+
+    None, too, where outputs in training mode are of another form than in eval mode, for example ``(logits, auxiliary logits)``.
 
     How it teaches is `TEACHING`, or `RECITING` where its loss on the examples is below `BY_HEART`.
 
@@ -44,7 +47,7 @@ def teacher_for(dense: nn.Module, examples: Sequence[tuple[Any, Tensor]], loss: 
         loss: ``(output, target) -> scalar``, in nats.
     """
     axis = axis_of_classes(dense, examples[0])
-    if axis is None:
+    if axis is None or _axis_of(scores_of(training_output(dense, examples[0][0])), examples[0][1]) != axis:
         return None
     way = RECITING if evaluate(dense, examples, loss)["loss"] < BY_HEART else TEACHING
     return Distillation(copy.deepcopy(dense), dim=axis, **way)
@@ -60,13 +63,46 @@ def axis_of_classes(network: nn.Module, batch: tuple[Any, Any]) -> int | None:
     inputs, target = batch
     with evaluating(network):
         output = scores_of(call_model(network, inputs))
+    return _axis_of(output, target)
+
+
+def _axis_of(output: Any, target: Any) -> int | None:
     if not (isinstance(output, Tensor) and isinstance(target, Tensor)) or target.is_floating_point() or not output.is_floating_point():
         return None
     axes = [axis for axis in (1, output.dim() - 1) if output.dim() > 1 and output.shape[:axis] + output.shape[axis + 1 :] == target.shape]
     return axes[0] if axes else None
 
 
-def showing(teacher: Distillation, low: nn.Module, batch: tuple[Any, Tensor]) -> Distillation:
+def why_untaught(dense: nn.Module, batch: tuple[Any, Any]) -> str:
+    """Say why `teacher_for` returns None.
+
+    Args:
+        dense: runs once.
+        batch: ``(inputs, target)`` of the training data.
+    """
+    output, shown = scores_of(training_output(dense, batch[0])), "class scores with class indices as targets"
+    form = f"{type(output).__name__} {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    return f"no teacher: distillation needs {shown} in eval and in training mode; in training mode the output is a {form}"
+
+
+def training_output(network: nn.Module, inputs: Any) -> Any:
+    """Return what a network computes in training mode; its flags, its buffers and torch's random generators are as before afterwards.
+
+    Args:
+        network: any module.
+        inputs: of one batch.
+    """
+    with evaluating(network), torch.random.fork_rng(devices=[]):
+        held = [(buffer, buffer.clone()) for buffer in network.buffers()]
+        network.train()
+        try:
+            return call_model(network, inputs)
+        finally:
+            for buffer, value in held:
+                buffer.copy_(value)
+
+
+def showing(teacher: Distillation, low: nn.Module, batch: tuple[Any, Any]) -> Distillation:
     """Return the teacher with those layers to show whose outputs can be seen in both networks, and are alike in shape.
 
     Args:

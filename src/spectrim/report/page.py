@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.budget.plan_table import Plan
+from spectrim.checks import check
 from spectrim.errors import FormatError
 from spectrim.files import make_folder, read_json, write_text
 from spectrim.metrics.measurement import compare_table
@@ -43,6 +44,7 @@ def write_report(source: Plan | str | Path, path: str | Path | None = None, *, r
         ...     write_report(found, folder + "/plan.html").read_text().startswith("<!doctype html>")
         True
     """
+    check("write_report", optional=("path",), source=source, path=path)
     plan, run = _read(source, result)
     if path is None and isinstance(source, Plan):
         raise FormatError("report", "has no path", hint="write_report(plan, 'plan.html')")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from spectrim.checks import check, unwrapped
 from spectrim.errors import ExportError, FormatError, SettingError
 from spectrim.files import check_room, new_files
 from spectrim.layers import named_layers
@@ -136,9 +137,11 @@ def export(
         >>> run_exported(made.path, torch.zeros(5, 4)).shape
         torch.Size([5, 2])
     """
+    check("export", model=model, inputs=inputs, path=path, max_batch=max_batch, tolerance=tolerance, threads=threads)
+    model = unwrapped(model)
     path = Path(path)
     format = _format_of(path, format)
-    batch = batch_size_of(inputs)
+    batch = batch_size_of(inputs, model=model)
     if max_batch < 1 or (format == "executorch" and dynamic_batch and max_batch < batch):
         raise SettingError("export", "max_batch", got=max_batch, rule=f"at least the batch of the inputs ({batch})")
     if tolerance is not None and not tolerance > 0:

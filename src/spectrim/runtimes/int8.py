@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from spectrim.checks import check, unwrapped
 from spectrim.errors import ExportError, FormatError, LayerError, SettingError
 from spectrim.files import new_files
 from spectrim.metrics.evaluate import evaluate
@@ -175,6 +176,8 @@ def quantize(
 
     Source: Jacob et al., arXiv 1712.05877 (integer arithmetic); https://onnxruntime.ai, "Quantize ONNX models".
     """
+    check("quantize", network=model, batches_again=data, path=path, keep=keep, tolerance=tolerance)
+    model = unwrapped(model) if isinstance(model, nn.Module) else model
     how, path = how or Int8(), Path(path)
     if path.suffix != ".onnx":
         raise SettingError("quantize", "path", got=str(path), rule="a file with the suffix .onnx")

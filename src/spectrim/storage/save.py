@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.checks import check, unwrapped
 from spectrim.errors import FormatError
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, kind_of, named_factors
@@ -59,6 +60,8 @@ def save(model: nn.Module, folder: str | Path) -> Path:
         FormatError: when the model's state holds something that is not a tensor.
         LayerError: for a model that FSDP2 shards.
     """
+    check("save", model=model, folder=folder)
+    model = unwrapped(model)
     refuse_shards(model, "save")
     folder = Path(folder)
     tensors, aliases = tensors_of(model)
@@ -79,6 +82,8 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     Raises:
         FormatError: for a missing, truncated, altered or foreign file, or for another architecture; nothing is changed then.
     """
+    check("load", folder=folder, model=model)
+    model = unwrapped(model)
     plan, tensors = read(Path(folder))
     path = Path(folder) / PLAN
     try:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from spectrim.errors import SettingError
+from spectrim.checks import check, unwrapped
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import refuse_shards
@@ -45,8 +45,8 @@ def balance_(model: nn.Module, above: int = 1024) -> list[str]:
         >>> torch.allclose(model(x), y, atol=1e-5), bool(model[0].U.std() > before)
         (True, True)
     """
-    if above < 0:
-        raise SettingError("balance_", "above", got=above, rule=">= 0")
+    check("balance_", model=model, above=above)
+    model = unwrapped(model)
     refuse_shards(model, "balance_")
     names = []
     for name, factors in named_factors(model):

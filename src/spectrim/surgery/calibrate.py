@@ -4,13 +4,15 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, factor_name, named_factors, named_layers
@@ -18,6 +20,7 @@ from spectrim.layers.attention import become_attention, observed_attention
 from spectrim.layers.base import OneWeight, become
 from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.recurrent import FactorizedRecurrent
+from spectrim.metrics.batch import BatchDims, stated
 from spectrim.metrics.inputs import _send, batch_size_of, call_model, loss_of, unfused
 from spectrim.surgery.exchange import duplicate
 
@@ -105,6 +108,7 @@ def calibrate(
     *,
     examples: int | None = 1024,
     centered: bool = True,
+    batch_dims: BatchDims | None = None,
     progress: bool = False,
 ) -> Calibration:
     """Run a factorized model in eval mode and measure the second moments at each of its weights.
@@ -121,6 +125,7 @@ def calibrate(
         loss: called as ``loss(output, target)``, gives the mean over a batch; None for `inputs` alone.
         examples: stop after the batch that completes this number, counted along the leading dimension, >= 1; None for all data.
         centered: whether to take the mean out of the inputs where a bias takes it up (see `absorbing`); the sources do not.
+        batch_dims: states the batch axes of the inputs, see `spectrim.metrics.batch.BatchDims`; found by agreement of sizes when omitted.
         progress: whether to show a progress bar, on stderr and on a terminal only.
 
     Returns:
@@ -140,6 +145,8 @@ def calibrate(
 
     Source: Martens and Grosse, arXiv 1503.05671; Grosse and Martens, arXiv 1602.01407.
     """
+    check("calibrate", optional=("loss",), model=model, batches=data, loss=loss)
+    model = unwrapped(model)
     if next(named_factors(model), None) is None:
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
     check_examples("calibrate", examples)
@@ -149,9 +156,12 @@ def calibrate(
         factors.S.requires_grad_(loss is not None)
     seen = 0
     with isolated(observed), torch.set_grad_enabled(loss is not None), sums.watching(observed):
-        for inputs, target in batches_of(data, observed, examples, targets=loss is not None, progress=progress, title="calibrate"):
-            count = batch_size_of(inputs)
+        for inputs, target in batches_of(
+            data, observed, examples, targets=loss is not None, progress=progress, title="calibrate", dims=batch_dims
+        ):
             output = call_model(observed, inputs)
+            stated_size = None if batch_dims is None else stated(inputs, batch_dims, "calibrate").size
+            count = batch_size_of(inputs, stated_size, target=target, output=output)
             if loss is not None:
                 sums.add_slopes(held, loss_of(loss, output, target, "calibrate") * count)
             seen += count
@@ -319,12 +329,19 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 def check_examples(owner: str, examples: int | None) -> None:
     """Raise a SettingError unless a number of examples is None or at least 1."""
-    if examples is not None and (isinstance(examples, bool) or not isinstance(examples, int) or examples < 1):
+    if examples is not None and (isinstance(examples, bool) or not isinstance(examples, SupportsIndex) or index(examples) < 1):
         raise SettingError(owner, "examples", got=examples, rule="an integer of at least 1, or None for all")
 
 
 def batches_of(
-    data: Iterable[Any], model: nn.Module, examples: int | None, *, targets: bool, progress: bool, title: str
+    data: Iterable[Any],
+    model: nn.Module,
+    examples: int | None,
+    *,
+    targets: bool,
+    progress: bool,
+    title: str,
+    dims: BatchDims | None = None,
 ) -> Iterator[tuple[Any, Any]]:
     """Yield ``(inputs, target)`` on the model's device until so many examples were seen; the target of bare inputs is None.
 
@@ -335,6 +352,7 @@ def batches_of(
         targets: whether a target is needed.
         progress: whether to show a progress bar on a terminal.
         title: what it says.
+        dims: states the batch axes, see `BatchDims`.
 
     Raises:
         SettingError: for a batch without the target that is needed.
@@ -346,6 +364,7 @@ def batches_of(
             raise SettingError(title, "data", got=type(batch), rule="batches (inputs, target) with a loss")
         inputs, target = _send(tuple(batch) if pair else (batch, None), model)
         yield inputs, target
-        seen += batch_size_of(inputs)
-        if examples is not None and seen >= examples:
-            return
+        if examples is not None:
+            seen += batch_size_of(inputs, target=target) if dims is None else stated(inputs, dims, title).size
+            if seen >= examples:
+                return

@@ -12,6 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from spectrim import linalg
+from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import factor_name, named_layers
@@ -19,7 +20,7 @@ from spectrim.layers.base import OneWeight
 from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.linalg.fold import leading
 from spectrim.metrics.inputs import evaluating
-from spectrim.surgery.calibrate import Calibration, batches_of, check_examples, isolated
+from spectrim.surgery.calibrate import WIDE, WIDEST_INPUTS, Calibration, batches_of, check_examples, isolated
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.side_by_side import ALIVE, _Both, _in_one_pass, _layer_by_layer, _Met, _order, _Unsteady, room
 
@@ -68,6 +69,8 @@ def uncorrected(model: nn.Module) -> dict[str, str]:
                 reasons[name] = "its inputs are inside a fused kernel"
             elif users[id(factors)] > 1:
                 reasons[name] = "it is tied to another layer's"
+            elif factors.shape[1] > WIDEST_INPUTS:
+                reasons[name] = WIDE
     return reasons
 
 
@@ -126,7 +129,9 @@ def correct(
     Deviation: the regression starts from ``W``, so that directions that the data leave out keep the dense weight; pseudo-inverses by
     iterated Tikhonov regularisation; no response of a non-linearity is fitted; the spatial and the input scheme are ours.
     """
+    check("correct", cut_model=cut, dense=dense, batches=data, calibration=calibration)
     check_examples("correct", examples)
+    cut, dense = unwrapped(cut), unwrapped(dense)
     corrected = duplicate(cut)
     batches = [inputs for inputs, _ in batches_of(data, corrected, examples, targets=False, progress=False, title="correct")]
     if not batches:

@@ -3,14 +3,17 @@
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from spectrim.checks import check, unwrapped
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, factor_name, named_layers
-from spectrim.protocols import Latencies, LayerFilter
+from spectrim.protocols import Latencies, Where
+from spectrim.surgery.head import call_order
 from spectrim.surgery.select import decide
 
 
@@ -67,23 +70,27 @@ class Coverage(tuple[LayerCoverage, ...]):
                 cells = ("", "", "dense", "")
             table.add_row(line.name or "(model)", line.kind, *cells, line.reason)
         text = io.StringIO()
-        Console(width=150, file=text).print(table)
+        Console(width=150, file=text, markup=False, emoji=False, highlight=False).print(table)
         return text.getvalue()
 
 
-def coverage(model: nn.Module, where: LayerFilter | None = None, *, latency: Latencies | None = None) -> Coverage:
+def coverage(model: nn.Module, where: Where | None = None, *, inputs: Any = None, latency: Latencies | None = None) -> Coverage:
     """List every parameterised layer of a model: factorized, or why not.
 
     Args:
         model: dense, factorized or merged. For a dense model the reason of a layer that could be factorized is empty.
-        where: the filter that was given to `factorize`, so that the reasons are the same.
+        where: what was given to `factorize`, so that the reasons are the same.
+        inputs: one batch, by which the classifier head is the last layer called; without it names and sizes decide, see `head_of`.
         latency: the table that `merge` will be given, so that it says what that writes.
 
     Examples:
         >>> [line.reason for line in coverage(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))]
         ['can be factorized', 'LayerNorm has vectors only']
     """
-    reasons, limits = decide(model, where), break_evens(model, latency)
+    check("coverage", optional=("inputs",), model=model, where=where, inputs=inputs, latency=latency)
+    model = unwrapped(model)
+    order = None if inputs is None or where is not None else call_order(model, inputs)
+    reasons, limits = decide(model, where, order=order), break_evens(model, latency)
     lines: list[LayerCoverage] = []
     inside: set[int] = set()
     for name, module in model.named_modules():

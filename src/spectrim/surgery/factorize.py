@@ -13,17 +13,19 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from spectrim import linalg
+from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
-from spectrim.layers import factor_name, kind_of, named_layers
+from spectrim.layers import factor_name, kind_of, named_factors, named_layers
 from spectrim.layers.base import Writing
 from spectrim.linalg.fold import Fold
 from spectrim.linalg.spectral import OVERSAMPLE
 from spectrim.plain.encoder import follow_layers
-from spectrim.protocols import LayerFilter
+from spectrim.protocols import Where
 from spectrim.surgery.exchange import copy_without
+from spectrim.surgery.head import call_order
 from spectrim.surgery.ranks import Ranks, check_names, chooser
-from spectrim.surgery.select import decide
+from spectrim.surgery.select import decide, layer_filter
 
 Scheme = Literal["auto", "channel", "spatial", "input"]
 
@@ -77,11 +79,12 @@ def decomposition(method: Method, rank: int | None, full: int) -> Callable[[Tens
 def factorize(
     model: nn.Module,
     scheme: Scheme = "auto",
-    where: LayerFilter | None = None,
+    where: Where | None = None,
     *,
     rank: Ranks | None = None,
     method: Method = "exact",
     writing: Writing = "pair",
+    example_inputs: Any = None,
     progress: bool = False,
 ) -> nn.Module:
     """Return a copy of `model` in which dense layers hold ``U diag(S) Vh``; the function is preserved at full rank.
@@ -95,7 +98,8 @@ def factorize(
             then all taps; ``spatial``, the taps of one axis and then those of the others; or ``auto``, which takes for each layer the one
             with the fewest MACs at 80 % of the spectral energy (``channel`` on the meta device). A layer without the asked scheme, as
             1x1 kernels and layers that are no convolutions, takes ``channel``.
-        where: selects layers by name and module, see `match`; everything but the classifier head when omitted.
+        where: selects layers: a name, a glob, a list of these, or a predicate of name and module, see `match`; everything but the
+            classifier head when omitted.
         rank: how many singular values to keep from the start: a number (capped at each layer's full rank), a rank rule, or a mapping
             ``{layer: rank}`` (layers it does not name keep all). All when omitted.
         method: ``exact``, the SVD in float64; ``randomized``, a sketch of ``rank + 16`` columns with four power iterations in the weight's
@@ -105,6 +109,7 @@ def factorize(
             ``r (m + n)`` numbers of an ``m x n`` weight; ``interpolative``, ``r`` of its rows or columns and the coefficients that mix the
             others, ``r (m + n - r)`` numbers, so that any cut saves. Tied weights and layers that cannot be written so (recurrent ones,
             attention's input projections, the spatial scheme) keep the pair.
+        example_inputs: one batch of inputs, by which the classifier head is the last layer called; without it names and sizes decide.
         progress: whether to show a progress bar, on stderr and on a terminal only, once it has taken two seconds.
 
     Returns:
@@ -126,6 +131,8 @@ def factorize(
     Source: Yang et al., arXiv 2004.09031, section 3.1.
     Deviation: factors start from the SVD of the present weights; the published code starts CNN factors at random.
     """
+    check("factorize", model=model, where=where, rank=rank, example_inputs=example_inputs)
+    model = unwrapped(model)
     if scheme not in get_args(Scheme):
         raise SettingError("factorize", "scheme", got=scheme, rule="'auto', 'channel', 'spatial' or 'input'")
     if method not in ("exact", "randomized", "auto"):
@@ -149,10 +156,13 @@ def factorize(
             raise LayerError(name, "its weight holds NaN or infinite values", hint="load a sound checkpoint")
         return Factors.of(weight, matrix, choose, decomposition(method, choose(matrix) if stated else None, min(shape)))
 
-    reasons = decide(model, where)
+    order = None if example_inputs is None or where is not None else call_order(model, example_inputs)
+    reasons = decide(model, layer_filter(where, model), order=order)
     chosen = {name: None for name, reason in reasons.items() if reason is None}
     if not chosen:
         listed = "; ".join(f"'{name}': {reason}" for name, reason in list(reasons.items())[:5]) or "it has no parameters"
+        if next(named_factors(model), None) is not None:
+            listed = f"it is factorized already, merge(model) makes it dense; {listed}"
         raise LayerError(type(model).__name__, "nothing to factorize", hint=listed)
     modules = dict(model.named_modules())
     count = sum(len(kind.weights(modules[name])) for name in chosen if (kind := kind_of(modules[name])))

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, plain_attention
@@ -49,7 +50,8 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
         >>> [tuple(p.shape) for p in merge(low).parameters()]
         [(8, 64), (64, 8), (64,)]
     """
-    clone = duplicate(model)
+    check("merge", model=model, latency=latency)
+    clone = duplicate(unwrapped(model))
     shared: dict[tuple[int, str, tuple[int, ...]], nn.Parameter] = {}
 
     def share(factors: Factors, part: str, tensor: Tensor) -> nn.Parameter:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
@@ -56,6 +57,8 @@ def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], *, ca
     Deviation: the published code sorts the trained ``S`` as it is; here it is made exact first. No Cholesky factors, see
     `linalg.weighted_svd`.
     """
+    check("prune", model=model, ranks=ranks, calibration=calibration)
+    model = unwrapped(model)
     refuse_shards(model, "prune")
     cut = duplicate(model)
     cuts = _cuts(cut, ranks, calibration)
@@ -91,6 +94,8 @@ def prune_(
         >>> low.rank
         2
     """
+    check("prune_", optional=("optimizer",), model=model, ranks=ranks, optimizer=optimizer, calibration=calibration)
+    model = unwrapped(model)
     refuse_shards(model, "prune")
     cuts = _cuts(model, ranks, calibration)
     before = dict(model.named_parameters())

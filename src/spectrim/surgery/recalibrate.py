@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
+from spectrim.checks import check
 from spectrim.metrics.inputs import call_model
 
 
@@ -23,6 +24,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         >>> model[0].running_mean
         tensor([2.])
     """
+    check("recalibrate", model=model, batches=batches)
     with torch.no_grad():
         update_bn(batches, _Called(model))
 

@@ -1,21 +1,28 @@
 """Which layers are factorized, and why the others are not."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import cast
 
+import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from spectrim.checks import check
+from spectrim.errors import SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import KINDS, FactorizedLayer, kind_of
-from spectrim.layers.linear import FactorizedLinear
-from spectrim.protocols import LayerFilter
+from spectrim.protocols import LayerFilter, Where
 from spectrim.surgery.exchange import HELD, held_elsewhere
+from spectrim.surgery.head import head_of
 
 HEAD = "the classifier head stays dense by default; name it in where= to include it"
+
+
+OWN_FORWARD = "to factorize it, exchange it for the plain layer (with nn.ZeroPad2d before it, where it pads), or register a kind for it"
 
 
 ADAPTED = "holds adapters of peft; call merge_and_unload() first"
@@ -32,6 +39,7 @@ def match(*patterns: str) -> LayerFilter:
         >>> keep("layer2.0.conv1", nn.Identity()), keep("layer1.0.conv1", nn.Identity()), keep("fc", nn.Identity())
         (True, False, False)
     """
+    check("match", patterns=patterns)
     include = [pattern for pattern in patterns if not pattern.startswith("!")] or ["*"]
     exclude = [pattern[1:] for pattern in patterns if pattern.startswith("!")]
 
@@ -41,22 +49,37 @@ def match(*patterns: str) -> LayerFilter:
     return select
 
 
-def head_of(model: nn.Module) -> str | None:
-    """Return the name of the classifier head: the last linear layer of the model, factorized or dense.
+def layer_filter(where: Where | None, model: nn.Module | None = None, verb: str = "factorize") -> LayerFilter | None:
+    """Return the predicate for what people write as ``where=``: a name, a glob, a list of these, or the predicate itself.
 
-    None when it is the model's only layer with a matrix, or when it lies in a `ModuleList` of several blocks (then it is the end of a
-    block, not a head).
+    A name selects that layer, or all layers in a module of that name; a glob, and a leading ``!``, count as in `match`.
+
+    Args:
+        where: in any of these forms; None stays None.
+        model: gives the names; without it they are not checked.
+        verb: that was called, for errors.
+
+    Raises:
+        SettingError: for a name or a glob that is in no layer's name.
+
+    Examples:
+        >>> keep = layer_filter(["encoder", "head"])
+        >>> keep("encoder.0", nn.Identity()), keep("head", nn.Identity()), keep("decoder", nn.Identity())
+        (True, True, False)
     """
-    layers = [name for name, module in model.named_modules() if kind_of(module) or isinstance(module, FactorizedLayer)]
-    linear = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | FactorizedLinear) and not name.endswith("out_proj")
-    ]
-    if len(layers) < 2 or not linear or linear[-1] != layers[-1]:
-        return None
-    modules = dict(model.named_modules())
-    parts = linear[-1].split(".")
-    parents = [modules[".".join(parts[:end])] for end in range(len(parts))]
-    return None if any(isinstance(parent, nn.ModuleList) and len(parent) > 1 for parent in parents) else linear[-1]
+    check(verb, where=where)
+    if where is None or not isinstance(where, str | Sequence | Set):
+        return where
+    wanted = [where] if isinstance(where, str) else list(where)
+    if model is not None:
+        names = [name for name, _ in model.named_modules()]
+        for pattern in wanted:
+            if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in names):
+                close = get_close_matches(pattern, names, 3, 0.4)
+                hint = "close to it: " + ", ".join(map(repr, close)) if close else "coverage(model) lists the layers"
+                raise SettingError(verb, "where", got=pattern, rule="names of layers, or globs over them", hint=hint)
+    inside = [f"{'!' * pattern.startswith('!')}{pattern.removeprefix('!')}.*" for pattern in wanted if not pattern.endswith("*")]
+    return match(*wanted, *inside)
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -83,7 +106,9 @@ def refusal(module: nn.Module) -> str | None:
     if found is None:
         base = next((k.__name__ for k in type(module).__mro__[1:] if kind_of_class(k)), None)
         if base:
-            return f"{kind} is a {base} with a forward of its own"
+            return f"{kind} is a {base} with a forward of its own; {OWN_FORWARD}"
+        if not own_parameters(module):
+            return f"its tensors are buffers ({', '.join(own_matrices(module))}), which are not trained; factorize before quantizing"
         if all(p.dim() < 2 for p in own_parameters(module).values()):
             return f"{kind} has vectors only"
         return f"no factorized form for {kind}"
@@ -111,14 +136,16 @@ def kind_of_class(kind: type) -> bool:
     return any(kind in candidate.dense_kinds for candidate in KINDS)
 
 
-def decide(model: nn.Module, where: LayerFilter | None = None) -> dict[str, str | None]:
+def decide(model: nn.Module, where: Where | None = None, *, order: Sequence[str] | None = None) -> dict[str, str | None]:
     """Return for each parameterised layer, by its first name, None where it will be factorized, else the reason why not.
 
     Args:
         model: dense, or factorized in part (what is factorized already is left out).
-        where: selects layers; all but the classifier head when omitted.
+        where: selects layers, see `layer_filter`; all but the classifier head when omitted.
+        order: the layers in the order of their calls, see `call_order`: it says which one is the head.
     """
-    head = head_of(model) if where is None else None
+    head = head_of(model, order) if where is None else None
+    where = layer_filter(where)
     reasons: dict[str, str | None] = {}
     holders: dict[int, list[tuple[str, str]]] = defaultdict(list)
     inside: set[int] = set()  # modules that belong to a parametrization
@@ -143,8 +170,16 @@ def decide(model: nn.Module, where: LayerFilter | None = None) -> dict[str, str 
     return reasons
 
 
+def own_matrices(module: nn.Module) -> list[str]:
+    """Return the buffers of a layer without children that could be weights: numbers with two axes at least."""
+    buffers = {name: b for name, b in module._buffers.items() if b is not None and b.dim() > 1 and b.dtype is not torch.bool}
+    return [] if module._modules else [name for name in buffers if name not in module._non_persistent_buffers_set]
+
+
 def is_parameterised(module: nn.Module) -> bool:
-    """Whether a module keeps parameters in a way that `_parameters` does not show: parametrized or quantized."""
+    """Whether a module keeps weights in a way that `_parameters` does not show: parametrized, quantized or in buffers."""
+    if own_matrices(module):
+        return True
     packed = is_quantized(module) and any(hasattr(module, name) for name in ("weight", "get_weight"))
     return parametrize.is_parametrized(module) or packed
 

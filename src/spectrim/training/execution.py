@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
+from spectrim.checks import check, unwrapped
 from spectrim.layers import FactorizedLayer, named_layers
 from spectrim.layers.base import OneWeight
 from spectrim.layers.embedding import FactorizedEmbedding
@@ -56,6 +57,8 @@ def choose_execution(model: nn.Module, inputs: Any, *, min_time: float = 0.01) -
         >>> list(choose_execution(low, torch.zeros(128, 64)))
         ['0']
     """
+    check("choose_execution", model=model, inputs=inputs, min_time=min_time)
+    model = unwrapped(model)
     uses, known, chosen = _uses(model, inputs), dict[Any, bool](), dict[str, bool]()
     for name, layer in named_layers(model):
         for use in uses.get(id(layer), []):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from spectrim.checks import check
 from spectrim.errors import DivergedError, SettingError
 from spectrim.layers.sharded import has_shards, is_sharded, reshard, whole
 from spectrim.metrics.inputs import call_model, loss_of, pair_of
@@ -124,6 +125,8 @@ def fit(
         >>> len(history.epochs)
         2
     """
+    check("fit", model=model, data=data, loss=loss, optimizer=optimizer, epochs=epochs, penalties=penalties, eval_data=eval_data)
+    check("fit", scheduler=scheduler, scheduler_steps=scheduler_steps, accumulate=accumulate, clip=clip, first_epoch=first_epoch)
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.utils import convert_to_fp32, send_to_device
 

@@ -17,7 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from spectrim.errors import SettingError
 from spectrim.layers.sharded import has_shards, is_sharded, refuse_sharded_factors, shard_like
-from spectrim.metrics.evaluate import evaluate
+from spectrim.metrics.evaluate import evaluate, weight_of
 from spectrim.metrics.inputs import evaluating
 
 
@@ -133,7 +133,7 @@ def evaluate_together(accelerator: Any, model: nn.Module, data: Iterable[Any], l
         for group in rounds(data, count):
             batch = group[index] if index < len(group) else group[0]
             found = evaluate(model, [batch], loss)
-            weight = float(batch[1].numel()) if index < len(group) else 0.0
+            weight = float(weight_of(batch[1])) if index < len(group) else 0.0
             weights += weight
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value * weight

@@ -171,7 +171,7 @@ def test_multiples_without_a_table() -> None:
     ranks = sp.allocate(low, sp.Budget(macs=0.5), x, multiple=5)
     assert all(rank % 5 == 0 or rank == 64 for rank in ranks.values())
     assert count_macs(sp.merge(sp.prune(low, ranks)), x) <= 0.5 * count_macs(dense, x)
-    with pytest.raises(SettingError, match="allocate: multiple must be at least 1, got 0"):
+    with pytest.raises(SettingError, match="allocate: multiple must be an integer of at least 1, got 0"):
         sp.allocate(low, sp.Budget(macs=0.5), x, multiple=0)
 
 
@@ -335,8 +335,8 @@ def test_the_default_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"threads": 0}, "latency_table: threads must be at least 1, got 0"),
-        ({"multiple": 0}, "multiple must be at least 1"),
+        ({"threads": 0}, "latency_table: threads must be an integer of at least 1, got 0"),
+        ({"multiple": 0}, "multiple must be an integer of at least 1"),
         ({"margin": 1.0}, r"margin must be in \[0, 1\)"),
         ({"time_box": 0.0}, "time_box must be above 0"),
     ],

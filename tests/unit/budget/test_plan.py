@@ -266,7 +266,11 @@ def test_text_shows_budgets_layers_and_reasons(found: Plan) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [({"loss": F.cross_entropy}, "given together with data"), ({"examples": 0}, ">= 1"), ({"budgets": [40.0]}, "fraction kept")],
+    [
+        ({"loss": F.cross_entropy}, "given together with data"),
+        ({"examples": 0}, "at least 1"),
+        ({"budgets": [40.0]}, "plan: each of budgets must be a Budget"),
+    ],
     ids=["loss-alone", "examples", "budget"],
 )
 def test_wrong_arguments(arguments: dict[str, Any], says: str) -> None:

@@ -336,7 +336,7 @@ def test_evaluate_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"at least one batch, got 'no targets from \w+'; a generator can be read only once"):
         evaluate(nn.Identity(), data, F.l1_loss)
     for batch in (torch.zeros(2), (torch.zeros(2),), (torch.zeros(2), None)):
-        with pytest.raises(SettingError, match=r"batches \(inputs, target\)( with a tensor as target)?"):
+        with pytest.raises(SettingError, match=r"evaluate: (data|loss) must be .*\(\w+, target\)"):
             evaluate(nn.Identity(), [batch], F.l1_loss)
 
 

@@ -78,7 +78,7 @@ def call(*args: str) -> int:
         ({"path": "file.pte", "max_batch": 1}, r"max_batch must be at least the batch of the inputs \(2\), got 1"),
         ({"path": "file.pt2", "tolerance": 0.0}, "tolerance must be above 0"),
         ({"path": "file.pt2", "tolerance": math.nan}, "tolerance must be above 0"),
-        ({"path": "file.pt2", "threads": 0}, "threads must be at least 1"),
+        ({"path": "file.pt2", "threads": 0}, "threads must be an integer of at least 1"),
     ],
 )
 def test_settings(settings: dict[str, object], words: str, tmp_path: Path) -> None:

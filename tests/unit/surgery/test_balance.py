@@ -64,7 +64,7 @@ def test_weights_without_entries_stay() -> None:
 
 
 def test_a_limit_below_nothing_is_refused() -> None:
-    with pytest.raises(SettingError, match="above must be >= 0, got -1"):
+    with pytest.raises(SettingError, match="above must be an integer of at least 0, got -1"):
         sp.balance_(sp.factorize(nn.Linear(4, 4)), above=-1)
 
 

@@ -290,7 +290,11 @@ ERRORS: dict[str, tuple[Callable[[nn.Module], Any], type, str]] = {
         SettingError,
         "correct: data must be at least one batch",
     ),
-    "examples": (lambda dense: correct(dense, dense, [], examples=-1), SettingError, "correct: examples must be an integer of at least 1"),
+    "examples": (
+        lambda dense: correct(dense, dense, [torch.ones(1, 2)], examples=-1),
+        SettingError,
+        "correct: examples must be an integer of at least 1",
+    ),
     "network": (
         lambda dense: correct(sp.factorize(dense, where=EVERYTHING), nn.Sequential(nn.Linear(2, 3)), [torch.ones(1, 2)]),
         LayerError,

@@ -416,12 +416,15 @@ def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": -1}, "fit: epochs must be >= 0, got -1"),
-        ({"accumulate": 0}, "fit: accumulate must be >= 1, got 0"),
-        ({"clip": 0.0}, "fit: clip must be > 0, or None, got 0.0"),
-        ({"clip": math.nan}, "fit: clip must be > 0, or None, got nan"),
-        ({"data": []}, "fit: data must be at least one batch, got 'no batches'"),
-        ({"data": iter(batches(1))}, "fit: data must be an iterable with a length, got <class 'list_iterator'>; a generator can be read"),
+        ({"epochs": -1}, "fit: epochs must be an integer of at least 0, got -1"),
+        ({"accumulate": 0}, "fit: accumulate must be an integer of at least 1, got 0"),
+        ({"clip": 0.0}, "fit: clip must be above 0, got 0.0"),
+        ({"clip": math.nan}, "fit: clip must be above 0, got nan"),
+        ({"data": []}, "fit: data must be at least one batch, got []"),
+        (
+            {"data": iter(batches(1))},
+            "fit: data must be an iterable of batches (inputs, target), such as a DataLoader or a list, got a list_iterator; a generator",
+        ),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:

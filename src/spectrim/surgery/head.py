@@ -1,0 +1,108 @@
+"""Which layer is the classifier head: the last one called, or without a forward pass the one that names and sizes point to."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from spectrim.layers import FactorizedLayer, kind_of
+from spectrim.layers.linear import FactorizedLinear
+from spectrim.metrics.inputs import call_model, evaluating, unfused
+
+NAMES = ("head", "classifier", "cls", "cls_head", "cls_score", "class_head", "lm_head", "score", "logits")
+"""Parts of layer names that stand for a classifier head in torchvision, timm, transformers and detectron."""
+
+
+def call_order(model: nn.Module, inputs: Any) -> list[str]:
+    """Run the model once in eval mode and return the names of its layers with a matrix, in the order of their last calls.
+
+    Args:
+        model: dense or factorized.
+        inputs: one batch: a tensor, a tuple of arguments or a dict of keyword arguments.
+
+    Examples:
+        >>> import torch
+        >>> call_order(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(1, 2))
+        ['0', '2']
+    """
+    called: dict[str, None] = {}
+
+    def noting(name: str) -> Any:
+        def note(*_: Any) -> None:
+            called.pop(name, None)
+            called[name] = None
+
+        return note
+
+    handles = [module.register_forward_pre_hook(noting(name)) for name, module in _layers(model)]
+    try:
+        with evaluating(model), unfused():
+            call_model(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(called)
+
+
+def head_of(model: nn.Module, order: Sequence[str] | None = None) -> str | None:
+    """Return the name of the classifier head, a linear layer, factorized or dense.
+
+    With the order of calls it is the last layer called. Without one it is the last linear layer whose name has a part in `NAMES`; without
+    such a name the last layer registered, unless another layer reads as many features as it returns while exactly one linear layer has
+    outputs that no layer reads.
+
+    Args:
+        model: dense or factorized.
+        order: what `call_order` returned.
+
+    Returns:
+        None when the model has no other layer with a matrix, when the last layer is not linear, or when it is the end of one of several
+        blocks in a `ModuleList`.
+    """
+    layers = _layers(model)
+    linear = [name for name, module in layers if _is_linear(module) and not name.endswith("out_proj")]
+    if len(layers) < 2 or not linear:
+        return None
+    if order:
+        return order[-1] if order[-1] in linear and not _ends_block(model, order[-1]) else None
+    named = [name for name in linear if set(name.split(".")) & set(NAMES) and not _in_list(model, name)]
+    if named:
+        return named[-1]
+    last = linear[-1] if linear[-1] == layers[-1][0] and not _in_list(model, linear[-1]) else None
+    unread = _unread(model, linear)
+    if last is not None and last not in unread and len(unread) == 1 and not _in_list(model, unread[0]):
+        return unread[0]
+    return last
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if kind_of(module) or isinstance(module, FactorizedLayer)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | FactorizedLinear)
+
+
+def _lists(model: nn.Module, name: str) -> Iterable[str]:
+    """Return the names of the lists of several modules that a layer lies in."""
+    modules = dict(model.named_modules())
+    parts = name.split(".")
+    parents = [".".join(parts[:end]) for end in range(len(parts))]
+    return [parent for parent in parents if isinstance(modules[parent], nn.ModuleList) and len(modules[parent]) > 1]
+
+
+def _in_list(model: nn.Module, name: str) -> bool:
+    return bool(_lists(model, name))
+
+
+def _ends_block(model: nn.Module, name: str) -> bool:
+    """Whether a layer lies in a block of a list, and is not itself an entry of it."""
+    return any(name.removeprefix(f"{parent}.").count(".") for parent in _lists(model, name))
+
+
+def _unread(model: nn.Module, linear: Sequence[str]) -> list[str]:
+    """Return the linear layers whose number of outputs no layer has for its number of inputs."""
+    widths = {
+        getattr(module, key, None) for _, module in _layers(model) for key in ("in_features", "in_channels", "input_size", "embed_dim")
+    }
+    return [name for name in linear if getattr(model.get_submodule(name), "out_features", None) not in widths]
