@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectrim.checks import check, unwrapped
 from spectrim.errors import FormatError
 from spectrim.forms.svd import Factors
-from spectrim.layers import FactorizedLayer, kind_of, named_factors
+from spectrim.layers import FactorizedLayer, kind_of, named_factors, named_layers
 from spectrim.layers.attention import become_attention
 from spectrim.layers.base import become, renew
 from spectrim.layers.geometry import CHANNELS_LAST, memory_format_of
@@ -19,28 +19,13 @@ from spectrim.layers.sharded import refuse_shards
 from spectrim.plain.attention import PlainAttention
 from spectrim.plain.chain import PlainPair
 from spectrim.plain.encoder import follow_layers
+from spectrim.plain.pieces import PlainInterpolative
 from spectrim.plain.recurrent import PlainRecurrent
+from spectrim.storage.describe import SETTINGS, construct, dense_settings, describe, difference, found_settings, interpolative
 from spectrim.storage.folder import FORMAT, PLAN, read, tensors_of, write
 from spectrim.surgery.batchnorm import NORMS
 from spectrim.surgery.exchange import replace
 from spectrim.surgery.factorize import build
-
-CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-
-
-RECURRENT = ("mode", "input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
-
-
-ATTENTION = ("embed_dim", "num_heads", "dropout", "add_zero_attn", "kdim", "vdim", "batch_first")
-
-
-SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: ("in_features", "out_features"),
-    nn.Embedding: ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq"),
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONVOLUTION),
-    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), (*CONVOLUTION, "output_padding")),
-}
-"""The constructor arguments of the layers that `merge` writes."""
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -119,8 +104,8 @@ def plan_of(model: nn.Module) -> dict[str, Any]:
     factorized, merged, inside = {}, {}, set[int]()
     for name, module in model.named_modules():
         if isinstance(module, FactorizedLayer):
-            factorized[name] = {"kind": module.dense_kind.__name__, "scheme": module.scheme}
-        elif id(module) not in inside and (description := _describe(module)):
+            factorized[name] = {"kind": module.dense_kind.__name__, "scheme": module.scheme, "writing": module.writing}
+        elif id(module) not in inside and (description := describe(module)):
             merged[name] = description
             inside.update(id(part) for part in module.modules())
     return {
@@ -169,10 +154,19 @@ def _rebuild(model: nn.Module, plan: Mapping[str, Any], path: Path) -> tuple[nn.
             raise FormatError(path, f"is of another architecture: the model has no layer '{name}'", hint=_hint(plan))
         kind = kind_of(target)
         if kind is None:
-            if isinstance(target, PlainPair | PlainRecurrent | PlainAttention):  # the original has such a module itself
+            if isinstance(
+                target, PlainPair | PlainInterpolative | PlainRecurrent | PlainAttention
+            ):  # the original has such a module itself
                 continue
             raise _unregistered(path, name, type(target).__name__)
-        wanted, own = _dense(description), _found(target, description)
+        if description[0]["kind"] in ("PlainRows", "PlainColumns"):
+            parts = interpolative(description[0])
+            if (problem := difference(parts, target)) is not None:
+                raise FormatError(path, f"is of another architecture: layer '{name}' had {problem}", hint=_hint(plan))
+            weight = next(target.parameters())
+            written.append(become(target, parts.to(weight.device, weight.dtype), kind.base_of(type(target))))
+            continue
+        wanted, own = dense_settings(description), found_settings(target, description)
         if plan.get("folded") and wanted.get("bias") and own.get("bias") is False:
             own["bias"] = True  # it came with a BatchNorm
         replayed = None if wanted == own else _replayed(target, description)
@@ -182,12 +176,14 @@ def _rebuild(model: nn.Module, plan: Mapping[str, Any], path: Path) -> tuple[nn.
             raise FormatError(path, f"is of another architecture: {problem}", hint=_hint(plan))
         weight = next(target.parameters())
         with torch.random.fork_rng(devices=[]):
-            made = replayed if replayed is not None else _construct(description, conv1d=hasattr(target, "nx"))
+            made = replayed if replayed is not None else construct(description, conv1d=hasattr(target, "nx"))
         written.append(made.to(weight.device, weight.dtype))
         if isinstance(made, PlainAttention):
             become_attention(target, made)
         else:
             become(target, made, kind.base_of(type(target)))
+    for name, layer in named_layers(built):
+        layer.__dict__["writing"] = plan["factorized"][name].get("writing", "pair")
     follow_layers(built)
     return built, written
 
@@ -219,57 +215,9 @@ def _replayed(target: Any, description: list[dict[str, Any]]) -> nn.Module | Non
         if rank <= min(matrix.shape[-2:]):
             factors = {"weight": Factors.empty(target.weight, matrix, rank)}
             made = kind.adopt(renew(target, type(target)), factors, scheme).split(lambda _, part, tensor: nn.Parameter(tensor), ("weight",))
-            if made is not None and _describe(made) == description:
+            if made is not None and describe(made) == description:
                 return made
     return None
-
-
-def _dense(description: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the settings of the dense layer that `merge` must have had before it, to write what is described."""
-    first, last = description[0], description[-1]
-    kind = _kind(description)
-    if kind == "PlainAttention":
-        given = first["given"]
-        return {key: first[key] for key in ("kind", *ATTENTION)} | {"bias": "in_proj_bias" in given, "add_bias_kv": "bias_k" in given}
-    if kind == "PlainRecurrent":
-        return {key: first[key] for key in ("kind", *RECURRENT)}
-    if kind == "Embedding":
-        return {"kind": kind, "num_embeddings": first["num_embeddings"], "embedding_dim": last["out_features"]}
-    with torch.device("meta"):
-        pair = _construct(description)
-    names = next(names for known, names in SETTINGS.items() if known.__name__ == kind)
-    return {"kind": kind, "bias": last["bias"]} | {key: _listed(getattr(pair, key)) for key in names}
-
-
-def _kind(description: list[dict[str, Any]]) -> str:
-    """Return the class of the dense layer: that of a transposed convolution where one of two is."""
-    kinds: list[str] = [entry["kind"] for entry in description]
-    return next((kind for kind in kinds if kind.startswith("ConvTranspose")), kinds[0])
-
-
-def _found(target: Any, description: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the settings that a layer of the model has, as `_dense` gives them."""
-    kind = _kind(description)
-    classes: dict[str, Any] = {
-        "PlainRecurrent": nn.RNNBase,
-        "PlainAttention": nn.MultiheadAttention,
-        **{known.__name__: known for known in SETTINGS},
-    }
-    if kind == "Linear" and hasattr(target, "nx"):  # the Conv1D of transformers
-        return {"kind": kind, "in_features": target.nx, "out_features": target.nf, "bias": target.bias is not None}
-    if not isinstance(target, classes[kind]):
-        return {"kind": type(target).__name__}
-    if kind == "PlainAttention":
-        bias = {"bias": target.in_proj_bias is not None, "add_bias_kv": target.bias_k is not None}
-    elif kind == "PlainRecurrent":
-        bias = {"bias": target.bias}
-    else:
-        bias = {} if kind == "Embedding" else {"bias": target.bias is not None}
-    return {"kind": kind, **bias, **{key: _listed(getattr(target, key)) for key in _dense(description) if key not in ("kind", *bias)}}
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _tie(model: nn.Module, plan: Mapping[str, Any], state: Mapping[str, Tensor], made: list[nn.Module], path: Path) -> None:
@@ -291,17 +239,6 @@ def _tie(model: nn.Module, plan: Mapping[str, Any], state: Mapping[str, Tensor],
             raise FormatError(path, f"is of another architecture: the model ties '{name}' to '{kept}', the file does not", hint=_hint(plan))
 
 
-def _describe(module: nn.Module) -> list[dict[str, Any]] | None:
-    """Describe a module that only `merge` writes; None for any other."""
-    if isinstance(module, PlainPair) and all(type(layer) in SETTINGS for layer in module):
-        return [_settings(layer, SETTINGS[type(layer)]) | _bias(layer) for layer in module]
-    if isinstance(module, PlainRecurrent):
-        return [_settings(module, (*RECURRENT, "given"))]
-    if isinstance(module, PlainAttention):
-        return [_settings(module, (*ATTENTION, "given"))]
-    return None
-
-
 def _folded(model: nn.Module) -> dict[str, list[str]]:
     """Return where BatchNorms may have been folded, as an `Identity` is there, and which layers have a bias; nothing without the former."""
     gone = [name for name, module in model.named_modules() if type(module) is nn.Identity]
@@ -318,27 +255,3 @@ def _without_batchnorms(targets: Mapping[str, Any], folded: Mapping[str, list[st
             features = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
             layer.bias = nn.Parameter(layer.weight.new_zeros(features))
     return {id(norm): nn.Identity().train(norm.training) for norm in gone}
-
-
-def _settings(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
-    values = {name: getattr(module, name) for name in names}
-    return {"kind": str(module._get_name())} | {name: _listed(value) for name, value in values.items()}  # type: ignore[no-untyped-call]
-
-
-def _bias(module: nn.Module) -> dict[str, bool]:
-    return {} if isinstance(module, nn.Embedding) else {"bias": module.bias is not None}
-
-
-def _construct(description: list[dict[str, Any]], conv1d: bool = False) -> Any:
-    """Build what `_describe` described, with zeros or torch's initial values as weights; `conv1d` as for `PlainPair`."""
-    layers = []
-    for entry in description:
-        settings: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items() if key not in ("kind", "given")}
-        kinds: dict[str, Any] = {kind.__name__: kind for kind in (*SETTINGS, PlainRecurrent, PlainAttention)}
-        if "given" in entry:
-            zeros = {name: tuple(torch.zeros(shape) for shape in shapes) for name, shapes in entry["given"].items()}
-            settings["weights"] = {name: parts if len(parts) == 2 else parts[0] for name, parts in zeros.items()}
-        if entry["kind"] == "PlainAttention":
-            settings |= {"bias": "in_proj_bias" in entry["given"], "add_bias_kv": "bias_k" in entry["given"]}
-        layers.append(kinds[entry["kind"]](**settings))
-    return layers[0] if len(layers) == 1 else PlainPair(*layers, conv1d=conv1d)

@@ -598,7 +598,7 @@ def test_leftovers_of_a_killed_save_are_removed(saved: Path) -> None:
 
 def test_the_listing_says_what_was_saved(saved: Path) -> None:
     plan = json.loads((saved / PLAN).read_text())
-    assert plan["factorized"] == {"0": {"kind": "Linear", "scheme": "channel"}}
+    assert plan["factorized"] == {"0": {"kind": "Linear", "scheme": "channel", "writing": "pair"}}
     assert plan["ranks"] == {"0": 2}
     assert plan["model"] == "Sequential"
     assert set(plan["versions"]) == {"spectrim", "torch"}
