@@ -19,6 +19,7 @@ from spectrim.errors import DivergedError, SettingError
 from spectrim.layers.sharded import has_shards, is_sharded, reshard, whole
 from spectrim.metrics.inputs import call_model, loss_of, pair_of
 from spectrim.protocols import Penalty, PenaltySchedule, RankSchedule
+from spectrim.surgery.frozen import training_mode
 from spectrim.training import processes
 from spectrim.training.checkpoint import Checkpoint, generators_of
 from spectrim.training.course import ScheduledPenalty, cut_ranks
@@ -184,13 +185,14 @@ def fit(
         _lesson(distill, model, compiled) as lesson,
         _prepared(accelerator, model, optimizer, compiled) as (prepared, stepper),
         _bar(accelerator, progress, length) as bar,
+        training_mode(model) as train,
     ):
         for epoch in range(len(history.epochs), epochs):
             parts_of_data = {id(part): part for part in (data, getattr(data, "sampler", None), own_data)}
             for set_epoch in (getattr(part, "set_epoch", None) for part in parts_of_data.values()):
                 if set_epoch is not None:
                     set_epoch(first_epoch + epoch)
-            model.train()
+            train()
             start, examples, sums, groups, rate = time.perf_counter(), 0, dict.fromkeys(("loss", *names), 0.0), 0, 0.0
             bar.start(epoch, epochs)
             for index, batch in enumerate(own_data):
