@@ -1,6 +1,5 @@
 """transformers' Trainer: penalties of the right weight, cuts that keep training state, and a run that can be stopped."""
 
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -340,8 +339,8 @@ def test_a_checkpoint_without_the_state_of_a_schedule_is_refused(tmp_path: Path)
     squeeze = sp.Squeeze(sp.Budget(params=0.5), begin=0.0, end=0.9)
     resumable(classifier, points(), tmp_path, squeeze, save_steps=2).train()
     state = tmp_path / "checkpoint-2" / STATE
-    assert json.loads(state.read_text())["penalty"]["before"]
-    for damage, message in ((lambda: state.write_text("{"), "not a readable state"), (state.unlink, "is missing")):
+    assert torch.load(state, weights_only=True)["step"]["memories"]["Squeeze"]["tail"]
+    for damage, message in ((lambda: state.write_text("{"), "not a readable checkpoint"), (state.unlink, "is missing")):
         damage()
         with pytest.raises(FormatError, match=message):
             resumable(classifier, points(), tmp_path, squeeze).train(resume_from_checkpoint=str(state.parent))

@@ -35,6 +35,7 @@ from spectrim.surgery.factorize import Scheme, factorize
 from spectrim.surgery.merge import merge
 from spectrim.surgery.prune import prune, prune_
 from spectrim.surgery.recalibrate import recalibrate
+from spectrim.training.data import count_batches
 from spectrim.training.distillation import Distillation, Loss
 from spectrim.training.fit import Precision, fit
 from spectrim.training.history import History
@@ -369,7 +370,7 @@ class _Tuner:
         parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, LEARNING_RATE) if self.make is None else self.make(parameters)
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        steps = max(1, self.epochs * len(self.data))  # type: ignore[arg-type]
+        steps = self.epochs * count_batches(self.data, "compress") if self.epochs else 1
         rise = WARMUP if WARMUP * steps != 1 else 2 * WARMUP  # torch divides by the steps of the rise less one
         self.scheduler = OneCycleLR(self.optimizer, rates, steps, pct_start=rise, cycle_momentum=False)
 

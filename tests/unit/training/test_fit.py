@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -217,18 +218,18 @@ def test_distillation_by_hand() -> None:
     output, task, T, share = torch.randn(5, 3), torch.tensor(0.7), 3.0, 0.4
     p, q = (teacher[0](x) / T).softmax(-1), (output / T).softmax(-1)
     expected = 0.6 * 0.7 + share * T**2 * (p * (p / q).log()).sum(-1).mean().item()
-    assert Distillation(teacher, T, share)(task, x, output).item() == pytest.approx(expected)
+    assert Distillation(teacher, T, share).loss(task, x, output).item() == pytest.approx(expected)
     assert teacher.training, "the teacher runs in eval mode and is left as it was"
-    assert Distillation(teacher, T, 0.0)(task, x, output).item() == pytest.approx(0.7)
+    assert Distillation(teacher, T, 0.0).loss(task, x, output).item() == pytest.approx(0.7)
     kl = F.kl_div(output.log_softmax(-1), teacher[0](x).log_softmax(-1), reduction="batchmean", log_target=True)
-    torch.testing.assert_close(Distillation(teacher, 1.0, 1.0)(task, x, output), kl)
+    torch.testing.assert_close(Distillation(teacher, 1.0, 1.0).loss(task, x, output), kl)
 
 
 def test_distillation_over_another_axis() -> None:
     teacher, x = nn.Identity(), torch.randn(2, 3, 5)
     output = torch.randn(2, 3, 5)
-    turned = Distillation(teacher, 2.0, 1.0)(torch.zeros(()), x.mT, output.mT)
-    torch.testing.assert_close(Distillation(teacher, 2.0, 1.0, dim=1)(torch.zeros(()), x, output), turned)
+    turned = Distillation(teacher, 2.0, 1.0).loss(torch.zeros(()), x.mT, output.mT)
+    torch.testing.assert_close(Distillation(teacher, 2.0, 1.0, dim=1).loss(torch.zeros(()), x, output), turned)
 
 
 def test_distillation_trains_towards_the_teacher() -> None:
@@ -420,8 +421,14 @@ def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
         ({"accumulate": 0}, "fit: accumulate must be >= 1, got 0"),
         ({"clip": 0.0}, "fit: clip must be > 0, or None, got 0.0"),
         ({"clip": math.nan}, "fit: clip must be > 0, or None, got nan"),
+        ({"steps_per_epoch": 0}, "fit: steps_per_epoch must be >= 1, or None for all of the data, got 0"),
+        ({"keep_best": True}, "fit: keep_best must be given with eval_data, the validation split, for 'eval_loss', got True"),
+        ({"keep_best": "mine"}, "fit: keep_best must be True, a name that ends on 'loss' or 'accuracy', 'min NAME' or 'max NAME'"),
         ({"data": []}, "fit: data must be at least one batch, got 'no batches'"),
-        ({"data": iter(batches(1))}, "fit: data must be an iterable with a length, got <class 'list_iterator'>; a generator can be read"),
+        (
+            {"data": iter(batches(1))},
+            "fit: data must be an iterable that starts again at each epoch, got <class 'list_iterator'>; a generator can be read",
+        ),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
@@ -433,11 +440,31 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     assert same(before, weights(model))
 
 
-def test_a_schedule_that_wants_a_metric_is_refused() -> None:
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Types are checked while these tests run; users have no such checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scheduler_steps": "batches"}, "fit: scheduler_steps must be 'epoch' or 'batch', got 'batches'"),
+        ({"distill": "Auto"}, "fit: distill or lessons must be a lesson, such as Distillation(teacher), got 'Auto'"),
+        ({"distill": Distillation}, "fit: distill or lessons must be a lesson"),
+        ({"courses": ["auto"]}, "fit: courses must be courses, such as Ramp(0.9), or functions"),
+        ({"penalties": [sp.Hoyer]}, "fit: penalties must be a list of penalties, such as [Orthogonality(1.0)], got <class"),
+    ],
+)
+def test_settings_of_another_type(unchecked: None, settings: dict[str, Any], message: str) -> None:
     model = net()
-    optimizer = sgd(model)
-    with pytest.raises(SettingError, match="ReduceLROnPlateau"):
-        run(model, batches(1), optimizer, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+    before = weights(model)
+    with pytest.raises(SettingError) as caught:
+        run(model, **{"data": batches(1), **settings})
+    assert str(caught.value).startswith(message)
+    assert same(before, weights(model))
 
 
 def test_the_optimizer_of_another_model_is_refused() -> None:
