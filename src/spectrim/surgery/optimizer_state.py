@@ -101,7 +101,7 @@ def _move(
                 for key, value in state.items()
             }
     if isinstance(optimizer, LBFGS):
-        optimizer._numel_cache = None  # type: ignore[assignment]  # else it splits its direction by the old sizes
+        optimizer._numel_cache = None  # else it splits its direction by the old sizes
     if dropped:
         _warn(optimizer, dropped)
 

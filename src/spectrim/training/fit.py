@@ -140,8 +140,8 @@ def fit(
     """
     judged = eval_data is not None
     _check(epochs, first_epoch, accumulate, clip, steps_per_epoch, execution, scheduler_steps)
-    check_plateau(scheduler, scheduler_steps, judged)
     best = Best(keep_best, judged) if keep_best else None
+    check_plateau(scheduler, scheduler_steps, judged, best)
     courses = [*courses, *([] if rank_schedule is None else [rank_schedule])]
     step = Step("fit", penalties, courses, [*lessons, *([] if distill is None else [distill])])
     _check_length(step, length_of(data), steps_per_epoch)

@@ -90,24 +90,26 @@ class Best:
         self.found, self.weights = state["found"], dict(state["weights"])
 
 
-def check_plateau(scheduler: Any, scheduler_steps: str, judged: bool) -> None:
-    """Raise a SettingError for a plateau schedule that has nothing to look at."""
-    if isinstance(scheduler, ReduceLROnPlateau):
-        if scheduler_steps != "epoch":
-            raise SettingError("fit", "scheduler_steps", got=scheduler_steps, rule="'epoch' for ReduceLROnPlateau, which looks at epochs")
-        if scheduler.mode == "max" and not judged:
-            raise SettingError("fit", "scheduler", got="mode='max'", rule="mode='min' without eval_data: the training loss is monitored")
+def check_plateau(scheduler: Any, scheduler_steps: str, judged: bool, best: Best | None) -> None:
+    """Raise a SettingError for a plateau schedule that has nothing to look at, or looks the other way than `keep_best`."""
+    if not isinstance(scheduler, ReduceLROnPlateau):
+        return
+    if scheduler_steps != "epoch":
+        raise SettingError("fit", "scheduler_steps", got=scheduler_steps, rule="'epoch' for ReduceLROnPlateau, which looks at epochs")
+    got = f"mode='{scheduler.mode}'"
+    if best is not None and (best.sign > 0) != (scheduler.mode == "min"):
+        rule = f"mode='{'min' if best.sign > 0 else 'max'}' for '{best.monitor}', which keep_best monitors"
+        raise SettingError("fit", "scheduler", got=got, rule=rule)
+    if best is None and scheduler.mode == "max" and not judged:
+        raise SettingError("fit", "scheduler", got=got, rule="mode='min' without eval_data: the training loss is monitored")
 
 
 def plateau_value(scheduler: ReduceLROnPlateau, line: dict[str, float], best: Best | None) -> float:
     """Return the number that a plateau schedule looks at: that of `keep_best`, else eval_accuracy or eval_loss by its mode, else the loss.
 
     Raises:
-        SettingError: when there is none, or its better direction is not the schedule's.
+        SettingError: when there is none.
     """
-    if best is not None and (best.sign > 0) != (scheduler.mode == "min"):
-        rule = f"mode={'min' if best.sign > 0 else 'max'!r} for '{best.monitor}', which keep_best monitors"
-        raise SettingError("fit", "scheduler", got=f"mode={scheduler.mode!r}", rule=rule)
     if best is not None:
         return best.value(line)
     name = "eval_accuracy" if scheduler.mode == "max" else "eval_loss" if "eval_loss" in line else "loss"

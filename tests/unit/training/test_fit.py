@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from spectrim.training.checkpoint import CHECKPOINT, random_state, restore_rando
 from spectrim.training.distillation import Distillation
 from spectrim.training.fit import fit
 from spectrim.training.history import History, largest_gradient, mean_rank
+from spectrim.training.statefile import read_state
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -735,6 +737,60 @@ def test_damaged_checkpoints(stopped: Path) -> None:
     assert_refused(stopped, net(), "is not a readable checkpoint")
     torch.save([1, 2], file)
     assert_refused(stopped, net(), "is not a readable checkpoint")
+
+
+def test_damaged_bytes_are_refused_or_harmless(stopped: Path) -> None:
+    """Flipped bits, runs of garbage and cuts anywhere in the file: refused with nothing changed, or the same bits as from the whole file."""
+    file = stopped / CHECKPOINT
+    whole, expected = file.read_bytes(), net()
+    examples = TensorDataset(*batches(1)[0])
+
+    def data() -> Any:
+        return DataLoader(examples, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(1))
+
+    assert len(run(expected, data(), torch.optim.Adam(expected.parameters(), 1e-2), 2, checkpoint=stopped).epochs) == 2
+    draw, refused = random.Random(4), 0
+    model = net()
+    start = weights(model)
+    for index in range(60):
+        damaged = bytearray(whole)
+        at = draw.randrange(len(damaged))
+        if index % 3 == 0:
+            damaged[at] ^= 1 << draw.randrange(8)
+        elif index % 3 == 1:
+            damaged[at : at + 64] = draw.randbytes(len(damaged[at : at + 64]))
+        else:
+            damaged = damaged[:at]
+        file.write_bytes(damaged)
+        model.load_state_dict(start)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        try:
+            history = run(model, data(), optimizer, 2, checkpoint=stopped)
+        except FormatError:
+            refused += 1
+            assert same(weights(model), start), index
+            assert not optimizer.state, index
+        else:
+            assert len(history.epochs) == 2, index
+            assert same(weights(model), weights(expected)), index
+    assert refused >= 50, "most of the file is data"
+
+
+def test_damaged_tensors_are_noticed(stopped: Path) -> None:
+    """Every tensor of the file, one bit of it flipped: each is refused."""
+    file = stopped / CHECKPOINT
+    whole = file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        entries = [entry for entry in archive.infolist() if "/data/" in entry.filename and entry.file_size]
+    assert len(entries) > 10
+    for entry in entries:
+        start = whole.index(entry.filename.encode(), entry.header_offset) + len(entry.filename)
+        extra = int.from_bytes(whole[entry.header_offset + 28 : entry.header_offset + 30], "little")
+        damaged = bytearray(whole)
+        damaged[start + extra + entry.file_size // 2] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(FormatError, match=r"is not a readable checkpoint \(BadZipFile: the checksum of"):
+            read_state(file, "delete it")
 
 
 def test_no_pickle_is_run(stopped: Path) -> None:
