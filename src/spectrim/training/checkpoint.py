@@ -77,9 +77,8 @@ class Checkpoint:
         state = read_state(self.path, "delete it to start again")
         try:
             weights = dict(state["model"])
-            history = History(
-                list(state["history"]), *(list(state.get(name, [])) for name in ("cuts", "layers")), stopped=state.get("stopped")
-            )
+            happened = {name: list(state.get(name, [])) for name in ("cuts", "layers")}
+            history = History(list(state["history"]), happened["cuts"], happened["layers"], stopped=state.get("stopped"))
             sizes = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
         except Exception as error:
             raise FormatError(

@@ -740,7 +740,7 @@ def test_damaged_checkpoints(stopped: Path) -> None:
 
 
 def test_damaged_bytes_are_refused_or_harmless(stopped: Path) -> None:
-    """Flipped bits, runs of garbage and cuts anywhere in the file: refused with nothing changed, or the same bits as from the whole file."""
+    """Flipped bits, runs of garbage and cuts anywhere: refused with nothing changed, or the same bits as from the whole file."""
     file = stopped / CHECKPOINT
     whole, expected = file.read_bytes(), net()
     examples = TensorDataset(*batches(1)[0])
