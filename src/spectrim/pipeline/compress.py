@@ -201,6 +201,8 @@ def compress(
         raise SettingError("compress", "cut", got=cut, rule="'auto', 'plain', 'whitened', 'sensitive' or 'mixed'")
     if examples < 1:
         raise SettingError("compress", "examples", got=examples, rule=">= 1")
+    if not (distill is None or distill == "auto" or isinstance(distill, Distillation)):
+        raise SettingError("compress", "distill", got=distill, rule="'auto', a Distillation, or None")
     store = _Store(None if folder is None else Path(folder))
     store.claim(
         budget=repr(budget),

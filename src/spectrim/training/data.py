@@ -86,7 +86,7 @@ class Order:
             data: as the user gave them.
         """
         places = places_of(data)
-        self.stateful = [place for place in places if hasattr(place, "state_dict") and hasattr(place, "load_state_dict")]
+        self.stateful = [place for place in places if _has_state(place)]
         rest = [place for place in places if not any(place is other for other in self.stateful) and hasattr(place, "__dict__")]
         self.random = [value for place in rest for value in vars(place).values() if _is_random(value)]
         known = ("torch.", "accelerate.")
@@ -119,6 +119,12 @@ class Order:
         for generator, own in zip(self.random, state["random"], strict=True):
             _restore(generator, own)
         self.changed = list(dict.fromkeys(state["changed"]))
+
+
+def _has_state(place: Any) -> bool:
+    """Whether data can give and take their state; accelerate's loaders have the methods whether or not what they wrap can."""
+    able = hasattr(place, "state_dict") and hasattr(place, "load_state_dict")
+    return able and (not type(place).__module__.startswith("accelerate.") or hasattr(place.base_dataloader, "state_dict"))
 
 
 def _is_random(value: Any) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from spectrim.errors import SettingError
@@ -262,7 +262,7 @@ def _own(optimizer: Any, model: nn.Module) -> Optimizer:
     """Return the torch optimizer inside accelerate's, or the optimizer itself.
 
     Raises:
-        SettingError: for one that trains nothing of the model.
+        SettingError: for one that trains nothing of the model, or whose step needs a closure.
     """
     from accelerate.optimizer import AcceleratedOptimizer
 
@@ -270,4 +270,7 @@ def _own(optimizer: Any, model: nn.Module) -> Optimizer:
         hint = "make the optimizer after factorize, prune or load, or call prune_optimizer_state after prune"
         raise SettingError("fit", "optimizer", got="one that holds none of them", rule="over the parameters of this very model", hint=hint)
     own: Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    if isinstance(own, LBFGS):
+        hint = "write its loop by hand: prune_ and the penalties work in it"
+        raise SettingError("fit", "optimizer", got="LBFGS", rule="one that makes a step from one gradient, without a closure", hint=hint)
     return own

@@ -243,6 +243,9 @@ class Loop:
 
     def _diverged(self, what: str, step: int) -> DivergedError:
         layer, norm = largest_gradient(self.model)
+        broken = [name for name, p in self.model.named_parameters() if not bool(torch.isfinite(_local(p)).all())]
+        if what.startswith("loss") and broken:
+            what += f", and so is parameter '{broken[0]}' before the step,"
         last = self.checkpoint if self.checkpoint is not None and self.checkpoint.exists() else None
         return DivergedError(what, epoch=self.number, step=step, layer=layer, grad_norm=norm, checkpoint=last)
 

@@ -218,6 +218,22 @@ def test_a_resumed_run_sees_the_same_batches(kind: str, tmp_path: Path) -> None:
     assert same(whole, model)
 
 
+def test_a_loader_that_accelerate_prepared(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    def loader() -> Any:
+        generator = torch.Generator().manual_seed(1)
+        return Accelerator().prepare_data_loader(DataLoader(batches(4), batch_size=None, shuffle=True, generator=generator))
+
+    whole = net()
+    history = run(whole, loader(), 3)
+    for epochs in (1, 3):
+        model = net()
+        resumed = run(model, loader(), epochs, checkpoint=tmp_path)
+    assert log(resumed) == log(history)
+    assert same(whole, model)
+
+
 def test_a_count_of_its_own_is_named_when_a_run_goes_on(tmp_path: Path) -> None:
     run(net(), Counting(batches(3)), 2, checkpoint=tmp_path)
     run(net(), Counting(batches(3)), 2, checkpoint=tmp_path)  # nothing is left to do, nothing can differ

@@ -476,6 +476,11 @@ def test_the_optimizer_of_another_model_is_refused() -> None:
         run(sp.factorize(model, where=sp.match("*")), batches(1), sgd(model))
 
 
+def test_a_misspelled_teacher_of_compress_is_refused(unchecked: None) -> None:
+    with pytest.raises(SettingError, match="compress: distill must be 'auto', a Distillation, or None, got 'Auto'"):
+        sp.compress(net(), batches(1), LOSS, sp.Budget(macs=0.5), distill="Auto", progress=False)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("settings", "field"),
     [({"temperature": 0.0}, "temperature"), ({"weight": 1.5}, "weight"), ({"weight": -0.1}, "weight"), ({"mix": -1.0}, "mix")],
@@ -525,6 +530,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     fresh = net()
     assert len(run(fresh, batches(), epochs=1, checkpoint=tmp_path).epochs) == 1
     assert same(weights(fresh), good)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    """1e38 is a finite weight, but the largest singular value of such a matrix is not finite in float32."""
+    dense = net()
+    with torch.no_grad():
+        dense[1].weight.fill_(1e38)
+    low = sp.factorize(dense, where=sp.match("*"))
+    with pytest.raises(DivergedError, match=r"loss became (nan|inf), and so is parameter '1\.\S+' before the step, at step 0 \(epoch 0\)"):
+        run(low, batches())
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    model = net()
+    with pytest.raises(
+        SettingError, match="fit: optimizer must be one that makes a step from one gradient, without a closure, got 'LBFGS'"
+    ):
+        run(model, batches(), torch.optim.LBFGS(model.parameters()))
 
 
 def test_divergence_without_a_checkpoint(tmp_path: Path) -> None:
