@@ -154,7 +154,7 @@ class Loop:
         seconds, examples = tally.seconds, tally.examples
         if self.accelerator.num_processes > 1:
             examples = round(processes.reduced(self.accelerator, [float(examples)], "sum")[0])
-            processes.same_tensors(self.accelerator, self.model.buffers())
+            processes.same_tensors(self.accelerator, [*self.model.buffers(), *self.step.tensors()])
         line = {name: value / tally.batches for name, value in tally.sums.items()}
         line |= {"mean_rank": mean_rank(self.model), "learning_rate": tally.rate}
         return line | {"examples_per_s": examples / seconds, "seconds": seconds}

@@ -1,5 +1,6 @@
 """What a low-rank run does in one step, whoever owns the loop: courses before and after it, lessons and penalties in its loss."""
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from spectrim.errors import SettingError
 from spectrim.protocols import Change, Course, Lesson, Penalty, Seen
@@ -96,20 +97,25 @@ class Step:
         return ranks
 
     def _agreed(self, name: str, change: Change) -> Change:
-        """Take the main process's change, and the plain data of its memory; tensors are the same where the weights are."""
+        """Take the main process's ranks and plain data; tensors, and what holds them, are the same where the weights are."""
         if self.agree is None:
             return change
         memory = self.memories[name]
-        plain = {key: value for key, value in memory.items() if not any(isinstance(leaf, Tensor) for leaf in tree_flatten(value)[0])}
-        change, plain = self.agree((change, plain))
+        plain = {key: value for key, value in memory.items() if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(value))}
+        send = _is_plain(change.penalty)
+        ranks, sent, penalty, plain = self.agree((change.ranks, send, change.penalty if send else None, plain))
         memory.update(plain)
-        return change
+        return Change(ranks, penalty if sent else change.penalty)
 
     @torch.no_grad()
     def after(self, model: nn.Module, step: int, steps: int) -> None:
         """Tell every course that the optimizer has made the step; arguments as for `before`."""
         for name, course in self.courses.items():
             course.after(model, step, steps, self.memories[name])
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors in the memories of courses."""
+        return [leaf for leaf in tree_leaves(self.memories) if isinstance(leaf, Tensor)]
 
     def added(self, model: nn.Module) -> list[Tensor]:
         """Return what each of `terms` adds to the loss of this step, scalars."""
@@ -170,7 +176,7 @@ class Step:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next step depends on: memories, where their tensors lie, and the columns of the log."""
-        leaves = tree_flatten(self.memories)[0]
+        leaves = tree_leaves(self.memories)
         moved = [isinstance(leaf, Tensor) and leaf.device.type != "cpu" for leaf in leaves]
         memories = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), self.memories)
         return {"memories": memories, "moved": moved, "columns": list(self._columns)}
@@ -182,6 +188,18 @@ class Step:
         self.memories = tree_unflatten(leaves, tree)
         self._columns = list(state["columns"])
         self._pulls = {}
+
+
+def _is_plain(penalty: Penalty | None) -> bool:
+    """Whether a penalty can be sent to other processes as it is: None, or an instance that holds no tensors and can be pickled."""
+    leaves = tree_leaves(dict(vars(penalty)) if hasattr(penalty, "__dict__") else None)
+    if any(isinstance(leaf, Tensor | nn.Module) for leaf in leaves):
+        return False
+    try:
+        pickle.dumps(penalty)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return False
+    return True
 
 
 def unique_names(names: list[str]) -> list[str]:
