@@ -163,7 +163,8 @@ def fit(
         saver = Checkpoint(Path(checkpoint), generators, accelerator, **parts, position=position, best=best, data=order)
         saver.resizes = bool(courses)
         history = saver.restore() if resume else history
-        if 0 < len(history.epochs) < epochs:
+        history.stopped = history.stopped if _is_over(history, epochs) else None
+        if 0 < len(history.epochs) < epochs and history.stopped is None:
             order.warn()
     path = None if saver is None else saver.path
     with (
@@ -176,7 +177,7 @@ def fit(
         each_step = scheduler if scheduler_steps == "batch" else None
         parts_of_loop = (model, loss, optimizer, step, position, history, accelerator, ready, stepper, bar)
         loop = Loop(*parts_of_loop, clip, each_step, execution == "measured", path)
-        while len(history.epochs) < epochs and not _is_over(history, epochs):
+        while len(history.epochs) < epochs and history.stopped is None:
             epoch, cuts = len(history.epochs), len(history.cuts)
             announce(first_epoch + epoch, data, own_data)
             train()

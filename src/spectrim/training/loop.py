@@ -69,8 +69,9 @@ class Position:
             came: batches that it had.
         """
         if self.length is not None and came != self.length:
-            source = "the pass before" if self.counted else "the data's length"
-            what = f"{source} announced {self.length} batches, but {came} came in epoch {epoch}"
+            what = (
+                f"{self.length} batches were announced (by a length, steps_per_epoch or the pass before), but {came} came in epoch {epoch}"
+            )
             means = "means in the log are over those that came; courses and lessons went by the number announced"
             warnings.warn(f"fit: {what}; {means}", UserWarning, stacklevel=4)
         if came != self.length:
