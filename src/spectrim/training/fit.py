@@ -132,6 +132,7 @@ def fit(
         SettingError: for a setting outside its range, before anything is changed.
 
     Examples:
+        >>> import torch
         >>> model = nn.Linear(2, 1)
         >>> batches = [(torch.randn(8, 2), torch.randn(8, 1))] * 3
         >>> history = fit(model, batches, nn.MSELoss(), torch.optim.SGD(model.parameters(), 0.1), epochs=2, progress=False)
