@@ -11,7 +11,7 @@ def is_frozen_norm(norm: nn.Module, model: nn.Module) -> bool:
     """Whether a normalization layer with running statistics is frozen: its statistics stay what they are.
 
     It is frozen when all its parameters are, or when it is in eval mode inside a model that is in training mode. A model that is in eval
-    mode as a whole says nothing about its layers.
+    mode as a whole says nothing about its layers, nor does a wrapper, new and so in training mode, around such a model.
 
     Args:
         norm: any module of `model`; False for one without running statistics.
@@ -26,7 +26,13 @@ def is_frozen_norm(norm: nn.Module, model: nn.Module) -> bool:
         return False
     parameters = list(norm.parameters(recurse=False))
     fixed = bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
-    return fixed or (model.training and not norm.training)
+    return fixed or (is_training(model) and not norm.training)
+
+
+def is_training(model: nn.Module) -> bool:
+    """Whether a model is in training mode, and something inside it as well."""
+    _, *inner = model.modules()
+    return model.training and (not inner or any(module.training for module in inner))
 
 
 @contextmanager
@@ -43,8 +49,8 @@ def training_mode(model: nn.Module) -> Iterator[Callable[[], None]]:
         A function that sets the flags again, for code inside that calls other code, which may have changed them.
     """
     came = [(module, module.training) for module in model.modules()]
-    whole = not model.training
-    wanted = [(module, (flag or whole) and not is_frozen_norm(module, model)) for module, flag in came]
+    whole = not is_training(model)
+    wanted = [(module, (flag or whole) and not (isinstance(module, _NormBase) and is_frozen_norm(module, model))) for module, flag in came]
 
     def renew() -> None:
         for module, flag in wanted:

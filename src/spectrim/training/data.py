@@ -99,9 +99,10 @@ class Order:
 
     def warn(self) -> None:
         """Warn, when a run goes on, of state that the checkpoint's run had changed and that cannot be restored."""
-        if self.changed:
+        own = {f"{type(place).__name__}.{key}" for place, came in zip(self.watched, self.came, strict=True) for key in came}
+        if changed := [name for name in self.changed if name in own]:
             hint = "give the data set_epoch(epoch), or state_dict and load_state_dict"
-            what = f"the data change {', '.join(self.changed)} from pass to pass, which a checkpoint cannot restore"
+            what = f"the data change {', '.join(changed)} from pass to pass, which a checkpoint cannot restore"
             message = f"fit: {what}: the batches of this resumed run may differ from those of an unbroken one; {hint}"
             warnings.warn(message, UserWarning, stacklevel=3)
 

@@ -41,11 +41,18 @@ def freeze_in_an_eval_model(model: nn.Sequential) -> None:
     model.eval()
 
 
-WAYS = {
+def wrap_an_eval_model(model: nn.Sequential) -> None:
+    model[1].requires_grad_(False)
+    model.eval()
+    model.training = True  # a wrapper is new, and so in training mode, and what it wraps may be in eval mode as a whole
+
+
+WAYS: dict[Any, list[str]] = {
     freeze_by_mode: ["1"],
     freeze_by_parameters: ["1"],
     freeze_a_block: ["3.1"],
     freeze_in_an_eval_model: ["1"],
+    wrap_an_eval_model: ["1"],
 }
 
 

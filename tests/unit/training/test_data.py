@@ -239,3 +239,4 @@ def test_a_count_of_its_own_is_named_when_a_run_goes_on(tmp_path: Path) -> None:
     run(net(), Counting(batches(3)), 2, checkpoint=tmp_path)  # nothing is left to do, nothing can differ
     with pytest.warns(UserWarning, match=r"the data change Counting.passes from pass to pass.*give the data set_epoch"):
         run(net(), Counting(batches(3)), 3, checkpoint=tmp_path)
+    run(net(), batches(3), 4, checkpoint=tmp_path)  # other data, which count nothing
