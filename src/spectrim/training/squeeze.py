@@ -69,7 +69,7 @@ class Squeeze:
     penalised, ``strength_l * max(0, tau_l - goal_l)``. Before every step the strength of each weight is corrected by how far it is behind
     its goal and by how much it has fallen behind since: ``log strength_l += (15 / steps) lag_l + 1.5 (change of lag_l)`` with
     ``lag_l = log(tau_l / goal_l)``, so that it fits whatever optimizer, learning rate and task. A weight whose allocated rank changes sets
-    out anew, from where it is to `left`. At the `end` what is left of the tails is cut; what is left of training is fine-tuning.
+    out again, from where it is to `left`. At the `end` what is left of the tails is cut; what is left of training is fine-tuning.
 
     A `Course`: give it to ``fit(..., courses=[...])``. The penalty has a column of its own in the log, ``Squeeze``. Keep
     `Orthogonality` beside it: shares are those of ``S``, which is the spectrum as far as the factors are orthonormal.
@@ -78,7 +78,7 @@ class Squeeze:
         budget: what the network keeps in the end.
         begin: when it begins, as a fraction of training in [0, 1).
         end: when the goal is reached and the cut is made, in (begin, 1]; before the last step at the latest.
-        updates: how often the ranks are allocated anew, >= 1, evenly from begin to end; as often after it
+        updates: how often the ranks are allocated again, >= 1, evenly from begin to end; as often after it
             when nothing is cut.
         left: share of each weight's energy that may be left to cut, in (0, 1).
         importance: for `allocate`; its own default when omitted. It is asked at every update.
