@@ -79,7 +79,7 @@ def fit(
 
     Args:
         model: factorized or dense.
-        data: gives batches ``(inputs, target)``, again for each epoch: a `DataLoader` or any iterable; one without a length is counted in the
+        data: gives batches ``(inputs, target)``, again for each epoch: a `DataLoader`, any iterable; without a length it is counted in the
             first epoch. `inputs` is a tensor, a tuple of arguments or a dict of keyword arguments. When it, or its sampler, has
             ``set_epoch``, that is called with the epoch's number. Several processes divide it: one step takes one batch in each of them, so
             that `n` processes with batches of `b` train on ``n * b`` examples. A `DataLoader` that accelerate prepared or that has a
