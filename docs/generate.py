@@ -17,7 +17,7 @@ TABLES = [
     ("Penalties", "spectrim.penalties", protocols.Penalty),
     ("Rank rules", "spectrim.budget.rules", protocols.RankRule),
     ("Distortion", "spectrim.budget.distortion", protocols.Importance),
-    ("Schedules", "spectrim.training.methods", protocols.RankSchedule),
+    ("Courses", "spectrim.training.methods", protocols.Course),
 ]
 """Heading, module with ``METHODS`` and ``LAWS``, and contract, in the order of the pages."""
 
@@ -34,7 +34,14 @@ FURTHER = {
         "spectrim.runtimes.int8.sensitivity",
         "spectrim.runtimes.int8.evaluate_exported",
     ],
-    "Distillation": ["spectrim.training.distillation.taught_layers", "spectrim.training.distillation.outputs_of"],
+    "Training": [
+        "spectrim.training.history.History",
+        "spectrim.training.fit.EpochCallback",
+        "spectrim.protocols.Change",
+        "spectrim.protocols.Lesson",
+        "spectrim.protocols.Seen",
+    ],
+    "Distillation": ["spectrim.training.distillation.hint_layers", "spectrim.training.distillation.outputs_of"],
     "Factorized layers": [
         "spectrim.forms.svd.Factors",
         "spectrim.layers.FactorizedLayer",
@@ -48,6 +55,7 @@ FURTHER = {
         "spectrim.integrations.lightning.SpectrimCallback",
         "spectrim.integrations.lightning.penalty",
         "spectrim.integrations.steps.match_ranks",
+        "spectrim.integrations.adapters.adapter_targets",
         "spectrim.integrations.batches.pairs",
         "spectrim.integrations.batches.model_loss",
         "spectrim.integrations.pretrained.save_pretrained",

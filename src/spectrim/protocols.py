@@ -1,6 +1,7 @@
 """The contracts. A method is a frozen dataclass whose fields are its knobs, and which is called."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 from torch import Tensor, nn
@@ -35,22 +36,99 @@ class Importance(Protocol):
 
 @runtime_checkable
 class RankSchedule(Protocol):
-    """Cuts ranks while a network trains."""
+    """Cuts ranks while a network trains: the shortest way to write a `Course`, a function."""
 
     def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int, /) -> RankRule | Mapping[str, SupportsIndex] | None:
         """Return the ranks to cut to before step `step` of `steps` (a function of these and the model alone), or None for no cut."""
 
 
+@dataclass(frozen=True)
+class Change:
+    """What a `Course` wants for the step that comes.
+
+    Args:
+        ranks: to cut to before the step; None for no cut.
+        penalty: added to the loss of this step alone; None for nothing.
+    """
+
+    ranks: RankRule | Mapping[str, SupportsIndex] | None = None
+    penalty: Penalty | None = None
+
+
 @runtime_checkable
-class PenaltySchedule(Protocol):
-    """Changes a penalty while a network trains."""
+class Course(Protocol):
+    """Changes how a network trains, step by step: cuts, penalties that move, projections of the weights.
 
-    def penalty(self, model: nn.Module, inputs: Any, step: int, steps: int, before: Mapping[str, Any] | None, /) -> Penalty | None:
-        """Return the penalty of step `step` of `steps`, or None for none.
+    A function of its arguments and its memory alone, so that a run can be stopped and resumed: whatever the next step depends on is in the
+    memory, a dict of tensors and plain data (numbers, strings, None; lists, tuples and dicts of them) that checkpoints keep. A course that
+    adds a penalty may set ``penalizes = True``: its column is in the log from the first epoch on then.
+    """
 
-        A function of its arguments alone, so that a run can be resumed: `before` holds the fields of what it returned for the step before
-        (plain data, which a checkpoint keeps), None at first.
+    def start(self, model: nn.Module, inputs: Any, steps: int, /) -> dict[str, Any]:
+        """Return the memory before the first step.
+
+        Args:
+            model: factorized or dense.
+            inputs: the first batch, as the model takes it.
+            steps: optimizer steps of the whole training.
         """
+
+    def before(self, model: nn.Module, inputs: Any, step: int, steps: int, memory: dict[str, Any], /) -> Change | None:
+        """Return what changes for the step that comes, or None for nothing.
+
+        Args:
+            model: factorized or dense; left as it is: cuts are made from what is returned.
+            inputs: of the step's first batch.
+            step: number of finished optimizer steps.
+            steps: of the whole training.
+            memory: read and changed in place.
+        """
+
+    def after(self, model: nn.Module, step: int, steps: int, memory: dict[str, Any], /) -> None:
+        """Change weights or memory, in place and without gradients, once the optimizer has made the step.
+
+        Args:
+            model: after the step.
+            step: as it was for `before`.
+            steps: of the whole training.
+            memory: read and changed in place.
+        """
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a `Lesson` sees of a step.
+
+    Args:
+        loss: of the task, with what lessons before this one made of it; a scalar.
+        inputs: of the batch, as the model takes them.
+        output: of the model.
+        target: of the batch.
+        layers: first tensor that each watched layer returned, by module name.
+        done: share of the training that is done, in [0, 1).
+    """
+
+    loss: Tensor
+    inputs: Any
+    output: Any
+    target: Any
+    layers: Mapping[str, Tensor]
+    done: float
+
+
+@runtime_checkable
+class Lesson(Protocol):
+    """A scalar of a step: its loss, computed from the batch, the output and the outputs of some layers.
+
+    One that has ``mixed(inputs, loss) -> (inputs, loss)`` prepares each batch. One that has ``opened(model, device, compiled)``, a context
+    manager, gives with it the function that is called in its place while training lasts.
+    """
+
+    def watched_layers(self, model: nn.Module, /) -> Sequence[str]:
+        """Return the names of the modules whose outputs it wants to see; none for the output of the model alone."""
+
+    def __call__(self, seen: Seen, /) -> Tensor:
+        """Return the loss to train on in the place of ``seen.loss``, a scalar; to add something: ``seen.loss + something``."""
 
 
 @runtime_checkable

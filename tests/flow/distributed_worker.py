@@ -20,6 +20,7 @@ import spectrim as sp
 from spectrim.errors import DivergedError, LayerError, SettingError
 from spectrim.layers.sharded import gathered, has_shards
 from spectrim.penalties import TailEnergy
+from spectrim.protocols import Change
 from spectrim.training.checkpoint import CHECKPOINT
 from spectrim.training.fit import fit
 
@@ -134,6 +135,36 @@ def ramp(folder: Path, sharded: bool) -> dict[str, Any]:
 def squeeze(folder: Path, sharded: bool) -> dict[str, Any]:
     """A schedule that is a penalty too."""
     history, model, _ = train("mlp", sharded, penalties=PENALTIES, rank_schedule=sp.Squeeze(sp.Budget(macs=0.5), end=0.6, updates=3))
+    return outcome(history, model)
+
+
+class Average:
+    """A course with tensors in its memory, whose penalty, a function, cannot be sent to other processes."""
+
+    def start(self, model: nn.Module, inputs: Any, steps: int) -> dict[str, Any]:
+        return {"average": {name: p.detach().clone() for name, p in model.named_parameters() if name.endswith("bias")}, "asked": 0}
+
+    def before(self, model: nn.Module, inputs: Any, step: int, steps: int, memory: dict[str, Any]) -> Change:
+        memory["asked"] += 1
+
+        def pull(model: nn.Module) -> Tensor:
+            biases = dict(model.named_parameters())
+            gaps = [(biases[name] - goal).square().sum() for name, goal in memory["average"].items()]
+            return torch.stack(gaps).sum() * memory["asked"]
+
+        return Change({"1": 20} if step == 4 else None, pull)
+
+    def after(self, model: nn.Module, step: int, steps: int, memory: dict[str, Any]) -> None:
+        for name, p in model.named_parameters():
+            if name in memory["average"]:
+                memory["average"][name] = torch.lerp(memory["average"][name], p.detach(), 0.3)
+                p.mul_(0.99)
+
+
+def course(folder: Path, sharded: bool) -> dict[str, Any]:
+    """A course with a memory, and a lesson; its hints are in units of each batch's variance, which is another in each process."""
+    lesson = sp.Distillation(net("mlp"), temperature=2.0)
+    history, model, _ = train("mlp", sharded, penalties=PENALTIES, courses=[Average()], lessons=[lesson])
     return outcome(history, model)
 
 
@@ -323,6 +354,7 @@ SCENARIOS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "ddp_conv": conv,
     "ddp_ramp": ramp,
     "ddp_squeeze": squeeze,
+    "ddp_course": course,
     "ddp_resumed": resumed,
     "ddp_checkpointed": checkpointed,
     "ddp_diverged": diverged,

@@ -47,7 +47,7 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
     torch.testing.assert_close(a.get("output"), b.get("output"), rtol=1e-7, atol=1e-9) if "output" in a else None
 
 
-SAME = ["ddp_mlp", "ddp_conv", "ddp_ramp", "ddp_squeeze", "ddp_batches", "fsdp_mlp", "fsdp_conv", "fsdp_accelerated"]
+SAME = ["ddp_mlp", "ddp_conv", "ddp_ramp", "ddp_squeeze", "ddp_course", "ddp_batches", "fsdp_mlp", "fsdp_conv", "fsdp_accelerated"]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -73,7 +73,7 @@ def test_penalties_are_in_the_gradient_once(folder: Path, tmp_path: Path) -> Non
 
 
 def test_ranks_were_cut(folder: Path) -> None:
-    for name in ("ddp_ramp", "ddp_squeeze"):
+    for name in ("ddp_ramp", "ddp_squeeze", "ddp_course"):
         first, second = of(folder, name)
         assert first["cuts"] == second["cuts"]
         assert first["layers"][-1]["ranks"] != {"1": 24, "5": 15, "7": 4}

@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim as sp
 from spectrim.errors import SettingError
+from spectrim.protocols import Change
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what Lightning imports warns of its own dependencies
     pl = pytest.importorskip("lightning.pytorch")
     integration = pytest.importorskip("spectrim.integrations.lightning", exc_type=ImportError)
-    from spectrim.integrations.lightning import SpectrimCallback, penalty
+    from spectrim.integrations.lightning import SpectrimCallback, penalty, taught
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),  # advice on speed
@@ -63,6 +64,28 @@ class Net(pl.LightningModule):
 class Forgetful(Net):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(self(batch[0]), batch[1])
+
+
+class Shrink:
+    """A course that shrinks biases after each step and penalizes by a strength from its memory, a tensor."""
+
+    def start(self, model: nn.Module, inputs: Any, steps: int) -> dict[str, Any]:
+        return {"strength": torch.tensor(0.1), "steps": steps}
+
+    def before(self, model: nn.Module, inputs: Any, step: int, steps: int, memory: dict[str, Any]) -> Change:
+        memory["strength"] = memory["strength"] * 1.5
+        return Change(penalty=sp.Orthogonality(float(memory["strength"])))
+
+    def after(self, model: nn.Module, step: int, steps: int, memory: dict[str, Any]) -> None:
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.mul_(0.5 + step / (2 * steps))
+
+
+class Student(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        output = self(batch[0])
+        return taught(self, F.cross_entropy(output, batch[1]), *(batch[0], output, batch[1])) + penalty(self)
 
 
 def points(count: int = 24, dtype: torch.dtype = torch.float32) -> DataLoader[Any]:
@@ -121,6 +144,42 @@ def test_it_trains_like_fit(schedule: Any, accumulate: int, tmp_path: Path) -> N
     assert ranks
     for (name, a), b in zip(weights(module.model).items(), weights(other).values(), strict=True):
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_courses_and_lessons_train_like_fit(accumulate: int, tmp_path: Path) -> None:
+    teacher = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
+    other, module = network(), Student(torch.optim.Adam, 0.01)
+    lesson = {prefix: sp.Distillation(teacher, 2.0, 0.6) for prefix in ("", "model.")}
+    settings = {"penalties": PENALTIES, "courses": [Shrink()], "accumulate": accumulate, "progress": False}
+    fitted = sp.fit(other, list(points()), LOSS, torch.optim.Adam(other.parameters(), 0.01), 2, lessons=[lesson[""]], **settings)
+    callback = SpectrimCallback(PENALTIES, courses=[Shrink()], lessons=[lesson["model."]])
+    run = trainer(tmp_path, [callback], accumulate_grad_batches=accumulate, max_epochs=2)
+    run.fit(module, points())
+    for (name, a), b in zip(weights(module.model).items(), weights(other).values(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+    assert {"Shrink", "Distillation"} <= set(run.callback_metrics) & set(fitted.last)
+    assert not any(layer._forward_hooks for layer in module.modules())
+
+
+def test_a_course_with_tensors_in_its_memory_is_resumed(tmp_path: Path) -> None:
+    ends = []
+    for path in (None, tmp_path / "epoch=1.ckpt"):
+        module, callback = Net(torch.optim.Adam, 0.01), SpectrimCallback(PENALTIES, courses=[Shrink()])
+        saver = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+        run = trainer(tmp_path, [callback, saver], max_epochs=4, enable_checkpointing=True)
+        run.fit(module, points(), ckpt_path=path, weights_only=True)
+        ends.append((weights(module), callback.steps.memories["Shrink"]["strength"]))
+    assert torch.equal(ends[0][1], ends[1][1])
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][0].values(), ends[1][0].values(), strict=True))
+
+
+def test_lessons_that_nobody_asks_for_give_a_warning(tmp_path: Path) -> None:
+    callback = SpectrimCallback(lessons=[sp.Distillation(nn.Linear(12, 3))])
+    with pytest.warns(UserWarning, match="taught was not called by training_step in the first optimizer step"):
+        trainer(tmp_path, [callback]).fit(Net(), points())
+    with pytest.raises(SettingError, match="SpectrimCallback: lessons must be ones with mix=0"):
+        SpectrimCallback(lessons=[sp.Distillation(nn.Linear(12, 3), mix=0.5)])
 
 
 def test_it_logs_what_was_added_and_the_ranks(tmp_path: Path) -> None:

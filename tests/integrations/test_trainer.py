@@ -1,6 +1,5 @@
 """transformers' Trainer: penalties of the right weight, cuts that keep training state, and a run that can be stopped."""
 
-import json
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 import spectrim as sp
 from spectrim.errors import FormatError, LayerError, SettingError
+from spectrim.protocols import Change
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what transformers imports warns of its own dependencies
@@ -56,6 +56,22 @@ def disturbed(model: nn.Module) -> nn.Module:
         with torch.no_grad():
             factors.U.add_(0.05 * torch.randn_like(factors.U))
     return model
+
+
+class Shrink:
+    """A course that shrinks biases after each step and penalizes by a strength from its memory, a tensor."""
+
+    def start(self, model: nn.Module, inputs: Any, steps: int) -> dict[str, Any]:
+        return {"strength": torch.tensor(0.1), "steps": steps}
+
+    def before(self, model: nn.Module, inputs: Any, step: int, steps: int, memory: dict[str, Any]) -> Change:
+        memory["strength"] = memory["strength"] * 1.5
+        return Change(penalty=sp.Orthogonality(float(memory["strength"])))
+
+    def after(self, model: nn.Module, step: int, steps: int, memory: dict[str, Any]) -> None:
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.mul_(0.5 + step / (2 * steps))
 
 
 def points(count: int = 24) -> list[dict[str, Tensor]]:
@@ -214,6 +230,30 @@ def test_squeeze_trains_like_fit(tmp_path: Path) -> None:
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("case", ["the Trainer averages", "the model averages"])
+def test_courses_and_lessons_train_like_fit(case: str, accumulate: int, tmp_path: Path) -> None:
+    make, data = CASES[case]
+    torch.manual_seed(7)
+    other, mine, teacher = make(), make(), disturbed(make())
+    names = [name for name, _ in sp.named_factors(other)][:1]
+    lesson = sp.Distillation(teacher, 2.0, 0.6, features=0.5, layers=tuple(names))
+    pairs = [(batch, batch["labels"]) for batch in batches(data, 4)]
+    settings = {"penalties": PENALTIES, "courses": [Shrink()], "lessons": [lesson], "accumulate": accumulate, "progress": False}
+    fitted = sp.fit(other, pairs, lambda output, _: output["loss"], torch.optim.SGD(other.parameters(), 0.05), 1, **settings)
+    callback = SpectrimCallback(PENALTIES, courses=[Shrink()], lessons=[lesson])
+    optimizer, steps = torch.optim.SGD(mine.parameters(), 0.05), len(pairs) // accumulate
+    run = trainer(mine, data, tmp_path, callback, optimizer=optimizer, gradient_accumulation_steps=accumulate, max_steps=steps)
+    run.args.logging_strategy, run.args.logging_steps = "steps", steps
+    run.train()
+    for (name, a), b in zip(weights(mine).items(), weights(other).values(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+    (line,) = [line for line in run.state.log_history if "loss" in line]
+    for name in ("Shrink", "Distillation"):
+        assert line[name] == pytest.approx(fitted.last[name], rel=1e-4)
+    assert not any(layer._forward_hooks for layer in mine.modules())
+
+
 def test_the_log_says_what_each_penalty_added(tmp_path: Path) -> None:
     model = classifier()
     expected = {type(penalty).__name__: float(penalty(model).detach()) for penalty in PENALTIES}
@@ -340,8 +380,8 @@ def test_a_checkpoint_without_the_state_of_a_schedule_is_refused(tmp_path: Path)
     squeeze = sp.Squeeze(sp.Budget(params=0.5), begin=0.0, end=0.9)
     resumable(classifier, points(), tmp_path, squeeze, save_steps=2).train()
     state = tmp_path / "checkpoint-2" / STATE
-    assert json.loads(state.read_text())["penalty"]["before"]
-    for damage, message in ((lambda: state.write_text("{"), "not a readable state"), (state.unlink, "is missing")):
+    assert torch.load(state, weights_only=True)["step"]["memories"]["Squeeze"]["tail"]
+    for damage, message in ((lambda: state.write_text("{"), "not a readable checkpoint"), (state.unlink, "is missing")):
         damage()
         with pytest.raises(FormatError, match=message):
             resumable(classifier, points(), tmp_path, squeeze).train(resume_from_checkpoint=str(state.parent))

@@ -11,7 +11,7 @@ from spectrim.errors import SettingError
 
 @dataclass(frozen=True)
 class Pairs:
-    """Dict batches as ``(batch, batch[label])``, anew at each pass; all else, such as the sampler, is that of `data`.
+    """Dict batches as ``(batch, batch[label])``, again at each pass; all else, such as the sampler, is that of `data`.
 
     The labels stay among the inputs, so that the model computes its loss itself: `model_loss` reads it.
 

@@ -1,7 +1,7 @@
 """What a low-rank run adds to somebody else's training loop: penalties, cuts, and what the log says of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,80 +13,86 @@ from torch.optim import Optimizer
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
-from spectrim.protocols import Penalty, PenaltySchedule, RankSchedule
-from spectrim.training.course import ScheduledPenalty, cut_ranks
-from spectrim.training.fit import unique_names
+from spectrim.protocols import Penalty
 from spectrim.training.history import layer_lines, mean_rank
+from spectrim.training.step import Step
 
 
-class Steps:
-    """Penalties and a rank schedule, followed step by step by a loop that is not ours.
+class Steps(Step):
+    """A `Step` in a loop that is not ours: what was cut, and what the log says, beside it.
 
     Attributes:
-        terms: what is added to the loss, by the name in the log.
-        rank_schedule: what cuts, or None.
         cuts: one entry for each cut that changed a rank: ``step``, the number of optimizer steps before it, and ``ranks`` after it.
         called: whether `penalty` was called since `begin`.
+        heard: whether `lesson` was called since `begin`.
     """
 
-    def __init__(self, owner: str, penalties: Sequence[Penalty], rank_schedule: RankSchedule | None) -> None:
-        """Name the penalties, that of the schedule last.
+    def __init__(
+        self, owner: str, penalties: Sequence[Penalty], rank_schedule: Any = None, courses: Sequence[Any] = (), lessons: Sequence[Any] = ()
+    ) -> None:
+        """Name everything, see `Step`.
 
         Args:
             owner: whose settings these are, for errors.
             penalties: each is called on the model and returns what it adds.
-            rank_schedule: cuts ranks; one that is a `PenaltySchedule` too adds its penalty.
+            rank_schedule: one more course.
+            courses: see `Step`.
+            lessons: see `Step`; those that mix batches need `fit`.
 
         Raises:
-            SettingError: for something that cannot be called.
+            SettingError: for something that is none of these.
         """
-        for penalty in penalties:
-            if not callable(penalty):
-                raise SettingError(owner, "penalties", got=penalty, rule="a list of penalties, such as [Orthogonality(1.0)]")
-        if rank_schedule is not None and not callable(rank_schedule):
-            raise SettingError(owner, "rank_schedule", got=rank_schedule, rule="a schedule, such as Ramp(0.9), or None")
-        self.owner, self.rank_schedule = owner, rank_schedule
-        self.scheduled = ScheduledPenalty(rank_schedule) if isinstance(rank_schedule, PenaltySchedule) else None
-        names = [type(penalty).__name__ for penalty in penalties]
-        if self.scheduled is not None:
-            names, penalties = [*names, type(rank_schedule).__name__], [*penalties, self.scheduled]
-        self.terms: dict[str, Penalty] = dict(zip(unique_names(names), penalties, strict=True))
+        super().__init__(owner, penalties, [*courses, *([] if rank_schedule is None else [rank_schedule])], lessons)
+        for name, lesson in self.lessons.items():
+            if getattr(lesson, "mix", 0):
+                raise SettingError(owner, "lessons", got=name, rule="ones with mix=0: this loop prepares its own batches")
+        self.owner, self.stack = owner, ExitStack()
         self.cuts: list[dict[str, Any]] = []
-        self.called = False
+        self.at: tuple[int, int] | None = None
+        self.called = self.heard = False
         self._reset()
 
     def _reset(self) -> None:
-        self.sums: dict[str, Tensor | float] = dict.fromkeys(self.terms, 0.0)
+        self.sums: dict[str, Tensor | float] = dict.fromkeys((*self.terms, *self.lessons), 0.0)
         self.share = 0.0
 
-    def begin(self, model: nn.Module, processes: int, step: int) -> None:
+    def begin(self, model: nn.Module, processes: int, step: int, device: torch.device | None = None) -> None:
         """Check, before the first step, that this model can be penalised and cut here; forget an earlier run unless this one goes on.
 
         Args:
             model: as the loop holds it.
             processes: that train it together.
             step: number of finished optimizer steps.
+            device: of the model; that of its first parameter when omitted.
 
         Raises:
-            SettingError: for a rank schedule with several processes.
+            SettingError: for courses with several processes.
             LayerError: for factors that are not whole on this process.
         """
-        if self.rank_schedule is not None and processes > 1:
+        if self.courses and processes > 1:
             hint = "cut with prune between two runs: each process would have to choose the same ranks and exchange its parameters"
-            raise SettingError(self.owner, "rank_schedule", got=self.rank_schedule, rule=f"None with {processes} processes", hint=hint)
+            rule = f"None with {processes} processes"
+            raise SettingError(self.owner, "rank_schedule", got=", ".join(self.courses), rule=rule, hint=hint)
         for name, factors in named_factors(model):
             if isinstance(factors.U, DTensor) or factors.U.dim() < 2 or not factors.U.numel():
                 hint = "a penalty would see a part of it: train with DDP or with spectrim.fit"
                 raise LayerError(name, "its factors are sharded over processes", hint=hint)
         if step == 0:
             self.cuts = []
-            if self.scheduled is not None:
-                self.scheduled.load_state_dict({"before": None})
-        self.called = False
+            self.forget()
+        self.called, self.heard, self.at = False, False, None
         self._reset()
+        self.close()
+        if self.lessons:
+            device = device or next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+            self.stack.enter_context(self.watching(model, device))
+
+    def close(self) -> None:
+        """Stop watching layers."""
+        self.stack.close()
 
     def advance(self, model: nn.Module, inputs: Any, optimizer: Optimizer, step: int, steps: int) -> None:
-        """Cut what is due before an optimizer step, the optimizer's moments along with it, and ask the schedule for its penalty.
+        """Do what courses want before an optimizer step; the optimizer's moments are cut along.
 
         Args:
             model: factorized.
@@ -95,13 +101,16 @@ class Steps:
             step: number of finished optimizer steps.
             steps: of the whole training.
         """
-        if self.rank_schedule is None:
-            return
-        ranks = cut_ranks(model, self.rank_schedule(model, inputs, step, steps), optimizer)
+        self.at = step, steps
+        ranks = self.before(model, inputs, optimizer, step, steps)
         if ranks is not None:
             self.cuts.append({"step": step, "ranks": ranks})
-        if self.scheduled is not None:
-            self.scheduled.advance(model, inputs, step, steps)
+
+    def finish(self, model: nn.Module) -> None:
+        """Do what courses want after the optimizer step that `advance` began."""
+        if self.at is not None:
+            self.after(model, *self.at)
+            self.at = None
 
     def penalty(self, model: nn.Module, share: float, device: torch.device) -> Tensor:
         """Return the sum of the penalties, in the factors' own precision whatever autocast says, and note each.
@@ -113,26 +122,42 @@ class Steps:
         """
         self.called = True
         with torch.autocast(device.type, enabled=False):
-            added = {name: term(model).to(device) for name, term in self.terms.items()}
-        for name, value in added.items():
-            self.sums[name] = self.sums[name] + share * value.detach()
+            added = [term.to(device) for term in self.added(model)]
+        for name, value in zip(self.terms, added, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + share * value.detach()
         self.share += share
-        return sum(added.values(), start=torch.zeros((), device=device))
+        return sum(added, start=torch.zeros((), device=device))
 
-    def added(self) -> dict[str, float]:
-        """Return what each penalty added to an optimizer step's loss: the mean since this was last asked; empty before the first step."""
+    def lesson(self, loss: Tensor, inputs: Any, output: Any, target: Any, done: float, share: float) -> Tensor:
+        """Return the loss of a batch with all lessons in it, and note what each changed.
+
+        Args:
+            loss: of the task, a mean over the batch.
+            inputs: of the batch.
+            output: of the model.
+            target: of the batch.
+            done: share of the training that is done.
+            share: as for `penalty`, which is called beside this.
+        """
+        self.heard = True
+        loss, changed = self.taught(loss, inputs, output, target, done)
+        for name, value in zip(self.lessons, changed, strict=True):
+            self.sums[name] = self.sums.get(name, 0.0) + share * value
+        return loss
+
+    def means(self) -> dict[str, float]:
+        """Return what each penalty and lesson added to an optimizer step's loss: the mean since this was last asked; empty at first."""
         means = {name: float(value) / self.share for name, value in self.sums.items()} if self.share else {}
         self._reset()
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next step depends on, as plain data."""
-        return {"penalty": None if self.scheduled is None else self.scheduled.state_dict(), "cuts": self.cuts}
+        """Return what the next step depends on, as tensors and plain data."""
+        return {"step": super().state_dict(), "cuts": self.cuts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state_dict`."""
-        if self.scheduled is not None and state["penalty"] is not None:
-            self.scheduled.load_state_dict(state["penalty"])
+        super().load_state_dict(state["step"])
         self.cuts = list(state["cuts"])
 
 

@@ -1,6 +1,5 @@
 """Low-rank training in the ``Trainer`` of transformers: `LowRankTrainer` with a `SpectrimCallback`."""
 
-import json
 import math
 import os
 import warnings
@@ -18,16 +17,16 @@ except ImportError as error:
     raise ImportError("spectrim.integrations.transformers needs transformers: pip install 'spectrim[hf]'") from error
 
 from spectrim.errors import FormatError, SettingError
-from spectrim.files import write_text
 from spectrim.integrations.steps import Steps, loading_ranks, second_names, sizes
-from spectrim.protocols import Penalty, RankSchedule
+from spectrim.protocols import Course, Lesson, Penalty, RankSchedule
+from spectrim.training.statefile import read_state, write_state
 
-STATE = "spectrim_state.json"
+STATE = "spectrim_state.pt"
 """What a checkpoint of a `LowRankTrainer` holds beside those of the ``Trainer``."""
 
 
 class SpectrimCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Penalties and a rank schedule for a `LowRankTrainer`, given as one of its ``callbacks``.
+    """Penalties, courses and lessons for a `LowRankTrainer`, given as one of its ``callbacks``.
 
     A callback alone sees neither the loss nor the batch, and trackers have their numbers before it has a say. So the trainer's own
     methods ask this one: see `SpectrimMixin`. In any other trainer nothing is penalised, cut or logged; a `UserWarning` says so after the
@@ -35,8 +34,10 @@ class SpectrimCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     Args:
         penalties: each is called on the model and returns what it adds to the loss of an optimizer step.
-        rank_schedule: cuts ranks before optimizer steps, for example `Ramp`; the optimizer's moments are cut along. One that is a
-            `PenaltySchedule` too, for example `Squeeze`, adds its penalty. Not with several processes.
+        rank_schedule: one more course.
+        courses: change training step by step, for example `Ramp` and `Squeeze`, see `fit`. Not with several processes.
+        lessons: change the loss, for example `Distillation`, see `fit`. They see the model's whole output, and the batch's ``labels`` as
+            target. They need the number of steps where they change with it.
 
     Attributes:
         cuts: one entry for each cut that changed a rank: ``step``, the number of optimizer steps before it, and ``ranks`` after it.
@@ -49,8 +50,14 @@ class SpectrimCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         >>> callback = SpectrimCallback(penalties=[Orthogonality(1.0), Hoyer(0.05)], rank_schedule=Ramp(0.9))
     """
 
-    def __init__(self, penalties: Sequence[Penalty] = (), rank_schedule: RankSchedule | None = None) -> None:
-        self.steps = Steps("SpectrimCallback", penalties, rank_schedule)
+    def __init__(
+        self,
+        penalties: Sequence[Penalty] = (),
+        rank_schedule: Course | RankSchedule | None = None,
+        courses: Sequence[Course | RankSchedule] = (),
+        lessons: Sequence[Lesson] = (),
+    ) -> None:
+        self.steps = Steps("SpectrimCallback", penalties, rank_schedule, courses, lessons)
         self.due = False
         self.warned = False
 
@@ -61,16 +68,21 @@ class SpectrimCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Check that this model can be penalised and cut here."""
-        self.steps.begin(model, args.world_size, state.global_step)
+        self.steps.begin(model, args.world_size, state.global_step, args.device)
         self.due = self.warned = False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Note that a new optimizer step begins with the next batch."""
         self.due = True
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Warn when the trainer never asked."""
-        if (self.steps.terms or self.steps.rank_schedule is not None) and not self.steps.called and not self.warned:
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop watching layers."""
+        self.steps.close()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        """Let courses do what they do after a step; warn when the trainer never asked."""
+        self.steps.finish(model)
+        if (self.steps.terms or self.steps.courses or self.steps.lessons) and not self.steps.called and not self.warned:
             self.warned = True
             asked = "compute_loss of SpectrimMixin was not called in the first optimizer step: nothing is penalised, cut or logged"
             hint = "use LowRankTrainer, or class MyTrainer(SpectrimMixin, YourTrainer), the mixin first"
@@ -114,15 +126,22 @@ class SpectrimMixin:
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
         """Return the trainer's loss, in a training step with the penalties added to it."""
-        found = super().compute_loss(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)  # type: ignore[misc]
-        callback = self._spectrim
+        callback, trainer = self._spectrim, self  # type: Any, Any
+        learns = callback is not None and self._in_step and bool(callback.steps.lessons)
+        batch = dict(inputs) if learns else {}  # the trainer takes the labels out where it smooths them
+        found = super().compute_loss(  # type: ignore[misc]
+            model, inputs, return_outputs=return_outputs or learns, num_items_in_batch=num_items_in_batch
+        )
         if callback is None or not self._in_step:
             return found
-        loss, outputs = found if return_outputs else (found, None)
-        trainer: Any = self
+        loss, outputs = found if return_outputs or learns else (found, None)
         batches = trainer.current_gradient_accumulation_steps
         penalty = callback.steps.penalty(trainer.model, 1 / batches, loss.device)
         divided = self._divides(num_items_in_batch)
+        if learns:  # the loss as a mean over the batch, whichever way the trainer scales it
+            scale = 1 if divided else batches
+            done = min(1.0, trainer.state.global_step / max(1, trainer.state.max_steps))
+            loss = callback.steps.lesson(loss * scale, batch, outputs, batch.get("labels"), done, 1 / batches) / scale
         loss = loss + (penalty if divided else penalty / batches)
         self._expected = loss.detach().mean() / (batches if divided else 1)
         return (loss, outputs) if return_outputs else loss
@@ -131,7 +150,7 @@ class SpectrimMixin:
         """Log, in lines of training, the penalties and the ranks too."""
         callback = self._spectrim
         if callback is not None and "loss" in logs and callback.steps.called:
-            added = callback.steps.added()
+            added = callback.steps.means()
             logs = logs | {"task_loss": logs["loss"] - sum(added.values())} | added | sizes(self.model)  # type: ignore[attr-defined]
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
@@ -141,7 +160,7 @@ class SpectrimMixin:
         callback = self._spectrim
         if callback is not None and _internal_call and output_dir and self.args.should_save:  # type: ignore[attr-defined]
             os.makedirs(output_dir, exist_ok=True)
-            write_text(Path(output_dir) / STATE, json.dumps(callback.steps.state_dict()))
+            write_state(Path(output_dir) / STATE, callback.steps.state_dict())
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save tied factors under one name: transformers knows ties of weights only, and would refuse."""
@@ -225,11 +244,13 @@ def _plain(optimizer: Any) -> Any:
 def _load_state(steps: Steps, path: Path) -> None:
     """Read the state of the schedule; a schedule without penalties needs none."""
     if not path.exists():
-        if steps.scheduled is not None:
-            hint = "it was written without a SpectrimCallback: start anew, or resume with its own trainer"
-            raise FormatError(path, "is missing, and the rank schedule cannot go on without it", hint=hint)
+        if any(getattr(course, "penalizes", False) for course in steps.courses.values()):
+            hint = "it was written without a SpectrimCallback: start again, or resume with its own trainer"
+            raise FormatError(path, "is missing, and the courses cannot go on without it", hint=hint)
         return
+    hint = "resume from an earlier checkpoint"
+    state = read_state(path, hint)
     try:
-        steps.load_state_dict(json.loads(path.read_text(encoding="utf-8")))
+        steps.load_state_dict(state)
     except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(path, f"is not a readable state ({error})", hint="resume from an earlier checkpoint") from error
+        raise FormatError(path, f"is not a readable state ({error})", hint=hint) from error

@@ -23,7 +23,7 @@ from spectrim.files import write_text
 from spectrim.layers import named_factors
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.evaluate import evaluate
-from spectrim.metrics.inputs import batch_size_of, first_examples, length_of, one_example
+from spectrim.metrics.inputs import batch_size_of, first_examples, one_example
 from spectrim.metrics.measurement import Measurement, compare_table, measure_together
 from spectrim.penalties import Orthogonality
 from spectrim.pipeline.teaching import AHEAD, NATS_AHEAD, RECITING, TEACHING, axis_of_classes, showing, teacher_for, why_untaught
@@ -39,6 +39,7 @@ from spectrim.surgery.merge import merge
 from spectrim.surgery.prune import prune, prune_
 from spectrim.surgery.recalibrate import recalibrate
 from spectrim.surgery.select import layer_filter
+from spectrim.training.data import count_batches
 from spectrim.training.distillation import Distillation, Loss
 from spectrim.training.fit import Precision, fit
 from spectrim.training.history import History
@@ -212,6 +213,8 @@ def compress(
         raise SettingError("compress", "model", got="one that is factorized already", rule="dense", hint=hint)
     if cut not in ("auto", "plain", "whitened", "sensitive", "mixed"):
         raise SettingError("compress", "cut", got=cut, rule="'auto', 'plain', 'whitened', 'sensitive' or 'mixed'")
+    if not (distill is None or distill == "auto" or isinstance(distill, Distillation)):
+        raise SettingError("compress", "distill", got=distill, rule="'auto', a Distillation, or None")
     store = _Store(None if folder is None else Path(folder))
     store.claim(
         budget=repr(budget),
@@ -389,7 +392,7 @@ class _Tuner:
         parameters = [p for p in network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, LEARNING_RATE) if self.make is None else self.make(parameters)
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        steps = max(1, self.epochs * length_of(self.data, "compress")) if self.epochs else 1
+        steps = max(1, self.epochs * count_batches(self.data, "compress")) if self.epochs else 1
         rise = WARMUP if WARMUP * steps != 1 else 2 * WARMUP  # torch divides by the steps of the rise less one
         self.scheduler = OneCycleLR(self.optimizer, rates, steps, pct_start=rise, cycle_momentum=False)
 

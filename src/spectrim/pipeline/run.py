@@ -43,6 +43,7 @@ from spectrim.surgery.merge import merge
 from spectrim.surgery.prune import prune
 from spectrim.surgery.recalibrate import recalibrate
 from spectrim.surgery.select import decide
+from spectrim.training.data import count_batches
 from spectrim.training.distillation import Distillation
 from spectrim.training.fit import fit
 
@@ -218,7 +219,7 @@ class Run:
         optimizer = make(phase.optimizer, "optimizer", [p for p in model.parameters() if p.requires_grad])
         scheduler = None
         if phase.scheduler is not None and phase.epochs:
-            steps = phase.epochs * (-(-len(data.train) // phase.accumulate) if phase.scheduler_steps == "batch" else 1)
+            steps = phase.epochs * (-(-count_batches(data.train, "run") // phase.accumulate) if phase.scheduler_steps == "batch" else 1)
             scheduler = _scheduler(phase.scheduler, optimizer, steps)
         penalties = [make(penalty, "penalties") for penalty in phase.penalties]
         distill = Distillation(copy.deepcopy(teacher), **asdict(phase.distill)) if phase.distill and teacher is not None else None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import call_model, evaluating, scores_of
-from spectrim.training.distillation import Distillation, Loss, outputs_of, taught_layers
+from spectrim.training.distillation import Distillation, Loss, hint_layers, outputs_of
 
 AHEAD, NATS_AHEAD = 2.0, 0.25
 """From which on a cut network has far to go: its loss on training examples over the dense network's, or of a classifier above it.
@@ -112,7 +112,7 @@ def showing(teacher: Distillation, low: nn.Module, batch: tuple[Any, Any]) -> Di
     """
     if not teacher.features:
         return teacher
-    names = taught_layers(low)
+    names = hint_layers(low)
     with evaluating(low), evaluating(teacher.teacher), outputs_of(low, names) as own, outputs_of(teacher.teacher, names) as taught:
         for network in (low, teacher.teacher):
             call_model(network, batch[0])

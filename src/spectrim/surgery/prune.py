@@ -1,6 +1,7 @@
 """`prune` and `prune_` cut ranks."""
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import torch
@@ -15,7 +16,8 @@ from spectrim.layers.sharded import refuse_shards
 from spectrim.protocols import RankRule
 from spectrim.surgery.calibrate import Calibration, absorbing
 from spectrim.surgery.exchange import duplicate
-from spectrim.surgery.optimizer_state import _check_trained, _move, _rotations
+from spectrim.surgery.followers import cuts_of, inner_of
+from spectrim.surgery.optimizer_state import _check_trained, _move
 from spectrim.surgery.ranks import check_names, chooser
 
 
@@ -74,6 +76,7 @@ def prune_(
     optimizer: Optimizer | None = None,
     *,
     calibration: Calibration | None = None,
+    followers: Sequence[Any] = (),
 ) -> None:
     """Cut a factorized model to smaller ranks in place, its optimizer along with it: `prune` for use in the middle of training.
 
@@ -82,9 +85,11 @@ def prune_(
         ranks: as for `prune`.
         optimizer: trains `model`; its moments are carried over as by `prune_optimizer_state`.
         calibration: as for `prune`.
+        followers: averages of `model` (EMA, SWA): copies with the same layers, or `AveragedModel` and the like around one. Each is cut to
+            the same ranks, at the least error to its own weights, and can be averaged further.
 
     Raises:
-        RankError, LayerError: as `prune`; nothing is changed then.
+        RankError, LayerError: as `prune`, and for a follower of another structure; nothing is changed then.
 
     Examples:
         >>> from spectrim.surgery.factorize import factorize
@@ -99,14 +104,18 @@ def prune_(
     refuse_shards(model, "prune")
     cuts = _cuts(model, ranks, calibration)
     before = dict(model.named_parameters())
-    maps = _rotations((name, *pair) for name, pair in cuts.items())
     if optimizer is not None:
         _check_trained(optimizer, before, before)
-    _shift_biases(model, cuts, calibration)
-    for old, new in cuts.values():
-        old.become(new)
+    behind = [(inner := inner_of(follower, list(cuts)), cuts_of(inner, cuts)) for follower in followers]
+    originals = {name: (copy.copy(old), new) for name, (old, new) in cuts.items()}
+    for original, _ in originals.values():
+        original._parameters = dict(original._parameters)
+    for network, made in [(model, cuts), *behind]:
+        _shift_biases(network, made, calibration)
+        for old, new in made.values():
+            old.become(new)
     if optimizer is not None:
-        _move(optimizer, before, dict(model.named_parameters()), maps)
+        _move(optimizer, before, dict(model.named_parameters()), originals)
 
 
 def _cuts(

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from spectrim.errors import FormatError
-from spectrim.files import whole_file
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_layers
 from spectrim.layers.sharded import has_shards, is_sharded, shard_like, whole
 from spectrim.training import processes
+from spectrim.training.data import generators_of as generators_of
 from spectrim.training.history import History
+from spectrim.training.statefile import read_state, write_state
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -62,9 +63,8 @@ class Checkpoint:
 
     def _write(self, state: dict[str, Any], history: History) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        happened = {"history": history.epochs, "cuts": history.cuts, "layers": history.layers}
-        with whole_file(self.path) as temporary:
-            torch.save(state | {"kinds": self._kinds()} | happened, temporary)
+        happened = {"history": history.epochs, "cuts": history.cuts, "layers": history.layers, "stopped": history.stopped}
+        write_state(self.path, state | {"kinds": self._kinds()} | happened)
 
     def restore(self) -> History:
         """Load the state into model, optimizer, schedule and generators; a new history when there is no checkpoint.
@@ -74,16 +74,17 @@ class Checkpoint:
         """
         if not self.path.exists():
             return History()
+        state = read_state(self.path, "delete it to start again")
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
             weights = dict(state["model"])
-            history = History(list(state["history"]), *(list(state.get(name, [])) for name in ("cuts", "layers")))
+            happened = {name: list(state.get(name, [])) for name in ("cuts", "layers")}
+            history = History(list(state["history"]), happened["cuts"], happened["layers"], stopped=state.get("stopped"))
             sizes = [len(group["params"]) for group in state["optimizer"]["param_groups"]]
         except Exception as error:
             raise FormatError(
-                self.path, f"is not a readable checkpoint ({type(error).__name__})", hint="delete it to start anew"
+                self.path, f"is not a readable checkpoint ({type(error).__name__})", hint="delete it to start again"
             ) from error
-        anew = "delete the checkpoint or pass resume=False to start anew"
+        again = "delete the checkpoint or pass resume=False to start again"
         own = self.parts["model"].state_dict()
         smaller = self._smaller(weights) if self.resizes else {}
         for name, factors in smaller.items():
@@ -91,10 +92,10 @@ class Checkpoint:
         wrong = [key for key in {**own, **weights} if key not in own or key not in weights or not _alike(own[key], weights[key])]
         if wrong:
             problem = f"is the checkpoint of another model ({len(wrong)} of {len(own)} tensors differ)"
-            raise FormatError(self.path, problem, hint=f"first difference: '{wrong[0]}'; {anew}")
+            raise FormatError(self.path, problem, hint=f"first difference: '{wrong[0]}'; {again}")
         own_sizes = [len(group["params"]) for group in self.parts["optimizer"].param_groups]
         if sizes != own_sizes or state.get("kinds", self._kinds()) != self._kinds():
-            raise FormatError(self.path, "is the checkpoint of another optimizer or schedule", hint=anew)
+            raise FormatError(self.path, "is the checkpoint of another optimizer or schedule", hint=again)
         before = copy.deepcopy(self._state())
         larger = self._resize(smaller)
         try:
@@ -102,7 +103,7 @@ class Checkpoint:
         except Exception as error:
             self._resize(larger)
             self._load(before)
-            raise FormatError(self.path, f"does not fit this run ({error})", hint=anew) from error
+            raise FormatError(self.path, f"does not fit this run ({error})", hint=again) from error
         return history
 
     def _smaller(self, weights: dict[str, Any]) -> dict[str, Factors]:
@@ -165,21 +166,13 @@ class Checkpoint:
         return {"model": weights, "optimizer": {**state["optimizer"], "state": moments}}
 
     def _kinds(self) -> dict[str, str]:
-        return {name: type(part).__name__ for name, part in self.parts.items() if name != "model"}
+        return {name: getattr(part, "kind", type(part).__name__) for name, part in self.parts.items() if name != "model"}
 
 
 def _alike(own: Any, stored: Any) -> bool:
     if not isinstance(own, Tensor) or not isinstance(stored, Tensor):
         return type(own) is type(stored)
     return own.shape == stored.shape and own.dtype == stored.dtype
-
-
-def generators_of(data: Any) -> list[torch.Generator]:
-    """Return the generators of a `DataLoader` and its samplers, each once."""
-    batches = getattr(data, "batch_sampler", None)
-    places = (data, getattr(data, "sampler", None), batches, getattr(batches, "sampler", None))
-    found = {id(generator): generator for place in places if isinstance(generator := getattr(place, "generator", None), torch.Generator)}
-    return list(found.values())
 
 
 def random_state(generators: Sequence[torch.Generator] = ()) -> dict[str, Any]:

@@ -1,19 +1,20 @@
-"""Rank and penalty schedules at one step of training."""
+"""Courses at one step of training: the cut that one asks for, and functions that stand for a course."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from spectrim.errors import SettingError
 from spectrim.layers import named_factors
-from spectrim.protocols import Penalty, PenaltySchedule, RankRule
+from spectrim.protocols import Change, Course, RankRule, RankSchedule
 from spectrim.surgery.prune import prune_
 
 
 def cut_ranks(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex] | None, optimizer: Optimizer) -> dict[str, int] | None:
-    """Cut to what a schedule says, if anything; return the ranks after it, or None where they are as before."""
+    """Cut to the ranks that a course returned, if any; return the ranks after it, or None where they are as before."""
     if ranks is None:
         return None
     before = {name: factors.rank for name, factors in named_factors(model)}
@@ -22,32 +23,42 @@ def cut_ranks(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex] | 
     return after if after != before else None
 
 
-class ScheduledPenalty:
-    """The penalty of a schedule: it is asked before each step and told what it returned last, which a checkpoint keeps."""
+@dataclass(frozen=True)
+class Cuts:
+    """A course from a function that returns ranks; its memory is empty.
 
-    def __init__(self, schedule: PenaltySchedule) -> None:
-        """Start without a penalty."""
-        self.schedule = schedule
-        self.penalty: Penalty | None = None
-        self.before: dict[str, Any] | None = None
+    Args:
+        schedule: see `RankSchedule`.
+    """
 
-    def advance(self, model: nn.Module, inputs: Any, step: int, steps: int) -> None:
-        """Ask the schedule for the penalty of this step."""
-        self.hold(self.schedule.penalty(model, inputs, step, steps, self.before))
+    schedule: RankSchedule
 
-    def hold(self, penalty: Penalty | None) -> None:
-        """Take this as the penalty of the step."""
-        self.penalty = penalty
-        self.before = None if self.penalty is None else dict(vars(self.penalty))
+    def start(self, model: nn.Module, inputs: Any, steps: int) -> dict[str, Any]:
+        """Return an empty memory."""
+        return {}
 
-    def __call__(self, model: nn.Module) -> Tensor:
-        """Return what the present penalty adds; zero without one."""
-        return torch.zeros(()) if self.penalty is None else self.penalty(model)
+    def before(self, model: nn.Module, inputs: Any, step: int, steps: int, memory: dict[str, Any]) -> Change:
+        """Ask the function."""
+        return Change(self.schedule(model, inputs, step, steps))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the next step depends on."""
-        return {"before": self.before}
+    def after(self, model: nn.Module, step: int, steps: int, memory: dict[str, Any]) -> None:
+        """Do nothing."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`."""
-        self.before = state["before"]
+
+def as_course(given: Any, owner: str) -> Course:
+    """Return what was given as a course; a function of ``(model, inputs, step, steps)`` becomes one.
+
+    Raises:
+        SettingError: for anything else.
+    """
+    if isinstance(given, type) or not (isinstance(given, Course) or callable(given)):
+        rule = "courses, such as Ramp(0.9), or functions (model, inputs, step, steps) -> ranks or None"
+        raise SettingError(owner, "courses", got=given, rule=rule)
+    return given if isinstance(given, Course) else Cuts(given)
+
+
+def name_of(given: Any) -> str:
+    """Return the name of a penalty, course or lesson in the log."""
+    if isinstance(given, Cuts):
+        return name_of(given.schedule)
+    return str(getattr(given, "__name__", None) or type(given).__name__)

@@ -1,9 +1,11 @@
-"""Learning from the dense network: from what it says, and from what its layers put out."""
+"""Distillation from the dense network: its logits, and the outputs of its layers."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_layers
 from spectrim.metrics.inputs import call_model, evaluating, scores_of
+from spectrim.protocols import Seen
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -41,7 +44,7 @@ class Distillation:
             floating numbers.
         features: ``>= 0``: the weight of each layer's hint, whatever the other two have. Student and teacher need the same layers.
         until: in [0, 1]: the share of the steps, from the first one on, in which `features` teach.
-        layers: names of the modules whose outputs are compared; None for those that `taught_layers` chooses.
+        layers: names of the modules whose outputs are compared; None for those that `hint_layers` chooses.
 
     Source: Hinton, Vinyals and Dean, arXiv 1503.02531, section 2; `features`: Romero et al., arXiv 1412.6550, equation 3; `mix`: Zhang et
     al., arXiv 1710.09412, and Beyer et al., arXiv 2106.05237, for teachers.
@@ -74,14 +77,44 @@ class Distillation:
         plain = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name != "teacher"}
         return plain | {"layers": None if self.layers is None else list(self.layers)}
 
-    def __call__(self, task: Tensor, inputs: Any, output: Any, hints: Callable[[], Tensor] | None = None, target: Any = None) -> Tensor:
+    def watched_layers(self, model: nn.Module) -> tuple[str, ...]:
+        """Return the modules whose outputs are compared with the teacher's, see `Lesson`; none without `features`."""
+        if not self.features:
+            return ()
+        return hint_layers(model) if self.layers is None else self.layers
+
+    def __call__(self, seen: Seen) -> Tensor:
+        """Return the loss of a step with the teacher's share in it, see `Lesson`."""
+        with outputs_of(self.teacher, seen.layers if self.features else ()) as taught:
+            return self._of(seen, taught, unexplained_variance)
+
+    @contextmanager
+    def opened(self, model: nn.Module, device: torch.device, compiled: bool) -> Iterator[Callable[[Seen], Tensor]]:
+        """Watch the teacher's layers for the time of training, on the device, compiled or not, see `Lesson`."""
+        self.teacher.to(device)
+        names, share = self.watched_layers(model), unexplained_variance
+        with outputs_of(self.teacher, names) as taught:
+            lesson = self
+            if compiled:  # with the watching inside
+                share = _compiled(unexplained_variance)
+                lesson = replace(self, teacher=cast(nn.Module, torch.compile(self.teacher, dynamic=False)))
+            yield lambda seen: lesson._of(seen, taught, share)
+
+    def _of(self, seen: Seen, taught: dict[str, Tensor], share: Callable[..., Tensor]) -> Tensor:
+        """Return the loss of a step; `taught` gets the teacher's outputs and is empty again afterwards: nothing is held any longer."""
+        hints = partial(share, seen.layers, taught) if self.features and self.layers != () and seen.done < self.until else None
+        loss = self.loss(seen.loss, seen.inputs, seen.output, hints, seen.target)
+        taught.clear()
+        return loss
+
+    def loss(self, task: Tensor, inputs: Any, output: Any, hints: Callable[[], Tensor] | None = None, target: Any = None) -> Tensor:
         """Mix the task's loss with the teacher's.
 
         Args:
             task: the loss of the task.
             inputs: of this step, as the model takes them.
             output: the student's; of one with ``logits`` these are compared (`scores_of`).
-            hints: returns the `missed` shares of the layers' outputs, once the teacher has run; what `features` weighs.
+            hints: returns the `unexplained_variance` of the layers' outputs, once the teacher has run; what `features` weighs.
             target: of this step; where it holds `IGNORED`, at a place that has scores, the teacher is not heard: padding.
         """
         with evaluating(self.teacher):
@@ -120,6 +153,18 @@ class Distillation:
         return tree_map_only(Tensor, lambda tensor: torch.lerp(tensor[order], tensor, share), inputs), mixed_loss
 
 
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile a function of tensors that are results: torch's compiler looks at their gradients, and torch warns of that."""
+    fast = torch.compile(function, dynamic=False)
+
+    def call(*arguments: Any) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+            return fast(*arguments)
+
+    return call
+
+
 def _mean(divergence: Tensor, target: Any) -> Tensor:
     """Return the mean over the places that the target counts; over all where it does not say."""
     if not isinstance(target, Tensor) or target.shape != divergence.shape or target.is_floating_point():
@@ -128,8 +173,8 @@ def _mean(divergence: Tensor, target: Any) -> Tensor:
     return torch.where(counted, divergence, 0.0).sum() / counted.sum().clamp_min(1)
 
 
-def taught_layers(model: nn.Module) -> tuple[str, ...]:
-    """Return the modules whose outputs a teacher shows by default: the factorized layers, which are what a cut has changed.
+def hint_layers(model: nn.Module) -> tuple[str, ...]:
+    """Return the modules whose outputs are compared by default: the factorized layers, which are what a cut has changed.
 
     Args:
         model: the student.
@@ -139,7 +184,7 @@ def taught_layers(model: nn.Module) -> tuple[str, ...]:
 
     Examples:
         >>> from spectrim.surgery.factorize import factorize
-        >>> taught_layers(factorize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))))
+        >>> hint_layers(factorize(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))))
         ('0',)
     """
     names = tuple(name for name, _ in named_layers(model))
@@ -188,8 +233,8 @@ def outputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Ten
             handle.remove()
 
 
-def missed(own: Mapping[str, Tensor], taught: Mapping[str, Tensor]) -> Tensor:
-    """Return the share of the teacher's variance that the student's outputs miss, summed over layers, a scalar.
+def unexplained_variance(own: Mapping[str, Tensor], taught: Mapping[str, Tensor]) -> Tensor:
+    """Return the fraction of the teacher's variance that the student's outputs do not explain, summed over layers, a scalar.
 
     Args:
         own: the student's outputs by layer.
@@ -199,7 +244,7 @@ def missed(own: Mapping[str, Tensor], taught: Mapping[str, Tensor]) -> Tensor:
         LayerError: for a layer whose outputs differ in shape.
 
     Examples:
-        >>> float(missed({"fc": torch.zeros(4)}, {"fc": torch.tensor([1.0, -1.0, 1.0, -1.0])}))
+        >>> float(unexplained_variance({"fc": torch.zeros(4)}, {"fc": torch.tensor([1.0, -1.0, 1.0, -1.0])}))
         1.0
     """
     shares = []

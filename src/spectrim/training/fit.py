@@ -1,35 +1,32 @@
 """The training loop: one plain loop on accelerate, with progress, checkpoints and a log of what every penalty added."""
 
-import math
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from spectrim.checks import check
-from spectrim.errors import DivergedError, SettingError
-from spectrim.layers.sharded import has_shards, is_sharded, reshard, whole
-from spectrim.metrics.inputs import call_model, loss_of, pair_of
-from spectrim.protocols import Penalty, PenaltySchedule, RankSchedule
+from spectrim.errors import SettingError
+from spectrim.layers.sharded import has_shards, reshard
+from spectrim.protocols import Course, Lesson, Penalty, RankSchedule
+from spectrim.surgery.frozen import training_mode
 from spectrim.training import processes
-from spectrim.training.checkpoint import Checkpoint, generators_of
-from spectrim.training.course import ScheduledPenalty, cut_ranks
-from spectrim.training.distillation import Distillation, Loss, missed, outputs_of, taught_layers
-from spectrim.training.execution import choose_execution
-from spectrim.training.history import History, largest_gradient, layer_lines, mean_rank
+from spectrim.training.checkpoint import Checkpoint
+from spectrim.training.data import Order, announce, generators_of, length_of
+from spectrim.training.distillation import Loss
+from spectrim.training.history import History, layer_lines
+from spectrim.training.loop import Loop, Position
+from spectrim.training.prepared import Precision, make_accelerator, prepared
 from spectrim.training.progress import _bar
+from spectrim.training.signals import ending_cleanly
+from spectrim.training.step import Step
+from spectrim.training.stopping import Best, check_plateau, plateau_value, wants_to_stop
 
-Precision = Literal["no", "bf16", "fp16"]
-
+__all__ = ["EpochCallback", "Execution", "Precision", "fit"]
 
 Execution = Literal["macs", "measured"]
 
@@ -38,8 +35,8 @@ Execution = Literal["macs", "measured"]
 class EpochCallback(Protocol):
     """Called at the end of each epoch, after the evaluation and before the checkpoint is written."""
 
-    def __call__(self, epoch: int, metrics: dict[str, float], model: nn.Module, /) -> None:
-        """Take the number of finished epochs, the epoch's line of the log, and the model."""
+    def __call__(self, epoch: int, metrics: dict[str, float], model: nn.Module, /) -> bool | None:
+        """Take the number of finished epochs, the epoch's line of the log, and the model; return True to end training here."""
 
 
 def fit(
@@ -51,15 +48,19 @@ def fit(
     *,
     penalties: Sequence[Penalty] = (),
     eval_data: Iterable[Any] | None = None,
-    scheduler: LRScheduler | None = None,
+    scheduler: LRScheduler | ReduceLROnPlateau | None = None,
     scheduler_steps: Literal["epoch", "batch"] = "epoch",
-    distill: Distillation | None = None,
+    courses: Sequence[Course | RankSchedule] = (),
+    lessons: Sequence[Lesson] = (),
+    distill: Lesson | None = None,
     precision: Precision = "no",
     accumulate: int = 1,
     clip: float | None = None,
-    rank_schedule: RankSchedule | None = None,
+    rank_schedule: Course | RankSchedule | None = None,
     execution: Execution = "macs",
     compiled: bool = False,
+    steps_per_epoch: int | None = None,
+    keep_best: bool | str = False,
     checkpoint: str | Path | None = None,
     resume: bool = True,
     first_epoch: int = 0,
@@ -69,7 +70,9 @@ def fit(
 ) -> History:
     """Train `model` in place: the one verb that changes weights.
 
-    The loss of a step is ``loss(model(inputs), target) + sum of penalties``; each penalty's share is in the log.
+    The loss of a step is ``loss(model(inputs), target)``, as lessons change it, plus the sum of penalties; each share is in the log.
+    Modules in eval mode inside a model in training mode stay there, and so do normalization layers whose parameters are frozen;
+    training flags are as before afterwards. SIGTERM ends training as Ctrl-C does, by an exception; the last checkpoint is whole.
 
     Started by ``accelerate launch`` or ``torchrun`` on several processes, all of them call it with the same arguments. It averages
     gradients with DistributedDataParallel, or runs a model that FSDP2 shards; the log holds means over processes, each penalty counts
@@ -77,36 +80,47 @@ def fit(
 
     Args:
         model: factorized or dense.
-        data: gives batches ``(inputs, target)`` anew for each epoch: a `DataLoader` or any iterable with a length. `inputs` is a tensor,
-            a tuple of arguments or a dict of keyword arguments. When it, or its sampler, has ``set_epoch``, that is called with the epoch's
-            number. Several processes divide it: one step takes one batch in each of them, so that `n` processes with batches of `b` train
-            on ``n * b`` examples. A `DataLoader` that accelerate prepared or that has a `DistributedSampler` is divided already.
+        data: gives batches ``(inputs, target)``, again for each epoch: a `DataLoader`, any iterable; without a length it is counted in the
+            first epoch. `inputs` is a tensor, a tuple of arguments or a dict of keyword arguments. When it, or its sampler, has
+            ``set_epoch``, that is called with the epoch's number. Several processes divide it: one step takes one batch in each of them, so
+            that `n` processes with batches of `b` train on ``n * b`` examples. A `DataLoader` that accelerate prepared or that has a
+            `DistributedSampler` is divided already. Where another number of batches comes than its length says, a warning names both.
         loss: ``(output, target) -> scalar``.
         optimizer: over the model's parameters.
         epochs: passes over the data in all, those before a resume included; >= 0.
         penalties: each is called on the model and returns what it adds.
         eval_data: the validation split, evaluated after each epoch, each batch by one process and once.
-        scheduler: a torch learning-rate schedule of `optimizer`.
-        scheduler_steps: whether the schedule advances each epoch or each batch (that is, each optimizer step).
-        distill: adds a teacher's loss.
+        scheduler: a torch learning-rate schedule of `optimizer`. `ReduceLROnPlateau` looks at the number that `keep_best` names, else at
+            ``eval_loss`` (``eval_accuracy`` for ``mode="max"``), without `eval_data` at ``loss``.
+        scheduler_steps: whether the schedule advances each ``epoch`` or each ``batch`` (that is, each optimizer step).
+        courses: change training step by step: `Ramp`, `Squeeze`, any `Course`, or a function ``(model, inputs, step, steps)`` that returns
+            ranks to cut to, or None. Each is asked before each optimizer step; the optimizer's moments are cut along, later steps cost
+            less. The penalty of a course has a column of its own in the log. They need the number of steps. Not when sharded: cut
+            `gathered` models between two calls.
+        lessons: change the loss of the task, in this order, for example `Distillation`; ``loss`` in the log holds them, and what each
+            changed has a column of its own.
+        distill: one more lesson, a teacher's.
         precision: ``no`` for float32, ``bf16`` or ``fp16`` for automatic mixed precision (with loss scaling for fp16).
         accumulate: batches whose gradients are averaged for one optimizer step, >= 1; the last group of an epoch may be smaller.
         clip: largest norm of the whole gradient; None for no clipping.
-        rank_schedule: cuts ranks as training goes, for example `Ramp`; the optimizer's moments are cut along, later steps cost less. It is
-            asked before each optimizer step. One that is a `PenaltySchedule` too, for example `Squeeze`, adds its penalty to the loss; in
-            the log it goes by the schedule's name. Not when sharded: cut `gathered` models between two calls.
+        rank_schedule: one more course.
         execution: whether layers compose their weight or run two operations by ``macs``, or by ``measured`` seconds (`choose_execution`, at
             the start and after each cut; which form was faster may differ from run to run, and with it the rounding). Not when sharded.
         compiled: run the training steps, the teacher's too, through `torch.compile`: the first step compiles, for a minute or more, and
-            numbers differ by rounding. Each size of batch, and each cut of a `rank_schedule`, is compiled for itself; what
-            torch had compiled before is compiled anew when it is called again. Not when sharded.
+            numbers differ by rounding. Each size of batch, and each cut of a course, is compiled for itself; what
+            torch had compiled before is compiled again when it is called again. Not when sharded.
+        steps_per_epoch: batches that make an epoch, in each process; for data without an end. None for all of `data`.
+        keep_best: end with the weights of the best epoch, by a number of its line in the log: True for ``eval_loss``, a name that ends on
+            ``loss`` or ``accuracy``, else ``"min NAME"`` or ``"max NAME"``. Epochs before the last cut do not count. Not when sharded.
         checkpoint: folder for ``checkpoint.pt``, written atomically after each epoch; None for none. One run has it for itself. All its
             processes see it. It holds whole tensors, sharded or not: a run may go on with another number of processes.
         resume: go on from the checkpoint when there is one. A resumed run ends with the same bits on a CPU, as long as everything random
-            draws from the global generators of torch, numpy and Python, or from the generator of the `DataLoader` or its sampler; each
-            process has its own, and as many processes have to go on.
+            draws from the global generators of torch, numpy and Python, or from a generator that the data, their sampler or their data set
+            hold, or data have ``state_dict`` and ``load_state_dict``; each process has its own, and as many processes have to go on. Data
+            that count their passes in some other way give a warning.
         first_epoch: what ``set_epoch`` gets for the first epoch, >= 0: the number of those before, for a further call on the same data.
-        callbacks: called after each epoch, in every process.
+        callbacks: called after each epoch, in every process. One that returns True ends training after that epoch; a later call with the
+            same `epochs` and checkpoint returns that end.
         accelerator: your own `accelerate.Accelerator`, with its own precision; one is made when omitted.
         progress: whether to show a progress bar; the main process does.
 
@@ -116,9 +130,10 @@ def fit(
     Raises:
         DivergedError: when the loss, or at the end of an epoch a parameter, is not finite.
         FormatError: for a checkpoint that is damaged or of another model or optimizer; nothing is changed then.
-        SettingError: for a setting outside its range.
+        SettingError: for a setting outside its range, before anything is changed.
 
     Examples:
+        >>> import torch
         >>> model = nn.Linear(2, 1)
         >>> batches = [(torch.randn(8, 2), torch.randn(8, 1))] * 3
         >>> history = fit(model, batches, nn.MSELoss(), torch.optim.SGD(model.parameters(), 0.1), epochs=2, progress=False)
@@ -127,285 +142,140 @@ def fit(
     """
     check("fit", model=model, data=data, loss=loss, optimizer=optimizer, epochs=epochs, penalties=penalties, eval_data=eval_data)
     check("fit", scheduler=scheduler, scheduler_steps=scheduler_steps, accumulate=accumulate, clip=clip, first_epoch=first_epoch)
-    from accelerate.optimizer import AcceleratedOptimizer
-    from accelerate.utils import convert_to_fp32, send_to_device
-
-    if epochs < 0:
-        raise SettingError("fit", "epochs", got=epochs, rule=">= 0")
-    if first_epoch < 0:
-        raise SettingError("fit", "first_epoch", got=first_epoch, rule=">= 0")
-    if accumulate < 1:
-        raise SettingError("fit", "accumulate", got=accumulate, rule=">= 1")
-    if clip is not None and not clip > 0:
-        raise SettingError("fit", "clip", got=clip, rule="> 0, or None")
-    if isinstance(scheduler, ReduceLROnPlateau):
-        raise SettingError("fit", "scheduler", got="ReduceLROnPlateau", rule="a schedule whose step() takes no metric")
-    if execution not in ("macs", "measured"):
-        raise SettingError("fit", "execution", got=execution, rule="'macs' or 'measured'")
-    _length(data)
+    judged = eval_data is not None
+    _check(epochs, first_epoch, accumulate, clip, steps_per_epoch, execution, scheduler_steps)
+    best = Best(keep_best, judged) if keep_best else None
+    check_plateau(scheduler, scheduler_steps, judged, best)
+    courses = [*courses, *([] if rank_schedule is None else [rank_schedule])]
+    step = Step("fit", penalties, courses, [*lessons, *([] if distill is None else [distill])])
+    _check_length(step, length_of(data), steps_per_epoch)
     if accelerator is not None and precision not in ("no", accelerator.mixed_precision):
         raise SettingError("fit", "precision", got=precision, rule=f"{accelerator.mixed_precision!r}, that of your accelerator")
-    accelerator = accelerator or _accelerator(precision)
-    if not {id(p) for p in model.parameters()} & {id(p) for group in optimizer.param_groups for p in group["params"]}:
-        hint = "make the optimizer after factorize, prune or load, or call prune_optimizer_state after prune"
-        raise SettingError("fit", "optimizer", got="one that holds none of them", rule="over the parameters of this very model", hint=hint)
-    if isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
+    accelerator = accelerator or make_accelerator(precision)
+    optimizer = _own(optimizer, model)
     processes.shard(accelerator, model, optimizer)
-    sharded = has_shards(model)
-    if sharded and rank_schedule is not None:
-        hint = "FSDP2 keeps the shapes it was given: cut gathered(model) with prune between two calls of fit, and shard the result"
-        raise SettingError("fit", "rank_schedule", got=rank_schedule, rule="None for a model that FSDP2 shards", hint=hint)
-    if sharded and execution == "measured":
-        raise SettingError("fit", "execution", got=execution, rule="'macs' for a model that FSDP2 shards")
-    if sharded and compiled:
-        raise SettingError("fit", "compiled", got=True, rule="False for a model that FSDP2 shards")
-    several, generators = accelerator.num_processes > 1, generators_of(data)
+    if has_shards(model):
+        _check_sharded(courses=courses, execution=execution, compiled=compiled, keep_best=keep_best)
+    generators, order = generators_of(data), Order(data)
     own_data = processes.share(accelerator, data)
-    length, generators = _length(own_data), generators or generators_of(data)
-    history = History()
-    names = [type(penalty).__name__ for penalty in penalties]
-    scheduled = ScheduledPenalty(rank_schedule) if isinstance(rank_schedule, PenaltySchedule) else None
-    if scheduled is not None:
-        names, penalties = [*names, type(rank_schedule).__name__], [*penalties, scheduled]
-    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": accelerator.scaler, "penalty": scheduled}
-    saver = Checkpoint(Path(checkpoint), generators, accelerator, **parts) if checkpoint is not None else None
-    if saver is not None:
-        saver.resizes = rank_schedule is not None
-    if saver is not None and resume:
-        history = saver.restore()
-    names, timed, groups_per_epoch = unique_names(names), False, -(-length // accumulate)
-    if distill is not None:
-        distill.teacher.to(accelerator.device)
-
-    def diverged(what: str, epoch: int, step: int) -> DivergedError:
-        layer, norm = largest_gradient(model)
-        last = saver.path if saver is not None and saver.path.exists() else None
-        return DivergedError(what, epoch=epoch, step=step, layer=layer, grad_norm=norm, checkpoint=last)
-
+    generators, several = generators or generators_of(data), accelerator.num_processes > 1
+    step.agree, step.device = partial(processes.from_main, accelerator) if several else None, accelerator.device
+    position = Position(epochs, accumulate, steps_per_epoch or length_of(own_data))
+    saver, history = None, History()
+    if checkpoint is not None:
+        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": accelerator.scaler, "course": step}
+        saver = Checkpoint(Path(checkpoint), generators, accelerator, **parts, position=position, best=best, data=order)
+        saver.resizes = bool(courses)
+        history = saver.restore() if resume else history
+        history.stopped = history.stopped if _is_over(history, epochs) else None
+        if 0 < len(history.epochs) < epochs and history.stopped is None:
+            order.warn()
+    path = None if saver is None else saver.path
     with (
-        _lesson(distill, model, compiled) as lesson,
-        _prepared(accelerator, model, optimizer, compiled) as (prepared, stepper),
-        _bar(accelerator, progress, length) as bar,
+        ending_cleanly(),
+        training_mode(model) as train,
+        step.watching(model, accelerator.device, compiled),
+        prepared(accelerator, model, optimizer, compiled) as (ready, stepper),
+        _bar(accelerator, progress, position.length) as bar,
     ):
-        for epoch in range(len(history.epochs), epochs):
-            parts_of_data = {id(part): part for part in (data, getattr(data, "sampler", None), own_data)}
-            for set_epoch in (getattr(part, "set_epoch", None) for part in parts_of_data.values()):
-                if set_epoch is not None:
-                    set_epoch(first_epoch + epoch)
-            model.train()
-            start, examples, sums, groups, rate = time.perf_counter(), 0, dict.fromkeys(("loss", *names), 0.0), 0, 0.0
-            bar.start(epoch, epochs)
-            for index, batch in enumerate(own_data):
-                inputs, target = send_to_device(pair_of(batch, "fit"), accelerator.device)
-                step = epoch * length + index
-                cut: dict[str, int] | None = None
-                if rank_schedule is not None and index % accumulate == 0:  # not within a group: its gradients are of one shape
-                    at = epoch * groups_per_epoch + index // accumulate, epochs * groups_per_epoch
-                    cut = cut_ranks(model, processes.from_main(accelerator, rank_schedule(model, inputs, *at)), optimizer)
-                    if cut is not None:
-                        prepared.renew()
-                        history.cuts.append({"step": at[0], "epoch": at[0] / groups_per_epoch, "ranks": cut})
-                    if scheduled is not None:
-                        scheduled.advance(model, inputs, *at)
-                        scheduled.hold(processes.from_main(accelerator, scheduled.penalty))
-                if execution == "measured" and (cut is not None or not timed):
-                    with accelerator.autocast():
-                        choose_execution(model, inputs)
-                    timed = True
-                last = (index + 1) % accumulate == 0 or index + 1 == length
-                inputs, task_loss = (inputs, loss) if distill is None else distill.mixed(inputs, loss)
-                with processes.unsynchronised(accelerator, prepared.model, last):
-                    if sharded:  # before the forward pass makes the tensors whole
-                        reshard(model)
-                        added = [whole(penalty(model)) for penalty in penalties]
-                    with accelerator.autocast():
-                        output = convert_to_fp32(call_model(prepared.call, inputs))
-                        task = loss_of(task_loss, output, target, "fit")
-                        if lesson is not None:
-                            task = lesson(task, inputs, output, target, step / (epochs * length))
-                    if not sharded:
-                        added = [penalty(model) for penalty in penalties]
-                    penalty_sum = sum(added, start=torch.zeros((), device=task.device))
-                    total = task + penalty_sum
-                    terms = [term.detach() for term in (total, task, *added)]
-                    value, *shares = processes.reduced(accelerator, terms)
-                    if not math.isfinite(value):  # so in every process, none of which is left waiting
-                        raise diverged(f"loss became {value}", epoch, step)
-                    if index % accumulate == 0:
-                        stepper.zero_grad(set_to_none=True)
-                        groups = min(accumulate, length - index)
-                    if sharded:  # the gradient of the penalties is of the shards: FSDP adds that of the task when it has reduced it
-                        if penalty_sum.requires_grad:
-                            accelerator.backward(penalty_sum / groups)
-                        accelerator.backward(task / groups)
-                    else:
-                        accelerator.backward(total / groups)
-                if last:
-                    if clip is not None:
-                        accelerator.clip_grad_norm_(model.parameters(), clip)
-                    rate = float(optimizer.param_groups[0]["lr"])
-                    stepper.step()
-                    if scheduler is not None and scheduler_steps == "batch" and not stepper.step_was_skipped:
-                        scheduler.step()
-                for name, term in zip(sums, shares, strict=True):
-                    sums[name] += term
-                examples += _count(target)
-                bar.advance(sums, index + 1, examples / (time.perf_counter() - start), partial(mean_rank, model))
-            reshard(model)
-            finite = all(bool(torch.isfinite(_local(p)).all()) for p in model.parameters())
-            if not processes.everywhere(accelerator, finite):
-                raise diverged("a parameter stopped being finite", epoch, (epoch + 1) * length - 1)
-            seconds = time.perf_counter() - start
-            if several:
-                examples = round(processes.reduced(accelerator, [float(examples)], "sum")[0])
-                processes.same_tensors(accelerator, model.buffers())
-            line = {name: value / length for name, value in sums.items()}
-            line |= {"mean_rank": mean_rank(model), "learning_rate": rate}
-            line |= {"examples_per_s": examples / seconds, "seconds": seconds}
-            if scheduler is not None and scheduler_steps == "epoch":
-                scheduler.step()
+        each_step = scheduler if scheduler_steps == "batch" else None
+        parts_of_loop = (model, loss, optimizer, step, position, history, accelerator, ready, stepper, bar)
+        loop = Loop(*parts_of_loop, clip, each_step, execution == "measured", path)
+        while len(history.epochs) < epochs and history.stopped is None:
+            epoch, cuts = len(history.epochs), len(history.cuts)
+            announce(first_epoch + epoch, data, own_data)
+            train()
+            line = loop.epoch(own_data, epoch, steps_per_epoch)
             if eval_data is not None:
-                with accelerator.autocast():
-                    found = processes.evaluate_together(
-                        accelerator, model, eval_data, lambda output, target: loss(convert_to_fp32(output), target)
-                    )
-                reshard(model)
-                line |= {f"eval_{name}": value for name, value in found.items()}
+                line |= _evaluated(accelerator, model, eval_data, loss)
             history.epochs.append(line)
             history.layers += layer_lines(model)
-            for callback in callbacks:
-                callback(epoch + 1, line, model)
+            ends = [wants_to_stop(callback(epoch + 1, line, model)) for callback in callbacks]
+            if not processes.everywhere(accelerator, not any(ends)):
+                history.stopped = {"epoch": epoch + 1, "epochs": epochs}
+            if best is not None:
+                best.note(epoch + 1, line, model, len(history.cuts) > cuts)
+            if isinstance(scheduler, ReduceLROnPlateau):
+                scheduler.step(plateau_value(scheduler, line, best))
+            elif scheduler is not None and scheduler_steps == "epoch":
+                scheduler.step()
             if saver is not None:
                 saver.write(history)
             bar.finish(line)
+    if best is not None:
+        best.restore(model)
+        history.best = best.found
     return history
 
 
-@contextmanager
-def _lesson(distill: Distillation | None, model: nn.Module, compiled: bool) -> Iterator[Callable[..., Tensor] | None]:
-    """Give the loss with a teacher, who watches the layers of the model for the time of training where he teaches by them."""
-    if distill is None:
-        yield None
-        return
-    names = (taught_layers(model) if distill.layers is None else distill.layers) if distill.features else ()
-    with outputs_of(model, names) as own, outputs_of(distill.teacher, names) as taught:
-        share: Callable[..., Tensor] = missed
-        if compiled:  # with the watching inside
-            share = _compiled(missed)
-            distill = replace(distill, teacher=cast(nn.Module, torch.compile(distill.teacher, dynamic=False)))
-
-        def loss(task: Tensor, inputs: Any, output: Any, target: Any, done: float) -> Tensor:
-            hints = partial(share, own, taught) if names and done < distill.until else None
-            taught_loss = distill(task, inputs, output, hints, target)
-            own.clear()  # nothing is held for longer than a step
-            taught.clear()
-            return taught_loss
-
-        yield loss
+def _is_over(history: History, epochs: int) -> bool:
+    """Whether a callback had ended a run of as many epochs."""
+    return history.stopped is not None and bool(history.stopped["epochs"] >= epochs)
 
 
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile a function of tensors that are results: torch's compiler looks at their gradients, and torch warns of that."""
-    fast = torch.compile(function, dynamic=False)
+def _evaluated(accelerator: Any, model: nn.Module, data: Iterable[Any], loss: Loss) -> dict[str, float]:
+    """Return the entries of the validation split."""
+    from accelerate.utils import convert_to_fp32
 
-    def call(*arguments: Any) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
-            return fast(*arguments)
-
-    return call
+    with accelerator.autocast():
+        found = processes.evaluate_together(accelerator, model, data, lambda output, target: loss(convert_to_fp32(output), target))
+    reshard(model)
+    return {f"eval_{name}": value for name, value in found.items()}
 
 
-def _length(data: Iterable[Any]) -> int:
-    """Return the number of batches."""
-    try:
-        length = len(data)  # type: ignore[arg-type]
-    except TypeError:
-        hint = "a generator can be read only once: give a list or a DataLoader"
-        raise SettingError("fit", "data", got=type(data), rule="an iterable with a length", hint=hint) from None
-    if length == 0:
-        raise SettingError("fit", "data", got="no batches", rule="at least one batch")
-    return length
+def _check(
+    epochs: int, first_epoch: int, accumulate: int, clip: float | None, steps_per_epoch: int | None, execution: str, scheduler_steps: str
+) -> None:
+    """Raise a SettingError for a number or a word outside its range."""
+    least = {"epochs": (epochs, 0), "first_epoch": (first_epoch, 0), "accumulate": (accumulate, 1)}
+    for name, (value, lowest) in least.items():
+        if not value >= lowest:
+            raise SettingError("fit", name, got=value, rule=f">= {lowest}")
+    if clip is not None and not clip > 0:
+        raise SettingError("fit", "clip", got=clip, rule="> 0, or None")
+    if steps_per_epoch is not None and not steps_per_epoch >= 1:
+        raise SettingError("fit", "steps_per_epoch", got=steps_per_epoch, rule=">= 1, or None for all of the data")
+    if execution not in ("macs", "measured"):
+        raise SettingError("fit", "execution", got=execution, rule="'macs' or 'measured'")
+    if scheduler_steps not in ("epoch", "batch"):
+        raise SettingError("fit", "scheduler_steps", got=scheduler_steps, rule="'epoch' or 'batch'")
 
 
-def _accelerator(precision: Precision) -> Any:
-    """Make an accelerator; accelerate keeps one state for the process, which is renewed when the precision differs."""
-    if precision not in ("no", "bf16", "fp16"):
-        raise SettingError("fit", "precision", got=precision, rule="'no', 'bf16' or 'fp16'")
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision)
-    if precision != "no" and not accelerator.native_amp:  # accelerate would go on in float32 and not say so
-        where = "a CPU" if accelerator.device.type == "cpu" else "this device"
-        raise SettingError("fit", "precision", got=precision, rule=f"'no' or 'bf16' on {where}")
-    return accelerator
+def _check_length(step: Step, length: int | None, steps_per_epoch: int | None) -> None:
+    """Raise a SettingError where a course or lesson goes by the number of steps, and that is not known."""
+    if length is None and steps_per_epoch is None:
+        until = [name for name, lesson in step.lessons.items() if 0 < getattr(lesson, "until", 1.0) < 1]
+        for name in (*step.courses, *until):
+            hint = "give steps_per_epoch, the number of batches"
+            raise SettingError("fit", "data", got="data without one", rule=f"of a known length for {name}, which counts steps", hint=hint)
 
 
-class _Prepared:
-    """What is called in training in place of the model: the model, or with several processes its wrapper."""
-
-    def __init__(self, accelerator: Any, model: nn.Module, optimizer: Optimizer, compiled: bool) -> None:
-        self.accelerator, self.plain, self.optimizer, self.compiled = accelerator, model, optimizer, compiled
-        self.had_forward = "forward" in vars(model)
-        self.model = processes.wrap(accelerator, model)
-        self.call = self._callable()
-
-    def _callable(self) -> Callable[..., Any]:
-        if not self.compiled:
-            return self.model
-        torch.compiler.reset()  # it keeps eight programs for the same lines of code and runs what comes later as it is
-        return torch.compile(self.model, dynamic=False)  # else the last batch of an epoch makes all later ones slower
-
-    def renew(self) -> None:
-        """Wrap the model again when its parameters were exchanged; all processes go on with what the main one has."""
-        if self.model is not self.plain:
-            self.close()
-            self.model = processes.wrap(self.accelerator, self.plain)
-            processes.same_moments(self.accelerator, self.optimizer)
-        self.call = self._callable()
-
-    def close(self) -> None:
-        """Make the model what it was before."""
-        processes.unwrap(self.accelerator, self.model, self.plain)
-        if not self.had_forward:
-            vars(self.plain).pop("forward", None)
+def _check_sharded(**settings: Any) -> None:
+    """Raise a SettingError for what a model that FSDP2 shards cannot have."""
+    if settings["courses"]:
+        hint = "FSDP2 keeps the shapes it was given: cut gathered(model) with prune between two calls of fit, and shard the result"
+        rule = "None for a model that FSDP2 shards"
+        raise SettingError("fit", "rank_schedule or courses", got=settings["courses"], rule=rule, hint=hint)
+    if settings["execution"] == "measured":
+        raise SettingError("fit", "execution", got="measured", rule="'macs' for a model that FSDP2 shards")
+    for name in ("compiled", "keep_best"):
+        if settings[name]:
+            raise SettingError("fit", name, got=settings[name], rule="False for a model that FSDP2 shards")
 
 
-@contextmanager
-def _prepared(accelerator: Any, model: nn.Module, optimizer: Optimizer, compiled: bool) -> Iterator[tuple[_Prepared, Any]]:
-    """Give the model and optimizer to accelerate for the time of training; afterwards the model is what it was before, or sharded."""
-    if not has_shards(model):
-        model.to(accelerator.device)
-        for state in optimizer.state.values():
-            state.update({key: value.to(accelerator.device) for key, value in state.items() if isinstance(value, Tensor) and value.dim()})
-    prepared = _Prepared(accelerator, model, optimizer, compiled)
-    stepper = accelerator.prepare_optimizer(optimizer)
-    try:
-        yield prepared, stepper
-    finally:
-        prepared.close()
-        reshard(model)
-        accelerator._optimizers = [held for held in accelerator._optimizers if held is not stepper]
+def _own(optimizer: Any, model: nn.Module) -> Optimizer:
+    """Return the torch optimizer inside accelerate's, or the optimizer itself.
 
+    Raises:
+        SettingError: for one that trains nothing of the model, or whose step needs a closure.
+    """
+    from accelerate.optimizer import AcceleratedOptimizer
 
-def _local(tensor: Tensor) -> Tensor:
-    """Return what this process holds of a tensor."""
-    shard: Any = tensor
-    return shard.to_local() if is_sharded(tensor) else tensor
-
-
-def _count(target: Any) -> int:
-    """Return the number of examples of a batch from its target."""
-    first = target
-    while isinstance(first, dict | list | tuple) and first:
-        first = next(iter(first.values())) if isinstance(first, dict) else first[0]
-    return len(first) if isinstance(first, Tensor) and first.dim() else 1
-
-
-def unique_names(names: list[str]) -> list[str]:
-    """Number repeated names."""
-    return [name if names.count(name) == 1 else f"{name} {names[: index + 1].count(name)}" for index, name in enumerate(names)]
+    if not {id(p) for p in model.parameters()} & {id(p) for group in optimizer.param_groups for p in group["params"]}:
+        hint = "make the optimizer after factorize, prune or load, or call prune_optimizer_state after prune"
+        raise SettingError("fit", "optimizer", got="one that holds none of them", rule="over the parameters of this very model", hint=hint)
+    own: Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    if isinstance(own, LBFGS):
+        hint = "write its loop by hand: prune_ and the penalties work in it"
+        raise SettingError("fit", "optimizer", got="LBFGS", rule="one that makes a step from one gradient, without a closure", hint=hint)
+    return own

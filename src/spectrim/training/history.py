@@ -24,20 +24,25 @@ class History:
         layers: of a factorized model, one entry for each epoch: ``ranks`` and ``defects`` by the names of `named_factors`, at its end. The
             defect is the larger of `linalg.orthogonality_defect` of ``U`` and of ``Vh^T``. Empty for a dense model; the first epochs are
             missing where they were resumed from a checkpoint that does not hold them.
+        best: with ``fit(keep_best=...)``, the epoch whose weights the model has: ``epoch`` (counted from 1), ``monitor`` and ``value``.
+        stopped: when a callback ended training: ``epoch`` after which (counted from 1) and ``epochs``, those that were asked for.
     """
 
     epochs: list[dict[str, float]] = field(default_factory=list)
     cuts: list[dict[str, Any]] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    stopped: dict[str, Any] | None = None
 
     @property
     def last(self) -> dict[str, float]:
         """The last line; empty before the first epoch."""
         return self.epochs[-1] if self.epochs else {}
 
-    def to_dict(self) -> dict[str, list[dict[str, Any]]]:
-        """Return plain data for JSON."""
-        return {"epochs": self.epochs, "cuts": self.cuts, "layers": self.layers}
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON; ``best`` and ``stopped`` where there are."""
+        ends = {name: value for name, value in (("best", self.best), ("stopped", self.stopped)) if value is not None}
+        return {"epochs": self.epochs, "cuts": self.cuts, "layers": self.layers, **ends}
 
 
 def mean_rank(model: nn.Module) -> float:

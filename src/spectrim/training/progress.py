@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class _Bar:
     """Progress of an epoch: a bar on a terminal, a line for each epoch anywhere else."""
 
-    def __init__(self, progress: Progress | None, length: int) -> None:
+    def __init__(self, progress: Progress | None, length: int | None) -> None:
         self.progress, self.length = progress, length
         self.task: Any = None
         self.shown = 0.0
@@ -24,7 +24,7 @@ class _Bar:
             self.task = self.progress.add_task(self.title, total=self.length, status="")
 
     def advance(self, sums: dict[str, float], done: int, rate: float, mean: Callable[[], float]) -> None:
-        if self.progress is None or (done < self.length and time.monotonic() - self.shown < 0.2):
+        if self.progress is None or (done != self.length and time.monotonic() - self.shown < 0.2):
             return
         self.shown, rank = time.monotonic(), mean()
         terms = "  ".join(f"{name} {value / done:.4g}" for name, value in sums.items())
@@ -39,7 +39,7 @@ class _Bar:
 
 
 @contextmanager
-def _bar(accelerator: Any, show: bool, length: int) -> Iterator[_Bar]:
+def _bar(accelerator: Any, show: bool, length: int | None) -> Iterator[_Bar]:
     """Show progress on the main process, on stderr so that standard output stays for results."""
     if not (show and accelerator.is_main_process):
         yield _Bar(None, length)

@@ -10,7 +10,7 @@ from spectrim.budget.allocate import allocate
 from spectrim.budget.budget import Budget
 from spectrim.budget.rules import Energy
 from spectrim.errors import SettingError
-from spectrim.protocols import RankRule
+from spectrim.protocols import Change, RankRule
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Ramp:
         end: when the last cut is made, in (begin, 1]; before the last step at the latest. What is left of training is fine-tuning at the
             final ranks.
         cuts: number of cuts, >= 1.
+
+    A `Course`: give it to ``fit(..., courses=[...])``.
 
     Raises:
         SettingError: for a value outside its range.
@@ -90,6 +92,17 @@ class Ramp:
         assert isinstance(self.target, float | int)
         before = self.target + (1 - self.target) * self._left(self._due(steps), step - 1)
         return Energy(min(1.0, kept / before))  # of what earlier cuts have left
+
+    def start(self, model: nn.Module, inputs: Any, steps: int) -> dict[str, Any]:
+        """Return an empty memory, see `Course`."""
+        return {}
+
+    def before(self, model: nn.Module, inputs: Any, step: int, steps: int, memory: dict[str, Any]) -> Change:
+        """Return the ranks to cut to before this step, see `Course`."""
+        return Change(self(model, inputs, step, steps))
+
+    def after(self, model: nn.Module, step: int, steps: int, memory: dict[str, Any]) -> None:
+        """Do nothing, see `Course`."""
 
     def _due(self, steps: int) -> list[int]:
         """Return the step before which each cut is made."""

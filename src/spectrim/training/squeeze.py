@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any, ClassVar, SupportsIndex
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +16,7 @@ from spectrim.layers.sharded import whole
 from spectrim.penalties import TailEnergy, tail_shares
 from spectrim.penalties.sums import total
 from spectrim.penalties.tail import tail_share
-from spectrim.protocols import Importance, Latencies
+from spectrim.protocols import Change, Importance, Latencies
 
 PULL, DAMPING = 15.0, 1.5
 """How fast `Squeeze` corrects a strength: for being behind, over the whole span; and for falling behind."""
@@ -62,23 +62,23 @@ class SteeredTail(TailEnergy):
 
 @dataclass(frozen=True)
 class Squeeze:
-    """Train toward a budget: drive what the cut to it will discard to zero first, with strengths that find themselves.
+    """Train toward a budget: drive what the cut to it will discard to zero first, with self-tuning strengths.
 
     At `updates` steps `allocate` says which ranks the budget leaves now. The share ``tau_l`` of the energy that lies beyond the allocated
     rank has a goal that falls from where it was to `left` at the `end`, by the same factor at every step; what it is above that is
     penalised, ``strength_l * max(0, tau_l - goal_l)``. Before every step the strength of each weight is corrected by how far it is behind
     its goal and by how much it has fallen behind since: ``log strength_l += (15 / steps) lag_l + 1.5 (change of lag_l)`` with
     ``lag_l = log(tau_l / goal_l)``, so that it fits whatever optimizer, learning rate and task. A weight whose allocated rank changes sets
-    out anew, from where it is to `left`. At the `end` what is left of the tails is cut; what is left of training is fine-tuning.
+    out again, from where it is to `left`. At the `end` what is left of the tails is cut; what is left of training is fine-tuning.
 
-    Give it to ``fit(..., rank_schedule=...)``: the penalty has a column of its own in the log, ``Squeeze``. Keep
+    A `Course`: give it to ``fit(..., courses=[...])``. The penalty has a column of its own in the log, ``Squeeze``. Keep
     `Orthogonality` beside it: shares are those of ``S``, which is the spectrum as far as the factors are orthonormal.
 
     Args:
         budget: what the network keeps in the end.
         begin: when it begins, as a fraction of training in [0, 1).
         end: when the goal is reached and the cut is made, in (begin, 1]; before the last step at the latest.
-        updates: how often the ranks are allocated anew, >= 1, evenly from begin to end; as often after it
+        updates: how often the ranks are allocated again, >= 1, evenly from begin to end; as often after it
             when nothing is cut.
         left: share of each weight's energy that may be left to cut, in (0, 1).
         importance: for `allocate`; its own default when omitted. It is asked at every update.
@@ -110,6 +110,7 @@ class Squeeze:
     importance: Importance | None = None
     latency: Latencies | None = None
     cut: bool = True
+    penalizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.begin < self.end <= 1:
@@ -149,6 +150,27 @@ class Squeeze:
         if tail is None or self._due(step, steps):
             tail = _aim(tail, model, self._allocate(model, inputs))
         return tail
+
+    def start(self, model: nn.Module, inputs: Any, steps: int) -> dict[str, Any]:
+        """Return the memory before the first step: no penalty yet, see `Course`."""
+        return {"tail": None}
+
+    def before(self, model: nn.Module, inputs: Any, step: int, steps: int, memory: dict[str, Any]) -> Change:
+        """Return the penalty of this step and, at the end, the ranks to cut to, see `Course`.
+
+        Args:
+            model: factorized.
+            inputs: one batch of its inputs, for the costs.
+            step: number of finished steps.
+            steps: of the whole training.
+            memory: ``tail``, the fields of the last penalty, or None.
+        """
+        tail = self.penalty(model, inputs, step, steps, memory["tail"])
+        memory["tail"] = None if tail is None else dict(vars(tail))
+        return Change(self(model, inputs, step, steps), tail)
+
+    def after(self, model: nn.Module, step: int, steps: int, memory: dict[str, Any]) -> None:
+        """Do nothing, see `Course`."""
 
     def _span(self, steps: int) -> tuple[int, int]:
         """Return the first step with a penalty and that of the cut."""

@@ -4,6 +4,7 @@ import copy
 import io
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -253,7 +254,15 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "radam": lambda p: torch.optim.RAdam(p, 1e-3),
     "rprop": lambda p: torch.optim.Rprop(p, 1e-3),
     "adafactor": lambda p: torch.optim.Adafactor(p, 1e-3),
+    "asgd": lambda p: torch.optim.ASGD(p, 1e-3),
 }
+
+
+def warned(name: str) -> AbstractContextManager[Any]:
+    """Rows and columns of the old factors say nothing about the new ones, and that is said."""
+    if name != "adafactor":
+        return nullcontext()
+    return pytest.warns(UserWarning, match=r"Adafactor: a cut cannot carry its state 'row_var' \(\d+ parameters\), 'col_var'")
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
@@ -275,7 +284,8 @@ def test_training_goes_on_after_a_cut(name: str) -> None:
     cut = sp.prune(low, sp.Fixed(2))
     states = sum(len(state) > 0 for state in optimizer.state.values())
     rate = optimizer.param_groups[0]["lr"]
-    sp.prune_optimizer_state(optimizer, low, cut)
+    with warned(name):
+        sp.prune_optimizer_state(optimizer, low, cut)
     assert optimizer.param_groups[0]["lr"] == rate
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in cut.parameters()}
@@ -309,13 +319,14 @@ def state_after_one_gradient(model: nn.Module, make: Callable[[Any], torch.optim
     return optimizer
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "sgd"])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("sgd", "asgd")])
 def test_for_sorted_orthonormal_factors_the_state_is_sliced(name: str) -> None:
     low = sp.factorize(Net().double(), "channel", EVERYTHING)
     optimizer = state_after_one_gradient(low, OPTIMIZERS[name])
     before = {key: dict(optimizer.state[p]) for key, p in low.named_parameters()}
     cut = sp.prune(low, sp.Fixed(2))
-    sp.prune_optimizer_state(optimizer, low, cut)
+    with warned(name):
+        sp.prune_optimizer_state(optimizer, low, cut)
     compared = 0
     for key, parameter in cut.named_parameters():
         for entry, value in optimizer.state.get(parameter, {}).items():

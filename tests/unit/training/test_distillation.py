@@ -11,7 +11,7 @@ from spectrim.budget.rules import Fixed
 from spectrim.errors import LayerError, SettingError
 from spectrim.surgery.factorize import factorize
 from spectrim.surgery.prune import prune
-from spectrim.training.distillation import Distillation, missed, outputs_of, taught_layers
+from spectrim.training.distillation import Distillation, hint_layers, outputs_of, unexplained_variance
 from spectrim.training.fit import fit
 
 
@@ -42,12 +42,12 @@ def test_the_loss_by_hand() -> None:
     with outputs_of(student, names) as own, outputs_of(teacher, names) as taught:
         output = student.eval()(x)
         task = nn.functional.cross_entropy(output, y)
-        loss = Distillation(teacher, 2.0, 0.4, features=5.0)(task, x, output, lambda: missed(own, taught))
+        loss = Distillation(teacher, 2.0, 0.4, features=5.0).loss(task, x, output, lambda: unexplained_variance(own, taught))
     teacher.eval()
     first = teacher[0](x), student[0](x)
     second = teacher[:4](x), student[:4](x)
     hints = sum((a - b).square().mean() / a.var(correction=0) for a, b in (first, second))
-    torch.testing.assert_close(loss, Distillation(teacher, 2.0, 0.4)(task, x, output) + 5 * hints)
+    torch.testing.assert_close(loss, Distillation(teacher, 2.0, 0.4).loss(task, x, output) + 5 * hints)
 
 
 def test_padding_teaches_nothing() -> None:
@@ -57,10 +57,12 @@ def test_padding_teaches_nothing() -> None:
     distill = Distillation(teacher, temperature=1.0, weight=1.0)
     kept = y != -100
     task = torch.zeros(())
-    torch.testing.assert_close(distill(task, x, student(x), target=y), distill(task, x[kept], student(x[kept])))
-    assert not torch.allclose(distill(task, x, student(x), target=y), distill(task, x, student(x)))
-    assert distill(task, x, student(x), target=torch.full_like(y, -100)) == 0
-    torch.testing.assert_close(distill(task, x, student(x), target=y[:, 0]), distill(task, x, student(x)))  # says nothing of the places
+    torch.testing.assert_close(distill.loss(task, x, student(x), target=y), distill.loss(task, x[kept], student(x[kept])))
+    assert not torch.allclose(distill.loss(task, x, student(x), target=y), distill.loss(task, x, student(x)))
+    assert distill.loss(task, x, student(x), target=torch.full_like(y, -100)) == 0
+    torch.testing.assert_close(
+        distill.loss(task, x, student(x), target=y[:, 0]), distill.loss(task, x, student(x))
+    )  # says nothing of the places
 
     def masked(output: Tensor, target: Tensor) -> Tensor:
         return nn.functional.cross_entropy(output.transpose(1, 2), target)
@@ -73,17 +75,17 @@ def test_padding_teaches_nothing() -> None:
     torch.testing.assert_close(*ends)
 
 
-def test_the_share_that_is_missed_is_blind_to_scale_and_zero_for_equal_outputs() -> None:
+def test_the_share_that_is_unexplained_variance_is_blind_to_scale_and_zero_for_equal_outputs() -> None:
     f, g = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
     for scale in (1e-3, 1.0, 1e3):
-        torch.testing.assert_close(missed({"a": scale * f}, {"a": scale * g}), missed({"a": f}, {"a": g}))
-    assert missed({"a": g}, {"a": g}) == 0
-    assert torch.isfinite(missed({"a": f}, {"a": torch.zeros(4, 5)}).double()), "a layer that puts out a constant"
+        torch.testing.assert_close(unexplained_variance({"a": scale * f}, {"a": scale * g}), unexplained_variance({"a": f}, {"a": g}))
+    assert unexplained_variance({"a": g}, {"a": g}) == 0
+    assert torch.isfinite(unexplained_variance({"a": f}, {"a": torch.zeros(4, 5)}).double()), "a layer that puts out a constant"
 
 
 def test_gradients_reach_the_student_alone() -> None:
     f, g = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2, requires_grad=True)
-    missed({"a": f}, {"a": g}).backward()
+    unexplained_variance({"a": f}, {"a": g}).backward()
     assert f.grad is not None
     assert g.grad is None
 
@@ -109,7 +111,7 @@ def gap(teacher: nn.Module, student: nn.Module) -> float:
     names, (x, _) = ("0", "3", "6"), batches(1)[0]
     with torch.no_grad(), outputs_of(student.eval(), names) as own, outputs_of(teacher.eval(), names) as taught:
         student(x), teacher(x)
-    return float(missed(own, taught))
+    return float(unexplained_variance(own, taught))
 
 
 def test_features_bring_the_layers_nearer_to_the_teachers() -> None:
@@ -207,7 +209,7 @@ def test_layers_of_every_kind_of_output() -> None:
     teacher = Net()
     student = student_of(teacher)
     x, y = torch.randint(12, (6, 5)), torch.randint(4, (6,))
-    assert set(taught_layers(student)) >= {"embed", "rnn", "attend", "head"}
+    assert set(hint_layers(student)) >= {"embed", "rnn", "attend", "head"}
     optimizer = torch.optim.Adam(student.parameters(), 0.01)
     history = fit(student, [(x, y)], nn.CrossEntropyLoss(), optimizer, 5, distill=Distillation(teacher, features=3.0), progress=False)
     assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
@@ -235,7 +237,7 @@ def test_outputs_of_another_shape_name_the_layer() -> None:
 
 def test_modules_without_tensors_are_named() -> None:
     with pytest.raises(LayerError, match="put out nothing that could be compared"):
-        missed({}, {"a": torch.zeros(1)})
+        unexplained_variance({}, {"a": torch.zeros(1)})
 
 
 def test_a_negative_weight_is_refused() -> None:

@@ -3,10 +3,12 @@
 import copy
 import math
 import random
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from spectrim.training.checkpoint import CHECKPOINT, random_state, restore_rando
 from spectrim.training.distillation import Distillation
 from spectrim.training.fit import fit
 from spectrim.training.history import History, largest_gradient, mean_rank
+from spectrim.training.statefile import read_state
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -217,18 +220,18 @@ def test_distillation_by_hand() -> None:
     output, task, T, share = torch.randn(5, 3), torch.tensor(0.7), 3.0, 0.4
     p, q = (teacher[0](x) / T).softmax(-1), (output / T).softmax(-1)
     expected = 0.6 * 0.7 + share * T**2 * (p * (p / q).log()).sum(-1).mean().item()
-    assert Distillation(teacher, T, share)(task, x, output).item() == pytest.approx(expected)
+    assert Distillation(teacher, T, share).loss(task, x, output).item() == pytest.approx(expected)
     assert teacher.training, "the teacher runs in eval mode and is left as it was"
-    assert Distillation(teacher, T, 0.0)(task, x, output).item() == pytest.approx(0.7)
+    assert Distillation(teacher, T, 0.0).loss(task, x, output).item() == pytest.approx(0.7)
     kl = F.kl_div(output.log_softmax(-1), teacher[0](x).log_softmax(-1), reduction="batchmean", log_target=True)
-    torch.testing.assert_close(Distillation(teacher, 1.0, 1.0)(task, x, output), kl)
+    torch.testing.assert_close(Distillation(teacher, 1.0, 1.0).loss(task, x, output), kl)
 
 
 def test_distillation_over_another_axis() -> None:
     teacher, x = nn.Identity(), torch.randn(2, 3, 5)
     output = torch.randn(2, 3, 5)
-    turned = Distillation(teacher, 2.0, 1.0)(torch.zeros(()), x.mT, output.mT)
-    torch.testing.assert_close(Distillation(teacher, 2.0, 1.0, dim=1)(torch.zeros(()), x, output), turned)
+    turned = Distillation(teacher, 2.0, 1.0).loss(torch.zeros(()), x.mT, output.mT)
+    torch.testing.assert_close(Distillation(teacher, 2.0, 1.0, dim=1).loss(torch.zeros(()), x, output), turned)
 
 
 def test_distillation_trains_towards_the_teacher() -> None:
@@ -420,6 +423,9 @@ def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
         ({"accumulate": 0}, "fit: accumulate must be an integer of at least 1, got 0"),
         ({"clip": 0.0}, "fit: clip must be above 0, got 0.0"),
         ({"clip": math.nan}, "fit: clip must be above 0, got nan"),
+        ({"steps_per_epoch": 0}, "fit: steps_per_epoch must be >= 1, or None for all of the data, got 0"),
+        ({"keep_best": True}, "fit: keep_best must be given with eval_data, the validation split, for 'eval_loss', got True"),
+        ({"keep_best": "mine"}, "fit: keep_best must be True, a name that ends on 'loss' or 'accuracy', 'min NAME' or 'max NAME'"),
         ({"data": []}, "fit: data must be at least one batch, got []"),
         (
             {"data": iter(batches(1))},
@@ -436,11 +442,31 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     assert same(before, weights(model))
 
 
-def test_a_schedule_that_wants_a_metric_is_refused() -> None:
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Types are checked while these tests run; users have no such checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scheduler_steps": "batches"}, "fit: scheduler_steps must be 'epoch' or 'batch', got 'batches'"),
+        ({"distill": "Auto"}, "fit: distill or lessons must be a lesson, such as Distillation(teacher), got 'Auto'"),
+        ({"distill": Distillation}, "fit: distill or lessons must be a lesson"),
+        ({"courses": ["auto"]}, "fit: courses must be courses, such as Ramp(0.9), or functions"),
+        ({"penalties": [sp.Hoyer]}, "fit: penalties must be a list of penalties, such as [Orthogonality(1.0)], got <class"),
+    ],
+)
+def test_settings_of_another_type(unchecked: None, settings: dict[str, Any], message: str) -> None:
     model = net()
-    optimizer = sgd(model)
-    with pytest.raises(SettingError, match="ReduceLROnPlateau"):
-        run(model, batches(1), optimizer, scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer))
+    before = weights(model)
+    with pytest.raises(SettingError) as caught:
+        run(model, **{"data": batches(1), **settings})
+    assert str(caught.value).startswith(message)
+    assert same(before, weights(model))
 
 
 def test_the_optimizer_of_another_model_is_refused() -> None:
@@ -448,6 +474,11 @@ def test_the_optimizer_of_another_model_is_refused() -> None:
     model = net()
     with pytest.raises(SettingError, match="make the optimizer after factorize"):
         run(sp.factorize(model, where=sp.match("*")), batches(1), sgd(model))
+
+
+def test_a_misspelled_teacher_of_compress_is_refused(unchecked: None) -> None:
+    with pytest.raises(SettingError, match="compress: distill must be 'auto', a Distillation, or None, got 'Auto'"):
+        sp.compress(net(), batches(1), LOSS, sp.Budget(macs=0.5), distill="Auto", progress=False)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -499,6 +530,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     fresh = net()
     assert len(run(fresh, batches(), epochs=1, checkpoint=tmp_path).epochs) == 1
     assert same(weights(fresh), good)
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    """1e38 is a finite weight, but the largest singular value of such a matrix is not finite in float32."""
+    dense = net()
+    with torch.no_grad():
+        dense[1].weight.fill_(1e38)
+    low = sp.factorize(dense, where=sp.match("*"))
+    with pytest.raises(DivergedError, match=r"loss became (nan|inf), and so is parameter '1\.\S+' before the step, at step 0 \(epoch 0\)"):
+        run(low, batches())
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    model = net()
+    with pytest.raises(
+        SettingError, match="fit: optimizer must be one that makes a step from one gradient, without a closure, got 'LBFGS'"
+    ):
+        run(model, batches(), torch.optim.LBFGS(model.parameters()))
 
 
 def test_divergence_without_a_checkpoint(tmp_path: Path) -> None:
@@ -711,6 +760,60 @@ def test_damaged_checkpoints(stopped: Path) -> None:
     assert_refused(stopped, net(), "is not a readable checkpoint")
     torch.save([1, 2], file)
     assert_refused(stopped, net(), "is not a readable checkpoint")
+
+
+def test_damaged_bytes_are_refused_or_harmless(stopped: Path) -> None:
+    """Flipped bits, runs of garbage and cuts anywhere: refused with nothing changed, or the same bits as from the whole file."""
+    file = stopped / CHECKPOINT
+    whole, expected = file.read_bytes(), net()
+    examples = TensorDataset(*batches(1)[0])
+
+    def data() -> Any:
+        return DataLoader(examples, batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(1))
+
+    assert len(run(expected, data(), torch.optim.Adam(expected.parameters(), 1e-2), 2, checkpoint=stopped).epochs) == 2
+    draw, refused = random.Random(4), 0
+    model = net()
+    start = weights(model)
+    for index in range(60):
+        damaged = bytearray(whole)
+        at = draw.randrange(len(damaged))
+        if index % 3 == 0:
+            damaged[at] ^= 1 << draw.randrange(8)
+        elif index % 3 == 1:
+            damaged[at : at + 64] = draw.randbytes(len(damaged[at : at + 64]))
+        else:
+            damaged = damaged[:at]
+        file.write_bytes(damaged)
+        model.load_state_dict(start)
+        optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+        try:
+            history = run(model, data(), optimizer, 2, checkpoint=stopped)
+        except FormatError:
+            refused += 1
+            assert same(weights(model), start), index
+            assert not optimizer.state, index
+        else:
+            assert len(history.epochs) == 2, index
+            assert same(weights(model), weights(expected)), index
+    assert refused >= 50, "most of the file is data"
+
+
+def test_damaged_tensors_are_noticed(stopped: Path) -> None:
+    """Every tensor of the file, one bit of it flipped: each is refused."""
+    file = stopped / CHECKPOINT
+    whole = file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        entries = [entry for entry in archive.infolist() if "/data/" in entry.filename and entry.file_size]
+    assert len(entries) > 10
+    for entry in entries:
+        start = whole.index(entry.filename.encode(), entry.header_offset) + len(entry.filename)
+        extra = int.from_bytes(whole[entry.header_offset + 28 : entry.header_offset + 30], "little")
+        damaged = bytearray(whole)
+        damaged[start + extra + entry.file_size // 2] ^= 1
+        file.write_bytes(damaged)
+        with pytest.raises(FormatError, match=r"is not a readable checkpoint \(BadZipFile: the checksum of"):
+            read_state(file, "delete it")
 
 
 def test_no_pickle_is_run(stopped: Path) -> None:

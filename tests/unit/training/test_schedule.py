@@ -18,7 +18,7 @@ from spectrim.errors import FormatError, RankError, SettingError
 from spectrim.layers import named_factors
 from spectrim.metrics.macs import count_macs
 from spectrim.penalties import tail_shares
-from spectrim.protocols import PenaltySchedule, RankSchedule
+from spectrim.protocols import Change, Course, RankSchedule
 from spectrim.training.history import History
 from spectrim.training.squeeze import Squeeze, SteeredTail
 
@@ -162,7 +162,7 @@ def test_measured_choices_are_resumed(tmp_path: Path, monkeypatch: pytest.Monkey
             layer.execution.setdefault(("weight", layer.rank, tuple(inputs.shape[1:])), len(asked) % 2 == 0)
         return {}
 
-    monkeypatch.setattr(sys.modules["spectrim.training.fit"], "choose_execution", choose)
+    monkeypatch.setattr(sys.modules["spectrim.training.loop"], "choose_execution", choose)
     first, _ = session(tmp_path, 2, "measured")
     state = [dict(layer.execution) for layer in first if hasattr(layer, "execution")]
     again, _ = session(tmp_path, 2, "measured")
@@ -212,8 +212,8 @@ def squeezed(schedule: Squeeze, make: Any, epochs: int = 40, **settings: Any) ->
 def test_squeeze_updates_evenly_and_cuts_at_the_end() -> None:
     squeeze, model, (inputs, _) = Squeeze(sp.Budget(macs=0.5), begin=0.1, end=0.6, updates=5), low(), batches()[0]
     assert isinstance(squeeze, RankSchedule)
-    assert isinstance(squeeze, PenaltySchedule)
-    assert not isinstance(sp.Ramp(0.5), PenaltySchedule)
+    assert isinstance(squeeze, Course)
+    assert isinstance(sp.Ramp(0.5), Course)
     found = {step: ranks for step in range(100) if (ranks := squeeze(model, inputs, step, 100)) is not None}
     assert found == {60: sp.allocate(model, sp.Budget(macs=0.5), inputs)}
     penalized = [step for step in range(100) if squeeze.penalty(model, inputs, step, 100, None) is not None]
@@ -360,22 +360,26 @@ def test_fit_adds_the_penalty_of_a_schedule_in_plain_sight() -> None:
     assert history.epochs[2]["mean_rank"] < history.epochs[1]["mean_rank"]
 
 
-def test_a_schedule_is_asked_once_for_each_optimizer_step() -> None:
-    asked: list[tuple[str, int, int]] = []
+def test_a_course_is_asked_once_for_each_optimizer_step() -> None:
+    asked: list[tuple[Any, ...]] = []
 
     class Watch:
-        def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int) -> Mapping[str, int] | None:
-            asked.append(("ranks", step, steps))
-            return {"0": 5} if step == 2 else None
+        def start(self, model: nn.Module, inputs: Any, steps: int) -> dict[str, Any]:
+            asked.append(("start", steps))
+            return {}
 
-        def penalty(self, model: nn.Module, inputs: Any, step: int, steps: int, before: Mapping[str, Any] | None) -> None:
-            asked.append(("penalty", step, steps))
+        def before(self, model: nn.Module, inputs: Any, step: int, steps: int, memory: dict[str, Any]) -> Change | None:
+            asked.append(("before", step, steps))
+            return Change({"0": 5}) if step == 2 else None
+
+        def after(self, model: nn.Module, step: int, steps: int, memory: dict[str, Any]) -> None:
+            assert not torch.is_grad_enabled()
+            asked.append(("after", step, steps))
 
     model = low()
-    sp.fit(
-        model, batches(5), nn.MSELoss(), torch.optim.SGD(model.parameters(), 0.1), 2, accumulate=2, rank_schedule=Watch(), progress=False
-    )
-    assert asked == [(what, step, 6) for step in range(6) for what in ("ranks", "penalty")]
+    sp.fit(model, batches(5), nn.MSELoss(), torch.optim.SGD(model.parameters(), 0.1), 2, accumulate=2, courses=[Watch()], progress=False)
+    assert asked == [("start", 6), *((what, step, 6) for step in range(6) for what in ("before", "after"))]
+    assert ranks(model)["0"] == 5
 
 
 def test_accumulated_batches_are_one_larger_batch_for_a_schedule() -> None:

@@ -1,0 +1,165 @@
+"""What training asks of data: how many batches, which epoch comes, and the state that decides their order."""
+
+import random
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectrim.errors import SettingError
+
+PLAIN = (bool, int, float, str)
+"""Attributes in which a data set can count its own passes."""
+
+
+def length_of(data: Iterable[Any], owner: str = "fit") -> int | None:
+    """Return the number of batches, or None where the data do not say.
+
+    Raises:
+        SettingError: for data that can be read only once, or that have no batches.
+
+    Examples:
+        >>> length_of([1, 2]), length_of(torch.utils.data.DataLoader(range(5), batch_size=2))
+        (2, 3)
+    """
+    if isinstance(data, Iterator) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        hint = "a generator can be read only once: give a list or a DataLoader"
+        raise SettingError(owner, "data", got=type(data), rule="an iterable that starts again at each epoch", hint=hint)
+    try:
+        length = len(data)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    if length == 0:
+        raise SettingError(owner, "data", got="no batches", rule="at least one batch")
+    return length
+
+
+def count_batches(data: Iterable[Any], owner: str = "fit") -> int:
+    """Return the number of batches: the length of the data, or by a pass over those that have none.
+
+    Raises:
+        SettingError: as `length_of`.
+    """
+    length = length_of(data, owner)
+    if length is None:
+        length = sum(1 for _ in data)
+    if not length:
+        raise SettingError(owner, "data", got="no batches", rule="at least one batch")
+    return length
+
+
+def places_of(data: Any) -> list[Any]:
+    """Return the objects that decide which batches come: the data, its samplers and its data set, each once."""
+    batches = getattr(data, "batch_sampler", None)
+    places = (data, getattr(data, "sampler", None), batches, getattr(batches, "sampler", None), getattr(data, "dataset", None))
+    return list({id(place): place for place in places if place is not None}.values())
+
+
+def generators_of(data: Any) -> list[torch.Generator]:
+    """Return the generators of a `DataLoader`, its samplers and its data set, each once."""
+    found = [getattr(place, "generator", None) for place in places_of(data)]
+    return list({id(generator): generator for generator in found if isinstance(generator, torch.Generator)}.values())
+
+
+def announce(epoch: int, *data: Any) -> None:
+    """Call ``set_epoch`` of data and samplers that have it, each once."""
+    parts = {id(part): part for each in data for part in (each, getattr(each, "sampler", None))}
+    for part in parts.values():
+        set_epoch = getattr(part, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+
+
+class Order:
+    """The state from which data draw their order, for a checkpoint: ``state_dict`` where they have one, and random generators.
+
+    What else changes from pass to pass, such as a count of the data's own, cannot be set from outside: `warn` names it.
+    """
+
+    def __init__(self, data: Any) -> None:
+        """Look at the data before the first pass.
+
+        Args:
+            data: as the user gave them.
+        """
+        places = places_of(data)
+        self.stateful = [place for place in places if _has_state(place)]
+        rest = [place for place in places if not any(place is other for other in self.stateful) and hasattr(place, "__dict__")]
+        self.random = [value for place in rest for value in vars(place).values() if _is_random(value)]
+        known = ("torch.", "accelerate.")
+        self.watched = [place for place in rest if not hasattr(place, "set_epoch") and not type(place).__module__.startswith(known)]
+        self.came = self._plain()
+        self.changed: list[str] = []
+
+    def _plain(self) -> list[dict[str, Any]]:
+        return [{key: value for key, value in vars(place).items() if type(value) in PLAIN} for place in self.watched]
+
+    def warn(self) -> None:
+        """Warn, when a run goes on, of state that the checkpoint's run had changed and that cannot be restored."""
+        own = {f"{type(place).__name__}.{key}" for place, came in zip(self.watched, self.came, strict=True) for key in came}
+        if changed := [name for name in self.changed if name in own]:
+            hint = "give the data set_epoch(epoch), or state_dict and load_state_dict"
+            what = f"the data change {', '.join(changed)} from pass to pass, which a checkpoint cannot restore"
+            message = f"fit: {what}: the batches of this resumed run may differ from those of an unbroken one; {hint}"
+            warnings.warn(message, UserWarning, stacklevel=3)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state after the passes so far."""
+        now = zip(self.watched, self.came, self._plain(), strict=True)
+        changed = [f"{type(place).__name__}.{key}" for place, came, is_ in now for key in is_ if is_[key] != came.get(key)]
+        states = [place.state_dict() for place in self.stateful]
+        return {"states": states, "random": [_state(value) for value in self.random], "changed": [*self.changed, *changed]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`."""
+        for place, own in zip(self.stateful, state["states"], strict=True):
+            place.load_state_dict(own)
+        for generator, own in zip(self.random, state["random"], strict=True):
+            _restore(generator, own)
+        self.changed = list(dict.fromkeys(state["changed"]))
+
+
+def _has_state(place: Any) -> bool:
+    """Whether data can give and take their state; accelerate's loaders have the methods whether or not what they wrap can."""
+    able = hasattr(place, "state_dict") and hasattr(place, "load_state_dict")
+    return able and (not type(place).__module__.startswith("accelerate.") or hasattr(place.base_dataloader, "state_dict"))
+
+
+def _is_random(value: Any) -> bool:
+    return isinstance(value, random.Random | np.random.Generator | np.random.RandomState)
+
+
+def _state(generator: Any) -> Any:
+    """Return the state of a generator as plain data and tensors."""
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, np.random.RandomState):
+        return _plain_of(generator.get_state(legacy=False))
+    return _plain_of(generator.bit_generator.state)
+
+
+def _restore(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, np.random.RandomState):
+        generator.set_state(_arrays_of(state))
+    else:
+        generator.bit_generator.state = _arrays_of(state)
+
+
+def _plain_of(value: Any) -> Any:
+    """Return nested data with arrays of unsigned integers as tensors of int64, which a checkpoint can hold."""
+    if isinstance(value, dict):
+        return {key: _plain_of(one) for key, one in value.items()}
+    if isinstance(value, np.ndarray):
+        return {"array": torch.from_numpy(value.astype(np.uint64).view(np.int64).copy()), "dtype": str(value.dtype)}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _arrays_of(value: Any) -> Any:
+    if isinstance(value, dict) and isinstance(value.get("array"), Tensor):
+        return value["array"].numpy().view(np.uint64).astype(value["dtype"])
+    return {key: _arrays_of(one) for key, one in value.items()} if isinstance(value, dict) else value
