@@ -457,7 +457,7 @@ def unchecked() -> Iterator[None]:
         ({"distill": "Auto"}, "fit: distill or lessons must be a lesson, such as Distillation(teacher), got 'Auto'"),
         ({"distill": Distillation}, "fit: distill or lessons must be a lesson"),
         ({"courses": ["auto"]}, "fit: courses must be courses, such as Ramp(0.9), or functions"),
-        ({"penalties": [sp.Hoyer]}, "fit: penalties must be a list of penalties, such as [Orthogonality(1.0)], got <class"),
+        ({"penalties": [sp.Hoyer]}, "fit: penalties must be a list of penalties, such as [Orthogonality(0.1)], got the class Hoyer"),
     ],
 )
 def test_settings_of_another_type(unchecked: None, settings: dict[str, Any], message: str) -> None:
