@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim.budget.distortion import METHODS
-from spectrim.budget.distortion.base import harms_of
+from spectrim.budget.distortion.base import distortions_of
 from spectrim.budget.distortion.energy import SpectralEnergy, WhitenedEnergy
 from spectrim.budget.distortion.loss import LossSensitivity
 from spectrim.budget.distortion.measured import MeasuredLoss
@@ -76,17 +76,17 @@ def test_is_an_importance_whose_harms_fall_to_zero(method: str) -> None:
     low, data = case()
     importance = MAKE[method](low, data)
     assert isinstance(importance, Importance)
-    harms = importance(low)
+    distortions = importance(low)
     factors = dict(named_factors(low))
-    assert set(harms) == set(factors)
-    for name, harm in harms.items():
-        assert harm.dtype == torch.float64
-        assert harm.shape == (factors[name].rank + 1,)
-        assert torch.isfinite(harm).all()
-        assert harm[-1] == 0
-        assert (harm.diff() <= 0).all()
-        assert harm[0] > 0
-    assert harms_of(low, importance).keys() == factors.keys()
+    assert set(distortions) == set(factors)
+    for name, distortion in distortions.items():
+        assert distortion.dtype == torch.float64
+        assert distortion.shape == (factors[name].rank + 1,)
+        assert torch.isfinite(distortion).all()
+        assert distortion[-1] == 0
+        assert (distortion.diff() <= 0).all()
+        assert distortion[0] > 0
+    assert distortions_of(low, importance).keys() == factors.keys()
 
 
 @every_method
@@ -107,15 +107,15 @@ def test_leaves_the_model_and_random_numbers_alone(method: str) -> None:
 def test_is_the_same_twice(method: str) -> None:
     low, data = case()
     first, second = (MAKE[method](low, data)(low) for _ in range(2))
-    assert all(torch.equal(harm, second[name]) for name, harm in first.items())
+    assert all(torch.equal(distortion, second[name]) for name, distortion in first.items())
 
 
 @every_method
 def test_after_a_cut_the_harms_that_are_left_are_for_the_present_rank(method: str) -> None:
     low, data = case()
     cut = sp.prune(low, sp.Fixed(2))
-    harms = MAKE[method](cut, data)(cut)
-    assert all(harms[name].shape == (factors.rank + 1,) for name, factors in named_factors(cut))
+    distortions = MAKE[method](cut, data)(cut)
+    assert all(distortions[name].shape == (factors.rank + 1,) for name, factors in named_factors(cut))
 
 
 @every_method
@@ -132,15 +132,15 @@ def test_the_choice_of_factors_does_not_matter(method: str) -> None:
             for part, axis in ((factors.U, -1), (factors.S, -1), (factors.Vh, -2)):
                 part.copy_(part.index_select(axis, order))
     first, second = MAKE[method](low, data)(low), MAKE[method](other, data)(other)
-    for name, harm in first.items():
-        torch.testing.assert_close(harm, second[name], rtol=1e-6, atol=1e-9)  # roots of matrices that may be singular
+    for name, distortion in first.items():
+        torch.testing.assert_close(distortion, second[name], rtol=1e-6, atol=1e-9)  # roots of matrices that may be singular
 
 
 @every_method
 def test_half_precision_layers(method: str) -> None:
     low, data = case(torch.bfloat16)
-    harms = harms_of(low, MAKE[method](low, data))
-    assert all(harm.dtype == torch.float64 and torch.isfinite(harm).all() for harm in harms.values())
+    distortions = distortions_of(low, MAKE[method](low, data))
+    assert all(distortion.dtype == torch.float64 and torch.isfinite(distortion).all() for distortion in distortions.values())
 
 
 @every_method

@@ -1,9 +1,10 @@
 """`Budget`: what the whole network may keep."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from spectrim.errors import SettingError
+from spectrim.errors import SettingError, SpectrimError
 
 FRACTIONS = {"macs": "macs", "params": "params", "size": "size", "latency": "latency"}
 """Fields of a budget that are fractions of the dense network, and the cost that each limits."""
@@ -14,6 +15,18 @@ ABSOLUTE = {"size_bytes": "size", "latency_s": "latency"}
 
 
 UNITS = {"size_bytes": "bytes", "latency_s": "seconds"}
+
+
+class BudgetError(SettingError):
+    """Limits that no network reaches, alone or together.
+
+    Examples:
+        >>> print(BudgetError("no ranks satisfy macs=0.4 and params=0.2 together; relax one of them"))
+        Budget: no ranks satisfy macs=0.4 and params=0.2 together; relax one of them
+    """
+
+    def __init__(self, problem: str) -> None:
+        SpectrimError.__init__(self, f"Budget: {problem}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,3 +79,35 @@ class Budget:
 
     def __repr__(self) -> str:
         return f"Budget({', '.join(f'{name}={value!r}' for name, value in self.limits.items())})"
+
+
+def budget_of(owner: str, value: Budget | float | Mapping[str, float]) -> Budget:
+    """Return a budget, from one, from a fraction of the multiply-accumulates, or from a mapping of the fields of `Budget`.
+
+    Args:
+        owner: what an error names.
+        value: what a caller gave.
+
+    Raises:
+        SettingError: for anything else, and for a number outside its range.
+
+    Examples:
+        >>> budget_of("compress", 0.5), budget_of("compress", {"params": 0.3})
+        (Budget(macs=0.5), Budget(params=0.3))
+    """
+    if isinstance(value, Budget):
+        return value
+    known = [field.name for field in fields(Budget)]
+    if isinstance(value, Mapping):
+        if unknown := sorted(str(name) for name in value if name not in known):
+            raise SettingError(owner, "budget", got=unknown[0], rule=f"a mapping with keys of {', '.join(known)}")
+        return Budget(**{str(name): _number(owner, name, limit) for name, limit in value.items()})
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return Budget(macs=value)
+    raise SettingError(owner, "budget", got=value, rule="a Budget, a fraction of the multiply-accumulates, or a mapping of Budget's fields")
+
+
+def _number(owner: str, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SettingError(owner, f"budget[{name!r}]", got=value, rule="a number")
+    return value

@@ -428,11 +428,11 @@ def test_bytes_and_seconds_as_fractions(clock: list[nn.Module]) -> None:
 class Given:
     """An importance that returns what it was given."""
 
-    def __init__(self, harms: Any) -> None:
-        self.harms = harms
+    def __init__(self, distortions: Any) -> None:
+        self.distortions = distortions
 
     def __call__(self, model: nn.Module, /) -> Any:
-        return self.harms
+        return self.distortions
 
 
 @pytest.mark.parametrize("unit", [1e-9, 1.0, 1e9])
@@ -440,24 +440,24 @@ def test_the_unit_of_an_importance_does_not_matter(unit: float) -> None:
     dense, x = network(), inputs()
     low = sp.factorize(dense)
     energies = {name: tail_energy(values) / tail_energy(values)[0] for name, values in spectra(low).items()}
-    ranks = allocate(low, Budget(macs=0.4), x, importance=Given({name: unit * harm for name, harm in energies.items()}))
+    ranks = allocate(low, Budget(macs=0.4), x, importance=Given({name: unit * distortion for name, distortion in energies.items()}))
     assert loss(low, ranks) == pytest.approx(loss(low, allocate(low, Budget(macs=0.4), x)), rel=2e-4)  # the solver's relative gap
 
 
 def test_a_steep_importance_is_solved_as_well_as_a_flat_one() -> None:
     """What is lost at the best choice is a millionth of what could be: the solver's absolute tolerances must not decide."""
     low, x = sp.factorize(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)), where=EVERYTHING), torch.randn(1, 12)
-    harms = {}
+    distortions = {}
     for name in ("0", "1"):
         steps = torch.rand(13, dtype=torch.float64) * torch.tensor([1e6, *[1.0] * 11, 0.0]).double()
-        harms[name] = steps.flip(0).cumsum(0).flip(0)
+        distortions[name] = steps.flip(0).cumsum(0).flip(0)
     for fraction in (0.3, 0.5, 0.7):
-        ranks = allocate(low, Budget(macs=fraction), x, importance=Given(harms))
+        ranks = allocate(low, Budget(macs=fraction), x, importance=Given(distortions))
         allowed = [
             (a, b) for a, b in itertools.product(range(1, 13), repeat=2) if sum(144 if r >= 6 else 24 * r for r in (a, b)) <= fraction * 288
         ]
-        best = min(float(harms["0"][a] + harms["1"][b]) for a, b in allowed)
-        assert float(harms["0"][ranks["0"]] + harms["1"][ranks["1"]]) == pytest.approx(best, rel=2e-4)  # the solver's relative gap
+        best = min(float(distortions["0"][a] + distortions["1"][b]) for a, b in allowed)
+        assert float(distortions["0"][ranks["0"]] + distortions["1"][ranks["1"]]) == pytest.approx(best, rel=2e-4)  # the solver's relative gap
 
 
 def test_an_importance_turns_the_choice() -> None:
