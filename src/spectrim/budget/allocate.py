@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget, budget_of
 from spectrim.budget.distortion.base import distortions_of
@@ -14,6 +14,7 @@ from spectrim.budget.distortion.energy import SpectralEnergy
 from spectrim.budget.knapsack import _knapsack, _Limit, _limit
 from spectrim.budget.ladder import Ladder, ladder
 from spectrim.errors import LayerError, SettingError
+from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance, Latencies
 
@@ -71,10 +72,25 @@ def allocate(
     if next(named_factors(model), None) is None:
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
     prices = _prices(model, inputs, latency, prices)
-    budget = budget_of("allocate", budget)
-    choices = choices_of(model, budget, prices, multiple)
+    budget, held = budget_of("allocate", budget), dict(named_factors(model))
+    limits_of(budget, prices, choices_of(held, budget, prices, multiple))  # what no ranks reach is refused before any decomposition
+    return allocated(held, budget, prices, distortions_of(model, importance or SpectralEnergy()), multiple)
+
+
+def allocated(
+    held: Mapping[str, Factors], budget: Budget, prices: Ladder, distortions: Mapping[str, Tensor], multiple: int | None
+) -> dict[str, int]:
+    """Solve the knapsack of `allocate`, from what is computed already.
+
+    Args:
+        held: the factors of each weight.
+        budget: what the network keeps.
+        prices: its ladder.
+        distortions: of each weight, checked.
+        multiple: as for `allocate`.
+    """
+    choices = choices_of(held, budget, prices, multiple)
     limits = limits_of(budget, prices, choices)
-    distortions = distortions_of(model, importance or SpectralEnergy())
     typical = float(torch.stack([entry[0] for entry in distortions.values()]).mean())
     picked = _knapsack([distortions[name][ranks] for name, ranks in choices.items()], limits, typical)
     return {name: ranks[index] for (name, ranks), index in zip(choices.items(), picked, strict=True)}
@@ -88,14 +104,14 @@ def check_floor(model: nn.Module, budget: Budget, prices: Ladder) -> None:
         budget: what the network keeps of the dense one.
         prices: its ladder.
     """
-    limits_of(budget, prices, choices_of(model, budget, prices, None))
+    limits_of(budget, prices, choices_of(dict(named_factors(model)), budget, prices, None))
 
 
-def choices_of(model: nn.Module, budget: Budget, prices: Ladder, multiple: int | None) -> dict[str, list[int]]:
+def choices_of(held: Mapping[str, Factors], budget: Budget, prices: Ladder, multiple: int | None) -> dict[str, list[int]]:
     """Return the ranks to choose from for each weight: those that cost less than the present one in a limited unit, and that one."""
     tables = [prices.unit((FRACTIONS | ABSOLUTE)[name]).weights for name in budget.limits]
     choices = {}
-    for name, factors in named_factors(model):
+    for name, factors in held.items():
         step = multiple or (prices.latency.multiple(name) if prices.latency else 1)
         ranks = np.arange(step, factors.rank, step)
         costs = [np.asarray(table[name], dtype=float) for table in tables]

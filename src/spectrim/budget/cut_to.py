@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.budget.allocate import allocate
+from spectrim.budget.allocate import allocated
 from spectrim.budget.budget import Budget
+from spectrim.budget.distortion.base import distortions_of
 from spectrim.budget.ladder import Ladder, ladder
 from spectrim.budget.ways import Way
 from spectrim.layers import named_factors
@@ -74,10 +75,18 @@ class Workbench:
         self.full = state_of(network)
         self.decomposed = Decompositions(network, calibration, keep=True)
         self._distortions: dict[str, Mapping[str, Any]] = {}
+        self._cut = False
 
     def restore(self) -> None:
         """Put the network back to what it was."""
-        put(self.network, self.full)
+        if self._cut:
+            put(self.network, self.full)
+            self._cut = False
+
+    def show(self, made: CutNetwork) -> None:
+        """Make the network what an earlier cut made of it."""
+        self._cut = True
+        put(self.network, made.state)
 
     def distortions(self, way: Way) -> Mapping[str, Any]:
         """Return the distortions of the uncut network by one way."""
@@ -91,7 +100,7 @@ class Workbench:
         self.restore()
         if isinstance(target, Budget):
             by = importance or (lambda model: self.distortions(way))
-            return allocate(self.network, target, self.inputs, importance=by, prices=self.prices)
+            return allocated(self.decomposed.factors, target, self.prices, distortions_of(self.network, by), None)
         chosen = {}
         for name, factors in named_factors(self.network):
             choose = chooser(target, name, factors.shape, factors.rank)
@@ -101,6 +110,7 @@ class Workbench:
     def cut(self, ranks: Mapping[str, int], way: Way) -> None:
         """Cut the whole network, in place."""
         self.restore()
+        self._cut = True
         cut_(self.network, ranks, self.decomposed, way.metric)
 
     def cut_to(

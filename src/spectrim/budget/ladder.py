@@ -250,13 +250,13 @@ def _counted(cost: RankCosts, one: float, two: float) -> RankCosts:
 # Seconds
 
 
-def _seconds(
-    model: nn.Module, used: Sequence[Call], costs: Mapping[str, RankCosts], latency: Latencies | None
-) -> UnitCost | SpectrimError:
+def _seconds(model: nn.Module, used: Sequence[Call], costs: Mapping[str, RankCosts], latency: Latencies | None) -> UnitCost | SpectrimError:
     """Return the seconds of the network, or why they are not known."""
     if latency is None:
         rule = "a latency table for Budget(latency=...) and Budget(latency_s=...)"
-        return SettingError("allocate", "latency", got=None, rule=rule, hint="table = latency_table(model, inputs) makes one; give merge the same")
+        return SettingError(
+            "allocate", "latency", got=None, rule=rule, hint="table = latency_table(model, inputs) makes one; give merge the same"
+        )
     other = _other_batch(model, used, latency)
     if other is not None:
         return other

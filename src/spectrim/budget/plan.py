@@ -221,9 +221,7 @@ def _predicted(row: BudgetPlan, weights: Sequence[WeightPlan], fixed: Totals) ->
     return replace(row, totals=replace(row.totals, latency_s=seconds))
 
 
-def _weights(
-    bench: Workbench, lines: Iterable[LayerCoverage], distortions: Mapping[str, Mapping[str, Tensor]]
-) -> tuple[WeightPlan, ...]:
+def _weights(bench: Workbench, lines: Iterable[LayerCoverage], distortions: Mapping[str, Mapping[str, Tensor]]) -> tuple[WeightPlan, ...]:
     by_name, found = {line.name: line for line in lines}, []
     for name, factors in named_factors(bench.network):
         line, cost = by_name[name], bench.prices.weights[name]

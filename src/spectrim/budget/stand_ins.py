@@ -33,7 +33,9 @@ class Only:
     def limits(self, model: nn.Module) -> dict[tuple[int, str], int]:
         """Return the largest rank of a pair for each weight: 0 for those that are not named."""
         own = break_evens(model, self.latency)
-        keys = {(id(layer), weight): factor_name(name, weight) for name, layer in named_layers(model) for weight, _ in layer.named_factors()}
+        keys = {
+            (id(layer), weight): factor_name(name, weight) for name, layer in named_layers(model) for weight, _ in layer.named_factors()
+        }
         return {key: limit if keys[key] in self.names else 0 for key, limit in own.items()}
 
     def seconds(self, name: str, rank: int | None) -> float | None:

@@ -41,7 +41,7 @@ from spectrim.surgery.merge import merge
 from spectrim.surgery.prune import prune_
 from spectrim.surgery.recalibrate import recalibrate
 from spectrim.surgery.same_function import same_function
-from spectrim.surgery.states import orthonormalize_, put
+from spectrim.surgery.states import orthonormalize_
 from spectrim.training.distillation import Distillation, Loss
 from spectrim.training.fit import Precision, fit
 from spectrim.training.history import History
@@ -226,7 +226,11 @@ def compress(
         cut=cut,
         importance=None if importance is None else repr(importance),
         squeeze=squeeze,
-        distill=distill.settings if isinstance(distill, Distillation) else {"auto": [TEACHING, MEMORIZED]} if distill == "auto" else distill,
+        distill=distill.settings
+        if isinstance(distill, Distillation)
+        else {"auto": [TEACHING, MEMORIZED]}
+        if distill == "auto"
+        else distill,
         penalties=[repr(penalty) for penalty in penalties],
         clip=clip,
         precision=precision,
@@ -285,7 +289,15 @@ def _check(epochs: int, squeeze: float, cut: str, examples: int) -> None:
 
 
 def _identity(
-    model: nn.Module, low: nn.Module, data: Any, known: Sequence[Any], inputs: Any, loss: Any, optimizer: Any, latency: Any, calibration: Any
+    model: nn.Module,
+    low: nn.Module,
+    data: Any,
+    known: Sequence[Any],
+    inputs: Any,
+    loss: Any,
+    optimizer: Any,
+    latency: Any,
+    calibration: Any,
 ) -> dict[str, Any]:
     """Return what else changes the result."""
     return {
@@ -408,7 +420,7 @@ class _Cutter:
         bench = Workbench(low, self.inputs, calibration, latency=self.prices.latency, prices=self.prices)
         notes: list[str] = []
         best = self._made(bench, cut) if cut != "auto" else self._best(bench, trains, notes)
-        put(low, best.state)
+        bench.show(best)
         orthonormalize_(low)
         told = _Told(best.way, {stage: dict(found) for stage, found in best.dropped.items()}, notes)
         return low, told, {stage: dict(found) for stage, found in best.scores.items()}
@@ -424,8 +436,10 @@ class _Cutter:
         best = min(made, key=lambda one: one.last["loss"])
         if self.importance is None:
             mixed = self._made(bench, "mixed")
-            put(bench.network, best.state)
-            if mixed.last["loss"] <= allowed_for_mixed(best, self.judge.dense["loss"], self.judge.far(best.way, bench.network, best.scores)):
+            bench.show(best)
+            if mixed.last["loss"] <= allowed_for_mixed(
+                best, self.judge.dense["loss"], self.judge.far(best.way, bench.network, best.scores)
+            ):
                 return mixed
         return best
 

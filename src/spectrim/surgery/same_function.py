@@ -49,7 +49,7 @@ def same_function(
     for training in (False, True):
         try:
             one = _run(a, inputs, training)
-        except ValueError:
+        except Exception:  # whatever the model's own code raises without targets, or for a single example
             if training:
                 return
             raise
@@ -99,7 +99,7 @@ def _run(network: nn.Module, inputs: Any, training: bool, layers: dict[str, list
             network.train(training)
             for module in network.modules():
                 for key in ("p", "dropout") if isinstance(module, nn.modules.dropout._DropoutNd) else ("dropout",):
-                    if isinstance(getattr(module, key, None), float):
+                    if isinstance(vars(module).get(key), float):
                         setattr(module, key, 0.0)
             return _tensors(call_model(network, _send(inputs, network)))
     finally:
@@ -111,7 +111,7 @@ def _run(network: nn.Module, inputs: Any, training: bool, layers: dict[str, list
 def _put_back(network: nn.Module) -> Iterator[None]:
     """Training flags, dropout, buffers and torch's random generators as they were, afterwards; a fixed random state inside."""
     modules = list(network.modules())
-    settings = [(module, key, getattr(module, key)) for module in modules for key in ("training", "p", "dropout") if _is_setting(module, key)]
+    settings = [(module, key, vars(module)[key]) for module in modules for key in ("training", "p", "dropout") if _is_setting(module, key)]
     buffers = [(buffer, buffer.detach().clone()) for buffer in network.buffers()]
     devices = {tensor.device for tensor in network.parameters() if tensor.device.type == "cuda"}
     try:
@@ -128,7 +128,7 @@ def _put_back(network: nn.Module) -> Iterator[None]:
 
 
 def _is_setting(module: nn.Module, key: str) -> bool:
-    return key == "training" or isinstance(getattr(module, key, None), float)
+    return key == "training" or isinstance(vars(module).get(key), float)
 
 
 def _rounded(inputs: Any) -> Any:

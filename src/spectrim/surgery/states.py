@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.forms.svd import Factors
-from spectrim.layers import named_factors, named_layers
+from spectrim.layers import factor_name, named_factors, named_layers
 from spectrim.surgery.calibrate import absorbing
 from spectrim.surgery.decompositions import Decompositions, Metric, like, orthonormal
 
@@ -44,7 +44,8 @@ def put(model: nn.Module, state: State) -> None:
     """
     exchange_factors(model, state.factors)
     for name, tensor in _tensors(model).items():
-        tensor.copy_(state.tensors[name])
+        if not torch.equal(tensor, state.tensors[name]):  # what did not change keeps its version
+            tensor.copy_(state.tensors[name])
 
 
 def exchange_factors(model: nn.Module, new: Mapping[str, Factors]) -> None:
@@ -54,11 +55,12 @@ def exchange_factors(model: nn.Module, new: Mapping[str, Factors]) -> None:
         model: factorized.
         new: by the names of `named_factors`.
     """
-    replaced = {id(factors): new[name] for name, factors in named_factors(model) if name in new}
-    for _, layer in named_layers(model):
+    replaced: dict[int, Factors | None] = {}
+    for layer_name, layer in list(named_layers(model)):
         for weight, factors in layer.named_factors():
-            if id(factors) in replaced:
-                layer.factors[weight] = replaced[id(factors)]
+            own = replaced.setdefault(id(factors), new.get(factor_name(layer_name, weight)))
+            if own is not None:
+                layer.factors[weight] = own
 
 
 @torch.no_grad()
@@ -71,7 +73,7 @@ def cut_(model: nn.Module, ranks: Mapping[str, int], decomposed: Decompositions,
         decomposed: the decompositions of this state.
         metric: what counts.
     """
-    held = dict(named_factors(model))
+    held = decomposed.factors
     cut = {name: decomposed.cut(name, ranks[name], metric) for name in held}
     means = {} if decomposed.calibration is None or metric == "none" else decomposed.calibration.means
     for name, layer in absorbing(model).items() if means else ():

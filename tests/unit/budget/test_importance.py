@@ -129,7 +129,10 @@ def test_what_stands_between_separates() -> None:
         torch.default_generator.manual_seed(0)
         low = low_of(nn.Linear(5, 6), between, norm)
         energy = SpectralEnergy()(low)["0"]
-        assert torch.equal(distortion_of(low, x, "0"), energy) is apart or torch.allclose(distortion_of(low, x, "0"), energy, rtol=1e-9) is apart
+        assert (
+            torch.equal(distortion_of(low, x, "0"), energy) is apart
+            or torch.allclose(distortion_of(low, x, "0"), energy, rtol=1e-9) is apart
+        )
     assert plain["0"].shape == (6,)
 
 
@@ -458,7 +461,10 @@ FULL = [3.0, 2.0, 1.0, 0.0]
     [
         ([FULL], r"Returns: what it returns must be a mapping from the names of named_factors to distortions"),
         ({"0": torch.tensor(FULL)}, "layer '1': Returns says nothing about it"),
-        ({"0": torch.tensor(FULL[1:])}, r"layer '0': Returns gives distortions of shape \(3,\), not \(4,\); entry r is the distortion of keeping r"),
+        (
+            {"0": torch.tensor(FULL[1:])},
+            r"layer '0': Returns gives distortions of shape \(3,\), not \(4,\); entry r is the distortion of keeping r",
+        ),
         ({"0": torch.tensor([3.0, math.nan, 1.0, 0.0])}, "layer '0': Returns gives distortions that are not finite: nan at rank 1"),
         ({"0": torch.tensor([3.0, 2.0, 1.0, -1.0])}, "layer '0': Returns gives distortions below zero: -1 at rank 3"),
         ({"0": torch.tensor([3.0, 1.0, 2.0, 0.0])}, "layer '0': Returns gives distortions that rise with the rank: 2 at rank 2"),

@@ -64,7 +64,11 @@ class LossSensitivity:
             model: factorized.
         """
         decomposed = Decompositions(model, self.calibration)
-        return loss_sensitivity(decomposed) if self.order == 2 else _of_all(decomposed, {n: self._first(n, f) for n, f in named_factors(model)})
+        return (
+            loss_sensitivity(decomposed)
+            if self.order == 2
+            else _of_all(decomposed, {n: self._first(n, f) for n, f in named_factors(model)})
+        )
 
     def _first(self, name: str, factors: Factors) -> Tensor | None:
         self.calibration.metrics(name, factors.shape)  # that it is of this model
