@@ -29,7 +29,8 @@ class Importance(Protocol):
     def __call__(self, model: nn.Module, /) -> Mapping[str, Tensor]:
         """Return, by the names of `named_factors`, float64 ``(rank + 1,)``.
 
-        Entry ``r`` is the distortion of keeping the best ``r`` singular values: not negative, never rising with ``r``, zero where all are kept.
+        Entry ``r`` is the distortion of keeping the best ``r`` singular values: not negative, never rising with ``r``, zero where all are
+        kept.
         """
 
 

@@ -1,7 +1,7 @@
 """`cut_to`: allocate, cut, renew BatchNorm statistics, refit, score; the one pipeline behind every cut to a budget."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -75,6 +75,7 @@ class Workbench:
         self.full = state_of(network)
         self.decomposed = Decompositions(network, calibration, keep=True)
         self._distortions: dict[str, Mapping[str, Any]] = {}
+        self._made: dict[Any, CutNetwork] = {}
         self._cut = False
 
     def restore(self) -> None:
@@ -123,10 +124,15 @@ class Workbench:
         examples: Sequence[Any] = (),
         importance: Importance | None = None,
     ) -> CutNetwork:
-        """Cut the network, in place, and improve it where the score says so; see `cut_to`."""
+        """Cut the network, in place, and improve it where the score says so; see `cut_to`. All calls have one dense network and score."""
         ranks = self.ranks(target, way, importance)
+        known = (way.metric, way.refit, tuple(ranks.values()))
+        if known in self._made:  # another way came to the same cut
+            self.show(self._made[known])
+            return replace(self._made[known], way=way.name)
         self.cut(ranks, way)
-        scores, dropped = {"cut": score(self.network)}, {}
+        scores: dict[str, Scores] = {"cut": score(self.network)}
+        dropped: dict[str, Scores] = {}
         start = kept = state_of(self.network)
         renews = bool(examples) and has_norms(self.network)
         if renews:
@@ -144,8 +150,9 @@ class Workbench:
             better = _lower(found, list(scores.values())[-1])
             (scores if better else dropped)["corrected"] = found
             kept = state_of(self.network) if better else kept
-        put(self.network, kept)
-        return CutNetwork(way.name, kept, ranks, scores, dropped)
+        self._made[known] = CutNetwork(way.name, kept, ranks, scores, dropped)
+        self.show(self._made[known])
+        return self._made[known]
 
 
 def cut_to(

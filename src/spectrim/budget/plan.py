@@ -210,7 +210,11 @@ def _row(bench: Workbench, budget: Budget, way: Way, *, judge: _Judge) -> Budget
     totals = cut_totals(bench.network, ranks, bench.prices)
     if bench.prices.corrected:  # where formulas were wrong once, every network is counted
         totals = recounted("plan", budget, bench.network, bench.inputs, bench.prices)
-    return BudgetPlan(budget.limits, ranks, replace(totals, **judge.judged(bench.network)))
+    return BudgetPlan(budget.limits, ranks, _judged(totals, judge.judged(bench.network)))
+
+
+def _judged(totals: Totals, scores: Mapping[str, float]) -> Totals:
+    return replace(totals, output_error=scores["output_error"], loss=scores.get("loss"), accuracy=scores.get("accuracy"))
 
 
 def _predicted(row: BudgetPlan, weights: Sequence[WeightPlan], fixed: Totals) -> BudgetPlan:

@@ -110,8 +110,8 @@ class Plan:
     Attributes:
         weights: every factorized weight.
         skipped: every other layer with parameters.
-        importance: name of the distortions that the budgets below were met with: of those that the data allow, the one whose cut was best at the
-            middle budget. Each weight's `distortions` holds the others too.
+        importance: name of the distortions that the budgets below were met with: of those that the data allow, the one whose cut was
+            best at the middle budget. Each weight's `distortions` holds the others too.
         dense: totals of the dense network; its loss and accuracy are those of the network that was given.
         fixed: the part of them that no rank changes.
         budgets: one row for each.

@@ -129,10 +129,9 @@ def true_values(network: nn.Module, model: nn.Module) -> Iterator[None]:
 
         return hook
 
-    places, handles = dict(network.named_modules()), []
-    for name in names:
-        if name in places:
-            handles.append(places[name].register_forward_hook(replaced(model.get_submodule(name)), with_kwargs=True))
+    places = dict(network.named_modules())
+    found = [(places[name], model.get_submodule(name)) for name in names if name in places]
+    handles = [place.register_forward_hook(replaced(real), with_kwargs=True) for place, real in found]
     try:
         yield
     finally:

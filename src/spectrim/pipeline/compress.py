@@ -157,8 +157,8 @@ def compress(
     """Return a smaller, faster network of ordinary layers within a budget: factorize, allocate, cut, fine-tune, merge, measure.
 
     Ranks and factors come from second moments on some training examples; each layer is then refitted to the dense network's outputs by
-    least squares, and BatchNorm statistics are renewed; both are kept only where the loss is lower. Without epochs that is all, and nothing is trained. With epochs the cut network is
-    fine-tuned, by default with the dense network as its teacher.
+    least squares, and BatchNorm statistics are renewed; both are kept only where the loss is lower. Without epochs that is
+    all, and nothing is trained. With epochs the cut network is fine-tuned, by default with the dense network as its teacher.
 
     Args:
         model: dense and trained; it is left untouched.
@@ -373,7 +373,8 @@ class _Judge:
                 latency_iqr_s=times[name].iqr_s,
                 batch=times[name].batch,
                 threads=times[name].threads,
-                **scores[name],
+                loss=scores[name]["loss"],
+                accuracy=scores[name].get("accuracy"),
             )
             for name, network in networks.items()
         }

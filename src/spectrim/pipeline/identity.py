@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, SequentialSampler
 
 from spectrim.layers import named_factors
 from spectrim.protocols import Latencies
@@ -43,19 +43,19 @@ def of_weights(model: nn.Module) -> str:
 def of_data(data: Any, known: Sequence[Any]) -> str:
     """Return the digest of the training data, as far as it does not depend on the order in which they come.
 
-    Of a list or a loader in fixed order the calibration set; of a shuffled `DataLoader` the first, middle and last item of its data set,
-    unless they are drawn at random; of other objects the tensors that they hold, and their length.
+    The calibration set; but of a shuffled `DataLoader` the first, middle and last item of its data set, unless they are drawn at random,
+    and of data with a ``set_epoch``, which come in another order in each epoch, the tensors that they hold, and their length.
 
     Args:
         data: as `compress` takes it.
         known: the first batches.
     """
     length = len(data) if hasattr(data, "__len__") else None
-    if isinstance(data, list | tuple) or (isinstance(data, DataLoader) and isinstance(data.sampler, SequentialSampler)):
-        return digest([length, *(leaf for batch in known for leaf in tree_leaves(batch))])
-    if isinstance(data, DataLoader):
+    if isinstance(data, DataLoader) and not isinstance(data.sampler, SequentialSampler):
         return digest([length, *_items(data.dataset)])
-    held = [value for value in vars(data).values() if isinstance(value, Tensor)] if hasattr(data, "__dict__") else []
+    if not hasattr(data, "set_epoch"):
+        return digest([length, *(leaf for batch in known for leaf in tree_leaves(batch))])
+    held = [value for value in vars(data).values() if isinstance(value, Tensor)]
     shapes = [tuple(leaf.shape[1:]) for leaf in tree_leaves(known[:1]) if isinstance(leaf, Tensor) and leaf.dim()]
     return digest([length, *shapes, *held])
 

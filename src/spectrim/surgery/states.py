@@ -98,7 +98,9 @@ def orthonormalize_(model: nn.Module) -> None:
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return the biases of factorized layers and all buffers but those of factors, by name."""
-    found = {f"{name}:{key}": own for name, layer in named_layers(model) for key, own in layer._parameters.items() if own is not None}
+    found: dict[str, Tensor] = {
+        f"{name}:{key}": own for name, layer in named_layers(model) for key, own in layer._parameters.items() if own is not None
+    }
     inside = {id(module) for _, factors in named_factors(model) for module in factors.modules()}
     for name, module in model.named_modules():
         if id(module) not in inside:

@@ -22,8 +22,8 @@ def distortions_of(model: nn.Module, importance: Importance) -> dict[str, Tensor
         By the names of `named_factors`, in that order: float64 ``(rank + 1,)``; rounding that makes an entry rise is taken out.
 
     Raises:
-        LayerError: when nothing is factorized; when a weight has no distortions, the wrong number of them, or some that are not finite, negative
-            or rise with the rank.
+        LayerError: when nothing is factorized; when a weight has no distortions, the wrong number of them, or some that are not finite,
+            negative or rise with the rank.
         SettingError: when the importance returns no mapping.
 
     Examples:

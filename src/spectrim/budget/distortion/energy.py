@@ -40,8 +40,8 @@ class WhitenedEnergy:
 
     Where a bias takes up the mean (`Calibration.means`) it is the variance of the output that counts.
 
-    ``distortion(r) = min_{rank(W_r) = r} tr((W - W_r) A (W - W_r)^T) / tr(W A W^T)``: the share of the output's energy that is lost when the
-    weight is cut as ``prune`` cuts it with a calibration made without a loss. Directions into which no input points cost nothing.
+    ``distortion(r) = min_{rank(W_r) = r} tr((W - W_r) A (W - W_r)^T) / tr(W A W^T)``: the share of the output's energy that is lost when
+    the weight is cut as ``prune`` cuts it with a calibration made without a loss. Directions into which no input points cost nothing.
 
     A weight that the calibration skipped has its plain `SpectralEnergy`: the same share for inputs that are alike in all directions.
 

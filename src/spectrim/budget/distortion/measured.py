@@ -39,9 +39,9 @@ class MeasuredLoss:
     """The rise of the loss, measured: one weight at a time is cut to each of a few ranks, and the model is evaluated.
 
     The ranks lie evenly on a logarithmic scale from 1 to the weight's break-even rank; with them, none at all and the present rank. From
-    many to few, the distortion at a rank is the largest rise so far, never below zero; between ranks it is interpolated monotonically (piecewise
-    cubic, Fritsch and Carlson). A ten-thousandth of the largest distortion is spread by `SpectralEnergy`: it decides between ranks that the loss
-    does not tell apart. What weights do together is not seen. BatchNorm keeps its statistics; nothing is trained.
+    many to few, the distortion at a rank is the largest rise so far, never below zero; between ranks it is interpolated monotonically
+    (piecewise cubic, Fritsch and Carlson). A ten-thousandth of the largest distortion is spread by `SpectralEnergy`: it decides between
+    ranks that the loss does not tell apart. What weights do together is not seen. BatchNorm keeps its statistics; nothing is trained.
 
     Costs ``1 + weights * (points + 1)`` evaluations. With a `folder` every one is written down at once, so a run that was stopped goes on
     where it was, with the same result.
