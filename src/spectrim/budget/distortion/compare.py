@@ -70,6 +70,7 @@ def compare_importances(model: nn.Module, importances: Mapping[str, Importance],
         RankError: for a rank outside its range.
 
     Examples:
+        >>> from spectrim.budget.distortion.energy import SpectralEnergy
         >>> from spectrim.surgery.factorize import factorize
         >>> low = factorize(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), where=lambda name, module: True)
         >>> table = compare_importances(low, {"energy": SpectralEnergy()}, {"0": 4})

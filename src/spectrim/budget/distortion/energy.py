@@ -16,6 +16,7 @@ class SpectralEnergy:
     Looks at the weights alone; free, and blind to what comes in, to the normalisation behind a layer, and to the loss.
 
     Examples:
+        >>> import torch
         >>> from spectrim.surgery.factorize import factorize
         >>> layer = nn.Linear(2, 2, bias=False)
         >>> _ = layer.weight.data.copy_(torch.diag(torch.tensor([2.0, 1.0])))

@@ -27,8 +27,8 @@ class LossSensitivity:
     ``order=2``: ``distortion(r) = 1/2 min_{rank(W_r) = r} tr(G D A D^T)`` with ``D = W - W_r``, ``A`` the second moment of the inputs and
     ``G`` that of the loss's gradient at the outputs: the quadratic model of the loss about a trained network with Kronecker-factored
     curvature (the Fisher matrix), for a weight cut as ``prune(..., calibration=...)`` cuts it. ``order=1``:
-    ``distortion(r) = sum_{k>r} |S_k dL/dS_k|``, the linear model, each value by itself; small where training has converged, and the better guide
-    where it has not.
+    ``distortion(r) = sum_{k>r} |S_k dL/dS_k|``, the linear model, each value by itself; small where training has converged, and the better
+    guide where it has not.
 
     Far from zero neither model is the loss: a distortion says which weight loses more, not what will be lost. A weight that the calibration
     skipped, or that no gradient reached, has its `SpectralEnergy` times the median, over the others, of the distortion of losing all; so
