@@ -265,6 +265,37 @@ def test_a_folder_belongs_to_one_call(trained: tuple[nn.Module, Any], tmp_path: 
         made(trained, folder=tmp_path, cut="plain", budget=sp.Budget(macs=0.5))
 
 
+def test_whatever_changes_the_result_belongs_to_the_folder(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    data = [(torch.randn(8, 16), torch.randint(4, (8,))) for _ in range(2)]
+    call: dict[str, Any] = {"model": model, "data": data, "budget": 0.8, "folder": tmp_path, "progress": False, "cut": "plain"}
+    first = compress(loss=LOSS, **call)
+    again = compress(loss=LOSS, **call)
+    assert again.ranks == first.ranks
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight[0, 0] += 1e-3
+    changed_data = [(data[0][0] + 1e-3, data[0][1]), data[1]]
+    for change, name in (
+        ({"model": other}, "weights"),
+        ({"data": changed_data}, "data"),
+        ({"where": sp.match("*")}, "where"),
+        ({"optimizer": lambda parameters: torch.optim.SGD(parameters, 0.1)}, "optimizer"),
+        ({"budget": {"macs": 0.9}}, "budget"),
+    ):
+        with pytest.raises(FormatError, match=f"another {name}"):
+            compress(loss=LOSS, **(call | change))
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"), [({"flops": 0.5}, "compress: budget must be a mapping with keys of macs"), (1.5, "macs must be")]
+)
+def test_budgets_that_are_none_are_refused_in_a_sentence(budget: Any, message: str) -> None:
+    model, data = nn.Linear(8, 8), [(torch.randn(4, 8), torch.randint(8, (4,)))]
+    with pytest.raises(SettingError, match=message):
+        compress(model, data, LOSS, budget, progress=False)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
