@@ -34,8 +34,8 @@ def allocate(
     The multiple-choice knapsack ``min sum_l distortion_l(r_l)`` subject to ``sum_l cost_l(r_l) <= budget - fixed`` for each limit of the
     budget, solved exactly by dynamic programming where one limit is counted in units that are large enough (most budgets of
     multiply-accumulates), else by mixed-integer programming to a relative gap of 1e-4 (or to the best found in a minute). Costs are those
-    of the network that `merge` will write, see `ladder`: multiply-accumulates, parameters and bytes are met by count. Seconds are the table's
-    for the weights that it timed; the rest of the network takes what the dense one takes beyond them.
+    of the network that `merge` will write, see `ladder`: multiply-accumulates, parameters and bytes are met by count. Seconds are the
+    table's for the weights that it timed; the rest of the network takes what the dense one takes beyond them.
 
     Args:
         model: factorized, at any rank.
