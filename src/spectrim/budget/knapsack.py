@@ -21,7 +21,7 @@ def _limit(name: str, value: float | int, cost: UnitCost, choices: Mapping[str, 
 
     Args:
         name: the field of the budget.
-        value: what it says.
+        value: of that field.
         cost: of what it limits.
         choices: the ranks to choose from, by weight.
     """
