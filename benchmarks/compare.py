@@ -39,7 +39,6 @@ from spectrim import (
     Hoyer,
     Orthogonality,
     PolarHoyer,
-    allocate,
     balance_,
     evaluate,
     factorize,
@@ -52,6 +51,8 @@ from spectrim import (
     prune,
     save,
 )
+from spectrim.budget.cut_to import cut_to
+from spectrim.budget.ways import WAYS
 from spectrim.files import write_text
 from spectrim.metrics.inputs import one_example
 from spectrim.metrics.macs import count_macs
@@ -201,6 +202,11 @@ class Job:
                 break
         return batches
 
+    def cut_to(self, low: nn.Module, way: str, calibration: Any = None) -> nn.Module:
+        """Cut a factorized network to the budget; statistics and factors stay as the cut leaves them."""
+        cut, _ = cut_to(low, self.limits, WAYS[way], self.example, lambda network: {"loss": 0.0}, calibration=calibration)
+        return cut
+
     def judge(self, moment: str, model: nn.Module) -> None:
         """Note the score on the validation split."""
         self.scores[moment] = evaluate(model, self.data.val, self.loss)
@@ -267,22 +273,18 @@ def largest(candidate: Callable[[float], nn.Module], fits: Callable[[nn.Module],
 
 def truncated(job: Job) -> nn.Module:
     """Cut the dense network at once by the knapsack over spectral energy, recalibrate, fine-tune."""
-    low = job.factorized()
     job.scores["before_cut"] = job.scores["dense"]
-    cut = job.judged_cut(prune(low, allocate(low, job.limits, job.example)))
-    return job.train(cut, job.epochs, "finetune")
+    return job.train(job.judged_cut(job.cut_to(job.factorized(), "plain")), job.epochs, "finetune")
 
 
 def whitened(job: Job) -> nn.Module:
     """Cut each weight where the layer's output changes least on calibration examples; ranks by the same measure; fine-tune."""
-    from spectrim.budget.distortion.energy import WhitenedEnergy
     from spectrim.surgery.calibrate import calibrate
 
     low = job.factorized()
     job.scores["before_cut"] = job.scores["dense"]
     known = calibrate(low, [inputs for inputs, _ in job.some(job.task.calibration)], examples=job.task.calibration)
-    ranks = allocate(low, job.limits, job.example, importance=WhitenedEnergy(known))
-    return job.train(job.judged_cut(prune(low, ranks, calibration=known)), job.epochs, "finetune")
+    return job.train(job.judged_cut(job.cut_to(low, "whitened", known)), job.epochs, "finetune")
 
 
 def svd_training(job: Job, *sparsity: Any) -> nn.Module:
@@ -312,7 +314,7 @@ def polar_hoyer(job: Job) -> nn.Module:
     dense = job.train(copy.deepcopy(job.dense), job.half, "regularize", penalties=[penalty])
     job.judge("before_cut", dense)
     low = job.factorized(dense)
-    cut = job.judged_cut(prune(low, allocate(low, job.limits, job.example)))
+    cut = job.judged_cut(job.cut_to(low, "plain"))
     return job.train(cut, job.epochs - job.half, "finetune", job.half)
 
 

@@ -25,12 +25,13 @@ class RankRule(Protocol):
 
 @runtime_checkable
 class Importance(Protocol):
-    """Says what keeping only some singular values of each weight harms, in one unit for all weights, so that harms can be added."""
+    """Measures the distortion of each truncated weight, in one unit for all weights, so that distortions can be added."""
 
     def __call__(self, model: nn.Module, /) -> Mapping[str, Tensor]:
         """Return, by the names of `named_factors`, float64 ``(rank + 1,)``.
 
-        Entry ``r`` is the harm of keeping the best ``r`` singular values: not negative, never rising with ``r``, zero where all are kept.
+        Entry ``r`` is the distortion of keeping the best ``r`` singular values: not negative, never rising with ``r``, zero where all are
+        kept.
         """
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim.budget.distortion import LAWS, METHODS, Evidence
-from spectrim.budget.distortion.base import harms_of
+from spectrim.budget.distortion.base import distortions_of
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance
 from spectrim.surgery.calibrate import calibrate
@@ -100,7 +100,7 @@ def test_is_an_importance_whose_distortions_fall_to_zero(row: Method) -> None:
         assert distortion[-1] == 0
         assert (distortion.diff() <= 0).all()
         assert distortion[0] > 0
-    assert harms_of(low, importance).keys() == factors.keys()
+    assert distortions_of(low, importance).keys() == factors.keys()
 
 
 @every_method
@@ -154,7 +154,7 @@ def test_the_choice_of_factors_does_not_matter(row: Method) -> None:
 @every_method
 def test_half_precision_layers(row: Method) -> None:
     low, data = case(torch.bfloat16)
-    distortions = harms_of(low, make(row, low, data))
+    distortions = distortions_of(low, make(row, low, data))
     assert all(distortion.dtype == torch.float64 and torch.isfinite(distortion).all() for distortion in distortions.values())
 
 

@@ -20,7 +20,7 @@ from spectrim.errors import FormatError, SettingError
 from spectrim.layers import FactorizedLayer
 from spectrim.metrics.inputs import first_examples
 from spectrim.pipeline.compress import Compressed, compress
-from spectrim.pipeline.teaching import showing, teacher_for
+from spectrim.pipeline.teaching import teacher_for, with_hint_layers
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -76,17 +76,17 @@ def test_fine_tuning_recovers(trained: tuple[nn.Module, Any]) -> None:
     assert result.stages().splitlines()[0] == f"cut: {result.cut}"
 
 
-def test_the_dense_network_teaches_where_it_is_far_ahead_of_the_cut_one(trained: tuple[nn.Module, Any]) -> None:
+def test_the_dense_network_is_distilled_where_the_loss_gap_is_large(trained: tuple[nn.Module, Any]) -> None:
     far = made(trained, budget=sp.Budget(macs=0.15), epochs=1)
     assert far.teacher is not None
     assert far.report["teacher"] == json.loads(json.dumps(far.teacher))
     near = made(trained, budget=sp.Budget(macs=0.95), epochs=1)
     assert near.teacher is None
-    assert "taught" not in near.stages()
-    assert "the dense network taught by what it says and what its layers put out" in far.stages()
+    assert "distilled" not in near.stages()
+    assert "distilled from the dense network: logits and intermediate features" in far.stages()
     assert (far.teacher["features"], far.teacher["until"], far.teacher["layers"]) == (2.0, 0.5, None)
     told = made(trained, budget=sp.Budget(macs=0.15), epochs=1, distill=sp.Distillation(trained[0]))
-    assert "the dense network taught by what it says\n" in told.stages()
+    assert "distilled from the dense network: logits\n" in told.stages()
     assert made(trained, budget=sp.Budget(macs=0.15), epochs=0).teacher is None
     asked = made(trained, budget=sp.Budget(macs=0.95), epochs=1, distill=sp.Distillation(trained[0], weight=0.2, layers=("features.0",)))
     assert asked.teacher == {
@@ -107,10 +107,10 @@ def test_ranks_are_mixed_where_that_costs_little(trained: tuple[nn.Module, Any],
     def chosen(best: str, mixed: float, accurate: str = "", **settings: Any) -> str:
         """Let one of the three have a loss of 1.0 once it is refitted, the others 2.0; and one the highest accuracy."""
 
-        def scored(self: Any, full: nn.Module, kind: str, moments: Any = None) -> Any:
-            network, how, scores = make(self, full, kind, moments)
+        def scored(self: Any, bench: Any, kind: str) -> Any:
+            found = make(self, bench, kind)
             loss = {best: 1.0, "mixed": mixed}.get(kind, 2.0)
-            return network, how, scores | {"corrected": {"loss": loss, "accuracy": 0.5 if kind == accurate else 0.4}}
+            return replace(found, scores={**found.scores, "corrected": {"loss": loss, "accuracy": 0.5 if kind == accurate else 0.4}})
 
         monkeypatch.setattr(module._Cutter, "_made", scored)
         return made(trained, budget=tight, **settings).cut
@@ -122,7 +122,7 @@ def test_ranks_are_mixed_where_that_costs_little(trained: tuple[nn.Module, Any],
     assert chosen("whitened", 1.0) == "whitened", "without training the best start is the best end"
     assert chosen("sensitive", 1.0, accurate="plain") == "plain", "without training accuracy counts"
     assert chosen("sensitive", 2.0, accurate="plain", epochs=1) == "sensitive", "training mends the rest"
-    monkeypatch.setattr(module._Cutter, "far", lambda *_: False)
+    monkeypatch.setattr(module._Judge, "far", lambda *_: False)
     assert chosen("sensitive", 1.1, epochs=1) == chosen("whitened", 1.1, epochs=1) == "mixed"
     assert chosen("whitened", 1.3, epochs=1) == "whitened", "near to its end, training does not make up for the start"
     monkeypatch.undo()
@@ -189,9 +189,9 @@ def test_layers_that_cannot_be_compared_do_not_teach() -> None:
     dense, batch = Reads(), (torch.randn(8, 16), torch.zeros(8, dtype=torch.int64))
     taught = teacher_for(dense, [batch], LOSS)
     assert taught is not None
-    assert showing(taught, sp.factorize(dense, where=lambda name, _: name in ("first", "read")), batch).layers == ("first",)
-    assert showing(taught, sp.factorize(dense, where=lambda name, _: name == "first"), batch).layers is None
-    assert showing(taught, sp.factorize(dense, where=lambda name, _: name == "read"), batch).features == 0.0
+    assert with_hint_layers(taught, sp.factorize(dense, where=lambda name, _: name in ("first", "read")), batch).layers == ("first",)
+    assert with_hint_layers(taught, sp.factorize(dense, where=lambda name, _: name == "first"), batch).layers is None
+    assert with_hint_layers(taught, sp.factorize(dense, where=lambda name, _: name == "read"), batch).features == 0.0
 
 
 def test_squeezing_first_makes_the_cut_nearly_free(trained: tuple[nn.Module, Any]) -> None:
@@ -263,6 +263,37 @@ def test_a_folder_belongs_to_one_call(trained: tuple[nn.Module, Any], tmp_path: 
     made(trained, folder=tmp_path, cut="plain")
     with pytest.raises(FormatError, match="another budget"):
         made(trained, folder=tmp_path, cut="plain", budget=sp.Budget(macs=0.5))
+
+
+def test_whatever_changes_the_result_belongs_to_the_folder(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    data = [(torch.randn(8, 16), torch.randint(4, (8,))) for _ in range(2)]
+    call: dict[str, Any] = {"model": model, "data": data, "budget": 0.8, "folder": tmp_path, "progress": False, "cut": "plain"}
+    first = compress(loss=LOSS, **call)
+    again = compress(loss=LOSS, **call)
+    assert again.ranks == first.ranks
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight[0, 0] += 1e-3
+    changed_data = [(data[0][0] + 1e-3, data[0][1]), data[1]]
+    for change, name in (
+        ({"model": other}, "weights"),
+        ({"data": changed_data}, "data"),
+        ({"where": sp.match("*")}, "where"),
+        ({"optimizer": lambda parameters: torch.optim.SGD(parameters, 0.1)}, "optimizer"),
+        ({"budget": {"macs": 0.9}}, "budget"),
+    ):
+        with pytest.raises(FormatError, match=f"another {name}"):
+            compress(loss=LOSS, **(call | change))
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"), [({"flops": 0.5}, "compress: budget must be a mapping with keys of macs"), (1.5, "macs must be")]
+)
+def test_budgets_that_are_none_are_refused_in_a_sentence(budget: Any, message: str) -> None:
+    model, data = nn.Linear(8, 8), [(torch.randn(4, 8), torch.randint(8, (4,)))]
+    with pytest.raises(SettingError, match=message):
+        compress(model, data, LOSS, budget, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +371,7 @@ def test_the_teacher_knows_the_axis_of_the_classes() -> None:
     assert axis(nn.Linear(6, 1), torch.zeros(2, 6), torch.zeros(2, 1, dtype=labels)) is None
 
 
-def test_a_teacher_that_knows_the_examples_by_heart_shows_no_layers_and_says_it_softer(trained: tuple[nn.Module, Any]) -> None:
+def test_a_teacher_that_has_memorized_the_examples_gives_softer_logits_alone(trained: tuple[nn.Module, Any]) -> None:
     dense = copy.deepcopy(trained[0])
     known = [(images, dense(images).argmax(1)) for images, _ in trained[1].train]  # labels it never misses
     for share, way in ((1.0, (2.0, 0.5, 2.0, 0.5)), (100.0, (4.0, 0.7, 0.0, 1.0))):

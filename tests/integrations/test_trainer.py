@@ -393,7 +393,7 @@ def test_the_best_model_may_be_larger(tmp_path: Path) -> None:
     run = resumable(classifier, points(), tmp_path, schedule, learning_rate=0.0, evaluated=True, **settings)
     run.train()
     assert run._spectrim.cuts[0]["step"] == 2
-    assert run.state.best_global_step == 1  # nothing was learned, and cutting harmed
+    assert run.state.best_global_step == 1  # nothing was learned, and cutting cost accuracy
     assert {factors.rank for _, factors in sp.named_factors(run.model)} == {10, 3}
     assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric)
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}

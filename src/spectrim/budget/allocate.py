@@ -1,18 +1,21 @@
 """`allocate`: ranks for the whole network under one budget."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget, as_budget
-from spectrim.budget.distortion.base import harms_of
+from spectrim.budget.distortion.base import distortions_of
 from spectrim.budget.distortion.energy import SpectralEnergy
-from spectrim.budget.knapsack import _knapsack, _limit
-from spectrim.budget.prices import _costs
+from spectrim.budget.knapsack import _knapsack, _Limit, _limit
+from spectrim.budget.ladder import Ladder, ladder
 from spectrim.checks import check, unwrapped
+from spectrim.errors import LayerError
+from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance, Latencies
 
@@ -25,30 +28,34 @@ def allocate(
     importance: Importance | None = None,
     latency: Latencies | None = None,
     multiple: int | None = None,
+    prices: Ladder | None = None,
 ) -> dict[str, int]:
-    """Return the rank of each factorized weight that does the least harm within a budget.
+    """Return the rank of each factorized weight that adds the least distortion within a budget.
 
-    The multiple-choice knapsack ``min sum_l harm_l(r_l)`` subject to ``sum_l cost_l(r_l) <= budget - fixed`` for each limit of the budget,
-    solved exactly by dynamic programming where one limit is counted in units that are large enough (most budgets of multiply-accumulates),
-    else by mixed-integer programming to a relative gap of 1e-4 (or to the best found in a minute). Costs are those of the network that
-    `merge` will write, and multiply-accumulates, parameters and bytes are met by count. Seconds are the table's for the weights that it
-    timed; the rest of the network takes what the dense one, run once as a whole in the table's backend, takes beyond its timed weights.
+    The multiple-choice knapsack ``min sum_l distortion_l(r_l)`` subject to ``sum_l cost_l(r_l) <= budget - fixed`` for each limit of the
+    budget, solved exactly by dynamic programming where one limit is counted in units that are large enough (most budgets of
+    multiply-accumulates), else by mixed-integer programming to a relative gap of 1e-4 (or to the best found in a minute). Costs are those
+    of the network that `merge` will write, see `ladder`: multiply-accumulates, parameters and bytes are met by count. Seconds are the
+    table's for the weights that it timed; the rest of the network takes what the dense one takes beyond them.
 
     Args:
         model: factorized, at any rank.
-        budget: what the network keeps of the dense one: a `Budget`, a fraction of its multiply-accumulates, or a dict of a budget's fields.
+        budget: what the network keeps of the dense one: a `Budget`, a fraction of the multiply-accumulates, or a dict of `Budget`'s fields.
         inputs: one batch of inputs, for the layers' sizes; for a latency budget the batch that the table was made with.
-        importance: what is harm, see `spectrim.budget.distortion.base`; the relative `SpectralEnergy` when omitted.
+        importance: measures distortion, see `spectrim.budget.distortion.base`; the relative `SpectralEnergy` when omitted.
         latency: a `LatencyTable` of the model. Ranks above a layer's measured break-even rank then cost what the dense layer costs, so that
             a layer for which no rank is faster stays dense; give `merge` the same table.
         multiple: ranks are multiples of it, at least 1, or the rank that a weight has now. When omitted, the multiples of the table
             (8, less for small layers); 1 without a table.
+        prices: the `ladder` of this model, with the table that `latency` would be; then nothing is run or counted, and `inputs` may be
+            None.
 
     Returns:
         ``{name: rank}`` for `prune`.
 
     Raises:
-        LayerError: when nothing is factorized, or for harms that are none, see `spectrim.budget.distortion.base.harms_of`.
+        LayerError: when nothing is factorized, or for invalid distortions, see
+            `spectrim.budget.distortion.base.distortions_of`.
         SettingError: when the budget is below the smallest network that ranks can reach (which is named), for a latency budget without
             a table or with inputs that it was not made with, or for a `multiple` below 1.
 
@@ -64,21 +71,73 @@ def allocate(
     check("allocate", model=model, inputs=inputs, latency=latency, multiple=multiple)
     model = unwrapped(model)
     budget = as_budget(budget, "allocate")
-    harms = harms_of(model, importance or SpectralEnergy())
-    costs = _costs(model, {(FRACTIONS | ABSOLUTE)[name] for name in budget.limits}, inputs, latency)
-    choices = {}
-    for name, factors in named_factors(model):
-        step = multiple or (latency.multiple(name) if latency else 1)
-        tables = [cost.weights[name] for cost in costs.values()]
-        cheaper = [rank for rank in range(step, factors.rank, step) if any(table[rank - 1] < table[-1] for table in tables)]
-        choices[name] = [*cheaper, factors.rank]  # what costs as much as the present rank is worse than that
-    limits = [_limit(name, value, costs[(FRACTIONS | ABSOLUTE)[name]], choices) for name, value in budget.limits.items()]
-    typical = float(torch.stack([harm[0] for harm in harms.values()]).mean())
-    picked = _knapsack([harms[name][ranks] for name, ranks in choices.items()], limits, typical)
+    if next(named_factors(model), None) is None:
+        raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
+    prices = _prices(model, inputs, latency, prices)
+    held = dict(named_factors(model))
+    limits_of(budget, prices, choices_of(held, budget, prices, multiple))  # what no ranks reach is refused before any decomposition
+    return allocated(held, budget, prices, distortions_of(model, importance or SpectralEnergy()), multiple)
+
+
+def allocated(
+    held: Mapping[str, Factors], budget: Budget, prices: Ladder, distortions: Mapping[str, Tensor], multiple: int | None
+) -> dict[str, int]:
+    """Solve the knapsack of `allocate`, from what is computed already.
+
+    Args:
+        held: the factors of each weight.
+        budget: what the network keeps.
+        prices: its ladder.
+        distortions: of each weight, checked.
+        multiple: as for `allocate`.
+    """
+    choices = choices_of(held, budget, prices, multiple)
+    limits = limits_of(budget, prices, choices)
+    typical = float(torch.stack([entry[0] for entry in distortions.values()]).mean())
+    picked = _knapsack([distortions[name][ranks] for name, ranks in choices.items()], limits, typical)
     return {name: ranks[index] for (name, ranks), index in zip(choices.items(), picked, strict=True)}
 
 
-def as_fractions(budget: Budget, model: nn.Module, inputs: Any, *, latency: Latencies | None = None) -> Budget:
+def check_floor(model: nn.Module, budget: Budget, prices: Ladder) -> None:
+    """Raise a SettingError when a limit is below the smallest network that ranks can reach; no importance is needed for that.
+
+    Args:
+        model: factorized.
+        budget: what the network keeps of the dense one.
+        prices: its ladder.
+    """
+    limits_of(budget, prices, choices_of(dict(named_factors(model)), budget, prices, None))
+
+
+def choices_of(held: Mapping[str, Factors], budget: Budget, prices: Ladder, multiple: int | None) -> dict[str, list[int]]:
+    """Return the ranks to choose from for each weight: those that cost less than the present one in a limited unit, and that one."""
+    tables = [prices.unit((FRACTIONS | ABSOLUTE)[name]).weights for name in budget.limits]
+    choices = {}
+    for name, factors in held.items():
+        step = multiple or (prices.latency.multiple(name) if prices.latency else 1)
+        ranks = np.arange(step, factors.rank, step)
+        costs = [np.asarray(table[name], dtype=float) for table in tables]
+        cheaper = np.any([cost[ranks - 1] < cost[-1] for cost in costs], axis=0)
+        choices[name] = [*ranks[cheaper].tolist(), factors.rank]  # what costs as much as the present rank is worse than that
+    return choices
+
+
+def limits_of(budget: Budget, prices: Ladder, choices: Mapping[str, Sequence[int]]) -> list[_Limit]:
+    """Return what the factorized weights may cost together, for each limit of a budget."""
+    return [_limit(name, value, prices.unit((FRACTIONS | ABSOLUTE)[name]), choices) for name, value in budget.limits.items()]
+
+
+def _prices(model: nn.Module, inputs: Any, latency: Latencies | None, prices: Ladder | None) -> Ladder:
+    """Return the ladder given, checked, or make it."""
+    if prices is None:
+        return ladder(model, inputs, latency)
+    prices.check(model)
+    return prices
+
+
+def as_fractions(
+    budget: Budget, model: nn.Module, inputs: Any, *, latency: Latencies | None = None, prices: Ladder | None = None
+) -> Budget:
     """Return a budget in which bytes and seconds are fractions of the dense network, for what goes down to a target step by step.
 
     Args:
@@ -86,6 +145,7 @@ def as_fractions(budget: Budget, model: nn.Module, inputs: Any, *, latency: Late
         model: factorized, at any rank.
         inputs: as for `allocate`.
         latency: as for `allocate`.
+        prices: as for `allocate`.
 
     Raises:
         SettingError: as `allocate` for a latency budget.
@@ -97,8 +157,10 @@ def as_fractions(budget: Budget, model: nn.Module, inputs: Any, *, latency: Late
         Budget(macs=0.9, size=0.75)
     """
     given = {name: value for name, value in budget.limits.items() if name in ABSOLUTE}
-    costs = _costs(model, {ABSOLUTE[name] for name in given}, inputs, latency)
-    kept = {ABSOLUTE[name]: min(1.0, value / costs[ABSOLUTE[name]].whole) for name, value in given.items()}
+    if not given:
+        return budget
+    prices = _prices(model, inputs, latency, prices)
+    kept = {ABSOLUTE[name]: min(1.0, value / prices.unit(ABSOLUTE[name]).whole) for name, value in given.items()}
     for name, fraction in kept.items():
         kept[name] = min(fraction, budget.limits.get(name, 1.0))
     return replace(budget, **kept, **dict.fromkeys(given))

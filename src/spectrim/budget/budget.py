@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from spectrim.checks import check
-from spectrim.errors import SettingError
+from spectrim.errors import SettingError, SpectrimError
 
 FRACTIONS = {"macs": "macs", "params": "params", "size": "size", "latency": "latency"}
 """Fields of a budget that are fractions of the dense network, and the cost that each limits."""
@@ -18,6 +18,18 @@ ABSOLUTE = {"size_bytes": "size", "latency_s": "latency"}
 
 
 UNITS = {"size_bytes": "bytes", "latency_s": "seconds"}
+
+
+class BudgetError(SettingError):
+    """Limits that no network reaches, alone or together.
+
+    Examples:
+        >>> print(BudgetError("no ranks satisfy macs=0.4 and params=0.2 together; relax one of them"))
+        Budget: no ranks satisfy macs=0.4 and params=0.2 together; relax one of them
+    """
+
+    def __init__(self, problem: str) -> None:
+        SpectrimError.__init__(self, f"Budget: {problem}")
 
 
 def as_budget(budget: "Budget | float | Mapping[str, Any]", verb: str) -> "Budget":
@@ -97,3 +109,9 @@ class Budget:
 
     def __repr__(self) -> str:
         return f"Budget({', '.join(f'{name}={value!r}' for name, value in self.limits.items())})"
+
+
+def _number(owner: str, name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SettingError(owner, f"budget[{name!r}]", got=value, rule="a number")
+    return value

@@ -84,8 +84,22 @@ def rank_costs(model: nn.Module, inputs: Any, latency: Latencies | None = None) 
         SettingError: when the batch size cannot be read off `inputs`.
         LayerError: when `latency` is of another model.
     """
-    work, limits = works(model, inputs), break_evens(model, latency)
-    batch = batch_size_of(inputs, model=model, unknown=1)
+    return costs_of(model, calls(model, inputs), inputs, latency)
+
+
+def costs_of(model: nn.Module, used: Sequence["Call"], inputs: Any, latency: Latencies | None = None) -> dict[str, RankCosts]:
+    """Return what each factorized weight costs at each rank, from the calls that were seen; otherwise as `rank_costs`.
+
+    Args:
+        model: factorized.
+        used: what `calls` returned.
+        inputs: one batch; costs are for one example of it.
+        latency: the table that `merge` will be given.
+    """
+    work: dict[tuple[int, str], list[Work]] = defaultdict(list)
+    for call in used:
+        work[id(call.layer), call.weight].append(call.macs)
+    limits, batch = break_evens(model, latency), batch_size_of(inputs, model=model, unknown=1)
     users: dict[int, list[_User]] = defaultdict(list)
     for layer_name, layer in named_layers(model):
         for weight, factors in layer.named_factors():
@@ -144,19 +158,6 @@ def _time_first(layer: Any, x: Any) -> tuple[int, ...]:
         return (x.shape[0], 1, x.shape[1])
     time, batch = (x.shape[1], x.shape[0]) if layer.batch_first else (x.shape[0], x.shape[1])
     return (time, batch, x.shape[2])
-
-
-def works(model: nn.Module, inputs: Any) -> dict[tuple[int, str], list[Work]]:
-    """Run the model once and return what each use of a factorized weight costs, by the ``id`` of its layer and the weight's name.
-
-    Args:
-        model: factorized.
-        inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
-    """
-    found: dict[tuple[int, str], list[Work]] = defaultdict(list)
-    for call in calls(model, inputs):
-        found[id(call.layer), call.weight].append(call.macs)
-    return found
 
 
 def _work(layer: FactorizedLayer, weight: str, shape: tuple[int, ...], rank: int | None) -> float:

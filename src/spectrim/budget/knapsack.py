@@ -10,18 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectrim.budget.budget import ABSOLUTE, FRACTIONS
-from spectrim.budget.prices import _Cost
+from spectrim.budget.budget import ABSOLUTE, FRACTIONS, BudgetError
+from spectrim.budget.ladder import UnitCost
 from spectrim.errors import SettingError
 from spectrim.files import printing_to_stderr
 
 
-def _limit(name: str, value: float | int, cost: _Cost, choices: Mapping[str, Sequence[int]]) -> "_Limit":
+def _limit(name: str, value: float | int, cost: UnitCost, choices: Mapping[str, Sequence[int]]) -> "_Limit":
     """Return what the factorized weights may cost together.
 
     Args:
         name: the field of the budget.
-        value: what it says.
+        value: of that field.
         cost: of what it limits.
         choices: the ranks to choose from, by weight.
     """
@@ -35,11 +35,19 @@ def _limit(name: str, value: float | int, cost: _Cost, choices: Mapping[str, Seq
             smallest = f"{math.ceil(least / cost.whole * 1e4) / 1e4:.4f}"
         else:
             smallest = f"{math.ceil(least)} bytes" if counted else f"{math.ceil(least * 1e7) / 1e7:.7f} seconds"
-        hint = "every factorized weight is at its cheapest rank then; factorize more layers to go below"
+        hint = _floor(cost, {weight: min(table) for weight, table in zip(choices, tables, strict=True)}, least)
         raise SettingError("Budget", name, got=value, rule=f"at least {smallest} for this network", hint=hint)
     unit = 1.0 if counted else 1e9  # nanoseconds: what the solver lets through must be nothing
     row = np.concatenate([np.asarray(table, dtype=float) for table in tables])
-    return _Limit(name, row * unit, (most - cost.fixed) * unit, cost.whole * unit)
+    return _Limit(name, row * unit, (most - cost.fixed) * unit, cost.whole * unit, f"{name}={value:g}")
+
+
+def _floor(cost: UnitCost, cheapest: Mapping[str, float], least: float) -> str:
+    """Say which parts of the network set the smallest cost that it can have."""
+    largest = sorted(cheapest, key=lambda weight: -cheapest[weight])[:3]
+    parts = [f"{100 * cost.fixed / least:.0f} % of that stay dense"] if cost.fixed > 0 else []
+    parts += [f"'{weight}' has {100 * cheapest[weight] / least:.0f} %" for weight in largest]
+    return f"every factorized weight is at its cheapest rank then; {', '.join(parts)}; factorize more layers to go below"
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class _Limit:
     row: NDArray[np.float64]
     most: float
     scale: float
+    said: str = ""
 
 
 def _knapsack(losses: Sequence[Tensor], limits: Sequence[_Limit], scale: float) -> list[int]:
@@ -109,10 +118,10 @@ def _solve(objective: NDArray[np.float64], starts: NDArray[np.int64], limits: Se
             return picked
         # the solver's tolerance lets through about a millionth more than the limit: ask for as much less
         slack = [less + max(over, 0.0) for less, over in zip(slack, excess, strict=True)]
-    together, infeasible = " and ".join(limit.name for limit in limits), solution.status == 2
-    got = "limits that no ranks meet together" if infeasible else "limits for which no ranks were found in a minute"
-    hint = str(solution.message) if infeasible else "multiple=4 leaves fewer ranks to choose from"
-    raise SettingError("Budget", together, got=got, rule="looser", hint=hint)
+    together = " and ".join(limit.said or limit.name for limit in limits)
+    if solution.status == 2:
+        raise BudgetError(f"no ranks satisfy {together} together; relax one of them")
+    raise BudgetError(f"no ranks for {together} were found in a minute; multiple=4 leaves fewer ranks to choose from")
 
 
 def _by_dynamic_programming(objective: NDArray[np.float64], starts: NDArray[np.int64], limit: _Limit) -> list[int] | None:

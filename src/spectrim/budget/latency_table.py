@@ -20,6 +20,7 @@ from torch import nn
 from spectrim.budget.costs import Call, calls
 from spectrim.budget.onnx_layer import _NoFormError, _onnx_model
 from spectrim.budget.timing import Backend, Timing, _example, _forms, _onnxruntime, _Operation, _shape, time_layer
+from spectrim.budget.whole_network import time_network
 from spectrim.checks import check, unwrapped
 from spectrim.errors import FormatError, LayerError, SettingError
 from spectrim.files import whole_file
@@ -68,6 +69,8 @@ class LatencyTable:
         timings: by operation, as text: the layer, its sizes, its input.
         weights: by the names of `coverage`.
         margin: share of the dense seconds that a pair must save, in [0, 1).
+        dense_s: seconds of one call of the whole dense network; None where it was not timed.
+        dense_untimed: why not.
 
     Raises:
         SettingError: for a `margin` outside its range.
@@ -79,6 +82,8 @@ class LatencyTable:
     timings: Mapping[str, Timing]
     weights: Mapping[str, TimedWeight]
     margin: float = MARGIN
+    dense_s: float | None = None
+    dense_untimed: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.margin < 1:
@@ -194,7 +199,7 @@ def latency_table(
     cache: str | Path | None = None,
     progress: bool = False,
 ) -> LatencyTable:
-    """Time every distinct layer of a factorized model on this machine, dense and as a pair at a handful of ranks.
+    """Time every distinct layer of a factorized model on this machine, dense and as a pair at a handful of ranks, and the dense network.
 
     The forms of a layer run in turns, forwards and backwards, after a warm-up. What counts is the lower quartile over the rounds: other
     work on the machine only ever adds time, and a median still holds some of it. Between the ranks timed, seconds are
@@ -274,7 +279,8 @@ def latency_table(
         if path is not None:
             stored[key] = timings[key]
             _write(path, machine, stored)  # after each one: a stopped run has lost nothing
-    return LatencyTable(backend, threads, machine, timings, weights, margin)
+    dense_s, untimed = time_network(model, inputs, backend, threads, time_box)
+    return LatencyTable(backend, threads, machine, timings, weights, margin, dense_s, untimed)
 
 
 def default_cache() -> Path:

@@ -14,34 +14,36 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from spectrim.budget.allocate import allocate
 from spectrim.budget.budget import Budget, as_budget
-from spectrim.budget.costs import RankCosts, rank_costs, spectra
-from spectrim.budget.distortion.energy import SpectralEnergy, WhitenedEnergy
-from spectrim.budget.distortion.loss import LossSensitivity
-from spectrim.budget.distortion.normalized import NormalizedEnergy
+from spectrim.budget.cut_to import Workbench
+from spectrim.budget.ladder import Ladder, UnitCost, ladder
 from spectrim.budget.plan_table import BudgetPlan, Plan, SkippedLayer, Totals, WeightPlan
-from spectrim.budget.prices import _Cost, _costs
+from spectrim.budget.promise import cut_totals, recounted
+from spectrim.budget.ways import WAYS, Way
 from spectrim.checks import check, naming, unwrapped
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
+from spectrim.layers.base import Writing
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import batch_size_of, call_model, evaluating, first_examples, inputs_of
-from spectrim.metrics.measurement import measure
 from spectrim.protocols import Latencies, Where
 from spectrim.surgery.calibrate import Calibration, calibrate
 from spectrim.surgery.coverage import LayerCoverage, coverage
+from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.factorize import Scheme, factorize
-from spectrim.surgery.merge import merge
-from spectrim.surgery.prune import prune
+from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import layer_filter
 
 BUDGETS = (0.8, 0.65, 0.5, 0.4, 0.33, 0.25, 0.2)
 """Fractions of the dense network that a plan tries."""
 
 
+TRIED = ("plain", "normalized", "whitened", "sensitive")
+"""The ways that a plan compares at the middle budget."""
+
+
 DIGITS = 7
-"""Significant digits of the spectra and harms that a plan holds."""
+"""Significant digits of the spectra and distortions that a plan holds."""
 
 
 @naming
@@ -51,17 +53,20 @@ def plan(
     data: Iterable[Any] | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     *,
-    budgets: Sequence[float | Budget] = BUDGETS,
+    budgets: Sequence[float | Budget | Mapping[str, float]] = BUDGETS,
     scheme: Scheme = "auto",
+    writing: Writing = "pair",
     where: Where | None = None,
     latency: Latencies | None = None,
     eval_data: Iterable[Any] | None = None,
     examples: int = 512,
+    calibration: Calibration | None = None,
     progress: bool = False,
 ) -> Plan:
-    """Say what each budget would give, without training: spectra, harms, costs, and the network right after each cut.
+    """Say what each budget would give, without training: spectra, distortions, costs, and the network right after each cut.
 
-    For each budget the ranks of `allocate`, counts of the network that `merge` writes, and the relative error of its output,
+    For each budget the ranks of `allocate`, the costs of the network that `merge` writes (by formulas that are proved by counting, see
+    `ladder`; where they are wrong, each network is counted), and the relative error of its output,
     ``||f_r(x) - f(x)|| / ||f(x)||``. Training and BatchNorm recalibration afterwards make a network better than the table says.
 
     Args:
@@ -70,12 +75,14 @@ def plan(
         data: batches ``(inputs, target)`` for calibration, or bare inputs when `loss` is omitted. With it ranks and cuts go by the
             change of the layers' outputs, with `loss` too by the loss; without it by the weights alone.
         loss: called as ``loss(output, target)``, gives the mean over targets.
-        budgets: fractions of the multiply-accumulates kept, in (0, 1], or `Budget` values.
+        budgets: fractions of the multiply-accumulates kept, in (0, 1], `Budget` values, or dicts of their fields.
         scheme: as for `factorize`; of no effect on a factorized model.
+        writing: as for `factorize`; of no effect on a factorized model.
         where: as for `factorize`, and for the reasons of what is skipped.
         latency: a `LatencyTable` of the factorized model; adds predicted seconds, and decides what is split.
         eval_data: batches that judge the cut networks; `data` when omitted, and `inputs` without that.
         examples: how many of `data` and of `eval_data` are used at most, >= 1.
+        calibration: made before of the factorized model by `calibrate`, in the place of a new one from `data`.
         progress: whether to show progress, on stderr.
 
     Returns:
@@ -84,7 +91,8 @@ def plan(
     Raises:
         SettingError: for `loss` without `data`, for a fraction outside (0, 1], or for `examples` below 1. A budget that no ranks meet is
             no error: its row says the smallest that can be met.
-        LayerError: when nothing can be factorized, or when `latency` is of another model.
+        LayerError: when nothing can be factorized, when `latency` is of another model, or when the factorized network, or one with pairs of
+            layers, does not compute what the dense one does (see `same_function`).
 
     Examples:
         >>> import torch
@@ -104,33 +112,36 @@ def plan(
     if loss is not None and data is None:
         raise SettingError("plan", "loss", got=loss, rule="given together with data", hint="plan(model, inputs, data, loss)")
     wanted = [as_budget(budget, "plan") for budget in budgets]
-    held = model if next(named_factors(model), None) else factorize(model, scheme, where, example_inputs=inputs, progress=progress)
+    dense = None if next(named_factors(model), None) else model
+    held = duplicate(model) if dense is None else factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
+    if dense is not None:
+        same_function(dense, held, inputs, names=("dense", "factorized"))
+    prices = ladder(held, inputs, latency, dense_model=dense, check=True, own=True)
+    _check_inputs(prices, latency)
     judge = _Judge.of(held, inputs, data if eval_data is None else eval_data, loss, examples)
-    calibration = None if data is None else calibrate(held, data, loss, examples=examples, progress=progress)
-    ways = _ways(held, inputs, calibration)
-    try_ = partial(_row, held, inputs=inputs, latency=latency, judge=judge)
+    if calibration is None and data is not None:
+        calibration = calibrate(held, data, loss, examples=examples, progress=progress)
+    bench = Workbench(held, inputs, calibration, latency=latency, prices=prices)
+    ways = _ways(bench, calibration)
+    try_ = partial(_row, bench, judge=judge)
     name, known = _best(ways, try_, wanted)
     shown = track(wanted, "budgets", console=Console(stderr=True), transient=True, disable=not progress)
     rows = [known[budget] if budget in known else try_(budget, ways[name]) for budget in shown]
-    costs = _costs(held, {"macs", "params", "size"} | ({"latency"} if latency else set()), inputs, latency)
+    bench.restore()
     lines = coverage(held, where, inputs=inputs, latency=latency)
-    weights = _weights(held, rank_costs(held, inputs, latency), lines, {name: way.harms for name, way in ways.items()}, latency)
-    dense, fixed = _totals(costs, judge.judged(held))
+    distortions = {way: bench.distortions(ways[way]) for way in ways}
+    weights = _weights(bench, lines, distortions)
+    whole, fixed = _totals(prices.units, judge.judged(held))
     rows = [_predicted(row, weights, fixed) for row in rows]
     skipped = tuple(SkippedLayer(line.name, line.kind, line.reason) for line in lines if not line.factorized)
     settings = _settings(model, inputs, latency, examples=None if data is None else examples)
-    return Plan(weights, skipped, name, dense, fixed, tuple(rows), settings)
+    return Plan(weights, skipped, name, whole, fixed, tuple(rows), settings)
 
 
-@dataclass(frozen=True)
-class _Way:
-    """Harms that have been computed already, which make this an importance, and the calibration that the cut belonging to them needs."""
-
-    harms: Mapping[str, Tensor]
-    calibration: Calibration | None = None
-
-    def __call__(self, model: nn.Module) -> Mapping[str, Tensor]:
-        return self.harms
+def _check_inputs(prices: Ladder, latency: Latencies | None) -> None:
+    """Raise when a latency table was made with another batch; a table without the seconds of the whole network predicts none."""
+    if latency is not None and "latency" in prices.missing and "another batch" in str(prices.missing["latency"]):
+        raise prices.missing["latency"]
 
 
 @dataclass(frozen=True)
@@ -167,18 +178,24 @@ def _numbers(output: Any) -> list[Tensor]:
     return [leaf.detach().double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _ways(model: nn.Module, inputs: Any, calibration: Calibration | None) -> dict[str, _Way]:
-    """Return the harms by every importance that the data at hand allow."""
-    ways = {"SpectralEnergy": _Way(SpectralEnergy()(model)), "NormalizedEnergy": _Way(NormalizedEnergy(inputs)(model))}
-    if calibration is not None:
-        ways["WhitenedEnergy"] = _Way(WhitenedEnergy(calibration)(model), replace(calibration, outputs={}, slopes={}))
-        if calibration.outputs:
-            ways["LossSensitivity"] = _Way(LossSensitivity(calibration)(model), calibration)
-    return ways
+def _ways(bench: Workbench, calibration: Calibration | None) -> dict[str, Way]:
+    """Return the ways that the data at hand allow, by the name of their importance; a loss without gradients allows no sensitivities."""
+    found = {}
+    for name in TRIED:
+        way = WAYS[name]
+        if way.able(calibration):
+            try:
+                bench.distortions(way)
+            except SettingError:
+                if way.needs != "loss":
+                    raise
+            else:
+                found[way.importance] = way
+    return found
 
 
 def _best(
-    ways: Mapping[str, _Way], try_: Callable[[Budget, _Way], BudgetPlan], budgets: Sequence[Budget]
+    ways: Mapping[str, Way], try_: Callable[[Budget, Way], BudgetPlan], budgets: Sequence[Budget]
 ) -> tuple[str, dict[Budget, BudgetPlan]]:
     """Return the name of the way that cuts best at the middle one of the budgets that can be met, and that row.
 
@@ -193,16 +210,21 @@ def _best(
     return next(iter(ways)), {}
 
 
-def _row(model: nn.Module, budget: Budget, way: _Way, *, inputs: Any, latency: Latencies | None, judge: _Judge) -> BudgetPlan:
+def _row(bench: Workbench, budget: Budget, way: Way, *, judge: _Judge) -> BudgetPlan:
     """Cut to one budget and look at the network."""
     try:
-        ranks = allocate(model, budget, inputs, importance=way, latency=latency)
+        ranks = bench.ranks(budget, way)
     except SettingError as error:
         return BudgetPlan(budget.limits, problem=str(error))
-    merged = merge(prune(model, ranks, calibration=way.calibration), latency=latency)
-    found = measure(merged, inputs, latency=False, batch_size=batch_size_of(inputs, model=model, unknown=1))
-    assert found.macs is not None
-    return BudgetPlan(budget.limits, ranks, Totals(found.macs, found.params, found.size_bytes, **judge.judged(merged)))
+    bench.cut(ranks, way)
+    totals = cut_totals(bench.network, ranks, bench.prices)
+    if bench.prices.corrected:  # where formulas were wrong once, every network is counted
+        totals = recounted("plan", budget, bench.network, bench.inputs, bench.prices)
+    return BudgetPlan(budget.limits, ranks, _judged(totals, judge.judged(bench.network)))
+
+
+def _judged(totals: Totals, scores: Mapping[str, float]) -> Totals:
+    return replace(totals, output_error=scores["output_error"], loss=scores.get("loss"), accuracy=scores.get("accuracy"))
 
 
 def _predicted(row: BudgetPlan, weights: Sequence[WeightPlan], fixed: Totals) -> BudgetPlan:
@@ -213,16 +235,10 @@ def _predicted(row: BudgetPlan, weights: Sequence[WeightPlan], fixed: Totals) ->
     return replace(row, totals=replace(row.totals, latency_s=seconds))
 
 
-def _weights(
-    model: nn.Module,
-    costs: Mapping[str, RankCosts],
-    lines: Iterable[LayerCoverage],
-    harms: Mapping[str, Mapping[str, Tensor]],
-    latency: Latencies | None,
-) -> tuple[WeightPlan, ...]:
-    values, by_name, found = spectra(model), {line.name: line for line in lines}, []
-    for name, factors in named_factors(model):
-        line, cost = by_name[name], costs[name]
+def _weights(bench: Workbench, lines: Iterable[LayerCoverage], distortions: Mapping[str, Mapping[str, Tensor]]) -> tuple[WeightPlan, ...]:
+    by_name, found = {line.name: line for line in lines}, []
+    for name, factors in named_factors(bench.network):
+        line, cost = by_name[name], bench.prices.weights[name]
         found.append(
             WeightPlan(
                 name,
@@ -230,8 +246,8 @@ def _weights(
                 str(line.scheme),
                 factors.shape,
                 factors.blocks,
-                _rounded(values[name]),
-                {method: _rounded(table[name]) for method, table in harms.items()},
+                _rounded(bench.decomposed.spectrum(name)),
+                {method: _rounded(table[name]) for method, table in distortions.items()},
                 cost.macs,
                 cost.params,
                 cost.seconds,
@@ -240,7 +256,7 @@ def _weights(
                 cost.dense_seconds,
                 int(line.break_even or 0),
                 factors.dtype.itemsize,
-                latency.multiple(name) if latency else 1,
+                bench.latency.multiple(name) if bench.latency else 1,
             )
         )
     return tuple(found)
@@ -250,7 +266,7 @@ def _rounded(values: Tensor) -> tuple[float, ...]:
     return tuple(float(f"{value:.{DIGITS}g}") for value in values.tolist())
 
 
-def _totals(costs: Mapping[str, _Cost], judged: Mapping[str, float]) -> tuple[Totals, Totals]:
+def _totals(costs: Mapping[str, UnitCost], judged: Mapping[str, float]) -> tuple[Totals, Totals]:
     """Return the totals of the dense network, and of the part of it that no rank changes."""
     seconds = costs.get("latency")
     dense, fixed = (

@@ -24,7 +24,7 @@ class WeightPlan:
         shape: ``(out, in)`` of one block.
         blocks: groups of a convolution.
         spectrum: singular values, descending; blocks pooled.
-        harms: for each importance, entry ``r`` is the harm of keeping ``r`` values; the last is 0.
+        distortions: for each importance, entry ``r`` is the distortion of keeping ``r`` values; the last is 0.
         macs: entry ``r - 1`` is the multiply-accumulates for one example at rank ``r``, as `merge` will write it.
         params: the same for stored parameters.
         seconds: the same for a call on the whole batch; None without a latency table.
@@ -42,7 +42,7 @@ class WeightPlan:
     shape: tuple[int, int]
     blocks: int
     spectrum: tuple[float, ...]
-    harms: Mapping[str, tuple[float, ...]]
+    distortions: Mapping[str, tuple[float, ...]]
     macs: tuple[float, ...]
     params: tuple[int, ...]
     seconds: tuple[float, ...] | None
@@ -110,8 +110,8 @@ class Plan:
     Attributes:
         weights: every factorized weight.
         skipped: every other layer with parameters.
-        importance: name of the harms that the budgets below were met with: of those that the data allow, the one whose cut was best at the
-            middle budget. Each weight's `harms` holds the others too.
+        importance: name of the distortions that the budgets below were met with: of those that the data allow, the one whose cut was
+            best at the middle budget. Each weight's `distortions` holds the others too.
         dense: totals of the dense network; its loss and accuracy are those of the network that was given.
         fixed: the part of them that no rank changes.
         budgets: one row for each.
@@ -195,8 +195,8 @@ class Plan:
 def _weight_from(entry: Mapping[str, Any]) -> WeightPlan:
     names = ("shape", "spectrum", "macs", "params")
     seconds = None if entry["seconds"] is None else tuple(entry["seconds"])
-    harms = {name: tuple(values) for name, values in entry["harms"].items()}
-    return WeightPlan(**{**entry, **{name: tuple(entry[name]) for name in names}, "seconds": seconds, "harms": harms})
+    distortions = {name: tuple(values) for name, values in entry["distortions"].items()}
+    return WeightPlan(**{**entry, **{name: tuple(entry[name]) for name in names}, "seconds": seconds, "distortions": distortions})
 
 
 def _budget_from(entry: Mapping[str, Any]) -> BudgetPlan:

@@ -1,44 +1,52 @@
 """The verbs in order, for the person who wants one call: `compress`."""
 
-import copy
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import index
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils._pytree import tree_leaves
 
-from spectrim.budget.allocate import allocate
+from spectrim.budget.allocate import allocate, check_floor
 from spectrim.budget.budget import Budget, as_budget
+from spectrim.budget.cut_to import CutNetwork, Workbench, has_norms, renew_statistics
+from spectrim.budget.ladder import Ladder, ladder
+from spectrim.budget.promise import counted, recounted
+from spectrim.budget.ways import WAYS
 from spectrim.checks import check, naming, unwrapped
 from spectrim.errors import FormatError, SettingError
 from spectrim.files import write_text
 from spectrim.layers import named_factors
+from spectrim.layers.base import Writing
 from spectrim.metrics.batch import BatchDims
+from spectrim.metrics.clock import compare_latency
 from spectrim.metrics.evaluate import evaluate
-from spectrim.metrics.inputs import batch_size_of, first_examples, one_example
-from spectrim.metrics.measurement import Measurement, compare_table, measure_together
+from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
+from spectrim.metrics.measurement import Measurement, compare_table, measure
 from spectrim.penalties import Orthogonality
-from spectrim.pipeline.teaching import AHEAD, NATS_AHEAD, RECITING, TEACHING, axis_of_classes, showing, teacher_for, why_untaught
-from spectrim.pipeline.ways import LEVEL, Cut, way_to_cut
+from spectrim.pipeline import identity
+from spectrim.pipeline.teaching import GAP, MEMORIZED, NATS_GAP, TEACHING, axis_of_classes, teacher_for, why_untaught, with_hint_layers
+from spectrim.pipeline.ways import Cut, allowed_for_mixed
 from spectrim.protocols import Importance, Latencies, Penalty, RankSchedule, Where
 from spectrim.storage.save import load, save
 from spectrim.surgery.balance import balanced
 from spectrim.surgery.calibrate import Calibration, calibrate
-from spectrim.surgery.correct import correct
 from spectrim.surgery.coverage import Coverage, coverage
 from spectrim.surgery.factorize import Scheme, factorize
 from spectrim.surgery.merge import merge
-from spectrim.surgery.prune import prune, prune_
+from spectrim.surgery.prune import prune_
 from spectrim.surgery.recalibrate import recalibrate
+from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import layer_filter
+from spectrim.surgery.states import orthonormalize_
 from spectrim.training.data import count_batches
 from spectrim.training.distillation import Distillation, Loss
 from spectrim.training.fit import Precision, fit
@@ -71,7 +79,8 @@ class Compressed:
         history: of the fine-tuning; empty without epochs.
         coverage: each layer: factorized, or why not; and what `merge` wrote.
         settings: what was asked for, as plain data.
-        untaught: why ``distill="auto"`` found no teacher; empty where it did or was not asked to.
+        dropped: scores of the stages that were tried and not kept, because the loss was not lower.
+        notes: sentences about ways that were not tried, and why.
     """
 
     model: nn.Module
@@ -83,7 +92,8 @@ class Compressed:
     history: History
     coverage: Coverage
     settings: dict[str, Any] = field(default_factory=dict)
-    untaught: str = ""
+    dropped: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -101,6 +111,8 @@ class Compressed:
             "teacher": self.teacher,
             "history": self.history.to_dict(),
             "settings": self.settings,
+            "dropped": self.dropped,
+            "notes": self.notes,
         }
         return measured | rest | {"coverage": [vars(line) for line in self.coverage]}
 
@@ -109,12 +121,17 @@ class Compressed:
         return compare_table({"dense": self.measured["dense"], "low-rank": self.measured["final"]})
 
     def stages(self) -> str:
-        """Return one line for each stage that was scored, how the cut was made, and how the dense network taught."""
-        lines = [f"{stage:14}" + ", ".join(f"{name} {value:.4g}" for name, value in found.items()) for stage, found in self.scores.items()]
-        told = {"weight": "what it says", "features": "what its layers put out"}
-        ways = [way for name, way in told.items() if (self.teacher or {}).get(name)]
-        taught = [f"the dense network taught by {' and '.join(ways)}"] if ways else [self.untaught] if self.untaught else []
-        return "\n".join([f"cut: {self.cut}", *taught, *lines])
+        """Return one line for each stage that was scored, kept or not, how the cut was made, and how the dense network taught."""
+
+        def line(stage: str, found: Mapping[str, float], end: str = "") -> str:
+            return f"{stage:14}" + ", ".join(f"{name} {value:.4g}" for name, value in found.items()) + end
+
+        lines = [line(stage, found) for stage, found in self.scores.items()]
+        lines += [line(stage, found, " (not kept: the loss is not lower)") for stage, found in self.dropped.items()]
+        told = {"weight": "logits", "features": "intermediate features"}
+        by = [way for name, way in told.items() if (self.teacher or {}).get(name)]
+        taught = [f"distilled from the dense network: {' and '.join(by)}"] if by else []
+        return "\n".join([f"cut: {self.cut}", *self.notes, *taught, *lines])
 
 
 @naming
@@ -129,6 +146,7 @@ def compress(
     batch_dims: BatchDims | None = None,
     eval_data: Iterable[Any] | None = None,
     scheme: Scheme = "auto",
+    writing: Writing = "pair",
     where: Where | None = None,
     cut: Cut = "auto",
     importance: Importance | None = None,
@@ -140,6 +158,7 @@ def compress(
     precision: Precision = "no",
     compiled: bool = False,
     examples: int = 1024,
+    calibration: Calibration | None = None,
     latency: Latencies | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -147,14 +166,14 @@ def compress(
     """Return a smaller, faster network of ordinary layers within a budget: factorize, allocate, cut, fine-tune, merge, measure.
 
     Ranks and factors come from second moments on some training examples; each layer is then refitted to the dense network's outputs by
-    least squares, and BatchNorm statistics are renewed. Without epochs that is all, and nothing is trained. With epochs the cut network is
-    fine-tuned, by default with the dense network as its teacher.
+    least squares, and BatchNorm statistics are renewed; both are kept only where the loss is lower. Without epochs that is
+    all, and nothing is trained. With epochs the cut network is fine-tuned, by default with the dense network as its teacher.
 
     Args:
         model: dense and trained; it is left untouched.
         data: the training split, batches ``(inputs, target)`` anew at each pass.
         loss: ``(output, target) -> scalar``, a mean over examples.
-        budget: what the whole network may keep: a `Budget`, a fraction of its multiply-accumulates, or a dict of a budget's fields.
+        budget: what the whole network may keep: a `Budget`, a fraction of the multiply-accumulates, or a dict of `Budget`'s fields.
         epochs: passes over `data`, >= 0; 0 for calibration only.
         example_inputs: one batch for costs and latency; the first example of `data` when omitted. That is cut along axes whose sizes agree
             with the target's or among the inputs, and tried in the network.
@@ -162,20 +181,21 @@ def compress(
             stands for what all examples share.
         eval_data: the validation split: scores at each stage, and what ``cut="auto"`` judges by.
         scheme: how convolution kernels are folded, see `factorize`.
+        writing: how `merge` writes what is cut, ``pair`` or ``interpolative``, see `factorize`.
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
             examples; ``sensitive`` what changes the loss least to second order; ``mixed`` as ``whitened``, with ranks by the mean of the
             plain and the whitened energy. ``auto`` makes the first three and keeps the one that is best after the refit, on `eval_data` or
             else on the examples: by accuracy, where there is one and nothing is trained, else by loss. With epochs, ``mixed`` takes its
-            place where it starts little worse: with at most a quarter more added to the dense network's loss, or, where training has far
-            to go (as under `distill`), from a loss at most a quarter higher, and no higher than that of ``sensitive`` where that is lowest.
+            place where it starts little worse: with at most a quarter more added to the dense network's loss, or, with a large loss gap
+            (as under `distill`), from a loss at most a quarter higher, and no higher than that of ``sensitive`` where that is lowest.
         importance: ranks by this instead of the importance that belongs to the cut.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
-        distill: how to learn from the dense network while fine-tuning. ``auto`` does where outputs (or their ``logits``) are scores of
-            classes, targets are their numbers, and the network, once cut, has far to go: at least twice the dense network's loss on the
-            examples, or a quarter of a nat more. It teaches by what it says (temperature 2, half of the loss) and, in the first half of the
-            steps, by what its layers put out; where it knows the examples by heart (a loss below 0.05) by what it says alone (temperature
-            4, 0.7 of the loss). With `squeeze` it teaches from the first epoch on, however near the cut network is. None for never.
+        distill: how to learn from the dense network while fine-tuning. ``auto`` does for a classifier whose cut network has a large loss
+            gap: at least twice the dense network's loss on the examples, or a quarter of a nat more. Logits are distilled throughout
+            (temperature 2, half of the loss), intermediate features for the first half of the steps; where the dense network has memorized
+            the examples (a loss below 0.05) logits alone (temperature 4, 0.7 of the loss). With `squeeze` distillation begins with the
+            first epoch, however small the gap. None for never.
         optimizer: makes an optimizer from parameters; Adam with rate 0.001 when omitted. Its rate rises for a fifth of the steps and
             falls along a cosine to zero.
         penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`. Without any, and without
@@ -184,6 +204,7 @@ def compress(
         precision: of fine-tuning, see `fit`.
         compiled: fine-tune through `torch.compile`, see `fit`.
         examples: how many training examples calibrate, >= 1.
+        calibration: made before by `calibrate` of ``factorize(model, scheme, where)``, so that several budgets share it.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
         folder: for the cut network, checkpoints, the final network and ``result.json``; a stopped call goes on from there. None for none.
         progress: whether to show progress, on stderr.
@@ -193,8 +214,9 @@ def compress(
 
     Raises:
         SettingError: for a setting outside its range, or a budget that no ranks reach (the smallest reachable is named).
-        LayerError: when nothing can be factorized.
-        FormatError: when `folder` holds another call's work.
+        LayerError: when nothing can be factorized, or when the factorized or the merged network does not compute what the one before it
+            does (see `same_function`).
+        FormatError: when `folder` holds another call's work: other weights, data, layers or settings.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
@@ -208,164 +230,253 @@ def compress(
     check("compress", squeeze=squeeze, factory=optimizer, penalties=penalties, clip=clip, examples=examples, latency=latency)
     model, budget, epochs, examples = unwrapped(model), as_budget(budget, "compress"), index(epochs), index(examples)
     where = layer_filter(where, model, "compress")
-    if next(named_factors(model), None) is not None:
-        hint = "merge(model) makes it dense; to cut it as it is, allocate ranks and prune"
-        raise SettingError("compress", "model", got="one that is factorized already", rule="dense", hint=hint)
-    if cut not in ("auto", "plain", "whitened", "sensitive", "mixed"):
-        raise SettingError("compress", "cut", got=cut, rule="'auto', 'plain', 'whitened', 'sensitive' or 'mixed'")
-    if not (distill is None or distill == "auto" or isinstance(distill, Distillation)):
-        raise SettingError("compress", "distill", got=distill, rule="'auto', a Distillation, or None")
+    _check(model, cut, distill)
+    inputs = one_example(data, model, dims=batch_dims, owner="compress") if example_inputs is None else example_inputs
+    batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
+    known = first_examples(data, examples, dims=batch_dims)
+    low = factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
     store = _Store(None if folder is None else Path(folder))
     store.claim(
         budget=repr(budget),
         epochs=epochs,
         scheme=scheme,
+        writing=writing,
         cut=cut,
         importance=None if importance is None else repr(importance),
         squeeze=squeeze,
-        distill=distill.settings if isinstance(distill, Distillation) else {"auto": [TEACHING, RECITING]} if distill == "auto" else distill,
+        distill=distill.settings
+        if isinstance(distill, Distillation)
+        else {"auto": [TEACHING, MEMORIZED]}
+        if distill == "auto"
+        else distill,
         penalties=[repr(penalty) for penalty in penalties],
         clip=clip,
         precision=precision,
         examples=examples,
+        **_identity(model, low, data, known, inputs, loss, optimizer, latency, calibration) if folder is not None else {},
     )
-    inputs = one_example(data, model, dims=batch_dims, owner="compress") if example_inputs is None else example_inputs
-    batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
-    known = first_examples(data, examples, dims=batch_dims)
-    dense = copy.deepcopy(model)
-    judged = known if eval_data is None else eval_data
-    cutter = _Cutter(dense, loss, budget, inputs, known, judged, importance, latency, batch_dims)
-    scores, history = {"dense": cutter.uncut}, History()
-    low = factorize(dense, scheme, where, example_inputs=inputs, progress=progress)
+    same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
+    prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True)
+    check_floor(low, budget, prices)
+    judge = _Judge(model, loss, known, known if eval_data is None else eval_data, batch)
+    cutter = _Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims)
+    scores, history, told = {"dense": judge.dense}, History(), _Told()
     teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
-    able, untaught = teacher_for(dense, known, loss) if chosen else None, ""
+    able, untaught = teacher_for(model, known, loss, level=judge.dense_on_known["loss"]) if chosen else None, ""
     if able is not None:
-        teacher = showing(able, low, known[0])
+        teacher = with_hint_layers(able, low, known[0])
     elif chosen:
-        untaught = why_untaught(dense, known[0])
+        untaught = why_untaught(model, known[0])
     tuner = _Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
     training = round(epochs * squeeze)
     if training:
-        how = "squeezed"
-        tuner.start(low)
-        toward = Squeeze(budget, end=1.0, importance=importance, latency=latency, cut=False)
-        history = tuner.run(low, training, [Orthogonality(), *penalties], "squeeze", toward)
-        recalibrate(low, known)  # at a high learning rate the running statistics are behind
-        scores["squeezed"] = cutter.score(low)
-        prune_(low, allocate(low, budget, inputs, importance=importance, latency=latency), tuner.optimizer)
-        scores["cut"] = cutter.score(low)
-        recalibrate(low, known)
-        scores["recalibrated"] = cutter.score(low)
+        history = _squeezed(low, tuner, cutter, training, penalties, scores, told)
     else:
-        low, how, found = store.cut(dense, lambda: cutter.cut(low, cut, epochs > 0))
+        low, told, found = store.cut(model, lambda: cutter.cut(low, cut, epochs > 0))
         scores |= found
-        if chosen and teacher is not None and not cutter.far(low):
+        if chosen and teacher is not None and not judge.far(told.how, low, scores):
             tuner.teacher = None
         tuner.start(low)
+    if prices.corrected:
+        recounted("compress", budget, low, inputs, prices)
     if epochs > training:
         with nullcontext() if training or penalties else balanced(low):
             rest = tuner.run(low, epochs - training, penalties, "finetune")
         history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
-        scores["final"] = cutter.score(low)
     low.eval()
     final = merge(low, latency=latency)
-    measured = measure_together({"dense": dense.eval(), "final": final}, inputs, cutter.judged, loss, batch_size=batch)
+    same_function(low, final, inputs_of(known[0]), names=("cut", "merged"))
+    measured = judge.measured(final, inputs)
+    counted("compress", budget, final, measured["final"].macs, prices)
+    if epochs > training:
+        scores["final"] = _scores_of(measured["final"])
     taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
-    made = Compressed(
-        final, low, measured, scores, how, taught, history, coverage(low, where, inputs=inputs, latency=latency), store.settings, untaught
-    )
+    lines = coverage(low, where, inputs=inputs, latency=latency)
+    notes = [*told.notes, *([untaught] if untaught else [])]
+    made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes)
     store.finish(made)
     return made
 
 
-@dataclass(frozen=True)
-class _Cutter:
-    """Cuts a factorized network to the budget and scores it."""
+def _check(model: nn.Module, cut: str, distill: Any) -> None:
+    """Raise a SettingError for a model or a setting that is none of the allowed ones."""
+    if next(named_factors(model), None) is not None:
+        hint = "merge(model) makes it dense; to cut it as it is, allocate ranks and prune"
+        raise SettingError("compress", "model", got="one that is factorized already", rule="dense", hint=hint)
+    if cut not in get_args(Cut):
+        raise SettingError("compress", "cut", got=cut, rule=f"one of {', '.join(get_args(Cut))}")
+    if not (distill is None or distill == "auto" or isinstance(distill, Distillation)):
+        raise SettingError("compress", "distill", got=distill, rule="'auto', a Distillation, or None")
 
-    dense: nn.Module
+
+def _identity(
+    model: nn.Module,
+    low: nn.Module,
+    data: Any,
+    known: Sequence[Any],
+    inputs: Any,
+    loss: Any,
+    optimizer: Any,
+    latency: Any,
+    calibration: Any,
+) -> dict[str, Any]:
+    """Return what else changes the result."""
+    return {
+        "weights": identity.of_weights(model),
+        "data": identity.of_data(data, known),
+        "where": [f"{name} {factors.shape}" for name, factors in named_factors(low)],
+        "example_inputs": identity.digest(tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)),
+        "loss": getattr(loss, "__qualname__", repr(loss)),
+        "optimizer": identity.of_optimizer(optimizer, low),
+        "latency": identity.of_latency(latency, low),
+        "calibration": None if calibration is None else identity.digest([calibration.examples, *calibration.inputs.values()]),
+    }
+
+
+@dataclass
+class _Told:
+    """How the cut was made: the way, the stages that were not kept, and sentences."""
+
+    how: str = "squeezed"
+    dropped: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+Found = tuple[nn.Module, _Told, dict[str, dict[str, float]]]
+
+
+@dataclass
+class _Judge:
+    """Scores networks: each network on each data set once."""
+
+    model: nn.Module
     loss: Loss
-    budget: Budget
-    inputs: Any
     known: list[Any]
     judged: Iterable[Any]
-    importance: Importance | None
-    latency: Latencies | None
-    batch_dims: BatchDims | None = None
+    batch: int | None = None
+    on_known: dict[str, float] = field(default_factory=dict)
 
-    def score(self, network: nn.Module) -> dict[str, float]:
+    def __call__(self, network: nn.Module) -> dict[str, float]:
         return evaluate(network, self.judged, self.loss)
 
     @cached_property
-    def uncut(self) -> dict[str, float]:
+    def dense(self) -> dict[str, float]:
         """The scores of the dense network."""
-        return self.score(self.dense)
+        return self(self.model)
 
-    def far(self, cut: nn.Module) -> bool:
-        """Return whether a cut network knows that much less of the training examples than the dense one."""
-        return evaluate(cut, self.known, self.loss)["loss"] >= self._level
+    @cached_property
+    def dense_on_known(self) -> dict[str, float]:
+        """The scores of the dense network on the calibration set."""
+        return self.dense if self.judged is self.known else evaluate(self.model, self.known, self.loss)
+
+    def far(self, how: str, cut: nn.Module, scores: Mapping[str, Mapping[str, float]]) -> bool:
+        """Return whether the loss of a cut network on the calibration set is that much higher than the dense one's; by its way, once."""
+        if how not in self.on_known:
+            own = list(scores.values())[-1] if self.judged is self.known else evaluate(cut, self.known, self.loss)
+            self.on_known[how] = own["loss"]
+        return self.on_known[how] >= self._level
 
     @cached_property
     def _level(self) -> float:
-        """The loss on the examples from which on a network has far to go."""
-        ahead = evaluate(self.dense, self.known, self.loss)["loss"]
-        classifies = axis_of_classes(self.dense, self.known[0]) is not None
-        return min(AHEAD * ahead, ahead + NATS_AHEAD) if classifies else AHEAD * ahead
+        """The loss on the calibration set from which on the loss gap is large."""
+        dense = self.dense_on_known["loss"]
+        classifies = axis_of_classes(self.model, self.known[0]) is not None
+        return min(GAP * dense, dense + NATS_GAP) if classifies else GAP * dense
 
-    def cut(self, full: nn.Module, cut: Cut, trains: bool) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
-        """Return the network cut as asked, with that way's name and its scores by stage; left to itself the one that suits best."""
-        if cut != "auto":
-            return self._made(full, cut)
-        moments = self._moments(full)
-        kinds = ("plain", "whitened", "sensitive") if moments.outputs else ("plain", "whitened")  # weights may be too wide for gradients
-        made = [self._made(full, kind, moments) for kind in kinds]
+    def measured(self, final: nn.Module, inputs: Any) -> dict[str, Measurement]:
+        """Return what the dense and the final network cost and achieve, timed side by side."""
+        networks = {"dense": self.model, "final": final}
+        times = compare_latency(networks, inputs)
+        scores = {"dense": self.dense, "final": self(final)}
+        return {
+            name: replace(
+                measure(network, inputs, latency=False, batch_size=self.batch),
+                latency_s=times[name].median_s,
+                latency_iqr_s=times[name].iqr_s,
+                batch=times[name].batch,
+                threads=times[name].threads,
+                loss=scores[name]["loss"],
+                accuracy=scores[name].get("accuracy"),
+            )
+            for name, network in networks.items()
+        }
+
+
+def _scores_of(measured: Measurement) -> dict[str, float]:
+    return {name: value for name in ("loss", "accuracy") if (value := getattr(measured, name)) is not None}
+
+
+def _squeezed(
+    low: nn.Module, tuner: "_Tuner", cutter: "_Cutter", epochs: int, penalties: Sequence[Penalty], scores: dict[str, Any], told: _Told
+) -> History:
+    """Train toward the budget, cut, and renew BatchNorm statistics where that is better; all in place."""
+    tuner.start(low)
+    judge, prices = cutter.judge, cutter.prices
+    toward = Squeeze(cutter.budget, end=1.0, importance=cutter.importance, latency=prices.latency, cut=False, prices=prices)
+    history = tuner.run(low, epochs, [Orthogonality(), *penalties], "squeeze", toward)
+    recalibrate(low, judge.known)  # at a high learning rate the running statistics are behind
+    scores["squeezed"] = judge(low)
+    prune_(low, allocate(low, cutter.budget, cutter.inputs, importance=cutter.importance, prices=prices), tuner.optimizer)
+    scores["cut"] = judge(low)
+    if has_norms(low):
+        found, kept = renew_statistics(low, judge.known, judge, scores["cut"])
+        (scores if kept else told.dropped)["recalibrated"] = dict(found)
+    return history
+
+
+@dataclass
+class _Cutter:
+    """Cuts a factorized network to the budget in place, in the way that suits best."""
+
+    judge: _Judge
+    budget: Budget
+    inputs: Any
+    importance: Importance | None
+    prices: Ladder
+    calibration: Calibration | None
+    batch_dims: BatchDims | None = None
+
+    def cut(self, low: nn.Module, cut: Cut, trains: bool) -> Found:
+        """Cut the network as asked, or in the way that suits best; return it, how, and its scores by stage."""
+        calibration = self.calibration
+        if calibration is None and (cut == "auto" or WAYS[cut].needs != "none"):
+            calibration = calibrate(low, self.judge.known, self.judge.loss, examples=None, batch_dims=self.batch_dims)
+        bench = Workbench(low, self.inputs, calibration, latency=self.prices.latency, prices=self.prices)
+        notes: list[str] = []
+        best = self._made(bench, cut) if cut != "auto" else self._best(bench, trains, notes)
+        bench.show(best)
+        orthonormalize_(low)
+        told = _Told(best.way, {stage: dict(found) for stage, found in best.dropped.items()}, notes)
+        return low, told, {stage: dict(found) for stage, found in best.scores.items()}
+
+    def _best(self, bench: Workbench, trains: bool, notes: list[str]) -> CutNetwork:
+        made = [self._made(bench, kind) for kind in ("plain", "whitened")]
+        try:
+            made.append(self._made(bench, "sensitive"))
+        except SettingError as error:
+            notes.append(f"not tried: sensitive ({error})")
         if not trains:
-            return min(made, key=lambda one: _rank(one[2]))
-        best = min(made, key=lambda one: _last(one[2])["loss"])
+            return min(made, key=_rank)
+        best = min(made, key=lambda one: one.last["loss"])
         if self.importance is None:
-            mixed = self._made(full, "mixed", moments)
-            if _last(mixed[2])["loss"] <= self._allowed(best[0], best[1], _last(best[2])["loss"]):
+            mixed = self._made(bench, "mixed")
+            bench.show(best)
+            if mixed.last["loss"] <= allowed_for_mixed(
+                best, self.judge.dense["loss"], self.judge.far(best.way, bench.network, best.scores)
+            ):
                 return mixed
         return best
 
-    def _allowed(self, cut: nn.Module, kind: str, loss: float) -> float:
-        """Return the largest loss from which mixed ranks may start in the place of the best start."""
-        dense = self.uncut["loss"]
-        if not self.far(cut):
-            return max(loss, dense + LEVEL * (loss - dense))
-        return loss if kind == "sensitive" else LEVEL * loss
-
-    def _moments(self, full: nn.Module) -> Calibration:
-        return calibrate(full, self.known, self.loss, examples=None, batch_dims=self.batch_dims)
-
-    def _made(self, full: nn.Module, kind: str, moments: Calibration | None = None) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
-        if kind != "plain" and moments is None:
-            moments = self._moments(full)
-        importance, metric = way_to_cut(kind, moments)
-        return self._stages(full, kind, self.importance or importance, metric)
-
-    def _stages(
-        self, full: nn.Module, kind: str, importance: Importance | None, metric: Calibration | None
-    ) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
-        """Cut, renew the statistics of BatchNorm, refit the factors; keep the refit only where its loss is lower."""
-        network = prune(full, allocate(full, self.budget, self.inputs, importance=importance, latency=self.latency), calibration=metric)
-        scores = {"cut": self.score(network)}
-        refitted = correct(network, self.dense, self.known, examples=None)
-        for candidate in (network, refitted):
-            recalibrate(candidate, self.known)
-        scores["recalibrated"], found = self.score(network), self.score(refitted)
-        if found["loss"] < scores["recalibrated"]["loss"]:
-            return refitted, kind, scores | {"corrected": found}
-        return network, kind, scores
+    def _made(self, bench: Workbench, kind: str) -> CutNetwork:
+        way = WAYS[kind]
+        if way.needs == "loss":
+            bench.distortions(way)  # refuses a loss without gradients, whoever chooses the ranks
+        return bench.cut_to(self.budget, way, self.judge, dense=self.judge.model, examples=self.judge.known, importance=self.importance)
 
 
-def _last(scores: dict[str, dict[str, float]]) -> dict[str, float]:
-    return list(scores.values())[-1]
-
-
-def _rank(scores: dict[str, dict[str, float]]) -> tuple[float, float]:
+def _rank(made: CutNetwork) -> tuple[float, float]:
     """Return what is smaller for a better network that is not trained any more: by accuracy where there is one, then by loss."""
-    last = _last(scores)
-    return -last.get("accuracy", 0.0), last["loss"]
+    return -made.last.get("accuracy", 0.0), made.last["loss"]
 
 
 @dataclass
@@ -424,24 +535,22 @@ class _Store:
         if path is None:
             return
         if path.exists() and (held := json.loads(path.read_text(encoding="utf-8"))) != settings:
-            other = ", ".join(sorted(name for name in settings if held.get(name) != settings[name]))
+            other = ", ".join(sorted(name for name in settings if name not in held or held[name] != settings[name]))
             raise FormatError(path.parent, f"holds a call with another {other}", hint="choose another folder, or delete this one")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(settings, indent=1))
 
-    def cut(
-        self, dense: nn.Module, work: Callable[[], tuple[nn.Module, str, dict[str, dict[str, float]]]]
-    ) -> tuple[nn.Module, str, dict[str, dict[str, float]]]:
+    def cut(self, dense: nn.Module, work: Callable[[], Found]) -> Found:
         """Return the cut network of an earlier, stopped call, or make it and keep it."""
         folder = self.path("cut")
         if folder is not None and (folder / CUT).exists():
             found = json.loads((folder / CUT).read_text(encoding="utf-8"))
-            return load(folder, dense), found["how"], found["scores"]
-        network, how, scores = work()
+            return load(folder, dense), _Told(found["how"], found["dropped"], found["notes"]), found["scores"]
+        network, told, scores = work()
         if folder is not None:
             save(network, folder)
-            write_text(folder / CUT, json.dumps({"how": how, "scores": scores}))
-        return network, how, scores
+            write_text(folder / CUT, json.dumps({**vars(told), "scores": scores}))
+        return network, told, scores
 
     def finish(self, made: Compressed) -> None:
         """Write the networks and the result."""

@@ -22,6 +22,8 @@ from torch import nn
 from spectrim.budget.allocate import allocate
 from spectrim.budget.budget import Budget
 from spectrim.budget.costs import spectra
+from spectrim.budget.cut_to import cut_to, has_norms, renew_statistics
+from spectrim.budget.ways import WAYS
 from spectrim.errors import FormatError, RecipeError
 from spectrim.files import make_folder, read_json, write_text
 from spectrim.layers import factor_name, kind_of, named_factors
@@ -33,7 +35,6 @@ from spectrim.pipeline.components import _made, _scheduler, make, make_loss, see
 from spectrim.pipeline.data import Data, Source, replayed
 from spectrim.pipeline.folders import MANIFEST, RECIPE, finish
 from spectrim.pipeline.recipe import Phase, Recipe, plain
-from spectrim.pipeline.ways import way_to_cut
 from spectrim.storage.save import load, save
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.correct import correct
@@ -248,21 +249,22 @@ class Run:
 
     def _cut(self, low: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         settings = self.recipe.prune
-        known = first_examples(self.fresh().train, settings.examples) if settings.correct or settings.cut != "plain" else []
-        moments = calibrate(low, known, self.loss, examples=None) if settings.cut != "plain" else None
-        importance, metric = way_to_cut(settings.cut, moments)
-        rule: Any = settings.ranks
+        way = WAYS[settings.cut]
+        known = first_examples(self.fresh().train, settings.examples) if settings.correct or way.needs != "none" else []
+        moments = calibrate(low, known, self.loss, examples=None) if way.needs != "none" else None
+        target: Any = settings.ranks if settings.budget is None else settings.budget
         if settings.rule is not None:
-            rule = make(settings.rule, "prune.rule")
-        elif settings.budget is not None:
-            rule = allocate(low, settings.budget, self.example, importance=importance)
-        cut = prune(low, rule, calibration=metric)
+            target = make(settings.rule, "prune.rule")
+        cut, told = cut_to(low, target, way, self.example, self._validate, calibration=moments)
+        numbers: dict[str, Any] = {"ranks": dict(told.ranks), "val_cut": dict(told.last)}
         if settings.correct:
             cut = correct(cut, low, known, examples=None)
-        numbers: dict[str, Any] = {"ranks": ranks(cut), "val_cut": self._validate(cut)}
-        if settings.recalibrate:
-            recalibrate(cut, self.fresh().train)
-            numbers["val"] = self._validate(cut)
+            numbers["val_cut"] = self._validate(cut)
+        if settings.recalibrate and has_norms(cut):
+            found, kept = renew_statistics(cut, self.fresh().train, self._validate, numbers["val_cut"])
+            numbers |= {"val": dict(found)} if kept else {"val": numbers["val_cut"], "val_not_kept": dict(found)}
+        elif settings.recalibrate:
+            numbers["val"] = numbers["val_cut"]
         return cut, numbers
 
     def _finetune(self, cut: nn.Module, dense: nn.Module, phase: Phase, folder: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -1,6 +1,5 @@
-"""Which teacher `compress` takes."""
+"""How `compress` distills."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,45 +11,47 @@ from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import call_model, evaluating, scores_of
 from spectrim.training.distillation import Distillation, Loss, hint_layers, outputs_of
 
-AHEAD, NATS_AHEAD = 2.0, 0.25
-"""From which on a cut network has far to go: its loss on training examples over the dense network's, or of a classifier above it.
+GAP, NATS_GAP = 2.0, 0.25
+"""A large loss gap: the loss of a cut network on the calibration set over the dense network's, or of a classifier above it.
 
-Then the dense network teaches; nearer to it labels alone do. Chosen by trials on ResNet-8, ResNet-20 and LeNet-5: a rule of few networks.
+With one, the dense network is distilled; with a smaller one the labels alone are learned. Chosen by trials on ResNet-8, ResNet-20 and
+LeNet-5: a rule of few networks.
 """
 
 
 TEACHING: dict[str, Any] = {"temperature": 2.0, "weight": 0.5, "features": 2.0, "until": 0.5}
-"""How the dense network teaches by default: by what it says, and in the first half of the steps by what its layers put out."""
+"""Distillation by default: logits throughout, intermediate features for the first half of training."""
 
 
-BY_HEART = 0.05
-"""Nats: below this loss on training examples a dense network knows them by heart."""
+MEMORIZED_LOSS = 0.05
+"""Nats: below this loss on the calibration set a dense network has memorized it."""
 
 
-RECITING: dict[str, Any] = {"temperature": 4.0, "weight": 0.7}
-"""How a dense network teaches that knows the training examples by heart: by what it says alone, softened more.
+MEMORIZED: dict[str, Any] = {"temperature": 4.0, "weight": 0.7}
+"""Distillation from a dense network that has memorized the training examples: logits only, at a higher temperature.
 
-A guess at why: what it says of them is hardly more than their labels, until softened, and what its layers put out is its memory of them.
+A guess at why: its logits hold hardly more than the labels, until softened, and its intermediate features are its memory of the examples.
 """
 
 
-def teacher_for(dense: nn.Module, examples: Sequence[tuple[Any, Any]], loss: Loss) -> Distillation | None:
+def teacher_for(dense: nn.Module, examples: Sequence[tuple[Any, Any]], loss: Loss, level: float | None = None) -> Distillation | None:
     """Return distillation from the dense network where outputs are scores of classes and targets are their numbers, else None.
 
     None, too, where outputs in training mode are of another form than in eval mode, for example ``(logits, auxiliary logits)``.
 
-    How it teaches is `TEACHING`, or `RECITING` where its loss on the examples is below `BY_HEART`.
+    Its settings are `TEACHING`, or `MEMORIZED` where the loss on the examples is below `MEMORIZED_LOSS`.
 
     Args:
-        dense: what teaches.
+        dense: the teacher; it is not copied.
         examples: batches ``(inputs, target)`` of the training data.
         loss: ``(output, target) -> scalar``, in nats.
+        level: the loss of the dense network on the examples, where it is known.
     """
     axis = axis_of_classes(dense, examples[0])
     if axis is None or _axis_of(scores_of(training_output(dense, examples[0][0])), examples[0][1]) != axis:
         return None
-    way = RECITING if evaluate(dense, examples, loss)["loss"] < BY_HEART else TEACHING
-    return Distillation(copy.deepcopy(dense), dim=axis, **way)
+    level = evaluate(dense, examples, loss)["loss"] if level is None else level
+    return Distillation(dense, dim=axis, **(MEMORIZED if level < MEMORIZED_LOSS else TEACHING))
 
 
 def axis_of_classes(network: nn.Module, batch: tuple[Any, Any]) -> int | None:
@@ -102,8 +103,8 @@ def training_output(network: nn.Module, inputs: Any) -> Any:
                 buffer.copy_(value)
 
 
-def showing(teacher: Distillation, low: nn.Module, batch: tuple[Any, Any]) -> Distillation:
-    """Return the teacher with those layers to show whose outputs can be seen in both networks, and are alike in shape.
+def with_hint_layers(teacher: Distillation, low: nn.Module, batch: tuple[Any, Any]) -> Distillation:
+    """Return the teacher with the layers whose outputs can be observed in both networks, and have the same shape.
 
     Args:
         teacher: with layers or none.

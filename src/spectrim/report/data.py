@@ -15,7 +15,7 @@ from spectrim.files import read_json
 from spectrim.metrics.measurement import Measurement
 
 CHOICES = 600_000
-"""Most numbers of harm in a page, about 3 MB; above it, ranks go in steps."""
+"""Most numbers of distortion in a page, about 3 MB; above it, ranks go in steps."""
 
 POINTS = 120
 """Most singular values drawn of one spectrum, and most epochs of one phase in the course of a layer."""
@@ -29,14 +29,14 @@ LABELS = {"final": "low-rank", "truncated": "truncated SVD", "continued": "dense
 
 
 def plan_data(plan: Plan) -> dict[str, Any]:
-    """Return a plan as compact plain data: harms of the ranks to choose from as base64 of 32-bit floats, costs as slopes.
+    """Return a plan as compact plain data: distortions of the ranks to choose from as base64 of 32-bit floats, costs as slopes.
 
     Ranks above the break-even cost what the dense weight costs and lose more, so of them only the highest is a choice.
 
     Args:
         plan: from `spectrim.plan`.
     """
-    step, methods = _step(plan), list(plan.weights[0].harms) if plan.weights else []
+    step, methods = _step(plan), list(plan.weights[0].distortions) if plan.weights else []
     return {
         "importance": plan.importance,
         "importances": methods,
@@ -53,7 +53,7 @@ def plan_data(plan: Plan) -> dict[str, Any]:
 def _step(plan: Plan) -> int:
     """Return the smallest power of two that keeps the page small."""
     step = 1
-    while sum(len(_choices(weight, step)) * len(weight.harms) for weight in plan.weights) > CHOICES:
+    while sum(len(_choices(weight, step)) * len(weight.distortions) for weight in plan.weights) > CHOICES:
         step *= 2
     return step
 
@@ -69,7 +69,7 @@ def _choices(weight: WeightPlan, step: int) -> list[int]:
 
 def _weight(weight: WeightPlan, methods: Sequence[str], step: int) -> dict[str, Any]:
     ranks = _choices(weight, step)
-    harms = {name: _packed(weight.harms[name][rank] for rank in ranks) for name in methods}
+    distortions = {name: _packed(weight.distortions[name][rank] for rank in ranks) for name in methods}
     return {
         "name": weight.name,
         "kind": weight.kind,
@@ -80,7 +80,7 @@ def _weight(weight: WeightPlan, methods: Sequence[str], step: int) -> dict[str, 
         "breakEven": weight.break_even,
         "bytes": weight.element_bytes,
         "ranks": _runs(ranks),
-        "harms": harms,
+        "distortions": distortions,
         "macs": _costs(weight.macs, ranks),
         "params": _costs(weight.params, ranks),
         "seconds": None if weight.seconds is None else _costs(weight.seconds, ranks),

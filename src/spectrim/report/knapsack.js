@@ -1,27 +1,27 @@
 "use strict";
-// The knapsack of spectrim.allocate: for each weight one choice, with the least harm in all, within a limit on the cost.
-// A price of cost (Lagrange) bounds the harm from below and leaves of each weight the few choices that a better solution can have; of these
-// every combination is looked at that no other beats in cost and harm (Nemhauser and Ullmann, 1969). As in the library the result is at most
-// 0.01 % above the least harm; where the combinations become too many, how far above it may be is returned.
+// The knapsack of spectrim.allocate: for each weight one choice, with the least distortion in all, within a limit on the cost.
+// A price of cost (Lagrange) bounds the distortion from below and leaves of each weight the few choices that a better solution can have; of these
+// every combination is looked at that no other beats in cost and distortion (Nemhauser and Ullmann, 1969). As in the library the result is at most
+// 0.01 % above the least distortion; where the combinations become too many, how far above it may be is returned.
 
 const GAP = 1e-4;
 const WORK = 4e5; // partial combinations kept at once, over all weights
 
-// Choices that cost less or harm less than every other: costs C ascending, harms H descending, places I in the lists given.
-function frontier(costs, harms) {
-  const order = costs.map((_, index) => index).sort((a, b) => costs[a] - costs[b] || harms[a] - harms[b]);
+// Choices that cost less or distortion less than every other: costs C ascending, distortions H descending, places I in the lists given.
+function frontier(costs, distortions) {
+  const order = costs.map((_, index) => index).sort((a, b) => costs[a] - costs[b] || distortions[a] - distortions[b]);
   const item = { C: [], H: [], I: [] };
   for (const index of order) {
-    if (item.H.length && harms[index] >= item.H[item.H.length - 1]) continue;
+    if (item.H.length && distortions[index] >= item.H[item.H.length - 1]) continue;
     item.C.push(costs[index]);
-    item.H.push(harms[index]);
+    item.H.push(distortions[index]);
     item.I.push(index);
   }
   item.hull = hull(item);
   return item;
 }
 
-// Places of the lower convex hull, and the harm saved for each unit of cost from the one before to each.
+// Places of the lower convex hull, and the distortion saved for each unit of cost from the one before to each.
 function hull({ C, H }) {
   const rate = (a, b) => (H[a] - H[b]) / (C[b] - C[a]);
   const places = [];
@@ -34,7 +34,7 @@ function hull({ C, H }) {
 
 const sum = (items, picks, table) => picks.reduce((total, pick, index) => total + items[index][table][pick], 0);
 
-// The choices that harm and price times cost together make smallest.
+// The choices that distortion and price times cost together make smallest.
 function picksAt(items, price) {
   return items.map(({ hull: { places, rates } }) => {
     let [low, high] = [0, places.length - 1];
@@ -62,7 +62,7 @@ function priced(items, limit) {
   return { picks, over, price, bound: sum(items, picks, "H") - price * (limit - sum(items, picks, "C")) };
 }
 
-// Spend what is left of the limit: first on the choices just below the price, then each time on the weight whose harm falls most.
+// Spend what is left of the limit: first on the choices just below the price, then each time on the weight whose distortion falls most.
 function fill(items, picks, over, limit) {
   const filled = [...picks];
   let left = limit - sum(items, filled, "C");
@@ -87,7 +87,7 @@ function fill(items, picks, over, limit) {
   }
 }
 
-// Look for a solution with less harm than `most`. A solution's harm is the bound, plus what each choice is off the best one at the price,
+// Look for a solution with less distortion than `most`. A solution's distortion is the bound, plus what each choice is off the best one at the price,
 // plus the price of what is left of the limit: so choices and combinations that are off by more than most - bound are out.
 function search(items, limit, price, bound, most, states) {
   const room = most - bound;
@@ -118,11 +118,11 @@ function search(items, limit, price, bound, most, states) {
     }
     made.sort((a, b) => a.cost - b.cost || a.off - b.off);
     kept = [];
-    let lowest = Infinity; // of harm, up to a constant
+    let lowest = Infinity; // of distortion, up to a constant
     for (const state of made) {
-      const harm = state.off - price * state.cost;
-      if (harm < lowest) {
-        lowest = harm;
+      const distortion = state.off - price * state.cost;
+      if (distortion < lowest) {
+        lowest = distortion;
         kept.push(state);
       }
     }
@@ -139,21 +139,21 @@ function search(items, limit, price, bound, most, states) {
   return { picks, complete };
 }
 
-// items: from `frontier`. Returns {picks: places in the lists given to it, harm, gap}, or null where nothing fits.
+// items: from `frontier`. Returns {picks: places in the lists given to it, distortion, gap}, or null where nothing fits.
 function knapsack(items, limit) {
-  const result = (picks, gap) => ({ picks: picks.map((place, index) => items[index].I[place]), harm: sum(items, picks, "H"), gap });
+  const result = (picks, gap) => ({ picks: picks.map((place, index) => items[index].I[place]), distortion: sum(items, picks, "H"), gap });
   const [first, last] = [items.map(() => 0), items.map(({ C }) => C.length - 1)];
   if (sum(items, first, "C") > limit) return null;
   if (sum(items, last, "C") <= limit) return result(last, 0);
   const { picks, over, price, bound } = priced(items, limit);
   let best = fill(items, picks, over, limit);
   for (const states of [WORK / 100, WORK].map((work) => Math.min(20000, Math.ceil(work / items.length)))) {
-    const harm = sum(items, best, "H");
-    if (harm - bound <= GAP * harm) return result(best, (harm - bound) / harm);
-    const found = search(items, limit, price, bound, harm * (1 - GAP), states);
+    const distortion = sum(items, best, "H");
+    if (distortion - bound <= GAP * distortion) return result(best, (distortion - bound) / distortion);
+    const found = search(items, limit, price, bound, distortion * (1 - GAP), states);
     if (found.picks) best = found.picks;
     if (found.complete) return result(best, found.picks ? 0 : GAP);
   }
-  const harm = sum(items, best, "H");
-  return result(best, (harm - bound) / harm);
+  const distortion = sum(items, best, "H");
+  return result(best, (distortion - bound) / distortion);
 }

@@ -148,10 +148,10 @@ function unpack(weight) {
     if (!packed) return ranks.map(() => 0);
     return packed[0] < 0 ? packed.slice(1) : ranks.map((rank, index) => (index + 1 < ranks.length ? packed[0] * rank : packed[1]));
   };
-  const harms = Object.fromEntries(Object.entries(weight.harms).map(([name, text]) => [name, floats(text)]));
+  const distortions = Object.fromEntries(Object.entries(weight.distortions).map(([name, text]) => [name, floats(text)]));
   const params = costs(weight.params);
   const bytes = params.map((count) => count * weight.bytes);
-  return { ...weight, ranks, harms, macs: costs(weight.macs), params, bytes, seconds: costs(weight.seconds) };
+  return { ...weight, ranks, distortions, macs: costs(weight.macs), params, bytes, seconds: costs(weight.seconds) };
 }
 
 const PLAN = DATA.plan && { ...DATA.plan, weights: DATA.plan.weights.map(unpack) };
@@ -172,7 +172,7 @@ function allocate(kind, fraction, importance, pins = {}) {
   const all = frontiers(kind, importance);
   const items = PLAN.weights.map((weight, index) => {
     const pin = pins[weight.name];
-    return pin === undefined ? all[index] : { ...frontier([weight[kind][pin]], [weight.harms[importance][pin]]), I: [pin] };
+    return pin === undefined ? all[index] : { ...frontier([weight[kind][pin]], [weight.distortions[importance][pin]]), I: [pin] };
   });
   const most = kind === "seconds" ? fraction * denseOf(kind) * (1 + 1e-12) : Math.floor(fraction * denseOf(kind) + 1e-9);
   return knapsack(items, most - fixedOf(kind));
@@ -182,7 +182,7 @@ const known = {};
 
 function frontiers(kind, importance) {
   const key = `${kind} ${importance}`;
-  if (!known[key]) known[key] = PLAN.weights.map((weight) => frontier(weight[kind], weight.harms[importance]));
+  if (!known[key]) known[key] = PLAN.weights.map((weight) => frontier(weight[kind], weight.distortions[importance]));
   return known[key];
 }
 
@@ -333,7 +333,7 @@ function explorer(parent) {
   for (const [key, title] of Object.entries(KINDS)) if (denseOf(key)) add(kind, "option", { value: key }, title);
   const slider = add(controls, "input", { type: "range", id: "budget", min: "0", max: "100", step: "0.1", "aria-label": "budget kept, percent of dense" });
   const shown = add(controls, "output", { id: "kept", for: "budget" });
-  const importance = add(add(controls, "label", {}, "Harm by "), "select", { id: "importance" });
+  const importance = add(add(controls, "label", {}, "Distortion by "), "select", { id: "importance" });
   PLAN.importances.forEach((name) => add(importance, "option", { value: name, selected: name === state.importance }, name));
   const line = add(panel, "div", { class: "totals", id: "totals", "aria-live": "polite" });
   const tools = add(parent, "div", { class: "controls" });
@@ -355,7 +355,7 @@ function explorer(parent) {
       add(entry, "b", {}, percent(found[kind] / denseOf(kind)));
       entry.append(` ${title} (${amount})`);
     }
-    if (result) add(line, "span", { class: "soft", "data-gap": result.gap }, result.gap <= GAP ? "the least harm there is, to 0.01 %" : `at most ${percent(result.gap, 2)} above the least harm there is`);
+    if (result) add(line, "span", { class: "soft", "data-gap": result.gap }, result.gap <= GAP ? "the least distortion there is, to 0.01 %" : `at most ${percent(result.gap, 2)} above the least distortion there is`);
     else add(line, "span", {}, "The pinned layers alone need more: this is the smallest network they allow.");
     rows.forEach((update, index) => update(state.picks[index]));
     text.value = yaml(state.picks);
@@ -449,7 +449,7 @@ function rankRow(body, weight) {
     form.textContent = rank > weight.breakEven ? "one dense layer" : "two layers";
     macs.textContent = `${brief(weight.macs[place])} (${percent(weight.macs[place] / weight.dense.macs || 0, 0)})`;
     params.textContent = `${brief(weight.params[place])} (${percent(weight.params[place] / weight.dense.params || 0, 0)})`;
-    energy.textContent = weight.harms.SpectralEnergy ? percent(1 - weight.harms.SpectralEnergy[place], 2) : "";
+    energy.textContent = weight.distortions.SpectralEnergy ? percent(1 - weight.distortions.SpectralEnergy[place], 2) : "";
     draw(rank);
   };
 }
@@ -505,14 +505,14 @@ function layerCharts(charts, index, [name, spectrum]) {
   if (ran) marks.push({ x: ran, label: `this run: ${ran}` });
   if (weight && weight.breakEven < weight.held) marks.push({ x: weight.breakEven, label: `break-even: ${weight.breakEven}` });
   chart(charts, { title: `Spectrum of ${name || "the model"}`, series: [{ name: "singular value", points: spectrum }], marks, log: true, x: "index" });
-  if (weight) harmChart(charts, weight, marks);
+  if (weight) distortionChart(charts, weight, marks);
   courseCharts(charts, name);
 }
 
-function harmChart(charts, weight, marks) {
-  const series = PLAN.importances.map((method) => ({ name: method, points: weight.ranks.map((rank, place) => [rank, weight.harms[method][place]]) }));
-  const share = series.map((one) => ({ ...one, points: one.points.map(([rank, harm]) => [rank, harm / (one.points[0][1] || 1)]) }));
-  chart(charts, { title: "Harm of keeping a rank, relative to the smallest rank", series: share, marks, log: true, x: "rank" });
+function distortionChart(charts, weight, marks) {
+  const series = PLAN.importances.map((method) => ({ name: method, points: weight.ranks.map((rank, place) => [rank, weight.distortions[method][place]]) }));
+  const share = series.map((one) => ({ ...one, points: one.points.map(([rank, distortion]) => [rank, distortion / (one.points[0][1] || 1)]) }));
+  chart(charts, { title: "Distortion of a rank, relative to the smallest rank", series: share, marks, log: true, x: "rank" });
 }
 
 function courseCharts(charts, name) {

@@ -53,7 +53,7 @@ class Calibration:
     """Second moments of what goes into each factorized weight, and of the loss's gradient of what comes out.
 
     Changing a weight by ``D`` changes its output for one example by ``tr(D A D^T)``, squared and summed over positions, with ``A`` its
-    `inputs`; it harms the loss by about ``1/2 tr(G D A D^T)`` with ``G`` its `outputs`. Both sides are those of the folded matrix, see
+    `inputs`; it raises the loss by about ``1/2 tr(G D A D^T)`` with ``G`` its `outputs`. Both sides are those of the folded matrix, see
     `linalg.to_matrix`: in the spatial scheme an input is a vertical patch, at every column that the second operation reads, and each
     horizontal offset is an output of its own; in the input scheme an input is one position, and each tap an output of
     its own. Tied weights and layers that run more than once add up; a packed projection of attention on a query, a key and a value that

@@ -21,6 +21,7 @@ from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.linalg.fold import leading
 from spectrim.metrics.inputs import evaluating
 from spectrim.surgery.calibrate import WIDE, WIDEST_INPUTS, Calibration, batches_of, check_examples, isolated
+from spectrim.surgery.decompositions import unit_rows
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.side_by_side import ALIVE, _Both, _in_one_pass, _layer_by_layer, _Met, _order, _Unsteady, room
 
@@ -133,6 +134,37 @@ def correct(
     check_examples("correct", examples)
     cut, dense = unwrapped(cut), unwrapped(dense)
     corrected = duplicate(cut)
+    changed = correct_(corrected, dense, data, calibration=calibration, examples=examples, progress=progress)
+    with torch.no_grad():
+        for factors in changed:
+            for parameter, value in zip((factors.U, factors.S, factors.Vh), linalg.svd_of_product(*_parts(factors)), strict=True):
+                parameter.copy_(value.reshape(parameter.shape))
+    return corrected
+
+
+def correct_(
+    corrected: nn.Module,
+    dense: nn.Module,
+    data: Iterable[Any],
+    *,
+    calibration: Calibration | None = None,
+    examples: int | None = 1024,
+    progress: bool = False,
+) -> list[Factors]:
+    """Refit a cut network in place, otherwise as `correct`; rows of ``Vh`` have length one and need not be orthogonal then.
+
+    Args:
+        corrected: factorized, at its final ranks.
+        dense: as for `correct`.
+        data: as for `correct`.
+        calibration: as for `correct`.
+        examples: as for `correct`.
+        progress: as for `correct`.
+
+    Returns:
+        The factors that were changed.
+    """
+    check_examples("correct", examples)
     batches = [inputs for inputs, _ in batches_of(data, corrected, examples, targets=False, progress=False, title="correct")]
     if not batches:
         hint = "a generator can be read only once: give a list or a DataLoader"
@@ -141,7 +173,8 @@ def correct(
     layers = {name: layer for name, layer in named_layers(corrected) if isinstance(layer, OneWeight) and name not in left_out}
     originals = _originals(dense, layers)
     both = _Both(dense, corrected, originals, layers, batches)
-    console = Console(stderr=True)
+    console, changed = Console(stderr=True), list[Factors]()
+    before = [(p, p.detach().clone()) for layer in layers.values() for p in layer.parameters()]
     with isolated(corrected), evaluating(corrected), evaluating(dense):
         order, size = _order(corrected, layers, batches[0])
 
@@ -155,17 +188,21 @@ def correct(
                 moments = _moments(layer, met, dense.shape[:-1].numel(), most)
                 if not (torch.isfinite(moments.own).all() and torch.isfinite(moments.cross).all()):
                     raise LayerError(name, "its inputs are not finite", hint="look for NaN or overflow in the data or either model")
-                _refit(layer, original, dense, moments, left)
+                if _refit(layer, original, dense, moments, left):
+                    changed.append(layer.factors_of("weight"))
 
         if max(order.values(), default=1) == 1 and ALIVE * size * len(batches) <= room(next(corrected.parameters()).device):
             try:
                 with closing(_in_one_pass(both, order)) as meetings:
                     refit(meetings)
-                return corrected
+                return changed
             except _Unsteady:
-                corrected.load_state_dict(cut.state_dict())
+                changed.clear()
+                with torch.no_grad():
+                    for parameter, value in before:
+                        parameter.copy_(value)
         refit(_layer_by_layer(both, order))
-    return corrected
+    return changed
 
 
 def _originals(dense: nn.Module, layers: dict[str, OneWeight]) -> dict[str, nn.Module]:
@@ -235,8 +272,12 @@ def _folded(layer: Any, original: Any) -> Tensor:
     return matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
 
 
-def _refit(layer: Any, original: Any, dense: Tensor, moments: _Moments, left: Tensor | None) -> None:
-    """Give one layer its best weight and bias, in place; ``dense`` is the original's weight, folded, ``(blocks, out, in)``."""
+def _refit(layer: Any, original: Any, dense: Tensor, moments: _Moments, left: Tensor | None) -> bool:
+    """Give one layer its best weight and bias, in place; ``dense`` is the original's weight, folded, ``(blocks, out, in)``.
+
+    Returns:
+        Whether the weight is another one.
+    """
     factors = layer.factors_of("weight")
     held = _composed(layer, *_parts(factors))
     wanted = dense @ moments.cross
@@ -260,6 +301,7 @@ def _refit(layer: Any, original: Any, dense: Tensor, moments: _Moments, left: Te
             weight = _composed(layer, *_parts(factors))
             shift = dense @ moments.dense_mean.unsqueeze(-1) - weight @ moments.own_mean.unsqueeze(-1)
             layer.bias.copy_(original.bias.detach().double() + shift.flatten())
+    return best is not None
 
 
 def _error(weight: Tensor, wanted: Tensor, own: Tensor, left: Tensor | None) -> float:
@@ -293,12 +335,17 @@ def _parts(factors: Factors) -> Parts:
 
 
 def _truncated(rank: int, target: Tensor, metric: Tensor, left: Tensor | None) -> Parts:
-    """Return the best approximation of `target` of that rank in the metrics of the inputs and, where given, the outputs."""
-    U, S, Vh = linalg.svd(target)
-    if rank == S.shape[-1]:
-        return U, S, Vh
-    X, values, Y = linalg.weighted_svd(U, S, Vh, left, metric)
-    return linalg.svd_of_product(X[..., :rank], torch.ones_like(values[..., :rank]), Y[..., :rank, :])
+    """Return the best approximation of `target` of that rank in the metrics of the inputs and, where given, the outputs.
+
+    Without a metric of the outputs it is the projection of `target` onto the leading eigenvectors of ``T metric T^T``.
+    """
+    if left is not None and rank < min(target.shape[-2:]):
+        X, _, Y = linalg.weighted_svd(*linalg.svd(target), left, metric)
+        return unit_rows(X[..., :rank], Y[..., :rank, :])
+    Q, R = torch.linalg.qr(target)  # of the smaller side
+    gram = R @ metric @ R.mT
+    basis = torch.linalg.eigh((gram + gram.mT) / 2).eigenvectors[..., -rank:]
+    return unit_rows(Q @ basis, basis.mT @ R)
 
 
 def _sizes(layer: Any) -> tuple[int, int, int, int]:
@@ -335,5 +382,5 @@ def _of_columns(layer: Any, wanted: Tensor, target: Tensor, moments: _Moments, m
         B = torch.einsum("grm,bc->gbrmc", Vh, eye).reshape(-1, width * rank, in_ * height * width)
         seen = moments.own @ B.mT
         left = left + _divided(wanted @ B.mT - left @ (B @ seen), B @ seen)
-        candidates.append(linalg.svd_of_product(left.reshape(-1, out * width, rank), torch.ones_like(S), Vh))
+        candidates.append(unit_rows(left.reshape(-1, out * width, rank), Vh))
     return candidates

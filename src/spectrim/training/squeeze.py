@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, SupportsIndex
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from spectrim.budget.allocate import allocate
 from spectrim.budget.budget import Budget
+from spectrim.budget.ladder import Ladder
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import whole
@@ -84,6 +85,7 @@ class Squeeze:
         importance: for `allocate`; its own default when omitted. It is asked at every update.
         latency: a `LatencyTable` of the model, for `allocate`.
         cut: False to leave the cut to a later `prune`: from `end` on the tails are then kept at `left`.
+        prices: the `ladder` of the model, so that it is not computed anew at every update; its ranks must not change before the cut.
 
     Raises:
         SettingError: for a value outside its range.
@@ -110,6 +112,7 @@ class Squeeze:
     importance: Importance | None = None
     latency: Latencies | None = None
     cut: bool = True
+    prices: Ladder | None = field(default=None, repr=False, compare=False)
     penalizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -185,7 +188,7 @@ class Squeeze:
         return part != part_before
 
     def _allocate(self, model: nn.Module, inputs: Any) -> dict[str, int]:
-        return allocate(model, self.budget, inputs, importance=self.importance, latency=self.latency)
+        return allocate(model, self.budget, inputs, importance=self.importance, latency=self.latency, prices=self.prices)
 
     def _steer(self, tail: SteeredTail, model: nn.Module, remaining: int, span: int) -> SteeredTail:
         """Move every goal on by one step and correct every strength.

@@ -1,4 +1,4 @@
-"""What each importance says a cut harms, against its formula, by hand, and against the loss itself."""
+"""What each importance says a cut distortions, against its formula, by hand, and against the loss itself."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import spectrim as sp
-from spectrim.budget.distortion.base import harms_of
+from spectrim.budget.distortion.base import distortions_of
 from spectrim.budget.distortion.compare import compare_importances
 from spectrim.budget.distortion.energy import SpectralEnergy, WhitenedEnergy
 from spectrim.budget.distortion.loss import LossSensitivity
@@ -63,7 +63,7 @@ def randomised(norm: Any) -> Any:
     return norm
 
 
-def harm_of(low: nn.Module, x: Any, name: str) -> Tensor:
+def distortion_of(low: nn.Module, x: Any, name: str) -> Tensor:
     return NormalizedEnergy(x)(low)[name]
 
 
@@ -99,7 +99,7 @@ def test_a_batchnorm_scales_the_rows_as_folding_it_would(kind: str, scheme: Any)
     else:
         weight = weight * scale.double().view([-1 if place == axis else 1 for place in range(weight.dim())])
     matrix = type(low[0]).fold(low[0], "weight", weight, low[0].scheme)
-    torch.testing.assert_close(harm_of(low, torch.randn(shape, dtype=torch.float64), "0"), relative(matrix), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(distortion_of(low, torch.randn(shape, dtype=torch.float64), "0"), relative(matrix), rtol=1e-9, atol=1e-12)
 
 
 def test_scaling_a_layer_in_front_of_its_batchnorm_changes_nothing() -> None:
@@ -112,7 +112,7 @@ def test_scaling_a_layer_in_front_of_its_batchnorm_changes_nothing() -> None:
         norm.running_var.mul_(factors.square())
     second = low_of(layer, norm)
     torch.testing.assert_close(first(x), second(x))
-    torch.testing.assert_close(harm_of(first, x, "0"), harm_of(second, x, "0"), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(distortion_of(first, x, "0"), distortion_of(second, x, "0"), rtol=1e-9, atol=1e-12)
     assert (SpectralEnergy()(first)["0"] - SpectralEnergy()(second)["0"]).abs().max() > 0.05
 
 
@@ -129,7 +129,10 @@ def test_what_stands_between_separates() -> None:
         torch.default_generator.manual_seed(0)
         low = low_of(nn.Linear(5, 6), between, norm)
         energy = SpectralEnergy()(low)["0"]
-        assert torch.equal(harm_of(low, x, "0"), energy) is apart or torch.allclose(harm_of(low, x, "0"), energy, rtol=1e-9) is apart
+        assert (
+            torch.equal(distortion_of(low, x, "0"), energy) is apart
+            or torch.allclose(distortion_of(low, x, "0"), energy, rtol=1e-9) is apart
+        )
     assert plain["0"].shape == (6,)
 
 
@@ -137,13 +140,13 @@ def test_layernorm_behind_and_in_front() -> None:
     behind = low_of(nn.Linear(5, 6), randomised(nn.LayerNorm(6)))
     x = torch.randn(4, 5, dtype=torch.float64)
     weight, gain = behind[0].weight.detach(), behind[1].weight.detach().double().abs()
-    torch.testing.assert_close(harm_of(behind, x, "0"), relative(gain.unsqueeze(-1) * weight), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(distortion_of(behind, x, "0"), relative(gain.unsqueeze(-1) * weight), rtol=1e-9, atol=1e-12)
     for norm in (nn.LayerNorm(5), nn.RMSNorm(5)):
         front = low_of(randomised(norm), nn.Linear(5, 6))
         weight, gain = front[1].weight.detach(), front[0].weight.detach().double().abs()
-        torch.testing.assert_close(harm_of(front, x, "1"), relative(weight * gain), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(distortion_of(front, x, "1"), relative(weight * gain), rtol=1e-9, atol=1e-12)
     bare = low_of(nn.Linear(5, 6), nn.LayerNorm(6, elementwise_affine=False))
-    torch.testing.assert_close(harm_of(bare, x, "0"), SpectralEnergy()(bare)["0"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(distortion_of(bare, x, "0"), SpectralEnergy()(bare)["0"], rtol=1e-9, atol=1e-12)
 
 
 class Permuted(nn.Module):
@@ -160,10 +163,10 @@ class Permuted(nn.Module):
 
 def test_a_permutation_does_not_hide_a_norm() -> None:
     low = sp.factorize(Permuted().double(), "channel", EVERYTHING)
-    harms, gain = NormalizedEnergy(torch.randn(2, 3, 7, 7, dtype=torch.float64))(low), low.norm.weight.detach().abs()
+    distortions, gain = NormalizedEnergy(torch.randn(2, 3, 7, 7, dtype=torch.float64))(low), low.norm.weight.detach().abs()
     expected = relative(gain.unsqueeze(-1) * low.conv.weight.detach().flatten(1))
-    torch.testing.assert_close(harms["conv"], expected, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(harms["up"], relative(low.up.weight.detach() * gain), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(distortions["conv"], expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(distortions["up"], relative(low.up.weight.detach() * gain), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["group", "instance", "batch"])
@@ -182,7 +185,7 @@ def test_norms_without_running_statistics_take_those_of_the_batch(kind: str) -> 
     }[kind]
     scale = low[1].weight.detach().double().abs() / (spread + low[1].eps).sqrt()
     expected = relative(scale.unsqueeze(-1) * low[0].weight.detach()[..., 0])
-    torch.testing.assert_close(harm_of(low, x, "0"), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(distortion_of(low, x, "0"), expected, rtol=1e-9, atol=1e-12)
 
 
 class PreNorm(nn.Module):
@@ -202,7 +205,7 @@ class PreNorm(nn.Module):
 
 def test_embeddings_attention_and_recurrence() -> None:
     low = sp.factorize(PreNorm().double(), where=EVERYTHING).eval()
-    harms = NormalizedEnergy(torch.randint(0, 9, (2, 4)))(low)
+    distortions = NormalizedEnergy(torch.randint(0, 9, (2, 4)))(low)
     first, second = (low.norms[place].weight.detach().abs() for place in (0, 1))
     expected = {
         "embed": low.embed.weight.detach() * first,
@@ -211,9 +214,9 @@ def test_embeddings_attention_and_recurrence() -> None:
         "lstm.weight_ih_l0": low.lstm.weight_ih_l0.detach() * second,
         "lstm.weight_hh_l0": low.lstm.weight_hh_l0.detach(),
     }
-    assert set(harms) == set(expected)
+    assert set(distortions) == set(expected)
     for name, matrix in expected.items():
-        torch.testing.assert_close(harms[name], relative(matrix), rtol=1e-9, atol=1e-12, msg=name)
+        torch.testing.assert_close(distortions[name], relative(matrix), rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_the_transposed_linear_layer_of_transformers() -> None:
@@ -221,7 +224,7 @@ def test_the_transposed_linear_layer_of_transformers() -> None:
     low = low_of(randomised(nn.LayerNorm(5)), transformers.Conv1D(7, 5), randomised(nn.LayerNorm(7)))
     assert isinstance(low[1], FactorizedConv1D)
     matrix = low[2].weight.detach().abs().unsqueeze(-1) * low[1].weight.detach().T * low[0].weight.detach().abs()
-    torch.testing.assert_close(harm_of(low, torch.randn(3, 5, dtype=torch.float64), "1"), relative(matrix), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(distortion_of(low, torch.randn(3, 5, dtype=torch.float64), "1"), relative(matrix), rtol=1e-9, atol=1e-12)
 
 
 class Twice(nn.Module):
@@ -241,14 +244,14 @@ def test_a_layer_that_runs_twice_takes_the_mean_of_the_squares() -> None:
     first, second = (norm.weight.detach() for norm in low.norms)
     scale = ((first.square() + second.square()) / 2).sqrt()
     expected = relative(scale.unsqueeze(-1) * low.layer.weight.detach())
-    torch.testing.assert_close(harm_of(low, torch.randn(2, 6, dtype=torch.float64), "layer"), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(distortion_of(low, torch.randn(2, 6, dtype=torch.float64), "layer"), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_branch_that_is_multiplied_by_zero_costs_nothing() -> None:
     layers = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
     nn.init.zeros_(layers[1].weight)
-    harms = NormalizedEnergy(torch.randn(3, 4, dtype=torch.float64))(low_of(*layers))
-    assert harms["0"].tolist() == [0.0] * 5
+    distortions = NormalizedEnergy(torch.randn(3, 4, dtype=torch.float64))(low_of(*layers))
+    assert distortions["0"].tolist() == [0.0] * 5
 
 
 # ---- with moments
@@ -258,18 +261,18 @@ def test_a_branch_that_is_multiplied_by_zero_costs_nothing() -> None:
 def test_whitened_energy_is_the_share_of_the_output_that_is_lost(groups: int) -> None:
     low, x = low_of(nn.Conv1d(4, 6, 1, groups=groups, bias=False)), torch.randn(40, 4, 3, dtype=torch.float64)
     calibration = calibrate(low, [x])
-    harms, out = WhitenedEnergy(calibration)(low)["0"], low(x).detach()
+    distortions, out = WhitenedEnergy(calibration)(low)["0"], low(x).detach()
     for rank in range(1, low[0].rank + 1):
         lost = sp.prune(low, {"0": rank}, calibration=calibration)(x) - out
-        torch.testing.assert_close(lost.square().sum() / out.square().sum(), harms[rank], rtol=1e-7, atol=1e-12)  # roots of A
+        torch.testing.assert_close(lost.square().sum() / out.square().sum(), distortions[rank], rtol=1e-7, atol=1e-12)  # roots of A
 
 
 def test_inputs_that_span_less_than_the_space() -> None:
     low = low_of(nn.Linear(6, 5, bias=False))
     calibration = Calibration({"0": positive_definite(6, rank=2)}, {}, {}, {}, 1)
-    harms = WhitenedEnergy(calibration)(low)["0"]
-    assert harms[1] > 1e-3
-    assert harms[2] < 1e-12, "two directions come in, two singular values are enough"
+    distortions = WhitenedEnergy(calibration)(low)["0"]
+    assert distortions[1] > 1e-3
+    assert distortions[2] < 1e-12, "two directions come in, two singular values are enough"
 
 
 def test_second_order_by_hand() -> None:
@@ -291,12 +294,12 @@ def test_second_order_is_the_loss_of_a_quadratic() -> None:
     low = low_of(nn.Linear(5, 4, bias=False))
     calibration = moments(low)
     A, G, W = calibration.inputs["0"], calibration.outputs["0"], low[0].weight.detach()
-    harms = LossSensitivity(calibration)(low)["0"]
+    distortions = LossSensitivity(calibration)(low)["0"]
     for rank in range(1, 4):
         D = sp.prune(low, {"0": rank}, calibration=calibration)[0].weight.detach() - W
-        torch.testing.assert_close(0.5 * torch.trace(G @ D @ A @ D.T), harms[rank], rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(0.5 * torch.trace(G @ D @ A @ D.T), distortions[rank], rtol=1e-8, atol=1e-12)
         other = sp.prune(low, {"0": rank})[0].weight.detach() - W
-        assert 0.5 * torch.trace(G @ other @ A @ other.T) >= harms[rank]
+        assert 0.5 * torch.trace(G @ other @ A @ other.T) >= distortions[rank]
 
 
 def test_first_order_of_blocks_cuts_each_at_the_common_rank() -> None:
@@ -313,9 +316,9 @@ def test_weights_without_moments_are_in_the_same_unit_as_the_others() -> None:
     energy = SpectralEnergy()(low)["1"]
     torch.testing.assert_close(WhitenedEnergy(calibration)(low)["1"], energy)
     for order in (1, 2):
-        harms = LossSensitivity(calibration, order)(low)
-        typical = (harms["0"][0] + harms["2"][0]) / 2
-        torch.testing.assert_close(harms["1"], typical * energy)
+        distortions = LossSensitivity(calibration, order)(low)
+        typical = (distortions["0"][0] + distortions["2"][0]) / 2
+        torch.testing.assert_close(distortions["1"], typical * energy)
 
 
 def test_calibrations_that_do_not_fit() -> None:
@@ -351,15 +354,15 @@ def classifier() -> tuple[nn.Module, list[Any]]:
 def test_measured_harms_are_what_the_cut_costs() -> None:
     low, data = classifier()
     loss = nn.CrossEntropyLoss()
-    harms = MeasuredLoss(data, loss, points=3)(low)
+    distortions = MeasuredLoss(data, loss, points=3)(low)
     base = sp.evaluate(low, data, loss)["loss"]
-    most = max(float(harm[0]) for harm in harms.values())
+    most = max(float(distortion[0]) for distortion in distortions.values())
     limits = {"0": 3, "2": 5, "4": 2}  # 72 / 18 = 4, 144 / 24 = 6, 36 / 15 = 2.4
     for name, limit in limits.items():
         for rank in (1, limit):
             later = [sp.evaluate(sp.prune(low, {name: r}), data, loss)["loss"] - base for r in {rank, limit}]
-            assert float(harms[name][rank]) == pytest.approx(max(0.0, *later), abs=2e-4 * most + 1e-6)  # the part that breaks ties
-        assert float(harms[name][0]) > 0.1
+            assert float(distortions[name][rank]) == pytest.approx(max(0.0, *later), abs=2e-4 * most + 1e-6)  # the part that breaks ties
+        assert float(distortions[name][0]) > 0.1
 
 
 class Counting:
@@ -383,7 +386,7 @@ def test_a_stopped_measurement_goes_on_where_it_was(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         MeasuredLoss(data, first, points=2, folder=tmp_path)(low)
     resumed = MeasuredLoss(data, second, points=2, folder=tmp_path)(low)
-    assert all(torch.equal(harm, resumed[name]) for name, harm in expected.items())
+    assert all(torch.equal(distortion, resumed[name]) for name, distortion in expected.items())
     assert second.calls == whole.calls - 8, "ten calls: the model itself and four cuts, on two batches each"
     MeasuredLoss(data, third, points=2, folder=tmp_path)(low)
     assert third.calls == 2
@@ -413,7 +416,7 @@ def test_a_damaged_file_is_measured_anew(tmp_path: Path) -> None:
     path.write_text('{"losses": {"0": [')
     with pytest.warns(UserWarning, match="damaged, its losses are measured anew"):
         again = MeasuredLoss(data, nn.CrossEntropyLoss(), points=1, folder=tmp_path)(low)
-    assert all(torch.equal(harm, again[name]) for name, harm in expected.items())
+    assert all(torch.equal(distortion, again[name]) for name, distortion in expected.items())
 
 
 def test_losses_that_are_not_finite() -> None:
@@ -423,8 +426,8 @@ def test_losses_that_are_not_finite() -> None:
         value = F.cross_entropy(output, target)
         return value if value < 0.5 else value * math.inf
 
-    harms = harms_of(low, MeasuredLoss(data, loss, points=2))
-    assert max(float(harm[0]) for harm in harms.values()) == pytest.approx(1e6, rel=1e-3)
+    distortions = distortions_of(low, MeasuredLoss(data, loss, points=2))
+    assert max(float(distortion[0]) for distortion in distortions.values()) == pytest.approx(1e6, rel=1e-3)
     with pytest.raises(SettingError, match="MeasuredLoss: loss must be finite for the model as it is, got nan"):
         MeasuredLoss(data, lambda output, target: output.sum() * math.nan)(low)
     with pytest.raises(SettingError, match="MeasuredLoss: points must be at least 1, got 0"):
@@ -443,41 +446,44 @@ def test_data_that_can_be_read_once_only() -> None:
 class Returns:
     """An importance that returns what it was given."""
 
-    def __init__(self, harms: Any) -> None:
-        self.harms = harms
+    def __init__(self, distortions: Any) -> None:
+        self.distortions = distortions
 
     def __call__(self, model: nn.Module, /) -> Any:
-        return self.harms
+        return self.distortions
 
 
 FULL = [3.0, 2.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(
-    ("harms", "message"),
+    ("distortions", "message"),
     [
-        ([FULL], r"Returns: what it returns must be a mapping from the names of named_factors to harms"),
+        ([FULL], r"Returns: what it returns must be a mapping from the names of named_factors to distortions"),
         ({"0": torch.tensor(FULL)}, "layer '1': Returns says nothing about it"),
-        ({"0": torch.tensor(FULL[1:])}, r"layer '0': Returns gives harms of shape \(3,\), not \(4,\); entry r is the harm of keeping r"),
-        ({"0": torch.tensor([3.0, math.nan, 1.0, 0.0])}, "layer '0': Returns gives harms that are not finite: nan at rank 1"),
-        ({"0": torch.tensor([3.0, 2.0, 1.0, -1.0])}, "layer '0': Returns gives harms below zero: -1 at rank 3"),
-        ({"0": torch.tensor([3.0, 1.0, 2.0, 0.0])}, "layer '0': Returns gives harms that rise with the rank: 2 at rank 2"),
+        (
+            {"0": torch.tensor(FULL[1:])},
+            r"layer '0': Returns gives distortions of shape \(3,\), not \(4,\); entry r is the distortion of keeping r",
+        ),
+        ({"0": torch.tensor([3.0, math.nan, 1.0, 0.0])}, "layer '0': Returns gives distortions that are not finite: nan at rank 1"),
+        ({"0": torch.tensor([3.0, 2.0, 1.0, -1.0])}, "layer '0': Returns gives distortions below zero: -1 at rank 3"),
+        ({"0": torch.tensor([3.0, 1.0, 2.0, 0.0])}, "layer '0': Returns gives distortions that rise with the rank: 2 at rank 2"),
     ],
     ids=["no-mapping", "missing", "short", "nan", "negative", "rising"],
 )
-def test_harms_that_are_none_are_refused(harms: Any, message: str) -> None:
+def test_harms_that_are_none_are_refused(distortions: Any, message: str) -> None:
     low = low_of(nn.Linear(3, 3), nn.Linear(3, 3))
     with pytest.raises((LayerError, SettingError), match=message):
-        harms_of(low, Returns(harms))
+        distortions_of(low, Returns(distortions))
     with pytest.raises((LayerError, SettingError), match=message):
-        sp.allocate(low, sp.Budget(macs=0.9), torch.zeros(1, 3, dtype=torch.float64), importance=Returns(harms))
+        sp.allocate(low, sp.Budget(macs=0.9), torch.zeros(1, 3, dtype=torch.float64), importance=Returns(distortions))
 
 
 def test_rounding_is_taken_out_and_lists_are_taken() -> None:
     low = low_of(nn.Linear(3, 3))
-    assert harms_of(low, Returns({"0": [3.0, 1.0, 1.0 + 1e-12, 0.0]}))["0"].tolist() == [3.0, 1.0, 1.0, 0.0]
+    assert distortions_of(low, Returns({"0": [3.0, 1.0, 1.0 + 1e-12, 0.0]}))["0"].tolist() == [3.0, 1.0, 1.0, 0.0]
     with pytest.raises(LayerError, match=r"call factorize\(model\) first"):
-        harms_of(nn.Linear(3, 3), SpectralEnergy())
+        distortions_of(nn.Linear(3, 3), SpectralEnergy())
 
 
 # ---- side by side

@@ -94,7 +94,7 @@ def test_a_diagonal_worked_by_hand() -> None:
     found = plan(nn.Sequential(layer), torch.ones(1, 4, dtype=torch.float64), budgets=[0.5])
     (weight,), (row,) = found.weights, found.budgets
     assert weight.spectrum == pytest.approx((4, 2, 1, 1))
-    assert weight.harms["SpectralEnergy"] == pytest.approx((1, 6 / 22, 2 / 22, 1 / 22, 0), rel=1e-6)
+    assert weight.distortions["SpectralEnergy"] == pytest.approx((1, 6 / 22, 2 / 22, 1 / 22, 0), rel=1e-6)
     assert weight.macs == (8, 16, 16, 16), "at rank 2 a pair costs what the dense layer costs"
     assert weight.break_even == 1
     assert row.ranks == {"0": 1}
@@ -107,8 +107,8 @@ def test_data_and_loss_add_importances_and_merits() -> None:
     targets = [target for _, target in data]
     bare = plan(dense, x, [x for x, _ in data], budgets=[0.5])
     full = plan(dense, x, data, F.cross_entropy, budgets=[0.5])
-    assert set(bare.weights[0].harms) == {"SpectralEnergy", "NormalizedEnergy", "WhitenedEnergy"}
-    assert set(full.weights[0].harms) == {"SpectralEnergy", "NormalizedEnergy", "WhitenedEnergy", "LossSensitivity"}
+    assert set(bare.weights[0].distortions) == {"SpectralEnergy", "NormalizedEnergy", "WhitenedEnergy"}
+    assert set(full.weights[0].distortions) == {"SpectralEnergy", "NormalizedEnergy", "WhitenedEnergy", "LossSensitivity"}
     assert bare.dense.loss is None
     with torch.no_grad():
         outputs = torch.cat([dense(x) for x, _ in data])
@@ -191,6 +191,8 @@ def test_every_layer_is_accounted_for() -> None:
 
 class Known:
     """A latency table with a second for each MAC of a pair and a tenth of that for dense weights, of which it knows one."""
+
+    dense_s = 40.0
 
     def limits(self, model: nn.Module) -> dict[tuple[int, str], int]:
         from spectrim.layers import named_layers

@@ -41,8 +41,8 @@ def unpacked(weight: Mapping[str, Any]) -> dict[str, Any]:
     for kind in ("macs", "params"):
         head, *tail = weight[kind]
         costs[kind] = tail if head < 0 else [*(head * rank for rank in ranks[:-1]), tail[0]]
-    harms = {name: np.frombuffer(base64.b64decode(text), "<f4").tolist() for name, text in weight["harms"].items()}
-    return {"ranks": ranks, "harms": harms, **costs}
+    distortions = {name: np.frombuffer(base64.b64decode(text), "<f4").tolist() for name, text in weight["distortions"].items()}
+    return {"ranks": ranks, "distortions": distortions, **costs}
 
 
 def test_the_compact_form_holds_the_costs_and_harms_of_every_choice(found: Plan) -> None:
@@ -53,12 +53,12 @@ def test_the_compact_form_holds_the_costs_and_harms_of_every_choice(found: Plan)
         assert got["ranks"] == [*range(1, min(weight.break_even, len(weight.macs) - 1) + 1), len(weight.macs)]
         assert got["macs"] == [weight.macs[rank - 1] for rank in got["ranks"]]
         assert got["params"] == [weight.params[rank - 1] for rank in got["ranks"]]
-        for name, harms in weight.harms.items():
-            assert got["harms"][name] == pytest.approx([harms[rank] for rank in got["ranks"]], rel=1e-6), "32-bit floats"
+        for name, distortions in weight.distortions.items():
+            assert got["distortions"][name] == pytest.approx([distortions[rank] for rank in got["ranks"]], rel=1e-6), "32-bit floats"
 
 
 def test_what_is_left_out_could_not_be_chosen(found: Plan) -> None:
-    """Ranks between the break-even and all cost as much as all, and harm no less."""
+    """Ranks between the break-even and all cost as much as all, and distortion no less."""
     for weight in found.weights:
         for rank in range(weight.break_even + 1, len(weight.macs)):
             assert weight.macs[rank - 1] == weight.macs[-1] == weight.dense_macs
@@ -78,13 +78,13 @@ def big(layers: int, size: int) -> Plan:
     for index in range(layers):
         spectrum = np.exp(-np.arange(size) * (1 + index % 7) / size * 3)
         tail = np.append(np.cumsum(spectrum[::-1] ** 2)[::-1], 0.0)
-        harms = {"SpectralEnergy": tuple((tail / tail[0]).tolist())}
+        distortions = {"SpectralEnergy": tuple((tail / tail[0]).tolist())}
         even = size // 2 - 1
         costs = tuple(2 * size * rank if rank <= even else size * size for rank in range(1, size + 1))
         name = f"blocks.{index}.linear"
         weights.append(
             WeightPlan(
-                *(name, "Linear", "channel", (size, size), 1, tuple(spectrum.tolist()), harms, tuple(map(float, costs)), costs, None),
+                *(name, "Linear", "channel", (size, size), 1, tuple(spectrum.tolist()), distortions, tuple(map(float, costs)), costs, None),
                 *(float(size * size), size * size, None, even, 4),
             )
         )

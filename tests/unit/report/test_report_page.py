@@ -32,7 +32,7 @@ SETTLED = "() => new Promise((done) => requestAnimationFrame(() => requestAnimat
 """The page solves in the next frame after an input."""
 
 PAIR = 1 + 2.5e-4
-"""Library and page each stop at 1e-4 above the least harm; the page's harms are 32-bit floats."""
+"""Library and page each stop at 1e-4 above the least distortion; the page's distortions are 32-bit floats."""
 
 
 def network() -> nn.Module:
@@ -121,7 +121,7 @@ def shown(page: Any) -> dict[str, float]:
 def test_slider_and_library_agree(opened: Any, file: Path, low: nn.Module, x: torch.Tensor, kind: str, importance: str) -> None:
     page = opened(file)
     method = SpectralEnergy() if importance == "SpectralEnergy" else NormalizedEnergy(x)
-    harms = method(low)
+    distortions = method(low)
     choose(page, "kind", kind)
     choose(page, "importance", importance)
     for percent in (80.0, 61.3, 45.0):
@@ -130,7 +130,7 @@ def test_slider_and_library_agree(opened: Any, file: Path, low: nn.Module, x: to
         budget = Budget(**{"size" if kind == "bytes" else kind: percent / 100})
         best = allocate(low, budget, x, importance=method)
         assert list(got) == list(best)
-        lost, least = (sum(float(harms[name][rank]) for name, rank in chosen.items()) for chosen in (got, best))
+        lost, least = (sum(float(distortions[name][rank]) for name, rank in chosen.items()) for chosen in (got, best))
         assert least / PAIR <= lost <= least * PAIR
         real = measure(sp.merge(sp.prune(low, got)), x, latency=False)
         assert totals == {"macs": real.macs, "params": real.params, "bytes": real.size_bytes}, "what is shown is the network"

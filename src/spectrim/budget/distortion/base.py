@@ -11,7 +11,7 @@ from spectrim.linalg.spectral import tail_energy
 from spectrim.protocols import Importance
 
 
-def harms_of(model: nn.Module, importance: Importance) -> dict[str, Tensor]:
+def distortions_of(model: nn.Module, importance: Importance) -> dict[str, Tensor]:
     """Call an importance and check what it returns.
 
     Args:
@@ -22,14 +22,14 @@ def harms_of(model: nn.Module, importance: Importance) -> dict[str, Tensor]:
         By the names of `named_factors`, in that order: float64 ``(rank + 1,)``; rounding that makes an entry rise is taken out.
 
     Raises:
-        LayerError: when nothing is factorized; when a weight has no harms, the wrong number of them, or some that are not finite, negative
-            or rise with the rank.
+        LayerError: when nothing is factorized; when a weight has no distortions, the wrong number of them, or some that are not finite,
+            negative or rise with the rank.
         SettingError: when the importance returns no mapping.
 
     Examples:
-        >>> from spectrim.surgery.factorize import factorize
         >>> from spectrim.budget.distortion.energy import SpectralEnergy
-        >>> {name: tuple(harm.shape) for name, harm in harms_of(factorize(nn.Linear(8, 6)), SpectralEnergy()).items()}
+        >>> from spectrim.surgery.factorize import factorize
+        >>> {name: tuple(distortion.shape) for name, distortion in distortions_of(factorize(nn.Linear(8, 6)), SpectralEnergy()).items()}
         {'': (7,)}
     """
     named = dict(named_factors(model))
@@ -38,25 +38,25 @@ def harms_of(model: nn.Module, importance: Importance) -> dict[str, Tensor]:
     owner = getattr(importance, "__name__", type(importance).__name__)
     found = importance(model)
     if not isinstance(found, Mapping):
-        raise SettingError(owner, "what it returns", got=type(found), rule="a mapping from the names of named_factors to harms")
-    harms = {}
+        raise SettingError(owner, "what it returns", got=type(found), rule="a mapping from the names of named_factors to distortions")
+    distortions = {}
     for name, factors in named.items():
         if name not in found:
             raise LayerError(name, f"{owner} says nothing about it", hint="an importance covers every name of named_factors(model)")
-        harm = torch.as_tensor(found[name]).detach().to("cpu", torch.float64)
-        if harm.shape != (factors.rank + 1,):
-            hint = "entry r is the harm of keeping r singular values, from none to all"
-            raise LayerError(name, f"{owner} gives harms of shape {tuple(harm.shape)}, not ({factors.rank + 1},)", hint=hint)
+        distortion = torch.as_tensor(found[name]).detach().to("cpu", torch.float64)
+        if distortion.shape != (factors.rank + 1,):
+            hint = "entry r is the distortion of keeping r singular values, from none to all"
+            raise LayerError(name, f"{owner} gives distortions of shape {tuple(distortion.shape)}, not ({factors.rank + 1},)", hint=hint)
         for problem, broken in (
-            ("that are not finite", ~torch.isfinite(harm)),
-            ("below zero", harm < 0),
-            ("that rise with the rank", torch.cat([torch.zeros(1, dtype=torch.bool), harm.diff() > 1e-9 * harm.abs().max()])),
+            ("that are not finite", ~torch.isfinite(distortion)),
+            ("below zero", distortion < 0),
+            ("that rise with the rank", torch.cat([torch.zeros(1, dtype=torch.bool), distortion.diff() > 1e-9 * distortion.abs().max()])),
         ):
             if broken.any():
                 rank = int(broken.nonzero()[0])
-                raise LayerError(name, f"{owner} gives harms {problem}: {float(harm[rank]):.6g} at rank {rank}")
-        harms[name] = harm.cummin(0).values
-    return harms
+                raise LayerError(name, f"{owner} gives distortions {problem}: {float(distortion[rank]):.6g} at rank {rank}")
+        distortions[name] = distortion.cummin(0).values
+    return distortions
 
 
 def _relative(singular_values: Tensor) -> Tensor:

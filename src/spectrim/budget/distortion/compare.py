@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from spectrim.budget.distortion.base import harms_of
+from spectrim.budget.distortion.base import distortions_of
 from spectrim.errors import RankError
 from spectrim.layers import named_factors
 from spectrim.metrics.table import markdown_table
@@ -19,12 +19,12 @@ from spectrim.surgery.ranks import check_names
 
 @dataclass(frozen=True)
 class ImportanceTable:
-    """Importances side by side: what each finds that a cut harms where, see `compare_importances`; prints as a table.
+    """Importances side by side: how each shares out the distortion of a cut, see `compare_importances`; prints as a table.
 
     Attributes:
         ranks: the cut: the rank of each weight.
-        shares: by importance and weight: the weight's part, in [0, 1], of all harm that the importance sees in the cut.
-        totals: by importance: all harm, in its own unit.
+        shares: by importance and weight: the weight's part, in [0, 1], of the cut's whole distortion.
+        totals: by importance: the cut's whole distortion, in its own unit.
         correlations: by importance and importance: Spearman's rank correlation of the shares, in [-1, 1]; NaN where one of them does not
             tell weights apart.
     """
@@ -48,25 +48,25 @@ class ImportanceTable:
         ]
         rows.append(["all, in its own unit", "", *(f"{self.totals[name]:.4g}" for name in names)])
         rows += [[f"rank correlation with {a}", "", *(_text(self.correlations[a][b]) for b in names)] for a in names]
-        return markdown_table(rows, ["share of the harm", "rank", *names])
+        return markdown_table(rows, ["share of the distortion", "rank", *names])
 
 
 def compare_importances(model: nn.Module, importances: Mapping[str, Importance], ranks: Mapping[str, int]) -> ImportanceTable:
-    """Say how importances, each in its own unit, share out the harm of one and the same cut over the weights.
+    """Say how importances, each in its own unit, share out the distortion of one and the same cut over the weights.
 
-    ``share_l = harm_l(r_l) / sum_m harm_m(r_m)``, and Spearman's rank correlation between importances over the weights.
+    ``share_l = distortion_l(r_l) / sum_m distortion_m(r_m)``, and Spearman's rank correlation between importances over the weights.
 
     Args:
         model: factorized.
         importances: by the name to show.
         ranks: a cut, as for `prune`: ``{name: rank}``, each in [1, present rank]; weights that it does not name keep their rank, and
-            hence do no harm.
+            hence have no distortion.
 
     Returns:
         The table.
 
     Raises:
-        LayerError: for a name that is not a factorized weight, and as `harms_of`.
+        LayerError: for a name that is not a factorized weight, and as `distortions_of`.
         RankError: for a rank outside its range.
 
     Examples:
@@ -86,9 +86,9 @@ def compare_importances(model: nn.Module, importances: Mapping[str, Importance],
             raise RankError(name, got=rank, out=out, in_=in_, held=held[name].rank)
     shares, totals = {}, {}
     for label, importance in importances.items():
-        harms = {name: float(harm[cut[name]]) for name, harm in harms_of(model, importance).items()}
-        totals[label] = sum(harms.values())
-        shares[label] = {name: harm / totals[label] if totals[label] else 0.0 for name, harm in harms.items()}
+        distortions = {name: float(distortion[cut[name]]) for name, distortion in distortions_of(model, importance).items()}
+        totals[label] = sum(distortions.values())
+        shares[label] = {name: distortion / totals[label] if totals[label] else 0.0 for name, distortion in distortions.items()}
     columns = {label: np.array(list(row.values())) for label, row in shares.items()}
     correlations = {a: {b: _correlation(columns[a], columns[b]) for b in columns} for a in columns}
     return ImportanceTable(cut, shares, totals, correlations)

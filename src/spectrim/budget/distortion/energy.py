@@ -4,16 +4,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from spectrim.budget.costs import spectra
 from spectrim.budget.distortion.base import _relative
-from spectrim.layers import named_factors
-from spectrim.linalg.spectral import pooled_spectrum, weighted_spectrum
 from spectrim.surgery.calibrate import Calibration
+from spectrim.surgery.decompositions import Decompositions
 
 
 @dataclass(frozen=True)
 class SpectralEnergy:
-    """The energy that a cut discards, as a fraction of the weight's: ``harm(r) = sum_{k>r} s_k^2 / sum_k s_k^2``.
+    """The energy that a cut discards, as a fraction of the weight's: ``distortion(r) = sum_{k>r} s_k^2 / sum_k s_k^2``.
 
     Looks at the weights alone; free, and blind to what comes in, to the normalisation behind a layer, and to the loss.
 
@@ -22,19 +20,19 @@ class SpectralEnergy:
         >>> from spectrim.surgery.factorize import factorize
         >>> layer = nn.Linear(2, 2, bias=False)
         >>> _ = layer.weight.data.copy_(torch.diag(torch.tensor([2.0, 1.0])))
-        >>> [round(harm, 6) for harm in SpectralEnergy()(factorize(layer))[""].tolist()]
+        >>> [round(distortion, 6) for distortion in SpectralEnergy()(factorize(layer))[""].tolist()]
         [1.0, 0.2, 0.0]
 
     Source: Idelbayev and Carreira-Perpinan, "Low-rank compression of neural nets: learning the rank of each layer", CVPR 2020.
     """
 
     def __call__(self, model: nn.Module, /) -> dict[str, Tensor]:
-        """Return the harms, in [0, 1].
+        """Return the distortions, in [0, 1].
 
         Args:
             model: factorized, at any rank.
         """
-        return {name: _relative(values).cpu() for name, values in spectra(model).items()}
+        return spectral_energy(Decompositions(model))
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +41,8 @@ class WhitenedEnergy:
 
     Where a bias takes up the mean (`Calibration.means`) it is the variance of the output that counts.
 
-    ``harm(r) = min_{rank(W_r) = r} tr((W - W_r) A (W - W_r)^T) / tr(W A W^T)``: the share of the output's energy that is lost when the
-    weight is cut as ``prune`` cuts it with a calibration made without a loss. Directions into which no input points cost nothing.
+    ``distortion(r) = min_{rank(W_r) = r} tr((W - W_r) A (W - W_r)^T) / tr(W A W^T)``: the share of the output's energy that is lost when
+    the weight is cut as ``prune`` cuts it with a calibration made without a loss. Directions into which no input points cost nothing.
 
     A weight that the calibration skipped has its plain `SpectralEnergy`: the same share for inputs that are alike in all directions.
 
@@ -61,14 +59,19 @@ class WhitenedEnergy:
     calibration: Calibration = field(repr=False)
 
     def __call__(self, model: nn.Module, /) -> dict[str, Tensor]:
-        """Return the harms, in [0, 1].
+        """Return the distortions, in [0, 1].
 
         Args:
             model: factorized.
         """
-        harms = SpectralEnergy()(model)
-        for name, factors in named_factors(model):
-            _, A = self.calibration.metrics(name, factors.shape)
-            if A is not None:
-                harms[name] = _relative(pooled_spectrum(weighted_spectrum(factors.U, factors.S, factors.Vh, right=A))).cpu()
-        return harms
+        return whitened_energy(Decompositions(model, self.calibration))
+
+
+def spectral_energy(decomposed: Decompositions) -> dict[str, Tensor]:
+    """Return the distortions of `SpectralEnergy` from decompositions that are at hand."""
+    return {name: _relative(decomposed.spectrum(name)).cpu() for name in decomposed.factors}
+
+
+def whitened_energy(decomposed: Decompositions) -> dict[str, Tensor]:
+    """Return the distortions of `WhitenedEnergy` from decompositions that are at hand, made with its calibration."""
+    return {name: _relative(decomposed.spectrum(name, "inputs")).cpu() for name in decomposed.factors}

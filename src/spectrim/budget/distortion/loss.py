@@ -1,31 +1,38 @@
 """Distortion as the loss that a cut adds to second order."""
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spectrim.budget.distortion.energy import SpectralEnergy
+from spectrim.budget.distortion.energy import spectral_energy
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
-from spectrim.linalg.spectral import pooled_spectrum, tail_energy, weighted_spectrum
+from spectrim.linalg.spectral import tail_energy
 from spectrim.surgery.calibrate import Calibration
+from spectrim.surgery.decompositions import Decompositions
+
+VANISHING = 8.0
+"""Gradients at a layer's outputs below so many roundings of these outputs, at every weight, are no gradients."""
 
 
 @dataclass(frozen=True, eq=False)
 class LossSensitivity:
     """The rise of the loss that a cut would cause, in units of the loss, from gradients and second moments.
 
-    ``order=2``: ``harm(r) = 1/2 min_{rank(W_r) = r} tr(G D A D^T)`` with ``D = W - W_r``, ``A`` the second moment of the inputs and ``G``
-    that of the loss's gradient at the outputs: the quadratic model of the loss about a trained network with Kronecker-factored curvature
-    (the Fisher matrix), for a weight cut as ``prune(..., calibration=...)`` cuts it. ``order=1``: ``harm(r) = sum_{k>r} |S_k dL/dS_k|``,
-    the linear model, each value by itself; small where training has converged, and the better guide where it has not.
+    ``order=2``: ``distortion(r) = 1/2 min_{rank(W_r) = r} tr(G D A D^T)`` with ``D = W - W_r``, ``A`` the second moment of the inputs and
+    ``G`` that of the loss's gradient at the outputs: the quadratic model of the loss about a trained network with Kronecker-factored
+    curvature (the Fisher matrix), for a weight cut as ``prune(..., calibration=...)`` cuts it. ``order=1``:
+    ``distortion(r) = sum_{k>r} |S_k dL/dS_k|``, the linear model, each value by itself; small where training has converged, and the better
+    guide where it has not.
 
-    Far from zero neither model is the loss: a harm says which weight loses more, not what will be lost. A weight that the calibration
-    skipped, or that no gradient reached, has its `SpectralEnergy` times the median, over the others, of the harm of losing all; so all
-    harms have one unit.
+    Far from zero neither model is the loss: a distortion says which weight loses more, not what will be lost. A weight that the calibration
+    skipped, or that no gradient reached, has its `SpectralEnergy` times the median, over the others, of the distortion of losing all; so
+    all distortions have one unit.
 
     Args:
         calibration: what `calibrate` measured on this model with a loss.
@@ -52,25 +59,17 @@ class LossSensitivity:
             raise SettingError("LossSensitivity", "calibration", got="one without gradients", rule="made with a loss", hint=hint)
 
     def __call__(self, model: nn.Module, /) -> dict[str, Tensor]:
-        """Return the harms, in units of the loss.
+        """Return the distortions, in units of the loss.
 
         Args:
             model: factorized.
         """
-        relative = SpectralEnergy()(model)
-        known = {}
-        for name, factors in named_factors(model):
-            harm = self._second(name, factors) if self.order == 2 else self._first(name, factors)
-            if harm is not None:
-                known[name] = harm.cpu()
-        typical = float(np.median([float(harm[0]) for harm in known.values()])) if known else 1.0
-        return {name: known.get(name, typical * relative[name]) for name in relative}
-
-    def _second(self, name: str, factors: Factors) -> Tensor | None:
-        G, A = self.calibration.metrics(name, factors.shape)
-        if G is None or A is None:
-            return None
-        return tail_energy(pooled_spectrum(weighted_spectrum(factors.U, factors.S, factors.Vh, G, A))) / 2
+        decomposed = Decompositions(model, self.calibration)
+        return (
+            loss_sensitivity(decomposed)
+            if self.order == 2
+            else _of_all(decomposed, {n: self._first(n, f) for n, f in named_factors(model)})
+        )
 
     def _first(self, name: str, factors: Factors) -> Tensor | None:
         self.calibration.metrics(name, factors.shape)  # that it is of this model
@@ -85,3 +84,38 @@ class LossSensitivity:
         rises = (slopes * S).abs().double().gather(-1, size.argsort(dim=-1)).cumsum(-1)  # of the least ones, the least first
         rises = rises.flatten(0, -2).sum(0) if S.dim() > 1 else rises
         return torch.cat([rises.new_zeros(1), rises]).flip(0)
+
+
+def loss_sensitivity(decomposed: Decompositions) -> dict[str, Tensor]:
+    """Return the distortions of `LossSensitivity` of order 2 from decompositions that are at hand, made with its calibration.
+
+    Raises:
+        SettingError: when the gradients are nothing but rounding.
+    """
+    names = [name for name in decomposed.factors if decomposed.has(name, "loss")]
+    _check_gradients(decomposed, names)
+    return _of_all(decomposed, {name: tail_energy(decomposed.spectrum(name, "loss")) / 2 for name in names})
+
+
+def _of_all(decomposed: Decompositions, found: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Give a weight without a distortion its spectral energy, in the unit of the others."""
+    known = {name: entry.cpu() for name, entry in found.items() if entry is not None}
+    typical = float(np.median([float(entry[0]) for entry in known.values()])) if known else 1.0
+    relative = spectral_energy(decomposed)
+    return {name: known.get(name, typical * relative[name]) for name in relative}
+
+
+def _check_gradients(decomposed: Decompositions, names: Sequence[str]) -> None:
+    """Raise a SettingError when no weight has gradients at its outputs that are more than rounding of these outputs."""
+    shares = []
+    for name in names:
+        factors, calibration = decomposed.factors[name], decomposed.calibration
+        assert calibration is not None
+        squares = float(calibration.outputs[name].diagonal(dim1=-2, dim2=-1).sum())
+        outputs = float(decomposed.spectrum(name, "inputs").square().sum())
+        rounding = torch.finfo(factors.dtype).eps
+        shares.append(math.sqrt(squares / outputs) / rounding if outputs > 0 else 0.0)
+    if shares and max(shares) < VANISHING:
+        got = f"gradients of at most {max(shares):.2g} times the rounding of the outputs"
+        hint = "targets that are the network's own outputs give none; use WhitenedEnergy(calibration)"
+        raise SettingError("LossSensitivity", "calibration", got=got, rule="made with a loss whose gradient does not vanish", hint=hint)

@@ -31,7 +31,7 @@ LARGEST_LOSS = 1e6
 
 
 TIE_BREAK = 1e-4
-"""Share of the largest harm that `MeasuredLoss` spreads by spectral energy, so that ranks which measure alike are not alike."""
+"""Share of the largest distortion that `MeasuredLoss` spreads by spectral energy, so that ranks which measure alike are not alike."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +39,9 @@ class MeasuredLoss:
     """The rise of the loss, measured: one weight at a time is cut to each of a few ranks, and the model is evaluated.
 
     The ranks lie evenly on a logarithmic scale from 1 to the weight's break-even rank; with them, none at all and the present rank. From
-    many to few, the harm at a rank is the largest rise so far, never below zero; between ranks it is interpolated monotonically (piecewise
-    cubic, Fritsch and Carlson). A ten-thousandth of the largest harm is spread by `SpectralEnergy`: it decides between ranks that the loss
-    does not tell apart. What weights do together is not seen. BatchNorm keeps its statistics; nothing is trained.
+    many to few, the distortion at a rank is the largest rise so far, never below zero; between ranks it is interpolated monotonically
+    (piecewise cubic, Fritsch and Carlson). A ten-thousandth of the largest distortion is spread by `SpectralEnergy`: it decides between
+    ranks that the loss does not tell apart. What weights do together is not seen. BatchNorm keeps its statistics; nothing is trained.
 
     Costs ``1 + weights * (points + 1)`` evaluations. With a `folder` every one is written down at once, so a run that was stopped goes on
     where it was, with the same result.
@@ -60,8 +60,8 @@ class MeasuredLoss:
     Examples:
         >>> from spectrim.surgery.factorize import factorize
         >>> low, x = factorize(nn.Linear(3, 3, bias=False)), torch.eye(3)
-        >>> harm = MeasuredLoss([(x, low(x).detach())], nn.MSELoss(reduction="mean"))(low)[""]
-        >>> harm.shape, bool((harm.diff() < 0).all()), float(harm[-1])
+        >>> distortion = MeasuredLoss([(x, low(x).detach())], nn.MSELoss(reduction="mean"))(low)[""]
+        >>> distortion.shape, bool((distortion.diff() < 0).all()), float(distortion[-1])
         (torch.Size([4]), True, 0.0)
 
     Source: the measurement is everyone's; ranks by it: Idelbayev and Carreira-Perpinan, CVPR 2020. Interpolation: Fritsch and Carlson, SIAM
@@ -79,7 +79,7 @@ class MeasuredLoss:
             raise SettingError("MeasuredLoss", "points", got=self.points, rule="at least 1")
 
     def __call__(self, model: nn.Module, /) -> dict[str, Tensor]:
-        """Return the harms, in units of the loss.
+        """Return the distortions, in units of the loss.
 
         Args:
             model: factorized; it is left untouched.
@@ -135,19 +135,19 @@ def _cut_to(factors: Factors, rank: int) -> Iterator[None]:
 
 
 def _interpolated(rises: Mapping[str, Mapping[int, float]], energies: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return harms at every rank from the rise of the loss at a few of them, energy deciding between those that measure alike."""
+    """Return distortions at every rank from the rise of the loss at a few of them, energy deciding between those that measure alike."""
     from scipy.interpolate import PchipInterpolator  # here, because it takes long to import and few commands need it
 
-    harms = {}
+    distortions = {}
     for name, rise in rises.items():
         full = len(energies[name]) - 1
         ranks = [*rise, full]
         highest = np.maximum.accumulate([0.0, *(max(0.0, rise[rank]) for rank in reversed(list(rise)))])[::-1]
         curve = PchipInterpolator(ranks, highest)(np.arange(full + 1))
         curve[-1] = 0.0  # up to the interpolation's rounding it is
-        harms[name] = torch.from_numpy(np.minimum.accumulate(np.maximum(curve, 0.0)))
-    most = max(float(harm[0]) for harm in harms.values())
-    return {name: harm + TIE_BREAK * most * energies[name] for name, harm in harms.items()}
+        distortions[name] = torch.from_numpy(np.minimum.accumulate(np.maximum(curve, 0.0)))
+    most = max(float(distortion[0]) for distortion in distortions.values())
+    return {name: distortion + TIE_BREAK * most * energies[name] for name, distortion in distortions.items()}
 
 
 def _fingerprint(model: nn.Module, base: float) -> str:

@@ -33,7 +33,7 @@ class NormalizedEnergy:
     - ``c = |gamma|`` of the norm whose output is the layer's input (pre-norm transformers).
 
     Which norm that is, is seen by running the model once: the norm reads the very numbers that the layer wrote, in the same memory and not
-    written to since (so a permutation between them does no harm, and an activation, in place or not, separates them). Where a layer runs
+    written to since (so a permutation between them changes nothing, and an activation, in place or not, separates them). Where a layer runs
     several times, squares are averaged over the norms found. Weights without a norm beside them, gates of recurrent layers and packed
     projections of different inputs have ``d = c = 1``. Norms are torch's own, and any class called ``...RMSNorm`` or ``...LayerNorm``
     with a one-dimensional ``weight``; one whose gain is ``1 + weight`` is taken for one with ``weight``.
@@ -46,7 +46,7 @@ class NormalizedEnergy:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2, eps=0.0)).eval()
         >>> _ = model[0].weight.data.copy_(torch.diag(torch.tensor([2.0, 1.0])))
         >>> _ = model[1].running_var.copy_(torch.tensor([4.0, 1.0]))
-        >>> [round(harm, 6) for harm in NormalizedEnergy(torch.ones(1, 2))(factorize(model))["0"].tolist()]
+        >>> [round(distortion, 6) for distortion in NormalizedEnergy(torch.ones(1, 2))(factorize(model))["0"].tolist()]
         [1.0, 0.5, 0.0]
 
     Source: ours; the factor is that of folding a BatchNorm into the layer before it (Jacob et al., arXiv 1712.05877, section 3.2).
@@ -55,19 +55,19 @@ class NormalizedEnergy:
     inputs: Any = field(repr=False)
 
     def __call__(self, model: nn.Module, /) -> dict[str, Tensor]:
-        """Return the harms, in [0, 1].
+        """Return the distortions, in [0, 1].
 
         Args:
             model: factorized; it runs once in eval mode.
         """
         rows, columns = _normalisations(model, self.inputs)
-        harms = {}
+        distortions = {}
         for name, factors in named_factors(model):
             U, S, Vh = (part.detach().double() for part in (factors.U, factors.S, factors.Vh))
             d, c = _averaged(rows[id(factors)], U[..., 0]), _averaged(columns[id(factors)], Vh[..., 0, :])
             values = svd_of_product(d.unsqueeze(-1) * U, S, Vh * c.unsqueeze(-2))[1]
-            harms[name] = _relative(pooled_spectrum(values)).cpu()
-        return harms
+            distortions[name] = _relative(pooled_spectrum(values)).cpu()
+        return distortions
 
 
 # What a normalisation reads and writes

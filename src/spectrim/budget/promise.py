@@ -1,0 +1,68 @@
+"""What a budget promises, checked: the merged network is counted on the true inputs, and computes what the cut one does."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget, BudgetError
+from spectrim.budget.ladder import Ladder
+from spectrim.budget.plan_table import Totals
+from spectrim.errors import SpectrimError
+from spectrim.metrics.macs import count_macs
+from spectrim.metrics.measurement import measure
+from spectrim.surgery.merge import merge
+
+
+def cut_totals(model: nn.Module, ranks: Mapping[str, int], prices: Ladder) -> Totals:
+    """Return what the merged network costs by its ladder."""
+    counts = {
+        name: unit.fixed + sum(unit.weights[weight][rank - 1] for weight, rank in ranks.items())
+        for name, unit in prices.units.items()
+        if name != "latency"
+    }
+    if "macs" not in counts:
+        raise prices.missing["macs"]
+    return Totals(round(counts["macs"]), round(counts["params"]), round(counts["size"]))
+
+
+def recounted(owner: str, budget: Budget, model: nn.Module, inputs: Any, prices: Ladder) -> Totals:
+    """Merge a cut network and count it; raise a BudgetError where it is over a limit.
+
+    Args:
+        owner: what an error names.
+        budget: that it was cut to.
+        model: cut.
+        inputs: one batch.
+        prices: the ladder of the network before the cut.
+    """
+    merged = merge(model, latency=prices.latency)
+    return counted(owner, budget, merged, count_macs(merged, inputs), prices)
+
+
+def counted(owner: str, budget: Budget, merged: nn.Module, macs: int | None, prices: Ladder) -> Totals:
+    """Return what a merged network costs by count; raise a BudgetError where it is over a limit.
+
+    Args:
+        owner: what an error names.
+        budget: that it was cut to.
+        merged: the network.
+        macs: its multiply-accumulates for one example, counted; None where they cannot be.
+        prices: the ladder of the network before the cut.
+    """
+    found = measure(merged, latency=False)
+    counts: dict[str, float | None] = {"macs": macs, "params": found.params, "size": found.size_bytes}
+    for name, value in budget.limits.items():
+        unit = (FRACTIONS | ABSOLUTE)[name]
+        count = counts.get(unit)
+        if count is None:
+            continue
+        most = value * prices.unit(unit).whole if name in FRACTIONS else value
+        if count > math.floor(most + 1e-9):
+            suspects = ", ".join(f"'{weight}'" for weight in list(prices.corrected)[:5]) or "no single layer"
+            problem = f"{name}={value:g} allows {most:,.0f}, and the merged network has {count:,}"
+            raise BudgetError(f"{problem}; {owner} found layers that cost more than two calls: {suspects}; leave them out with where=")
+    if macs is None:
+        raise SpectrimError(f"{owner}: the multiply-accumulates of the merged network cannot be counted")
+    return Totals(macs, found.params, found.size_bytes)

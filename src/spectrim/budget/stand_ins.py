@@ -1,0 +1,139 @@
+"""Copies of a network that cost almost no memory: what `merge` writes at a small rank or all dense, for counting."""
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from spectrim.forms.svd import Factors
+from spectrim.layers import factor_name, named_factors, named_layers
+from spectrim.protocols import Latencies
+from spectrim.surgery.coverage import break_evens
+from spectrim.surgery.merge import merge
+from spectrim.surgery.states import exchange_factors
+
+
+@dataclass(frozen=True)
+class Only:
+    """Stands for a latency table by which `merge` writes pairs for some weights alone, up to the ranks of another table.
+
+    Args:
+        names: of these weights, as in `coverage`.
+        latency: decides up to which rank they are pairs; multiply-accumulates without one.
+    """
+
+    names: Collection[str]
+    latency: Latencies | None = None
+
+    def limits(self, model: nn.Module) -> dict[tuple[int, str], int]:
+        """Return the largest rank of a pair for each weight: 0 for those that are not named."""
+        own = break_evens(model, self.latency)
+        keys = {
+            (id(layer), weight): factor_name(name, weight) for name, layer in named_layers(model) for weight, _ in layer.named_factors()
+        }
+        return {key: limit if keys[key] in self.names else 0 for key, limit in own.items()}
+
+    def seconds(self, name: str, rank: int | None) -> float | None:
+        """Return None: nothing is timed."""
+        return None
+
+    def multiple(self, name: str) -> int:
+        """Return 1."""
+        return 1
+
+    def verdict(self, name: str, rank: int) -> str:
+        """Return what `merge` writes."""
+        return "merges to two layers" if name in self.names else "merges to one dense layer"
+
+
+@contextmanager
+def thin(model: nn.Module, rank: int, *, own: bool = False) -> Iterator[nn.Module]:
+    """Yield the network with at most the first `rank` columns and rows of each weight's factors.
+
+    Args:
+        model: factorized.
+        rank: at least 1.
+        own: whether the model may be changed inside and put back afterwards; a copy that shares its tensors is made otherwise.
+    """
+    held = dict(named_factors(model))
+    small = {name: _first(factors, rank) for name, factors in held.items()}
+    if not own:
+        yield _with(model, {id(held[name]): factors for name, factors in small.items()})
+        return
+    exchange_factors(model, small)
+    try:
+        yield model
+    finally:
+        exchange_factors(model, held)
+
+
+def _first(factors: Factors, rank: int) -> Factors:
+    parts = (factors.U[..., :rank], factors.S[..., :rank], factors.Vh[..., :rank, :])
+    return Factors(*parts, dtype=factors.dtype, requires_grad=False).train(factors.training)
+
+
+def dense(model: nn.Module) -> nn.Module:
+    """Return the network with ordinary layers, whose weights are zeros that take no memory, in the place of the factorized ones.
+
+    Args:
+        model: factorized.
+    """
+
+    def hollow(factors: Factors) -> Factors:
+        parts = (factors.U[..., :1], factors.S[..., :1], factors.Vh[..., :1, :])
+        return Factors(*(part.detach().to("meta") for part in parts), dtype=factors.dtype, requires_grad=False)
+
+    made = merge(_with(model, {id(f): hollow(f) for _, f in named_factors(model)}), latency=Only(()))
+    devices = {name: next(iter(layer.named_factors()))[1].U.device for name, layer in named_layers(model)}
+    zeros: dict[int, nn.Parameter] = {}
+    for name, device in devices.items():
+        layer = made.get_submodule(name)
+        for key, weight in list(layer.named_parameters(recurse=False)):
+            if weight.is_meta and device.type != "meta":
+                if id(weight) not in zeros:
+                    zero = torch.zeros((), dtype=weight.dtype, device=device).expand(weight.shape)
+                    zeros[id(weight)] = nn.Parameter(zero, requires_grad=False)
+                setattr(layer, key, zeros[id(weight)])
+    return made
+
+
+def _with(model: nn.Module, factors: Mapping[int, Factors]) -> nn.Module:
+    """Return a copy of the model that shares its tensors, with other factors in the place of those with these ids."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        memo |= {id(value): value for value in held if isinstance(value, Tensor)}
+    return copy.deepcopy(model, memo | dict(factors))
+
+
+@contextmanager
+def true_values(network: nn.Module, model: nn.Module) -> Iterator[None]:
+    """Inside, layers of `network` hand on what the model's layers of their names compute, so that it runs as the model does.
+
+    Args:
+        network: made of the model, at another rank or dense; its layers run all the same, and are counted.
+        model: factorized.
+    """
+    names = [name for name, layer in named_layers(model)]
+    names += [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention) and name not in names]
+
+    def replaced(real: nn.Module) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            with _disable_current_modes():
+                return real(*args, **kwargs)
+
+        return hook
+
+    places = dict(network.named_modules())
+    found = [(places[name], model.get_submodule(name)) for name in names if name in places]
+    handles = [place.register_forward_hook(replaced(real), with_kwargs=True) for place, real in found]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,138 @@
+"""`Decompositions`: every weight of a network decomposed once for each metric, for distortions and for cuts alike."""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.forms.svd import Factors
+from spectrim.layers import named_factors
+from spectrim.linalg.spectral import pooled_spectrum, svd_of_product, weighted_svd
+from spectrim.surgery.calibrate import Calibration
+from spectrim.surgery.side_by_side import room
+
+Metric = Literal["none", "inputs", "loss"]
+"""What counts in a cut: the weight itself, the layer's output on the calibration set, or the loss to second order."""
+
+Parts = tuple[Tensor, Tensor, Tensor]
+
+
+class Decompositions:
+    """Decompositions of the weights of one network in one state, computed when they are asked for, and kept where memory allows.
+
+    ``weight = X Y`` with the squared error of its first ``r`` columns and rows, in the metric, the sum of the squared `values` behind the
+    ``r``-th. Without a metric, ``X = U`` and ``Y = diag(S) Vh``.
+
+    Args:
+        model: factorized; it must not change while this is in use.
+        calibration: of this model; needed for the metrics ``inputs`` and ``loss``.
+        keep: whether to keep the vectors, too, and not the values alone.
+    """
+
+    def __init__(self, model: nn.Module, calibration: Calibration | None = None, *, keep: bool = False) -> None:
+        self.factors = dict(named_factors(model))
+        self.calibration, self.keep = calibration, keep and self._fits()
+        self._factors: dict[str, Parts] = {}
+        self._parts: dict[tuple[str, Metric], Parts] = {}
+        self._values: dict[tuple[str, Metric], Tensor] = {}
+
+    def spectrum(self, name: str, metric: Metric = "none") -> Tensor:
+        """Return the singular values of one weight in a metric, descending, blocks pooled, in float64.
+
+        Args:
+            name: as in `named_factors`.
+            metric: the plain values where the calibration has no such metric for this weight.
+        """
+        if (name, metric) not in self._values:
+            self._values[name, metric] = pooled_spectrum(self.parts(name, metric)[1])
+        return self._values[name, metric]
+
+    def has(self, name: str, metric: Metric) -> bool:
+        """Return whether the calibration has this metric for one weight."""
+        left, right = self._metrics(name, metric)
+        return right is not None and (metric != "loss" or left is not None)
+
+    def parts(self, name: str, metric: Metric = "none") -> Parts:
+        """Return ``X, values, Y`` of one weight in float64."""
+        left, right = self._metrics(name, metric)
+        metric = "none" if left is None and right is None else metric
+        key = (name, metric)
+        if key in self._parts:
+            return self._parts[key]
+        U, S, Vh = self._exact(name)
+        if metric == "none":
+            return U, S, S.unsqueeze(-1) * Vh
+        found = weighted_svd(U, S, Vh, left, right)
+        if self.keep:
+            self._parts[key] = found
+        return found
+
+    def cut(self, name: str, rank: int, metric: Metric = "none") -> Factors:
+        """Return the factors of one weight that are nearest in the metric; ``U`` is orthonormal, rows of ``Vh`` have length one.
+
+        Rows of ``Vh`` are orthogonal without a metric only: `orthonormal` makes them so, and ``S`` the singular values.
+
+        Args:
+            name: as in `named_factors`.
+            rank: in ``[1, rank held]``.
+            metric: what counts.
+        """
+        held, (left, right) = self.factors[name], self._metrics(name, metric)
+        if rank == held.rank or (left is None and right is None):
+            U, S, Vh = self._exact(name)
+            return like(held, U[..., :rank], S[..., :rank], Vh[..., :rank, :])
+        X, _, Y = self.parts(name, metric)
+        return like(held, *unit_rows(X[..., :rank], Y[..., :rank, :]))
+
+    def _exact(self, name: str) -> Parts:
+        """Return ``U, S, Vh`` of one weight, exact, in float64."""
+        if name in self._factors:
+            return self._factors[name]
+        f = self.factors[name]
+        found = svd_of_product(f.U.detach(), f.S.detach(), f.Vh.detach())
+        if self.keep:
+            self._factors[name] = found
+        return found
+
+    def _metrics(self, name: str, metric: Metric) -> tuple[Tensor | None, Tensor | None]:
+        if metric == "none" or self.calibration is None:
+            return None, None
+        left, right = self.calibration.metrics(name, self.factors[name].shape)
+        return (left if metric == "loss" else None), right
+
+    def _fits(self) -> bool:
+        """Whether all vectors in three metrics take no more than half of the memory that is free."""
+        bytes_ = sum(3 * 8 * (f.U.numel() + f.Vh.numel()) for f in self.factors.values())
+        return not self.factors or bytes_ <= room(next(iter(self.factors.values())).U.device)
+
+
+def unit_rows(X: Tensor, Y: Tensor) -> Parts:
+    """Return ``U, S, Vh`` of the product ``X Y``: orthonormal columns, and rows of length one; no decomposition but a QR.
+
+    Args:
+        X: ``(..., out, rank)``.
+        Y: ``(..., rank, in)``.
+    """
+    Q, R = torch.linalg.qr(X.double())
+    rows = R @ Y.double()
+    S = rows.norm(dim=-1)
+    return Q, S, rows / S.unsqueeze(-1).clamp_min(torch.finfo(S.dtype).tiny)
+
+
+def like(held: Factors, U: Tensor, S: Tensor, Vh: Tensor) -> Factors:
+    """Return factors with the dtype, training mode and `requires_grad` of others."""
+    made = Factors(U, S, Vh, dtype=held.dtype, requires_grad=held.S.requires_grad)
+    for new, old in zip(made.parameters(), held.parameters(), strict=True):
+        new.requires_grad_(old.requires_grad)
+    return made.train(held.training)
+
+
+def orthonormal(factors: Factors) -> Factors:
+    """Return factors of the same weight with orthonormal columns and rows, values descending."""
+    return like(factors, *svd_of_product(factors.U.detach(), factors.S.detach(), factors.Vh.detach()))
+
+
+def without_loss(calibration: Calibration) -> Calibration:
+    """Return the moments of the inputs alone."""
+    return replace(calibration, outputs={}, slopes={})

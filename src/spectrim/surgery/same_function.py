@@ -1,0 +1,167 @@
+"""`same_function`: whether two networks compute the same, and the first layer where they do not."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from spectrim.errors import LayerError
+from spectrim.metrics.inputs import _send, call_model
+
+ROUNDINGS = 2.0**14
+"""Tolerance in units of the precision: 0.002 of the largest output in float32. A wrong function is off by far more."""
+
+
+AMPLIFIED = 256.0
+"""Differences up to so many times what rounding of the inputs changes are rounding, too: BatchNorm on a batch can amplify that."""
+
+
+def same_function(
+    a: nn.Module, b: nn.Module, inputs: Any, *, names: tuple[str, str] = ("first", "second"), tolerance: float | None = None
+) -> None:
+    """Raise an error unless two networks compute the same on an example, in eval and in training mode.
+
+    In training mode both start from the same random state, without the dropout of modules; that mode is left out where `a` itself fails in
+    it (BatchNorm of a single example). BatchNorm statistics, training flags and torch's random generators are as before afterwards. Outputs
+    are compared tensor by tensor, by the largest difference over the largest magnitude.
+
+    Args:
+        a: a network.
+        b: another one, whose layers that correspond have the names of those of `a`.
+        inputs: one batch: a tensor, a tuple of arguments or a dict of keyword arguments.
+        names: what messages call the two networks.
+        tolerance: largest relative difference; when omitted 16,384 times the precision of the outputs, and more where rounding of the
+            inputs changes the outputs of `a` by as much.
+
+    Raises:
+        LayerError: for outputs that differ, with the first layer, in the order of calls, whose output does.
+
+    Examples:
+        >>> dense, x = nn.Sequential(nn.Linear(3, 2), nn.ReLU()), torch.ones(1, 3)
+        >>> same_function(dense, dense, x)
+        >>> same_function(dense, nn.Sequential(nn.Linear(3, 2), nn.Tanh()), x)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        spectrim.errors.LayerError: layer '0': its output in the second network differs from that in the first by ... in eval mode...
+    """
+    for training in (False, True):
+        try:
+            one = _run(a, inputs, training)
+        except Exception:  # whatever the model's own code raises without targets, or for a single example
+            if training:
+                return
+            raise
+        difference = _difference(one, _run(b, inputs, training))
+        allowed = tolerance or ROUNDINGS * max((torch.finfo(leaf.dtype).eps for leaf in one), default=0.0)
+        if difference <= allowed:
+            continue
+        own = _difference(one, _run(a, _rounded(inputs), training))  # above zero, too, for a network with a generator of its own
+        if tolerance is None and difference <= AMPLIFIED * own:
+            continue
+        raise _error(a, b, inputs, training, names, allowed, difference)
+
+
+def _error(a: nn.Module, b: nn.Module, inputs: Any, training: bool, names: tuple[str, str], allowed: float, whole: float) -> LayerError:
+    """Return the error that names the first layer whose output differs."""
+    layers: list[dict[str, list[Tensor]]] = [{}, {}]
+    for network, found in zip((a, b), layers, strict=True):
+        _run(network, inputs, training, found)
+    mode = "training" if training else "eval"
+    told = f", in {mode} mode; the output of the whole network by {whole:.3g}"
+    hint = "the model does more with this layer than call it, or asks for its class; leave it out with where="
+    modules = dict(b.named_modules())
+    for name, output in layers[0].items():
+        if name in modules and name not in layers[1]:
+            return LayerError(name, f"is called in the {names[0]} network and not in the {names[1]}{told}", hint=hint)
+        difference = _difference(output, layers[1][name]) if name in layers[1] else 0.0
+        if difference > allowed:
+            problem = f"its output in the {names[1]} network differs from that in the {names[0]} by {difference:.3g} of it{told}"
+            return LayerError(name, problem, hint=hint)
+    problem = f"what the {names[1]} network computes differs from the {names[0]} by {whole:.3g} of it, in {mode} mode"
+    return LayerError(type(a).__name__, problem, hint="no layer's own output differs: the model does something else with its layers")
+
+
+def _run(network: nn.Module, inputs: Any, training: bool, layers: dict[str, list[Tensor]] | None = None) -> list[Tensor]:
+    """Return the output tensors; with `layers`, note there those of every module, in the order in which they finish first."""
+
+    def keep(name: str, found: dict[str, list[Tensor]]) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found.setdefault(name, [leaf.clone() for leaf in _tensors(output)])
+
+        return hook
+
+    named = [] if layers is None else [(name, module, layers) for name, module in network.named_modules() if name]
+    handles = [module.register_forward_hook(keep(name, found)) for name, module, found in named]
+    try:
+        with _put_back(network), torch.no_grad():
+            network.train(training)
+            for module in network.modules():
+                for key in ("p", "dropout") if isinstance(module, nn.modules.dropout._DropoutNd) else ("dropout",):
+                    if isinstance(vars(module).get(key), float):
+                        setattr(module, key, 0.0)
+            return _tensors(call_model(network, _send(inputs, network)))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _put_back(network: nn.Module) -> Iterator[None]:
+    """Training flags, dropout, buffers and torch's random generators as they were, afterwards; a fixed random state inside."""
+    modules = list(network.modules())
+    settings = [(module, key, vars(module)[key]) for module in modules for key in ("training", "p", "dropout") if _is_setting(module, key)]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in network.buffers()]
+    devices = {tensor.device for tensor in network.parameters() if tensor.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(sorted(devices, key=str)):
+            torch.manual_seed(0)
+            yield
+    finally:
+        for module, key, value in settings:
+            setattr(module, key, value)
+        with torch.no_grad():
+            for buffer, before in buffers:
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+
+
+def _is_setting(module: nn.Module, key: str) -> bool:
+    return key == "training" or isinstance(vars(module).get(key), float)
+
+
+def _rounded(inputs: Any) -> Any:
+    """Return inputs that differ by about one rounding, in floating tensors."""
+
+    def change(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        with torch.random.fork_rng([]):
+            torch.manual_seed(1)
+            return x * (1 + torch.finfo(x.dtype).eps * (2 * torch.rand(x.shape).to(x) - 1))
+
+    return tree_map_only(Tensor, change, inputs)
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """Return the real tensors in whatever a model returns."""
+    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+    if len(leaves) == 1 and not isinstance(leaves[0], Tensor) and hasattr(leaves[0], "__dict__"):
+        leaves = tree_leaves(vars(leaves[0]))
+    return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point() and not leaf.is_nested]
+
+
+def _difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    """Return the largest difference of two outputs as a share of the largest magnitude; infinite for other shapes."""
+    if len(one) != len(other) or any(x.shape != y.shape for x, y in zip(one, other, strict=True)):
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(one, other, strict=True):
+        if not torch.equal(torch.isfinite(x), torch.isfinite(y)):
+            return float("inf")
+        first, second = (torch.nan_to_num(part.double(), 0.0, 0.0, 0.0) for part in (x, y))
+        if first.numel() and (gap := float((first - second).abs().max())):
+            scale = float(first.abs().max())
+            worst = max(worst, gap / scale if scale > 0 else float("inf"))
+    return worst

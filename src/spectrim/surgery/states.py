@@ -1,0 +1,108 @@
+"""A network cut in one way and another, without a copy of it for each: what a cut changes is exchanged and put back."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.forms.svd import Factors
+from spectrim.layers import factor_name, named_factors, named_layers
+from spectrim.surgery.calibrate import absorbing
+from spectrim.surgery.decompositions import Decompositions, Metric, like, orthonormal
+
+
+@dataclass(frozen=True)
+class State:
+    """What a cut, a refit and new BatchNorm statistics change.
+
+    Attributes:
+        factors: by the names of `named_factors`.
+        tensors: values of the biases of factorized layers, and of all buffers.
+    """
+
+    factors: Mapping[str, Factors]
+    tensors: Mapping[str, Tensor]
+
+
+def state_of(model: nn.Module) -> State:
+    """Return the present state; its factors are those that the model holds, not copies.
+
+    Args:
+        model: factorized.
+    """
+    return State(dict(named_factors(model)), {name: tensor.detach().clone() for name, tensor in _tensors(model).items()})
+
+
+@torch.no_grad()
+def put(model: nn.Module, state: State) -> None:
+    """Give a network the factors of a state, and the values of its tensors; in place.
+
+    Args:
+        model: that the state was taken of.
+        state: from `state_of`.
+    """
+    exchange_factors(model, state.factors)
+    for name, tensor in _tensors(model).items():
+        if not torch.equal(tensor, state.tensors[name]):  # what did not change keeps its version
+            tensor.copy_(state.tensors[name])
+
+
+def exchange_factors(model: nn.Module, new: Mapping[str, Factors]) -> None:
+    """Put other factors in the place of those that a network holds, wherever they are used; in place.
+
+    Args:
+        model: factorized.
+        new: by the names of `named_factors`.
+    """
+    replaced: dict[int, Factors | None] = {}
+    for layer_name, layer in list(named_layers(model)):
+        for weight, factors in layer.named_factors():
+            own = replaced.setdefault(id(factors), new.get(factor_name(layer_name, weight)))
+            if own is not None:
+                layer.factors[weight] = own
+
+
+@torch.no_grad()
+def cut_(model: nn.Module, ranks: Mapping[str, int], decomposed: Decompositions, metric: Metric = "none") -> None:
+    """Cut a network to ranks in place, as `prune` cuts a copy; biases take up the mean where the calibration took it out.
+
+    Args:
+        model: at the state that was decomposed.
+        ranks: by the names of `named_factors`.
+        decomposed: the decompositions of this state.
+        metric: what counts.
+    """
+    held = decomposed.factors
+    cut = {name: decomposed.cut(name, ranks[name], metric) for name in held}
+    means = {} if decomposed.calibration is None or metric == "none" else decomposed.calibration.means
+    for name, layer in absorbing(model).items() if means else ():
+        if name in means and cut[name].rank < held[name].rank:
+            mean = means[name].unsqueeze(-1)
+            before, now = ((f.U.double() * f.S.double().abs().unsqueeze(-2)) @ (f.Vh.double() @ mean) for f in (held[name], cut[name]))
+            bias = layer.bias
+            assert isinstance(bias, Tensor)
+            bias.add_((before - now).reshape(bias.shape).to(bias))
+    exchange_factors(model, cut)
+
+
+def copied(state: State) -> State:
+    """Return a state whose factors can be changed while those of the first stay."""
+    return State({name: like(f, f.U, f.S, f.Vh) for name, f in state.factors.items()}, state.tensors)
+
+
+def orthonormalize_(model: nn.Module) -> None:
+    """Give every weight orthonormal factors, values descending; the same function."""
+    exchange_factors(model, {name: orthonormal(factors) for name, factors in named_factors(model)})
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the biases of factorized layers and all buffers but those of factors, by name."""
+    found: dict[str, Tensor] = {
+        f"{name}:{key}": own for name, layer in named_layers(model) for key, own in layer._parameters.items() if own is not None
+    }
+    inside = {id(module) for _, factors in named_factors(model) for module in factors.modules()}
+    for name, module in model.named_modules():
+        if id(module) not in inside:
+            found |= {f"{name}:{key}": buffer for key, buffer in module._buffers.items() if buffer is not None}
+    return found
