@@ -161,7 +161,7 @@ def _time_first(layer: Any, x: Any) -> tuple[int, ...]:
 
 
 def _work(layer: FactorizedLayer, weight: str, shape: tuple[int, ...], rank: int | None) -> float:
-    return layer.work(layer, weight, layer.scheme, rank, shape)
+    return layer.written_work(weight, rank, shape)
 
 
 def _packed_projection(embed: int, query: Tensor, key: Tensor, value: Tensor) -> Work:
@@ -198,6 +198,8 @@ def _costs(factors: Factors, users: Sequence[_User], batch: int, latency: Latenc
             written = user.written(rank)
             if written is None:
                 parts["dense"] = out * in_
+            elif user.layer.interpolates(user.weight, written):
+                parts[user.name] = written * (out + in_ - written)
             elif isinstance(user.layer, OneWeight):
                 parts["left"] = written * out
                 parts["right, transposed" if isinstance(user.layer, FactorizedEmbedding) else "right"] = written * in_

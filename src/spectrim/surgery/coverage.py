@@ -90,7 +90,7 @@ def coverage(model: nn.Module, where: Where | None = None, *, inputs: Any = None
     check("coverage", optional=("inputs",), model=model, where=where, inputs=inputs, latency=latency)
     model = unwrapped(model)
     order = None if inputs is None or where is not None else call_order(model, inputs)
-    reasons, limits = decide(model, where, order=order), break_evens(model, latency)
+    reasons, limits = decide(model, where, order=order, references=True), break_evens(model, latency)
     lines: list[LayerCoverage] = []
     inside: set[int] = set()
     for name, module in model.named_modules():

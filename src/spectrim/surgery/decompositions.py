@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
-from spectrim.linalg.spectral import pooled_spectrum, svd_of_product, weighted_svd
+from spectrim.linalg.spectral import pooled_spectrum, weighted_svd
 from spectrim.surgery.calibrate import Calibration
 from spectrim.surgery.side_by_side import room
 
@@ -81,7 +81,7 @@ class Decompositions:
         held, (left, right) = self.factors[name], self._metrics(name, metric)
         if rank == held.rank or (left is None and right is None):
             U, S, Vh = self._exact(name)
-            return like(held, U[..., :rank], S[..., :rank], Vh[..., :rank, :])
+            return like(held, U[..., :rank], S[..., :rank], Vh[..., :rank, :], exact=True)
         X, _, Y = self.parts(name, metric)
         return like(held, *unit_rows(X[..., :rank], Y[..., :rank, :]))
 
@@ -90,7 +90,7 @@ class Decompositions:
         if name in self._factors:
             return self._factors[name]
         f = self.factors[name]
-        found = svd_of_product(f.U.detach(), f.S.detach(), f.Vh.detach())
+        found = f.svd()
         if self.keep:
             self._factors[name] = found
         return found
@@ -120,9 +120,9 @@ def unit_rows(X: Tensor, Y: Tensor) -> Parts:
     return Q, S, rows / S.unsqueeze(-1).clamp_min(torch.finfo(S.dtype).tiny)
 
 
-def like(held: Factors, U: Tensor, S: Tensor, Vh: Tensor) -> Factors:
-    """Return factors with the dtype, training mode and `requires_grad` of others."""
-    made = Factors(U, S, Vh, dtype=held.dtype, requires_grad=held.S.requires_grad)
+def like(held: Factors, U: Tensor, S: Tensor, Vh: Tensor, *, exact: bool = False) -> Factors:
+    """Return factors with the dtype, training mode and `requires_grad` of others; `exact` as for `Factors`."""
+    made = Factors(U, S, Vh, dtype=held.dtype, requires_grad=held.S.requires_grad, exact=exact)
     for new, old in zip(made.parameters(), held.parameters(), strict=True):
         new.requires_grad_(old.requires_grad)
     return made.train(held.training)
@@ -130,7 +130,7 @@ def like(held: Factors, U: Tensor, S: Tensor, Vh: Tensor) -> Factors:
 
 def orthonormal(factors: Factors) -> Factors:
     """Return factors of the same weight with orthonormal columns and rows, values descending."""
-    return like(factors, *svd_of_product(factors.U.detach(), factors.S.detach(), factors.Vh.detach()))
+    return like(factors, *factors.svd(), exact=True)
 
 
 def without_loss(calibration: Calibration) -> Calibration:

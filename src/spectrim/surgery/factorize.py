@@ -22,7 +22,7 @@ from spectrim.linalg.fold import Fold
 from spectrim.linalg.spectral import OVERSAMPLE
 from spectrim.plain.encoder import follow_layers
 from spectrim.protocols import Where
-from spectrim.surgery.exchange import copy_without
+from spectrim.surgery.exchange import HELD, copy_without
 from spectrim.surgery.head import call_order
 from spectrim.surgery.ranks import Ranks, check_names, chooser
 from spectrim.surgery.select import decide, layer_filter
@@ -168,6 +168,8 @@ def factorize(
     count = sum(len(kind.weights(modules[name])) for name in chosen if (kind := kind_of(modules[name])))
     with _ticker(progress, count) as tick:
         low = build(model, lambda name, module: pick_scheme(module, scheme) if name in chosen else None, of)
+    if next(named_layers(low), None) is None:
+        raise LayerError(type(model).__name__, "nothing to factorize", hint=f"of {len(chosen)} layers each: {HELD}")
     if isinstance(rank, Mapping):
         check_names(low, rank)
     set_writing(low, writing)

@@ -136,13 +136,16 @@ def kind_of_class(kind: type) -> bool:
     return any(kind in candidate.dense_kinds for candidate in KINDS)
 
 
-def decide(model: nn.Module, where: Where | None = None, *, order: Sequence[str] | None = None) -> dict[str, str | None]:
+def decide(
+    model: nn.Module, where: Where | None = None, *, order: Sequence[str] | None = None, references: bool = False
+) -> dict[str, str | None]:
     """Return for each parameterised layer, by its first name, None where it will be factorized, else the reason why not.
 
     Args:
         model: dense, or factorized in part (what is factorized already is left out).
         where: selects layers, see `layer_filter`; all but the classifier head when omitted.
         order: the layers in the order of their calls, see `call_order`: it says which one is the head.
+        references: whether to look for weights that something outside the layers holds, too; that copies the model's objects, no tensors.
     """
     head = head_of(model, order) if where is None else None
     where = layer_filter(where)
@@ -164,7 +167,7 @@ def decide(model: nn.Module, where: Where | None = None, *, order: Sequence[str]
         elif reason is None and where is not None and not where(name, module):
             reason = "not selected by where="
         reasons[name] = reason
-    for name in held_elsewhere(model, [name for name, reason in reasons.items() if reason is None]):
+    for name in held_elsewhere(model, [name for name, reason in reasons.items() if reason is None]) if references else ():
         reasons[name] = HELD
     settle_ties(model, reasons, holders)
     return reasons
