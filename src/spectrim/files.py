@@ -249,8 +249,8 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
 def printing_to_stderr(unless: bytes) -> Iterator[None]:
     """Send to standard error what compiled code prints to standard output inside, which stays for results.
 
-    HiGHS as scipy has it prints lines of its own now and then, whatever its options say. Nothing is sent anywhere else where the C library
-    cannot be told to write out what it holds (Windows), or where there is no standard output.
+    HiGHS in scipy prints lines now and then, whatever its options are. Nothing is redirected where the C library's buffers cannot be
+    flushed (Windows), or where there is no standard output.
 
     Args:
         unless: lines that begin so are dropped.

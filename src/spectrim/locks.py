@@ -158,7 +158,7 @@ def writing_to(path: Path) -> Iterator[None]:
         cause = error.strerror or str(error) or type(error).__name__
         problem = f"cannot be written: {cause}"
         raise WriteError(path, problem, hint=_HINTS.get(error.errno or 0, ""), errno=error.errno) from error
-    except Exception as error:  # torch and safetensors have errors of their own for a failed write
+    except Exception as error:  # torch and safetensors raise their own errors for a failed write
         if not (isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError") or not _WRITING.search(str(error)):
             raise
         problem = f"cannot be written: {str(error).splitlines()[0]}"

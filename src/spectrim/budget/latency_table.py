@@ -381,7 +381,7 @@ def _read(path: Path) -> dict[str, Timing]:
     try:
         return {key: _timing(entry) for key, entry in json.loads(path.read_text(encoding="utf-8"))["timings"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path}: damaged, its layers are timed anew ({error!r})", stacklevel=3)
+        warnings.warn(f"{path}: damaged, its layers are timed again ({error!r})", stacklevel=3)
         return {}
 
 

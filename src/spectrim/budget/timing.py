@@ -188,7 +188,7 @@ def _runner(module: nn.Module, x: Tensor, backend: Backend, threads: int) -> Cal
     def call(x: Tensor) -> Any:
         return module(x)
 
-    call.__code__ = call.__code__.replace()  # compiled programs are kept by code object: one of its own, or the eighth falls back to eager
+    call.__code__ = call.__code__.replace()  # compiled programs are cached by code object: a new one, or the eighth falls back to eager
     return partial(torch.compile(call, dynamic=False), x)
 
 

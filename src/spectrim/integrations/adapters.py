@@ -8,7 +8,7 @@ from spectrim.plain.chain import PlainPair
 def adapter_targets(model: nn.Module) -> list[str]:
     """Return the names of all linear layers that an adapter can go around: peft's ``target_modules`` for a merged network.
 
-    A merged layer is still an instance of its own class, so ``target_modules="all-linear"`` finds the pair *and* the two layers inside,
+    A merged layer is still an instance of its original class, so ``target_modules="all-linear"`` finds the pair *and* the two layers inside,
     and fails. These are the two layers, and the linear layers that stayed dense. The output embedding is left out there and here.
 
     Args:

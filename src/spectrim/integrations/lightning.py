@@ -31,7 +31,7 @@ from spectrim.training.history import mean_rank
 class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]
     """Penalties, courses and lessons for a Lightning ``Trainer``.
 
-    No callback of Lightning can add to the loss that ``training_step`` returned, and a backward pass of its own would miss loss scaling
+    No callback of Lightning can add to the loss that ``training_step`` returned, and a separate backward pass would miss loss scaling
     and break DDP. So the loss says it where one can see it: ``return loss + penalty(self)``. When the first optimizer step ends and
     `penalty` was never called, a `UserWarning` says that nothing is penalised. Likewise lessons, such as `Distillation`, see what they need
     where ``training_step`` calls `taught`.

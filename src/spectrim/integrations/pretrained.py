@@ -1,6 +1,6 @@
 """Low-rank models of `transformers` as folders: `save_pretrained`, `from_pretrained`, `push_to_hub`.
 
-The weights and the plan lie in a folder of their own within the folder, under `INSIDE`. Plain ``AutoModel.from_pretrained`` therefore finds
+The weights and the plan lie in a subfolder, `INSIDE`. Plain ``AutoModel.from_pretrained`` therefore finds
 no weights and says so: beside the config it would take them for damaged ones of the original, and fill what it misses with random numbers.
 """
 
@@ -202,7 +202,7 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _stored(model: nn.Module) -> Iterator[Tensor | Factors]:
-    """Yield everything that has a dtype of its own and is saved."""
+    """Yield every tensor with a dtype that is saved."""
     for module in model.modules():
         if isinstance(module, Factors):
             yield module

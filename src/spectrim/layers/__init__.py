@@ -74,7 +74,7 @@ def register(kind: type[FactorizedLayer], layer: nn.Module, *inputs: Any) -> Non
     """
     present = kind_of(layer)
     if present is not None and present is not kind:
-        hint = f"a {type(layer).__name__} needs a class and a forward of its own to be told apart"
+        hint = f"a {type(layer).__name__} needs a separate class with a separate forward, so that the kinds can be told apart"
         raise LayerError(kind.__name__, f"its example is of the kind {present.__name__} already", hint=hint)
     check_kind(kind, layer, inputs)
     if kind not in KINDS:

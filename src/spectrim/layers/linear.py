@@ -34,7 +34,7 @@ def linear_of(factors: Factors, bias: nn.Parameter | None) -> "FactorizedLinear"
 
 
 SAME_AS_LINEAR = ("FalconLinear",)
-"""Sub-classes of `torch.nn.Linear` in transformers with a forward of their own that computes the same."""
+"""Sub-classes of `torch.nn.Linear` in transformers with another forward that computes the same."""
 
 
 class FactorizedLinear(OneWeight, nn.Linear):

@@ -98,7 +98,7 @@ def interpolate(
 ) -> Interpolation:
     """Write ``U diag(S) Vh`` as rows or columns of the product and the coefficients of the others; exact at every rank.
 
-    Rows are chosen from an orthonormal basis of the columns of `U`, so that zeros in `S` and its signs do no harm; columns from one of
+    Rows are chosen from an orthonormal basis of the columns of `U`, so that zeros in `S` and its signs do not matter; columns from one of
     the rows of `Vh`.
 
     Args:

@@ -42,7 +42,7 @@ def spectrum(matrix: Float[Tensor, "*blocks out in_"]) -> Float[Tensor, "*blocks
 def randomized_svd(matrix: Float[Tensor, "*blocks out in_"], rank: int, *, passes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Leading singular triplets by subspace iteration on a random sketch of ``rank + 16`` columns; ``O(out in rank)``, in float32 at least.
 
-    The sketch is drawn from a generator of its own: the same for every call, on every device. Without passes the expected squared Frobenius
+    The sketch is drawn from a separate generator: the same for every call, on every device. Without passes the expected squared Frobenius
     error is at most ``2 + rank / 15`` times the optimal one; with four the error is within 1 % of it (measured to rank 128 on matrices of
     512 to 3072 rows and columns, Gaussian ones, whose flat spectrum is the hardest, and products of three).
 

@@ -63,7 +63,7 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
 
 
 def scores_of(output: Any) -> Any:
-    """Return the scores in what a model puts out: its ``logits``, an attribute or a key, as models of transformers have; else all of it.
+    """Return the scores in a model's output: its ``logits`` (an attribute or a key, as in models of transformers), else the whole output.
 
     Args:
         output: of a forward pass.

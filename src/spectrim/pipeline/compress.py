@@ -171,7 +171,7 @@ def compress(
 
     Args:
         model: dense and trained; it is left untouched.
-        data: the training split, batches ``(inputs, target)`` anew at each pass.
+        data: the training split, batches ``(inputs, target)``, iterable more than once.
         loss: ``(output, target) -> scalar``, a mean over examples.
         budget: what the whole network may keep: a `Budget`, a fraction of the multiply-accumulates, or a dict of `Budget`'s fields.
         epochs: passes over `data`, >= 0; 0 for calibration only.

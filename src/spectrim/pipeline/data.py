@@ -24,10 +24,10 @@ class Data(Protocol):
 
 
 class Source:
-    """What makes the data of a recipe, as they are before their first pass, any number of times.
+    """Makes the data of a recipe, as they are before their first pass, any number of times.
 
-    Data may count their passes, or hold generators of their own. In a run whose finished stages are skipped they would be behind; so every
-    stage, and every reading inside a stage, begins with fresh data. Lists, `Batches` and loaders of tensors are set back; anything else is
+    Data may count their passes, or hold their own generators. When finished stages are skipped, their state would differ; so
+    every stage, and every pass over data inside a stage, begins with fresh data. Lists, `Batches` and loaders of tensors are set back; anything else is
     made again by calling what the recipe names.
     """
 

@@ -36,7 +36,7 @@ class Teacher:
         weight: the teacher's share of the loss, in [0, 1].
         dim: the axis of the classes.
         mix: >= 0; above 0 batches are mixed with themselves.
-        features: >= 0; above 0 what the layers put out is learned from, too.
+        features: >= 0; above 0 layer outputs are distilled, too.
         until: in [0, 1]; the share of the steps in which it is.
         layers: their names; the factorized ones when omitted.
     """

@@ -22,9 +22,9 @@ IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordi
 
 
 class PlainPair(nn.Module):
-    """Two ordinary layers in the place of one, which also answer for it: ``weight`` is the dense weight, ``stride`` its stride.
+    """Two ordinary layers in the place of one, with its attributes: ``weight`` is the dense weight, ``stride`` its stride.
 
-    A merged layer is an instance of its own class and of this one. Models read such things of their layers without calling them. Reading
+    A merged layer is an instance of its original class and of this one. Models read such things of their layers without calling them. Reading
     dtype, device or shape of ``weight`` costs nothing; any other use of it multiplies the two weights, and gradients reach both. To change
     the weight, change the two layers.
 

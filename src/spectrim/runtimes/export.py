@@ -216,7 +216,7 @@ def _proved(format: Format, file: Path, reference: nn.Module, inputs: Any, batch
             found = run(given)
         except SettingError as error:
             raise ExportError(format, str(error)) from error
-        except Exception as error:  # each runtime has errors of its own
+        except Exception as error:  # each runtime has its own errors
             raise _refused(format, file, error, f"its own runtime fails at batch {count}") from error
         difference = compare_outputs(found, _outputs(format, reference, given))
         if not difference <= allowed:

@@ -77,7 +77,7 @@ def open_exported(path: str | Path, threads: int | None = None) -> Runner:
             return _READERS[format](path, threads)
     except ImportError:
         raise
-    except Exception as error:  # each runtime has errors of its own
+    except Exception as error:  # each runtime has its own errors
         raise FormatError(path, f"{TITLES[format]} cannot read it: {first_line(error)}") from error
 
 
@@ -182,7 +182,7 @@ def _write_executorch(program: ExportedProgram, file: Path, names: _Names, half:
     for entry in made.executorch_program.execution_plan[0].operators:
         operator = f"{entry.name}.{entry.overload}" if entry.overload else entry.name
         if operator not in kernels:
-            problem = "XNNPACK does not run it, and the runtime has no kernel of its own"
+            problem = "XNNPACK does not run it, and the runtime has no portable kernel for it"
             raise ExportError("executorch", problem, operator=operator, layer=_layer_with(graph, entry.name), hint=_OTHER)
     with file.open("wb") as stream:
         made.write_to_file(stream)

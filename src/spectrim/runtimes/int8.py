@@ -61,7 +61,7 @@ class Int8:
     """How a network becomes int8.
 
     Attributes:
-        method: ``static`` fixes the range of each activation on calibration data; ``dynamic`` takes it anew in each call, for linear
+        method: ``static`` fixes the range of each activation on calibration data; ``dynamic`` computes it in each call, for linear
             layers, LSTMs and embeddings only. ``auto`` is static for convolutional networks, and dynamic where nothing convolves or where
             recurrence or attention is in the graph.
         ranges: of activations, for ``static``: ``minmax`` takes all that was seen, ``percentile`` leaves out the rarest values, ``entropy``

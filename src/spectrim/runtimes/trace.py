@@ -20,7 +20,7 @@ from spectrim.runtimes.blame import _blame, _Place, _place_in, first_line
 from spectrim.runtimes.formats import Format, _Names
 from spectrim.runtimes.tensors import _arguments, _tensors
 
-# What goes into a file
+# The content of a file
 
 
 class _Flat(nn.Module):
@@ -77,7 +77,7 @@ def _outputs(format: Format, model: nn.Module, inputs: Any) -> list[Tensor]:
 
 
 def _trace(format: Format, network: nn.Module, inputs: Any, batch: int | None, limit: int | None) -> tuple[ExportedProgram, _Names]:
-    """Return the program of the network, and the names of what goes in and comes out.
+    """Return the program of the network, and the names of its inputs and outputs.
 
     Args:
         format: `torch.export` keeps the call as it is; for the others tensors go in and tensors come out.

@@ -47,7 +47,7 @@ def write(folder: Path, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     with locked(folder, wait=60.0):
         sweep(folder)
         check_room(folder, sum(tensor.nbytes for tensor in tensors.values()) + 3 * len(text))
-        with temporary_beside(weights, folder=True) as made:  # a folder, as safetensors renames a file of its own
+        with temporary_beside(weights, folder=True) as made:  # a folder, as safetensors renames its own temporary file
             with writing_to(weights):
                 save_file(dict(tensors), made / WEIGHTS, metadata={"format": "pt", "spectrim": text, "digest": _digest(text)})
             with writing_to(listing):

@@ -221,7 +221,7 @@ def _replayed(target: Any, description: list[dict[str, Any]]) -> nn.Module | Non
 
 
 def _tie(model: nn.Module, plan: Mapping[str, Any], state: Mapping[str, Tensor], made: list[nn.Module], path: Path) -> None:
-    """Tie what was tied when it was saved in the modules that were made anew; elsewhere the model must have the same ties itself."""
+    """Tie what was tied when it was saved in the modules that were rebuilt; elsewhere the model must have the same ties itself."""
     new = {id(parameter) for module in made for parameter in module.parameters()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for alias, kept in plan["aliases"].items():

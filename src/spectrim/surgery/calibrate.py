@@ -50,13 +50,13 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Second moments of what goes into each factorized weight, and of the loss's gradient of what comes out.
+    """Second moments of the inputs of each factorized weight, and of the loss gradient at its outputs.
 
     Changing a weight by ``D`` changes its output for one example by ``tr(D A D^T)``, squared and summed over positions, with ``A`` its
     `inputs`; it raises the loss by about ``1/2 tr(G D A D^T)`` with ``G`` its `outputs`. Both sides are those of the folded matrix, see
     `linalg.to_matrix`: in the spatial scheme an input is a vertical patch, at every column that the second operation reads, and each
-    horizontal offset is an output of its own; in the input scheme an input is one position, and each tap an output of
-    its own. Tied weights and layers that run more than once add up; a packed projection of attention on a query, a key and a value that
+    horizontal offset is a separate output; in the input scheme an input is one position, and each tap a separate
+    output. Tied weights and layers that run more than once add up; a packed projection of attention on a query, a key and a value that
     differ sees each of them.
 
     Where a bias can take up what a cut does to the mean of the output, ``b <- b + D m``, only the inputs' deviations from their mean
@@ -261,8 +261,8 @@ class _Sums:
 def absorbing(model: nn.Module) -> dict[str, OneWeight]:
     """Return the layers whose bias takes up whatever a cut of their weight does to the mean of their output, by the weight's name.
 
-    Linear layers and convolutions with a bias and a weight of their own. Not in the spatial and the input scheme, where each tap of the
-    second operation is an output of its own and the padding keeps some of them from reaching the bias; not packed or recurrent weights.
+    Linear layers and convolutions with a bias and an untied weight. Not in the spatial and the input scheme, where each tap of the
+    second operation is a separate output and the padding keeps some of them from reaching the bias; not packed or recurrent weights.
 
     Args:
         model: factorized.
@@ -351,7 +351,7 @@ def batches_of(
         examples: None for all.
         targets: whether a target is needed.
         progress: whether to show a progress bar on a terminal.
-        title: what it says.
+        title: text of the progress bar.
         dims: states the batch axes, see `BatchDims`.
 
     Raises:

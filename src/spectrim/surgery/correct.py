@@ -98,7 +98,7 @@ def correct(
     positions in images and sequences some are drawn, 128 for each input of a weight and at least 262,144 over all examples.
 
     Takes one pass over the data through both networks, which wait at each layer while that is refitted. Where a layer runs more than once
-    or half of the free memory would not hold what waits, each layer takes a pass of its own, as far as that layer. Refitted are linear
+    or half of the free memory would not hold what waits, each layer takes a separate pass, up to that layer. Refitted are linear
     layers and convolutions; `uncorrected` lists what is not.
 
     Args:

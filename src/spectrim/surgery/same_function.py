@@ -57,7 +57,7 @@ def same_function(
         allowed = tolerance or ROUNDINGS * max((torch.finfo(leaf.dtype).eps for leaf in one), default=0.0)
         if difference <= allowed:
             continue
-        own = _difference(one, _run(a, _rounded(inputs), training))  # above zero, too, for a network with a generator of its own
+        own = _difference(one, _run(a, _rounded(inputs), training))  # above zero, too, for a network with its own generator
         if tolerance is None and difference <= AMPLIFIED * own:
             continue
         raise _error(a, b, inputs, training, names, allowed, difference)

@@ -106,7 +106,7 @@ def refusal(module: nn.Module) -> str | None:
     if found is None:
         base = next((k.__name__ for k in type(module).__mro__[1:] if kind_of_class(k)), None)
         if base:
-            return f"{kind} is a {base} with a forward of its own; {OWN_FORWARD}"
+            return f"{kind} is a {base} with another forward; {OWN_FORWARD}"
         if not own_parameters(module):
             return f"its tensors are buffers ({', '.join(own_matrices(module))}), which are not trained; factorize before quantizing"
         if all(p.dim() < 2 for p in own_parameters(module).values()):

@@ -28,7 +28,7 @@ IGNORED = -100
 class Distillation:
     """Learn from a teacher: ``(1 - weight) * task + weight * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + features * hints``.
 
-    `hints` is the sum over layers of ``mean((f - f_teacher)^2) / var(f_teacher)``, where ``f`` is what a layer of the student puts out:
+    `hints` is the sum over layers of ``mean((f - f_teacher)^2) / var(f_teacher)``, where ``f`` is the output of a layer of the student:
     the share of the teacher's variance that it misses, so that no layer counts more for its scale. A low-rank network has the layers of
     the dense one, at the same sizes, so that nothing has to be projected to compare the two. Hints bring a network that is far from its
     teacher near to it fast; what they bring near to the end is the teacher's own memory of the training examples, so that it is better
@@ -196,7 +196,7 @@ def hint_layers(model: nn.Module) -> tuple[str, ...]:
 
 @contextmanager
 def outputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dict that gets, whenever the model runs, what each named module put out last: its first tensor. Nothing else changes.
+    """Yield a dict with the latest output of each named module (its first tensor), updated whenever the model runs.
 
     Args:
         model: any module.
@@ -253,9 +253,9 @@ def unexplained_variance(own: Mapping[str, Tensor], taught: Mapping[str, Tensor]
             continue
         mine, theirs = own[name].float(), theirs.detach().float()
         if mine.shape != theirs.shape:
-            found = f"puts out {tuple(mine.shape)}, the teacher's {tuple(theirs.shape)}"
+            found = f"its output has shape {tuple(mine.shape)}, the teacher's {tuple(theirs.shape)}"
             raise LayerError(name, found, hint="outputs can be compared where they are of one shape: name other layers")
         shares.append((mine - theirs).square().mean() / theirs.var(correction=0).clamp_min(torch.finfo(torch.float32).tiny))
     if not shares:
-        raise LayerError(", ".join(taught), "put out nothing that could be compared", hint="name modules whose outputs are tensors")
+        raise LayerError(", ".join(taught), "have no outputs that could be compared", hint="name modules whose outputs are tensors")
     return torch.stack(shares).sum()

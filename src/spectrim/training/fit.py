@@ -95,10 +95,10 @@ def fit(
         scheduler_steps: whether the schedule advances each ``epoch`` or each ``batch`` (that is, each optimizer step).
         courses: change training step by step: `Ramp`, `Squeeze`, any `Course`, or a function ``(model, inputs, step, steps)`` that returns
             ranks to cut to, or None. Each is asked before each optimizer step; the optimizer's moments are cut along, later steps cost
-            less. The penalty of a course has a column of its own in the log. They need the number of steps. Not when sharded: cut
+            less. The penalty of a course has a separate column in the log. They need the number of steps. Not when sharded: cut
             `gathered` models between two calls.
         lessons: change the loss of the task, in this order, for example `Distillation`; ``loss`` in the log holds them, and what each
-            changed has a column of its own.
+            changed has a separate column.
         distill: one more lesson, a teacher's.
         precision: ``no`` for float32, ``bf16`` or ``fp16`` for automatic mixed precision (with loss scaling for fp16).
         accumulate: batches whose gradients are averaged for one optimizer step, >= 1; the last group of an epoch may be smaller.
@@ -107,7 +107,7 @@ def fit(
         execution: whether layers compose their weight or run two operations by ``macs``, or by ``measured`` seconds (`choose_execution`, at
             the start and after each cut; which form was faster may differ from run to run, and with it the rounding). Not when sharded.
         compiled: run the training steps, the teacher's too, through `torch.compile`: the first step compiles, for a minute or more, and
-            numbers differ by rounding. Each size of batch, and each cut of a course, is compiled for itself; what
+            numbers differ by rounding. Each size of batch, and each cut of a course, is compiled separately; what
             torch had compiled before is compiled again when it is called again. Not when sharded.
         steps_per_epoch: batches that make an epoch, in each process; for data without an end. None for all of `data`.
         keep_best: end with the weights of the best epoch, by a number of its line in the log: True for ``eval_loss``, a name that ends on

@@ -72,7 +72,7 @@ class Squeeze:
     ``lag_l = log(tau_l / goal_l)``, so that it fits whatever optimizer, learning rate and task. A weight whose allocated rank changes sets
     out again, from where it is to `left`. At the `end` what is left of the tails is cut; what is left of training is fine-tuning.
 
-    A `Course`: give it to ``fit(..., courses=[...])``. The penalty has a column of its own in the log, ``Squeeze``. Keep
+    A `Course`: give it to ``fit(..., courses=[...])``. The penalty has a separate column in the log, ``Squeeze``. Keep
     `Orthogonality` beside it: shares are those of ``S``, which is the spectrum as far as the factors are orthonormal.
 
     Args:
@@ -85,7 +85,7 @@ class Squeeze:
         importance: for `allocate`; its own default when omitted. It is asked at every update.
         latency: a `LatencyTable` of the model, for `allocate`.
         cut: False to leave the cut to a later `prune`: from `end` on the tails are then kept at `left`.
-        prices: the `ladder` of the model, so that it is not computed anew at every update; its ranks must not change before the cut.
+        prices: the `ladder` of the model, so that it is not recomputed at every update; its ranks must not change before the cut.
 
     Raises:
         SettingError: for a value outside its range.

@@ -414,7 +414,7 @@ def test_a_damaged_file_is_measured_anew(tmp_path: Path) -> None:
     expected = MeasuredLoss(data, nn.CrossEntropyLoss(), points=1, folder=tmp_path)(low)
     (path,) = tmp_path.iterdir()
     path.write_text('{"losses": {"0": [')
-    with pytest.warns(UserWarning, match="damaged, its losses are measured anew"):
+    with pytest.warns(UserWarning, match="damaged, its losses are measured again"):
         again = MeasuredLoss(data, nn.CrossEntropyLoss(), points=1, folder=tmp_path)(low)
     assert all(torch.equal(distortion, again[name]) for name, distortion in expected.items())
 

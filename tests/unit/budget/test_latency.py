@@ -319,7 +319,7 @@ def test_a_damaged_cache_is_timed_anew(clock: Clock, tmp_path: Path, text: str) 
     table = latency_table(low, x, cache=tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_text(text)
-    with pytest.warns(UserWarning, match="damaged, its layers are timed anew"):
+    with pytest.warns(UserWarning, match="damaged, its layers are timed again"):
         assert latency_table(low, x, cache=tmp_path) == table
     assert len(clock.asked) == 2
     assert latency_table(low, x, cache=tmp_path) == table

@@ -170,7 +170,7 @@ def _read(path: Path | None) -> dict[str, dict[str, float]]:
         losses = json.loads(path.read_text(encoding="utf-8"))["losses"]
         return {str(name): {str(int(rank)): float(loss) for rank, loss in row.items()} for name, row in losses.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path}: damaged, its losses are measured anew ({error!r})", stacklevel=4)
+        warnings.warn(f"{path}: damaged, its losses are measured again ({error!r})", stacklevel=4)
         return {}
 
 
