@@ -143,13 +143,13 @@ if hasattr(os, "register_at_fork"):
 _HINTS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another disk"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that this process may write to"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is needed: choose another path"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file has the name of this folder: choose another path"),
 }
 
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Raise what goes wrong in writing a file as an error with its path and the cause."""
+    """Turn an error of writing a file into one with its path and the cause."""
     try:
         yield
     except WriteError:

@@ -85,7 +85,7 @@ def _shape(call: Call) -> tuple[int, ...]:
 
 
 def _forms(call: Call, rank: int) -> tuple[nn.Module, nn.Module]:
-    """Return a layer dense and as the pair that `merge` writes, with weights that do not matter."""
+    """Return a layer dense and as the pair that `merge` writes, with arbitrary weights."""
     layer: Any = call.layer
     factors = layer.factors_of(call.weight)
     out, in_ = factors.shape

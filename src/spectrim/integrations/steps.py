@@ -1,4 +1,4 @@
-"""What a low-rank run adds to somebody else's training loop: penalties, cuts, and what the log says of them."""
+"""Penalties, cuts and their log in the training loops of other libraries."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +19,7 @@ from spectrim.training.step import Step
 
 
 class Steps(Step):
-    """A `Step` in a loop that is not ours: what was cut, and what the log says, beside it.
+    """A `Step` in another library's loop, with a record of cuts and log entries.
 
     Attributes:
         cuts: one entry for each cut that changed a rank: ``step``, the number of optimizer steps before it, and ``ranks`` after it.
@@ -75,7 +75,7 @@ class Steps(Step):
             raise SettingError(self.owner, "rank_schedule", got=", ".join(self.courses), rule=rule, hint=hint)
         for name, factors in named_factors(model):
             if isinstance(factors.U, DTensor) or factors.U.dim() < 2 or not factors.U.numel():
-                hint = "a penalty would see a part of it: train with DDP or with spectrim.fit"
+                hint = "a penalty would see only a part of it: train with DDP or with spectrim.fit"
                 raise LayerError(name, "its factors are sharded over processes", hint=hint)
         if step == 0:
             self.cuts = []

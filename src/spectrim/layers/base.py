@@ -55,9 +55,9 @@ def renew(module: nn.Module, kind: type[nn.Module], drop: Iterable[str] = ()) ->
 class FactorizedLayer(nn.Module):
     """Base of the factorized layers: a dense torch layer whose weights are composed from `Factors`.
 
-    A sub-class names one kind of layer and adds `weights`, `fold`, `work` and `split`. A layer that is adopted stays the same object and
-    an instance of its original class: its class is exchanged in place for one made of the sub-class and that. Attributes, hooks, buffers and
-    further parameters stay; ``layer.weight`` gives the dense weight, composed on each use.
+    A sub-class names one kind of layer and adds `weights`, `fold`, `work` and `split`. An adopted layer stays the same object and an
+    instance of its original class: its class is exchanged in place for one derived from both. Attributes, hooks, buffers and further
+    parameters stay; ``layer.weight`` gives the dense weight, composed on each use.
     """
 
     dense_kinds: ClassVar[tuple[type[nn.Module], ...]] = ()
@@ -316,8 +316,8 @@ class FactorizedLayer(nn.Module):
 def become(layer: nn.Module, plain: nn.Module, base: type | None = None) -> nn.Module:
     """Make a layer, dense or factorized, the ordinary layer `plain` in place, with its parameters; return it.
 
-    It stays an instance of its original class where `plain` can stand for that (``stands_for``), and keeps its attributes, hooks, buffers and
-    the parameters that have no part in `plain`.
+    It stays an instance of its original class where `plain` can stand for that (``stands_for``), and keeps its attributes, hooks, buffers
+    and the parameters that have no part in `plain`.
 
     Args:
         layer: what everything else refers to.
@@ -398,7 +398,7 @@ class OneWeight(FactorizedLayer):
 
     @property
     def S(self) -> Tensor:
-        """Singular values ``(..., rank)``; ``|S|`` enters the weight."""
+        """Singular values ``(..., rank)``, signed."""
         return self.factors_of("weight").S
 
     @property

@@ -92,7 +92,7 @@ def svd_of_product(
 def _metric_root(vectors: Tensor, metric: Tensor | None, floor: float) -> tuple[Tensor, Tensor]:
     """Return ``R`` with ``R^T R = V^T M V`` for orthonormal columns ``V``, and its inverse; no eigenvalue is below `floor` of the largest.
 
-    A metric of nothing but zeros tells no directions apart: the identity takes its place.
+    For a metric of zeros the identity is used.
     """
     if metric is None:
         eye = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device).expand(*vectors.shape[:-2], -1, -1)

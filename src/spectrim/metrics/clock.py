@@ -50,7 +50,7 @@ def compare_latency(
     min_time: float = 0.2,
     batch_size: int | None = None,
 ) -> dict[str, Latency]:
-    """Time several models in turns, so that whatever slows the machine down meets them all.
+    """Time several models in turns, so that other work on the machine affects all of them.
 
     Args:
         models: name to module; training flags and torch's thread count are as before afterwards.

@@ -22,7 +22,7 @@ PAGE = "report.html"
 
 
 def write_report(source: Plan | str | Path, path: str | Path | None = None, *, result: Mapping[str, Any] | None = None) -> Path:
-    """Write one HTML page that needs nothing else: no server, no network, no other file.
+    """Write one self-contained HTML page: no server, no network, no other file.
 
     Args:
         source: a `Plan`, the file that `Plan.save` wrote, or the folder of a run or of `compress`, with its ``plan.json`` if any.
@@ -55,7 +55,7 @@ def write_report(source: Plan | str | Path, path: str | Path | None = None, *, r
 
 
 def text_report(source: Plan | str | Path, *, result: Mapping[str, Any] | None = None) -> str:
-    """Return the essentials of the page as text.
+    """Return a summary of the page as text.
 
     Args:
         source: as for `write_report`.

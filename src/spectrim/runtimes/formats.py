@@ -36,7 +36,7 @@ Runner = Callable[[Any], list[Tensor]]
 def run_exported(path: str | Path, inputs: Any) -> Any:
     """Load a file in its own runtime, on the CPU, and call it once.
 
-    A ``.pt2`` is read by `torch.export.load`, which may run what a hostile file tells it to: open only files that you trust.
+    A ``.pt2`` is read by `torch.export.load`, which may run code from the file: open only files that you trust.
 
     Args:
         path: a ``.pt2``, ``.onnx``, ``.pte`` or ``.xml``.
@@ -92,7 +92,7 @@ class _Names:
 def _format_of(path: Path, format: Format | None) -> Format:
     if format is None:
         if path.suffix not in SUFFIXES:
-            hint = "or say which format it is" if path.suffix else "give the file a suffix"
+            hint = "or pass format=" if path.suffix else "give the file a suffix"
             raise SettingError("export", "path", got=str(path), rule=f"a file with one of the suffixes {', '.join(SUFFIXES)}", hint=hint)
         return SUFFIXES[path.suffix]
     if format not in get_args(Format):

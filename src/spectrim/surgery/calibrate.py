@@ -32,13 +32,13 @@ WIDEST_INPUTS = 16384
 """Weights with more inputs than this are skipped: the matrix would take more than 2 GB."""
 
 
-NOT_CALLED = "the model did not call its layer on these data"
+NOT_CALLED = "the model did not call this layer on these data"
 
 
-WIDE = "it has so many inputs that their moments would fill the memory"
+WIDE = "its moments would not fit into memory"
 
 
-EMBEDDING = "an embedding: whatever its data leave out would be lost, so it is cut by its own spectrum"
+EMBEDDING = "an embedding: entries that the data do not contain would be lost, so it is cut by its spectrum"
 
 
 CONSTANT = 1e-12
@@ -97,7 +97,7 @@ class Calibration:
         left, right = self.outputs.get(name), self.inputs.get(name)
         known = name in self.inputs or name in self.skipped
         if not known or (right is not None and right.shape[-1] != shape[1]) or (left is not None and left.shape[-1] != shape[0]):
-            raise LayerError(name, f"({shape[0]} x {shape[1]}) is not in the calibration", hint="calibrate this very model")
+            raise LayerError(name, f"({shape[0]} x {shape[1]}) is not in the calibration", hint="calibrate this model")
         return left, right
 
 

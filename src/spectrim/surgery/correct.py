@@ -65,7 +65,7 @@ def uncorrected(model: nn.Module) -> dict[str, str]:
         for weight, factors in layer.named_factors():
             name = factor_name(layer_name, weight)
             if isinstance(layer, FactorizedEmbedding):
-                reasons[name] = "an embedding looks rows up"
+                reasons[name] = "an embedding is a look-up"
             elif not isinstance(layer, OneWeight) or id(layer) in inside:
                 reasons[name] = "its inputs are inside a fused kernel"
             elif users[id(factors)] > 1:
@@ -211,7 +211,7 @@ def _originals(dense: nn.Module, layers: dict[str, OneWeight]) -> dict[str, nn.M
     for name, layer in layers.items():
         weight = getattr(modules.get(name), "weight", None)
         if not isinstance(weight, Tensor) or weight.shape != layer.weight.shape:
-            raise LayerError(name, "is not in the network before the cut", hint="give the very network that was factorized and cut")
+            raise LayerError(name, "is not in the network before the cut", hint="pass the network that was factorized and cut")
         found[name] = modules[name]
     return found
 

@@ -153,7 +153,7 @@ def factorize(
                 raise SettingError("factorize", "rank", got=rank, rule="a number or a mapping on the meta device, which has no spectra")
             return Factors.empty(weight, matrix, choose(matrix))
         if not torch.isfinite(weight).all():
-            raise LayerError(name, "its weight holds NaN or infinite values", hint="load a sound checkpoint")
+            raise LayerError(name, "its weight holds NaN or infinite values", hint="load an undamaged checkpoint")
         return Factors.of(weight, matrix, choose, decomposition(method, choose(matrix) if stated else None, min(shape)))
 
     order = None if example_inputs is None or where is not None else call_order(model, example_inputs)

@@ -65,9 +65,7 @@ def cuts_of(follower: nn.Module, cuts: Mapping[str, tuple[Factors, Factors]]) ->
         own = modules.get(name)
         if not isinstance(own, Factors) or own.U.shape != old.U.shape or own.Vh.shape != old.Vh.shape:
             got = f"factors of rank {own.rank}" if isinstance(own, Factors) else "no such factors"
-            hint = (
-                f"a follower has the layers and ranks of the model: rank {old.rank} here; copy the factorized model, and cut both together"
-            )
+            hint = f"a follower must have the layers and ranks of the model: rank {old.rank} here; copy the factorized model and cut both"
             raise LayerError(name, f"the follower {type(follower).__name__} has {got}", hint=hint)
         found[name] = own, followed(own, new)
     return found
@@ -89,4 +87,4 @@ def inner_of(follower: Any, names: Sequence[str]) -> nn.Module:
             return inner
         inner = getattr(inner, "module", None)
     problem = f"is not in the follower, a {type(follower).__name__}"
-    raise LayerError(names[0] if names else "model", problem, hint="give models with the same layers: a deepcopy, AveragedModel(model)")
+    raise LayerError(names[0] if names else "model", problem, hint="pass models with the same layers: a deepcopy, AveragedModel(model)")

@@ -70,7 +70,7 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
 
     for name, module in list(clone.named_modules()):
         if "forward" in vars(module) and isinstance(module, FactorizedLayer):
-            raise LayerError(name, "its forward was replaced on this very layer", hint="take that away before merging")
+            raise LayerError(name, "its forward was replaced on this very layer", hint="remove the replacement before merging")
         if isinstance(module, nn.MultiheadAttention):
             _merge_attention(module, paying, share)
         elif isinstance(module, FactorizedLayer):

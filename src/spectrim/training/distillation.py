@@ -190,7 +190,7 @@ def hint_layers(model: nn.Module) -> tuple[str, ...]:
     names = tuple(name for name, _ in named_layers(model))
     if not names:
         hint = "name the modules to compare: Distillation(..., layers=('block1', 'block2'))"
-        raise LayerError(type(model).__name__, "has no factorized layer whose output a teacher could show", hint=hint)
+        raise LayerError(type(model).__name__, "has no factorized layer whose output can be compared with a teacher's", hint=hint)
     return names
 
 
@@ -254,7 +254,7 @@ def unexplained_variance(own: Mapping[str, Tensor], taught: Mapping[str, Tensor]
         mine, theirs = own[name].float(), theirs.detach().float()
         if mine.shape != theirs.shape:
             found = f"its output has shape {tuple(mine.shape)}, the teacher's {tuple(theirs.shape)}"
-            raise LayerError(name, found, hint="outputs can be compared where they are of one shape: name other layers")
+            raise LayerError(name, found, hint="only outputs of equal shape can be compared: name other layers")
         shares.append((mine - theirs).square().mean() / theirs.var(correction=0).clamp_min(torch.finfo(torch.float32).tiny))
     if not shares:
         raise LayerError(", ".join(taught), "have no outputs that could be compared", hint="name modules whose outputs are tensors")

@@ -273,9 +273,9 @@ def _own(optimizer: Any, model: nn.Module) -> Optimizer:
 
     if not {id(p) for p in model.parameters()} & {id(p) for group in optimizer.param_groups for p in group["params"]}:
         hint = "make the optimizer after factorize, prune or load, or call prune_optimizer_state after prune"
-        raise SettingError("fit", "optimizer", got="one that holds none of them", rule="over the parameters of this very model", hint=hint)
+        raise SettingError("fit", "optimizer", got="one that holds none of them", rule="over the parameters of this model", hint=hint)
     own: Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     if isinstance(own, LBFGS):
         hint = "write its loop by hand: prune_ and the penalties work in it"
-        raise SettingError("fit", "optimizer", got="LBFGS", rule="one that makes a step from one gradient, without a closure", hint=hint)
+        raise SettingError("fit", "optimizer", got="LBFGS", rule="one whose step needs no closure", hint=hint)
     return own

@@ -246,7 +246,7 @@ def test_what_needs_the_model_is_checked_before_any_work_too(change: str, messag
         ("[1, 2]", "is a list; allowed: a mapping of keys"),
         ("", "is a NoneType; allowed: a mapping of keys"),
         ("a: [1", "is not YAML"),
-        ("a: &a {b: *a}", "holds an alias of what it stands in"),
+        ("a: &a {b: *a}", "holds an alias of a value that contains it"),
         ("[" * 5000, "nested too deep"),
         ("a: 2020-99-99", "is not YAML"),
         ("a: " + "9" * 5000, "is not YAML"),

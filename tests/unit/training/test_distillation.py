@@ -218,7 +218,10 @@ def test_layers_of_every_kind_of_output() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda student: net(), "'Sequential': has no factorized layer whose output a teacher could show; name the modules to compare"),
+        (
+            lambda student: net(),
+            "'Sequential': has no factorized layer whose output can be compared with a teacher's; name the modules to compare",
+        ),
         (lambda student: nn.Sequential(student, nn.Identity()), "'0.0': is not in Sequential, so that its outputs cannot be compared"),
     ],
 )
