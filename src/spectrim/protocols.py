@@ -60,7 +60,7 @@ class Change:
 class Course(Protocol):
     """Changes training step by step: cuts, penalties with varying strength, projections of the weights.
 
-    A function of its arguments and its memory alone, so that a run can be stopped and resumed: the state that the next step depends on is in the
+    A function of its arguments and its memory alone, so that a run can be stopped and resumed: all state for the next step is in the
     memory, a dict of tensors and plain data (numbers, strings, None; lists, tuples and dicts of them) that checkpoints keep. A course that
     adds a penalty may set ``penalizes = True``: its column is then in the log from the first epoch on.
     """

@@ -191,8 +191,8 @@ def compress(
             (as under `distill`), from a loss at most a quarter higher, and no higher than that of ``sensitive`` where that is lowest.
         importance: ranks by this distortion instead of that of the cut method.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
-        distill: distillation from the dense network while fine-tuning. ``auto`` uses it for a classifier whose cut network has a large loss
-            gap: at least twice the dense network's loss on the examples, or a quarter of a nat more. Logits are distilled throughout
+        distill: distillation from the dense network while fine-tuning. ``auto`` uses it for a classifier whose cut network has a large
+            loss gap: at least twice the dense network's loss on the examples, or a quarter of a nat more. Logits are distilled throughout
             (temperature 2, half of the loss), intermediate features for the first half of the steps; where the dense network has memorized
             the examples (a loss below 0.05) logits alone (temperature 4, 0.7 of the loss). With `squeeze` distillation begins with the
             first epoch, however small the gap. None for never.
@@ -206,7 +206,7 @@ def compress(
         examples: number of training examples in the calibration set, >= 1.
         calibration: made before by `calibrate` of ``factorize(model, scheme, where)``, so that several budgets share it.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
-        folder: for the cut network, checkpoints, the final network and ``result.json``; an interrupted call resumes from there. None for none.
+        folder: for the cut network, checkpoints, the final network and ``result.json``; an interrupted call resumes there. None for none.
         progress: whether to show progress, on stderr.
 
     Returns:

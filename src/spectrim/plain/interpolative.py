@@ -97,7 +97,7 @@ class PlainRows(PlainInterpolative):
 
 
 class PlainColumns(PlainInterpolative):
-    """``y = kept(x_kept + mix(x_others))``: r input channels are multiplied by columns of the dense layer; the others are mixed into them first.
+    """``y = kept(x_kept + mix(x_others))``: r input channels times columns of the dense layer; the others are mixed into them first.
 
     Args:
         kept: `nn.Linear` or a convolution, plain or transposed, of r channels; with the bias.

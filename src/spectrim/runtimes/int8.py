@@ -64,7 +64,7 @@ class Int8:
         method: ``static`` fixes the range of each activation on calibration data; ``dynamic`` computes it in each call, for linear
             layers, LSTMs and embeddings only. ``auto`` is static for convolutional networks, and dynamic where nothing convolves or where
             recurrence or attention is in the graph.
-        ranges: of activations, for ``static``: ``minmax`` covers all observed values, ``percentile`` leaves out the rarest ones, ``entropy``
+        ranges: of activations, for ``static``: ``minmax`` covers all observed values, ``percentile`` all but the rarest, ``entropy``
             minimizes the loss of information. The last two keep the observed values in memory.
         percentile: share of the values that is kept, in per cent, in (50, 100).
         weight_bits: 7 or 8. x86 processors without VNNI add two products of an 8-bit weight in 16 bits, which can overflow: there 7 bits

@@ -38,7 +38,7 @@ def write(folder: Path, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         tensors: contiguous, on the CPU, none of them sharing memory.
 
     Raises:
-        WriteError: they cannot be written; the folder then holds what it held before.
+        WriteError: they cannot be written; the folder is unchanged then.
     """
     plan = {**plan, "format": FORMAT, "tensors": _digest_tensors(tensors)}
     text = _text(plan)
@@ -56,7 +56,7 @@ def write(folder: Path, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
 
 
 def place(weights: Path, listing: Path, folder: Path) -> None:
-    """Give both files of a model their places in a folder, so that a reader finds the old model or the new one whatever happens between.
+    """Give both files of a model their places in a folder, so that a reader finds the old model or the new one at any moment.
 
     The weights hold the plan, too. Between the two renames a note says that they belong beside the listing of the old model.
 

@@ -1,4 +1,4 @@
-"""`save` and `load`: tensors in safetensors, the plan beside them in JSON, never a pickle."""
+"""`save` and `load`: tensors in safetensors, the plan in JSON, no pickle."""
 
 from collections.abc import Mapping
 from importlib.metadata import version

@@ -1,4 +1,4 @@
-"""`calibrate` runs a factorized model on some data and keeps the second moments of what each weight meets."""
+"""`calibrate`: second moments of the inputs of each factorized weight, and of the gradients at its outputs."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -59,7 +59,7 @@ class Calibration:
     output. Tied weights and layers that run more than once add up; a packed projection of attention on a query, a key and a value that
     differ sees each of them.
 
-    Where a bias can take up what a cut does to the mean of the output, ``b <- b + D m``, only the inputs' deviations from their mean
+    Where a bias can absorb the change of the output's mean, ``b <- b + D m``, only the inputs' deviations from their mean
     count (see `absorbing`).
 
     Attributes:
@@ -69,8 +69,8 @@ class Calibration:
             one example's loss. Empty without a loss; of more than `WIDEST` outputs it is left out.
         slopes: ``(rank,)`` or ``(blocks, rank)``: the mean gradient of the loss with respect to ``S``. Empty without a loss.
         skipped: weights without moments (embeddings, more than `WIDEST_INPUTS` inputs, what the model does not call), and why.
-        examples: how many were seen.
-        means: ``m``, ``(in,)`` or ``(blocks, in)``, float64: the mean over examples and positions, for weights whose bias takes it up.
+        examples: how many were used.
+        means: ``m``, ``(in,)`` or ``(blocks, in)``, float64: the mean over examples and positions, for weights whose bias absorbs it.
 
     Source: Martens and Grosse, arXiv 1503.05671, section 3; Grosse and Martens, arXiv 1602.01407, section 3 (convolutions).
     Deviation: gradients are those of the targets given (the empirical Fisher), not of targets drawn from the model; means are taken out
@@ -113,7 +113,7 @@ def calibrate(
 ) -> Calibration:
     """Run a factorized model in eval mode and measure the second moments at each of its weights.
 
-    ``A = 1/n sum_examples sum_positions x x^T`` of each weight's inputs, less their mean where a bias takes it up; with a loss also ``G``,
+    ``A = 1/n sum_examples sum_positions x x^T`` of each weight's inputs, less their mean where a bias absorbs it; with a loss also ``G``,
     the same mean, over positions too, of the gradients at its outputs, for one backward pass a batch.
 
     Runs on a copy of the model, in which recurrent layers loop over time and attention calls its projections one by one: the same function
@@ -124,7 +124,7 @@ def calibrate(
         data: batches ``(inputs, target)``; without a loss bare inputs too (a tuple or list of two is taken for inputs and target).
         loss: called as ``loss(output, target)``, gives the mean over a batch; None for `inputs` alone.
         examples: stop after the batch that completes this number, counted along the leading dimension, >= 1; None for all data.
-        centered: whether to take the mean out of the inputs where a bias takes it up (see `absorbing`); the sources do not.
+        centered: whether to take the mean out of the inputs where a bias absorbs it (see `absorbing`); the sources do not.
         batch_dims: states the batch axes of the inputs, see `spectrim.metrics.batch.BatchDims`; found by agreement of sizes when omitted.
         progress: whether to show a progress bar, on stderr and on a terminal only.
 
@@ -132,8 +132,8 @@ def calibrate(
         The moments, on the model's device.
 
     Raises:
-        LayerError: when nothing is factorized, or when what a weight meets is not finite.
-        SettingError: for `examples` below 1, or when `data` holds nothing, or no targets for a loss.
+        LayerError: when nothing is factorized, or when inputs of a weight are not finite.
+        SettingError: for `examples` below 1, or when `data` is empty, or has no targets for a loss.
 
     Examples:
         >>> from spectrim.surgery.factorize import factorize

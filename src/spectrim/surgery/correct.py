@@ -86,20 +86,20 @@ def correct(
 ) -> nn.Module:
     """Return a copy of a cut network whose weights are refitted, layer by layer, to the outputs of the network before the cut.
 
-    In the order the layers run, each gets the weight of its rank, and the bias, that minimise ``sum ||W x + b - W' x~ - b'||^2``: ``x`` is
-    what reaches the layer in the dense network, ``x~`` what reaches it here, behind layers that are corrected already. Without the rank
+    In the order the layers run, each gets the weight of its rank, and the bias, that minimize ``sum ||W x + b - W' x~ - b'||^2``: ``x`` is
+    the input of the layer in the dense network, ``x~`` its input here, after the layers that are corrected already. Without the rank
     that is the regression ``W_t = W + W (C_xx~ - C) C^+`` with ``C = C_x~x~``, moments centered where there is a bias; the best weight of
     the rank is then the truncation of ``W_t`` in the norm ``||(W_t - W') C^1/2||``. In the other schemes, where a weight of low rank is no
     truncation of that regression, the second factor is refitted to the output with the first one given, once with the one held and once
     with that of the truncation over columns, and the better is taken. Where nothing improves on the present weight it stays.
 
-    The closed form of what the first steps of fine-tuning would do, and no more: errors on the calibration data fall, layer by layer, but
-    few examples and wide layers fit those examples. BatchNorm layers keep their statistics, which `recalibrate` renews afterwards. Of the
+    It replaces the first steps of fine-tuning: errors on the calibration data fall, layer by layer, but with few examples wide layers
+    overfit them. BatchNorm layers keep their statistics, which `recalibrate` renews afterwards. Of the
     positions in images and sequences some are drawn, 128 for each input of a weight and at least 262,144 over all examples.
 
     Takes one pass over the data through both networks, which wait at each layer while that is refitted. Where a layer runs more than once
-    or half of the free memory would not hold what waits, each layer takes a separate pass, up to that layer. Refitted are linear
-    layers and convolutions; `uncorrected` lists what is not.
+    or the waiting data would need more than half of the free memory, each layer takes a separate pass, up to that layer. Linear layers and
+    convolutions are refitted; `uncorrected` lists the others.
 
     Args:
         cut: factorized, at its final ranks; it is left untouched.
@@ -115,7 +115,7 @@ def correct(
 
     Raises:
         LayerError: when `dense` has no layer of the name and sizes of one that is corrected, or its inputs are not finite.
-        SettingError: for `examples` below 1, or when `data` holds nothing.
+        SettingError: for `examples` below 1, or when `data` is empty.
 
     Examples:
         >>> from spectrim.surgery.factorize import factorize

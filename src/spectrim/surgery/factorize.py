@@ -114,7 +114,7 @@ def factorize(
 
     Returns:
         The factorized model. Tied weights share their factors, shared modules stay shared; dtype, device, hooks, `requires_grad` and
-        training mode are kept. `coverage` says what became of each layer.
+        training mode are kept. `coverage` lists each layer.
 
     Raises:
         SettingError: for an unknown scheme or method, for ``randomized`` without a `rank` that is a number or a mapping, and for a rank

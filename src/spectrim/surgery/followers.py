@@ -16,7 +16,7 @@ WRAPPERS = 3
 def followed(average: Factors, new: Factors) -> Factors:
     """Cut an average of factors to the rank of `new`, in the coordinates of `new`, so that the two can be averaged further.
 
-    What is kept is the best approximation of the average's own weight, so that a cut that discards nothing leaves it as it is. Of all
+    What is kept is the best approximation of the average's own weight, so that a cut that discards nothing does not change it. Of all
     factors with that product those nearest to `new` are taken: its singular vectors ``U``, projected onto the kept column space.
 
     Args:

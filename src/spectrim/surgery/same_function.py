@@ -32,7 +32,7 @@ def same_function(
         a: a network.
         b: another one, whose layers that correspond have the names of those of `a`.
         inputs: one batch: a tensor, a tuple of arguments or a dict of keyword arguments.
-        names: what messages call the two networks.
+        names: of the two networks, in messages.
         tolerance: largest relative difference; when omitted 16,384 times the precision of the outputs, and more where rounding of the
             inputs changes the outputs of `a` by as much.
 

@@ -50,7 +50,7 @@ def match(*patterns: str) -> LayerFilter:
 
 
 def layer_filter(where: Where | None, model: nn.Module | None = None, verb: str = "factorize") -> LayerFilter | None:
-    """Return the predicate for what people write as ``where=``: a name, a glob, a list of these, or the predicate itself.
+    """Return the predicate for the forms of ``where=``: a name, a glob, a list of these, or the predicate itself.
 
     A name selects that layer, or all layers in a module of that name; a glob, and a leading ``!``, count as in `match`.
 
@@ -88,7 +88,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Return why a dense module cannot be factorized, or None; its place in a model is not looked at."""
+    """Return why a dense module cannot be factorized, or None; its place in a model is ignored."""
     kind = type(module).__name__
     if "forward" in vars(module):
         return "its forward was replaced on this very layer"

@@ -84,7 +84,7 @@ def _layer_by_layer(both: _Both, order: Mapping[str, int]) -> Iterator[tuple[str
 
 
 class _Seen(Exception):  # noqa: N818 it is no error
-    """Ends a pass through a network whose rest nobody reads."""
+    """Ends a pass through a network early."""
 
 
 def _inputs_of(layer: nn.Module, model: nn.Module, inputs: Any, calls: int) -> list[tuple[Tensor, torch.Size]]:
@@ -111,7 +111,7 @@ class _Unsteady(Exception):  # noqa: N818 it is no error
 
 
 def _in_one_pass(both: _Both, order: Iterable[str]) -> Generator[tuple[str, Iterator[_Met]], None, None]:
-    """Yield each layer with what it meets; each network runs once through each batch and waits at the layer while that is refitted.
+    """Yield each layer with its inputs; each network runs once through each batch and waits at the layer while that is refitted.
 
     Each run is a separate coroutine: the dense ones wait behind the layer, the corrected ones before it.
     """

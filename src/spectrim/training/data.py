@@ -1,4 +1,4 @@
-"""What training asks of data: how many batches, which epoch comes, and the state that decides their order."""
+"""Properties of training data: number of batches, epoch, and the state that determines their order."""
 
 import random
 import warnings

@@ -1,4 +1,4 @@
-"""What several processes have to do together while they train: share the batches, average, agree, and see the same weights.
+"""Operations of several processes that train together: share batches, average, agree, synchronize weights.
 
 Each function is called by all processes at the same moment. With one process it does nothing.
 """

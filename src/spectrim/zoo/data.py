@@ -1,4 +1,4 @@
-"""The loader that the project uses, augmentation in batches, and where data lies."""
+"""The loader of the project, augmentation in batches, and the data folder."""
 
 import copy
 import os
@@ -46,10 +46,10 @@ def data_file(path: str | Path, standard: str) -> Path:
 
 
 class Batches:
-    """Batches of tensors in memory, in an order that depends on ``(seed, epoch)`` and on nothing else.
+    """Batches of tensors in memory, in an order that depends on ``(seed, epoch)`` only.
 
     Each pass takes a fresh generator from `seed` and the epoch's number, for the order and then batch by batch for the augmentation; the
-    global generators are neither read nor moved, so a resumed run sees the bytes it would have seen. Passes count epochs from 0 by
+    global generators are neither read nor moved, so a resumed run gets the same bytes. Passes count epochs from 0 by
     themselves; `set_epoch` says which one comes next. Batches are copies: changing one in place does not change the data.
 
     Args:

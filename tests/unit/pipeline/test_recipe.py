@@ -653,4 +653,4 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, c
 
     monkeypatch.setattr(Run, "run", interrupt)
     assert call("run", "base.yaml", "--out", "out") == 130
-    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert "the same command resumes from the last checkpoint" in capsys.readouterr().err

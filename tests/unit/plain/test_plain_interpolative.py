@@ -365,7 +365,7 @@ def test_a_weight_cannot_be_changed_behind_the_layers(side: str) -> None:
     layer = made("linear", side)[1]
     with pytest.raises(AttributeError, match="cannot be set"):
         layer.weight = nn.Parameter(torch.zeros(20, 24))
-    with pytest.raises(RuntimeError, match="composed of the weights of its two layers"):
+    with pytest.raises(RuntimeError, match="composed of the weights of its layers"):
         nn.init.zeros_(layer.weight)
     if side == "columns":
         layer.bias = nn.Parameter(torch.zeros(20, dtype=torch.float64))
@@ -426,4 +426,5 @@ def test_the_files_import_torch_alone() -> None:
     for module in (interpolative, pieces, writing):
         with open(module.__file__, encoding="utf-8") as file:
             names = [line.split()[1] for line in file if line.startswith(("import ", "from "))]
-        assert all(name.startswith(("torch", "typing", "collections", "spectrim.plain")) for name in names), names
+        inside = [name for name in names if not name.startswith(".") or name.startswith("..")]  # all but the neighbors in this folder
+        assert all(name.startswith(("torch", "typing", "collections", "spectrim.plain")) for name in inside), names
