@@ -105,7 +105,7 @@ def _sweep(job: Run, budgets: dict[str, Budget], args: Namespace) -> dict[str, M
 
 
 def _copy_dense(source: Path, target: Path) -> None:
-    """Copy a finished stage, whole or not at all, where it differs."""
+    """Copy a finished stage atomically, where it differs."""
     if (target / STAGE).is_file() and (target / STAGE).read_bytes() == (source / STAGE).read_bytes():
         return
     with temporary_beside(target, folder=True) as made:

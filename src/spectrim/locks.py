@@ -90,7 +90,7 @@ def _holder() -> str:
 
 
 def try_lock(handle: int) -> bool:
-    """Take a lock if nobody holds it; where the file system has no locks, there is none to wait for."""
+    """Take a lock if it is free; file systems without locks have none."""
     try:
         if sys.platform == "win32":
             os.lseek(handle, 1 << 20, os.SEEK_SET)

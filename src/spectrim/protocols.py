@@ -129,7 +129,7 @@ class Lesson(Protocol):
         """Return the names of the modules whose outputs the lesson needs; none for the model's output only."""
 
     def __call__(self, seen: Seen, /) -> Tensor:
-        """Return the loss to train on in the place of ``seen.loss``, a scalar; to add something: ``seen.loss + something``."""
+        """Return the loss to train on instead of ``seen.loss``, a scalar; to add something: ``seen.loss + something``."""
 
 
 @runtime_checkable

@@ -82,7 +82,7 @@ def plan(
         latency: a `LatencyTable` of the factorized model; adds predicted seconds, and decides what is split.
         eval_data: batches on which the cut networks are evaluated; `data` when omitted, and `inputs` without that.
         examples: how many of `data` and of `eval_data` are used at most, >= 1.
-        calibration: made before of the factorized model by `calibrate`, in the place of a new one from `data`.
+        calibration: of the factorized model, made by `calibrate`; replaces a new one from `data`.
         progress: whether to show progress, on stderr.
 
     Returns:

@@ -45,7 +45,7 @@ class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]
         rank_schedule: one more course.
         inputs: from a batch of the data, what the module's ``forward`` takes (a tensor, a tuple of arguments or a dict of keyword
             arguments), for the costs of a course; of a pair ``(inputs, target)`` the first when omitted.
-        courses: change training step by step, for example `Ramp` and `Squeeze`, see `fit`. With automatic optimisation, one process and a
+        courses: change training step by step, for example `Ramp` and `Squeeze`, see `fit`. With automatic optimization, one process and a
             known number of steps.
         lessons: change the loss, for example `Distillation`, see `fit`.
 
@@ -96,7 +96,7 @@ class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]
         self.loading.close()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that this module can be penalised and cut here."""
+        """Check that this module can be penalized and cut here."""
         self.steps.begin(pl_module, trainer.world_size, trainer.global_step, getattr(pl_module, "device", None))
         self.warned, self.total = False, 0
         known = not math.isinf(trainer.estimated_stepping_batches) and trainer.estimated_stepping_batches >= 0

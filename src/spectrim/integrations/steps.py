@@ -57,7 +57,7 @@ class Steps(Step):
         self.share = 0.0
 
     def begin(self, model: nn.Module, processes: int, step: int, device: torch.device | None = None) -> None:
-        """Check, before the first step, that this model can be penalised and cut here; forget an earlier run unless this one goes on.
+        """Check, before the first step, that this model can be penalized and cut here; forget an earlier run unless this one goes on.
 
         Args:
             model: as the loop holds it.
@@ -183,7 +183,7 @@ def second_names(model: nn.Module) -> set[str]:
 def match_ranks(model: nn.Module, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> dict[str, int]:
     """Give each factorized weight the rank that it has in a state dict, so that the state can be loaded.
 
-    A smaller rank keeps the first columns and rows, a larger one is filled up with zeros. What the optimizer knows of them is dropped.
+    A smaller rank keeps the first columns and rows, a larger one is filled up with zeros. Their optimizer state is dropped.
 
     Args:
         model: factorized; changed in place.

@@ -67,7 +67,7 @@ class SpectrimCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         return self.steps.cuts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Check that this model can be penalised and cut here."""
+        """Check that this model can be penalized and cut here."""
         self.steps.begin(model, args.world_size, state.global_step, args.device)
         self.due = self.warned = False
 

@@ -121,7 +121,7 @@ def interpolate(
 
     Source: Cheng, Gimbutas, Martinsson and Rokhlin, "On the compression of low rank matrices", SIAM J. Sci. Comput. 26 (2005), theorem 3;
     as a format of layers: arXiv 2501.19090.
-    Deviation: contiguous windows, whose coefficients are larger, in the place of free pivots, which cost a gather at every call.
+    Deviation: contiguous windows, whose coefficients are larger, instead of free pivots, which cost a gather at every call.
     """
     if side not in ("rows", "columns"):
         raise SettingError("interpolate", "side", got=side, rule="'rows' or 'columns'")

@@ -36,7 +36,7 @@ class Latency:
 def latency(
     model: nn.Module, inputs: Any, *, threads: int = 1, repeats: int = 5, min_time: float = 0.2, batch_size: int | None = None
 ) -> Latency:
-    """Time one call in eval mode, without gradients, after a warm-up, synchronised on accelerators; see `compare_latency`."""
+    """Time one call in eval mode, without gradients, after a warm-up, synchronized on accelerators; see `compare_latency`."""
     models = {"model": model}
     return compare_latency(models, inputs, threads=threads, repeats=repeats, min_time=min_time, batch_size=batch_size)["model"]
 

@@ -69,7 +69,7 @@ class Compressed:
     """What `compress` made, and what it cost.
 
     Attributes:
-        model: `torch.nn` layers (two in the place of one are a `PlainPair`), in eval mode, for deployment.
+        model: `torch.nn` layers (two in place of one are a `PlainPair`), in eval mode, for deployment.
         low: the same network before `merge`, factorized: to train on, to cut further, to `save`.
         measured: ``dense`` and ``final``: costs, latency side by side, and loss and accuracy as in `scores`.
         scores: loss and accuracy by stage: ``dense``, ``squeezed``, ``cut``, ``recalibrated``, ``corrected``, ``final``; skipped

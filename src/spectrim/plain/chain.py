@@ -1,4 +1,4 @@
-"""Two layers in the place of one."""
+"""Two layers in place of one."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordi
 
 
 class PlainPair(nn.Module):
-    """Two ordinary layers in the place of one, with its attributes: ``weight`` is the dense weight, ``stride`` its stride.
+    """Two ordinary layers in place of one, with its attributes: ``weight`` is the dense weight, ``stride`` its stride.
 
     A merged layer is an instance of its original class and of this one. Models read such attributes without calling the layer. Reading the
     dtype, device or shape of ``weight`` costs nothing; any other use multiplies the two weights, and gradients reach both. To change the

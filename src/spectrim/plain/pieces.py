@@ -18,7 +18,7 @@ class PlainInterpolative(nn.Module):
         kept: the layer that holds the kept rows or columns, with the stride, padding and dilation of the dense layer.
         mix: the layer that holds the coefficients of the others: an `nn.Linear`, or a convolution of kernel size one.
         start: first kept channel of a cyclic window; in each group for a grouped convolution.
-        order: in the place of `start`: all channels, those of `kept` first, then those of `mix`; applied by a gather.
+        order: instead of `start`: all channels, those of `kept` first, then those of `mix`; applied by a gather.
         conv1d: the `nn.Linear` layers stand for the ``Conv1D`` of transformers, whose weight is ``(in, out)``.
     """
 

@@ -66,7 +66,7 @@ class Int8:
             recurrence or attention is in the graph.
         ranges: of activations, for ``static``: ``minmax`` covers all observed values, ``percentile`` all but the rarest, ``entropy``
             minimizes the loss of information. The last two keep the observed values in memory.
-        percentile: share of the values that is kept, in per cent, in (50, 100).
+        percentile: share of the values that is kept, in percent, in (50, 100).
         weight_bits: 7 or 8. x86 processors without VNNI add two products of an 8-bit weight in 16 bits, which can overflow: there 7 bits
             are more accurate than 8. Weights take a byte each in both.
         equalize: give all channels between the two layers of a low-rank pair the same range, see `equalize_pairs`.
@@ -272,7 +272,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Network:
-    """A float network ready for the toolkit: optimised, shapes inferred, pairs equalised; with its calibration data and outputs."""
+    """A float network ready for the toolkit: optimized, shapes inferred, pairs equalized; with its calibration data and outputs."""
 
     file: Path
     method: str
@@ -308,7 +308,7 @@ class _Network:
 
 
 def _prepare(model: nn.Module | str | Path, data: Iterable[Any], folder: Path, how: Int8) -> _Network:
-    """Export, optimise, name the layers, choose the method, equalise, and run the float network once."""
+    """Export, optimize, name the layers, choose the method, equalize, and run the float network once."""
     _require()
     batches = [inputs_of(batch) for batch in first_examples(data, how.examples)]
     if not batches:
@@ -322,7 +322,7 @@ def _prepare(model: nn.Module | str | Path, data: Iterable[Any], folder: Path, h
     file = folder / "float.onnx"
     _optimize(source, file)
     proto = _load(file)
-    names |= _names(proto.graph)  # what the optimiser has made of nodes keeps their notes
+    names |= _names(proto.graph)  # what the optimizer has made of nodes keeps their notes
     _strip(proto)
     layers = _layers(proto.graph, names)
     feeds = _feeds(source, batches)

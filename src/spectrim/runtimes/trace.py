@@ -94,7 +94,7 @@ def _trace(format: Format, network: nn.Module, inputs: Any, batch: int | None, l
         module, args, kwargs = _Flat(network, args, kwargs).eval(), tuple(tensor for _, tensor in given), {}
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     if batch is not None:
-        # ExecuTorch's lowering excludes the largest value, so it is told one more; the file is compared at the limit itself
+        # ExecuTorch's lowering excludes the largest value, so it gets one more; the file is compared at the limit itself
         dim = Dim("batch", min=1, max=None if limit is None else limit + 1)
         for _, tensor in given:
             if tensor.dim() and tensor.size(0) == batch:

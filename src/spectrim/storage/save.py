@@ -247,7 +247,7 @@ def _folded(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _without_batchnorms(targets: Mapping[str, Any], folded: Mapping[str, list[str]] | None) -> dict[int, nn.Module]:
-    """Return what stands in the place of BatchNorms that were folded, by their ``id``; the layers before them get a bias, in place."""
+    """Return the replacements of BatchNorms that were folded, by their ``id``; the layers before them get a bias, in place."""
     gone = [targets[name] for name in (folded or {}).get("identities", []) if isinstance(targets.get(name), NORMS)]
     for name in (folded or {}).get("biased", []) if gone else []:
         layer = targets.get(name)

@@ -21,7 +21,7 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
     ``W <- W * gamma / sqrt(var + eps)`` for each output feature, ``b <- (b - mean) * gamma / sqrt(var + eps) + beta``. Which layer a
     BatchNorm follows is taken from a trace by `torch.fx`. It is left alone when one of the two has hooks (its own, or of the pair of layers
     that it is in), runs more than once or holds a tensor that another module holds too. A `BatchNorm1d` behind a linear layer is taken
-    to normalise its features, as it does for inputs ``(batch, features)``.
+    to normalize its features, as it does for inputs ``(batch, features)``.
 
     Args:
         model: in eval mode, of ordinary layers.

@@ -240,7 +240,7 @@ def _moments(layer: OneWeight, met: Iterable[_Met], outputs: int, most: float) -
         layer: of the corrected network.
         met: what it meets, each time it is called.
         outputs: of the layer, at one position.
-        most: how many rows to look at each time, drawn among all; neighbours tell little more.
+        most: how many rows to look at each time, drawn among all; neighbors tell little more.
     """
     generator = torch.Generator().manual_seed(0)
     own = cross = dense_sum = own_sum = torch.zeros((), dtype=torch.float64)

@@ -178,7 +178,7 @@ def _reached(value: Any, depth: int) -> Iterator[object]:
 
 
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
-    """Put new modules in the place of old ones, in every parent that holds them; in place, but for the root.
+    """Replace modules in every parent that holds them; in place, but for the root.
 
     Args:
         model: the root.

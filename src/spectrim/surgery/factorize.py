@@ -1,4 +1,4 @@
-"""`factorize` puts factorized layers in the place of dense ones."""
+"""`factorize`: factorized layers in place of dense ones."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""`merge` writes plain layers in the place of factorized ones."""
+"""`merge`: plain layers in place of factorized ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
 
     The break-even rank is where two operations take as many multiply-accumulates as the dense one, or with `latency` as many seconds.
 
-    All parameters are in `torch.nn` layers. Two layers in the place of one are a `PlainPair`: an `nn.Sequential` with the attributes of the
+    All parameters are in `torch.nn` layers. Two layers in place of one are a `PlainPair`: an `nn.Sequential` with the attributes of the
     dense layer, as models read ``weight.dtype`` or ``stride`` of their layers. LSTM, GRU and MultiheadAttention, whose fused kernels take
     dense weights only, become `PlainRecurrent` and `PlainAttention` where that costs less. These three are `spectrim.plain.parts`, a
     single file that imports torch alone; nothing else of this package is needed. What will be written for each layer is in

@@ -139,7 +139,7 @@ def kind_of_class(kind: type) -> bool:
 def decide(
     model: nn.Module, where: Where | None = None, *, order: Sequence[str] | None = None, references: bool = False
 ) -> dict[str, str | None]:
-    """Return for each parameterised layer, by its first name, None where it will be factorized, else the reason why not.
+    """Return for each parameterized layer, by its first name, None where it will be factorized, else the reason why not.
 
     Args:
         model: dense, or factorized in part (what is factorized already is left out).

@@ -49,7 +49,7 @@ def put(model: nn.Module, state: State) -> None:
 
 
 def exchange_factors(model: nn.Module, new: Mapping[str, Factors]) -> None:
-    """Put other factors in the place of those that a network holds, wherever they are used; in place.
+    """Replace the factors of a network wherever they are used; in place.
 
     Args:
         model: factorized.

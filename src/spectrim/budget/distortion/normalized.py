@@ -70,7 +70,7 @@ class NormalizedEnergy:
         return distortions
 
 
-# What a normalisation reads and writes
+# What a normalization reads and writes
 
 BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -175,7 +175,7 @@ def _feature_axis(layer: Any) -> int:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises features and multiplies each by one weight, or by none."""
+    """Whether a module normalizes features and multiplies each by one weight, or by none."""
     if isinstance(module, CHANNEL_NORMS):
         return True
     weight = getattr(module, "weight", None)
@@ -212,7 +212,7 @@ def _averaged(scales: list[Tensor], like: Tensor) -> Tensor:
 
     Args:
         scales: each of one entry for every feature.
-        like: has the shape of that side; each feature has several neighbouring entries there (those of the kernel's axes).
+        like: has the shape of that side; each feature has several neighboring entries there (those of the kernel's axes).
     """
     if not scales:
         return torch.ones_like(like)
