@@ -131,7 +131,7 @@ def ladder(
         by_name, jump, corrected = _proved(counted, first, by_name, whole)
     except (LayerError, SettingError):
         raise
-    except SpectrimError as error:  # a kernel that cannot be counted: the other units are as good as ever
+    except SpectrimError as error:  # a kernel that cannot be counted: the other units remain valid
         missing["macs"], jump, corrected = error, {}, {}
         whole = counted.of(whole_network, macs=False)
     tables = _tables(model, by_name)

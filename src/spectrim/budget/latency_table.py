@@ -278,7 +278,7 @@ def latency_table(
         timings[key] = time_layer(work[key], backend, threads, time_box)
         if path is not None:
             stored[key] = timings[key]
-            _write(path, machine, stored)  # after each one: a stopped run has lost nothing
+            _write(path, machine, stored)  # after each one, so that an interrupted run loses nothing
     dense_s, untimed = time_network(model, inputs, backend, threads, time_box)
     return LatencyTable(backend, threads, machine, timings, weights, margin, dense_s, untimed)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 try:
-    # Lightning goes by two names: the one that is in use already, else the newer one, else the other
+    # Lightning has two package names: the imported one, else the newer one, else the other
     older = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
     if older or find_spec("lightning") is None:
         from pytorch_lightning import Callback

@@ -212,7 +212,7 @@ def match_ranks(model: nn.Module, state: Mapping[str, Any], optimizer: Optimizer
             continue
         rank = stored.shape[-1]
         if rank == factors.rank or not 1 <= rank <= factors.full_rank:
-            continue  # a wrong one is for load_state_dict to refuse
+            continue  # load_state_dict refuses a wrong one
         for part, axis in (("U", -1), ("S", -1), ("Vh", -2)):
             old = getattr(factors, part)
             new = nn.Parameter(_resized(old.detach(), axis, rank), requires_grad=old.requires_grad)

@@ -181,7 +181,7 @@ def rank_at_energy(singular_values: Float[Tensor, " full"], keep: float) -> int:
         2
     """
     tail = tail_energy(singular_values)
-    allowed = (1 - keep) * (1 + 1e-12) * tail[0]  # the slack is for the rounding of 1 - keep: 9 of 10 equal values do hold 0.9
+    allowed = (1 - keep) * (1 + 1e-12) * tail[0]  # the slack is for the rounding of 1 - keep: 9 of 10 equal values contain 0.9
     return max(1, int((tail > allowed).sum()))
 
 

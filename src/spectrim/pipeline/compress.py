@@ -414,7 +414,7 @@ def _squeezed(
     judge, prices = cutter.judge, cutter.prices
     toward = Squeeze(cutter.budget, end=1.0, importance=cutter.importance, latency=prices.latency, cut=False, prices=prices)
     history = tuner.run(low, epochs, [Orthogonality(), *penalties], "squeeze", toward)
-    recalibrate(low, judge.known)  # at a high learning rate the running statistics are behind
+    recalibrate(low, judge.known)  # at a high learning rate the running statistics lag
     scores["squeezed"] = judge(low)
     prune_(low, allocate(low, cutter.budget, cutter.inputs, importance=cutter.importance, prices=prices), tuner.optimizer)
     scores["cut"] = judge(low)
@@ -470,7 +470,7 @@ class _Cutter:
     def _made(self, bench: Workbench, kind: str) -> CutNetwork:
         way = WAYS[kind]
         if way.needs == "loss":
-            bench.distortions(way)  # refuses a loss without gradients, whoever chooses the ranks
+            bench.distortions(way)  # refuses a loss without gradients, also with other ranks
         return bench.cut_to(self.budget, way, self.judge, dense=self.judge.model, examples=self.judge.known, importance=self.importance)
 
 

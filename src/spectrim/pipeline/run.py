@@ -180,7 +180,7 @@ class Run:
         if state.get("digest") != self.digest:
             if folder.exists():
                 self.console.print(f"{name}: settings changed, run again")
-                (folder / STAGE).unlink(missing_ok=True)  # first, so that what is left of a folder never looks finished
+                (folder / STAGE).unlink(missing_ok=True)  # first, so that a partly deleted folder never looks finished
                 shutil.rmtree(folder)
             make_folder(folder)
             write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": False}))

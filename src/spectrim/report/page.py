@@ -89,7 +89,7 @@ def _plan(path: Path) -> Plan:
         plan = Plan.load(path)
         plan_data(plan)
         str(plan)
-    except Exception as error:  # whatever a damaged number makes of it
+    except Exception as error:  # any error from a damaged number
         if isinstance(error, FormatError) and str(error).startswith(str(path)):
             raise
         raise FormatError(path, f"is damaged ({error!r})", hint="plan again") from error
@@ -108,7 +108,7 @@ def _page(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
         "text": html.escape(_text(plan, run)),
     }
     page = (folder / "page.html").read_text(encoding="utf-8")
-    pieces = page.split("%%")  # odd pieces name a part: nothing inside the parts is looked at
+    pieces = page.split("%%")  # odd pieces name a part: the content of the parts is kept
     return "".join(parts[piece] if index % 2 else piece for index, piece in enumerate(pieces))
 
 

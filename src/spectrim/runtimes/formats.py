@@ -116,7 +116,7 @@ def _require(format: Format) -> None:
         raise ImportError(f"{TITLES[format]} needs {', '.join(missing)}: pip install 'spectrim[{format}]'")
 
 
-# Formats: what writes each, and what opens it
+# Formats: a writer and a reader for each
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _write_executorch(program: ExportedProgram, file: Path, names: _Names, half:
         debug = import_module("executorch.devtools.backend_debug")
     try:
         with quietly():
-            # inputs have no names in the file, so it tells them as the result of a second method
+            # inputs have no names in the file, so a second method returns them
             known = {INPUT_NAMES: ",".join(names.inputs)}
             edge = exir.to_edge_transform_and_lower(
                 program,

@@ -322,7 +322,7 @@ def _prepare(model: nn.Module | str | Path, data: Iterable[Any], folder: Path, h
     file = folder / "float.onnx"
     _optimize(source, file)
     proto = _load(file)
-    names |= _names(proto.graph)  # what the optimizer has made of nodes keeps their notes
+    names |= _names(proto.graph)  # nodes changed by the optimizer keep their notes
     _strip(proto)
     layers = _layers(proto.graph, names)
     feeds = _feeds(source, batches)
@@ -357,7 +357,7 @@ def _optimize(source: Path, file: Path) -> None:
     process = import_module("onnxruntime.quantization.shape_inference").quant_pre_process
     try:
         process(str(source), str(file))
-    except Exception:  # its symbolic inference does not know every operator, and says so in many ways
+    except Exception:  # its symbolic inference does not know every operator, and raises various errors
         try:
             process(str(source), str(file), skip_symbolic_shape=True)
         except Exception as error:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 _WARNINGS = (
     r"The tensor attributes? .*_flat_weights",  # of every nn.LSTM and nn.GRU: their list of weights is no buffer
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # torch copying its own programs
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # from torch's copies of programs
     r"This API is experimental and subject to change without notice",  # ExecuTorch
 )
 

@@ -73,7 +73,7 @@ def _outputs(format: Format, model: nn.Module, inputs: Any) -> list[Tensor]:
     return outputs
 
 
-# Tracing, and who is to blame
+# Tracing, and the origin of errors
 
 
 def _trace(format: Format, network: nn.Module, inputs: Any, batch: int | None, limit: int | None) -> tuple[ExportedProgram, _Names]:

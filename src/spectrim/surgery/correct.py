@@ -259,7 +259,7 @@ def _moments(layer: OneWeight, met: Iterable[_Met], outputs: int, most: float) -
             count += rows.shape[-2]
     own, cross, dense_mean, own_mean = own / count, cross / count, dense_sum / count, own_sum / count
     floor = torch.diag_embed(FLOOR * own.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).expand_as(own_mean))
-    own, cross = own + floor, cross + floor  # in both: what the inputs never do asks for no change of the weight
+    own, cross = own + floor, cross + floor  # in both: directions without inputs do not change the weight
     if layer.bias is not None:
         own = own - own_mean.unsqueeze(-1) * own_mean.unsqueeze(-2)
         cross = cross - dense_mean.unsqueeze(-1) * own_mean.unsqueeze(-2)

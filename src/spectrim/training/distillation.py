@@ -119,7 +119,7 @@ class Distillation:
         with evaluating(self.teacher):
             theirs = call_model(self.teacher, inputs)
         loss = task
-        if self.weight:  # else outputs may be anything
+        if self.weight:  # else outputs are arbitrary
             teacher = F.log_softmax(scores_of(theirs).float() / self.temperature, self.dim)
             student = F.log_softmax(scores_of(output).float() / self.temperature, self.dim)
             divergence = _mean((teacher.exp() * (teacher - student)).sum(self.dim), target)
