@@ -131,6 +131,7 @@ def export(
 
     Examples:
         >>> from spectrim.runtimes.formats import run_exported
+        >>> import tempfile
         >>> made = export(nn.Linear(4, 2), torch.randn(3, 4), Path(tempfile.mkdtemp()) / "linear.pt2")
         >>> made.batches, made.difference <= made.tolerance
         ((1, 3, 4), True)
