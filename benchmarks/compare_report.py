@@ -78,6 +78,11 @@ blind. No rule was chosen on the ViT.
   only*: never features, and whatever the loss gap; *features throughout*: in the second half, too.
 - **narrower network**: all widths scaled by the largest factor that fits, trained from random weights, with a separate peak learning rate.
 - **filter pruning**: whole channels by group norm, uniformly or globally, whichever is better on the validation split before fine-tuning.
+
+In short: without training `compress` leads on ResNet-8 and LeNet-5 at every budget, and on the ViT at a fifth. Fine-tuned, it
+leads on ResNet-8 and the LSTM at every budget, and on the language model at 0.85; there it is level with whitening at 0.7. On LeNet-5 it is
+behind whitening at half and level at a third, both within the noise, and ahead at a fifth. On the ViT all low-rank rows are close to the
+dense network. On ResNet-20 and 56 the differences to truncated SVD with the same teacher are within the noise.
 """
 
 Result = dict[str, Any]

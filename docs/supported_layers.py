@@ -13,7 +13,7 @@ PAGE = Path(__file__).with_name("supported-layers.md")
 HEAD = """# Supported layers
 
 This page is written by `python docs/supported_layers.py` from the code; a test compares the two. Every example
-was factorized, cut to rank 2 and merged.
+was factorized, cut to rank 2 and merged. A merged layer stays an instance of its original class: [how layers are exchanged](exchange.md).
 
 """
 EXAMPLES: list[tuple[str, nn.Module]] = [

@@ -8,16 +8,16 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 from spectrim.runtimes.formats import SUFFIXES
 
 HELP = {
-    "run": "Run a recipe, stage after stage; finished stages are skipped. The recipe's components are imported and called.",
+    "run": "Run a recipe stage by stage; finished stages are skipped. The recipe's components are imported and called.",
     "compress": "Compress a recipe's dense network to a budget; only its model, data, loss, dense and factorize keys are read.",
-    "measure": "Measure the network of a recipe; or show what a finished folder holds, where nothing is imported or called. With --split "
-    "or --threads the folder's final network is measured here and now, which calls the code that its recipe names.",
-    "coverage": "List every parameterised layer: factorized, or why not. Of a finished folder nothing is imported or called.",
-    "plan": "Say what each budget would give, without training: ranks, costs, and the error right after the cut. Calls what the recipe, or "
-    "the recipe in the folder, names.",
+    "measure": "Measure the network of a recipe; or show the results in a finished folder, without importing or calling its code. "
+    "With --split or --threads the folder's final network is measured again, which calls the code that its recipe names.",
+    "coverage": "List every parameterized layer: factorized, or why not. The code of a finished folder is neither imported nor called.",
+    "plan": "Predict the result of each budget, without training: ranks, costs, and the error right after the cut. "
+    "Calls the code named by the recipe, or by the recipe in the folder.",
     "report": "Write the HTML page of a run's folder or of a plan; it needs no server and no network, and nothing is imported or called.",
-    "export": "Write the network of a recipe, or the final one of a folder, for another runtime; the file is proved equal before it gets "
-    "its name. Calls what the recipe, or the recipe in the folder, names.",
+    "export": "Write the network of a recipe, or the final one of a folder, for another runtime; its outputs are compared before "
+    "the file is kept. Calls the code named by the recipe, or by the recipe in the folder.",
 }
 
 
@@ -37,15 +37,19 @@ def parser() -> ArgumentParser:
 
     sub = ArgumentParser(description=HELP["compress"])
     sub.add_argument("recipe", type=str, help="a YAML recipe; model, data and loss are enough")
-    sub.add_argument("--macs", type=str, help="share of the multiply-accumulates to keep, in (0, 1]; several, 0.7,0.5,0.35, are a sweep")
+    sub.add_argument(
+        "--macs", type=str, help="share of the multiply-accumulates to keep, in (0, 1]; several values, such as 0.7,0.5,0.35, make a sweep"
+    )
     sub.add_argument("--params", type=str, help="share of the parameters to keep, in (0, 1]; or several")
     sub.add_argument("--size", type=str, help="share of the bytes to keep, in (0, 1]; or several")
     sub.add_argument("--size_bytes", type=PositiveInt, help="bytes to keep")
     sub.add_argument("--latency", type=float, help="share of the dense network's seconds to keep, in (0, 1]")
     sub.add_argument("--latency_s", type=float, help="seconds of one example")
-    sub.add_argument("--backend", choices=["eager", "compile", "onnx"], help="time layers there; what no rank makes faster stays dense")
+    sub.add_argument(
+        "--backend", choices=["eager", "compile", "onnx"], help="time layers in this backend; layers that no rank makes faster stay dense"
+    )
     sub.add_argument("--epochs", type=NonNegativeInt, default=0, help="of fine-tuning (default: none, calibration only)")
-    sub.add_argument("--examples", type=PositiveInt, default=1024, help="training examples that calibrate")
+    sub.add_argument("--examples", type=PositiveInt, default=1024, help="training examples for calibration")
     sub.add_argument("--cut", choices=["auto", "plain", "whitened", "sensitive", "mixed"], default="auto", help="how the cut is made")
     sub.add_argument("--squeeze", type=float, default=0.0, help="share of the epochs spent training toward the budget before the cut")
     sub.add_argument("--out", type=str, help="folder (default: runs/NAME-compress-BUDGET)")
@@ -57,7 +61,7 @@ def parser() -> ArgumentParser:
 
     sub = ArgumentParser(description=HELP["measure"])
     sub.add_argument("target", type=str, help="a recipe (its dense network) or the folder of a run (its final one)")
-    sub.add_argument("--split", choices=["train", "val", "test"], help="what accuracy and loss are measured on (default for a recipe: val)")
+    sub.add_argument("--split", choices=["train", "val", "test"], help="split for accuracy and loss (default for a recipe: val)")
     sub.add_argument("--threads", type=PositiveInt, help="CPU threads of the latency measurement (default: 1)")
     sub.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
     commands.add_subcommand("measure", sub)
@@ -72,8 +76,10 @@ def parser() -> ArgumentParser:
         "target", type=str, help="a recipe (its dense network, as it is before training) or the folder of a run (its dense one)"
     )
     sub.add_argument("--budgets", type=str, help="fractions of the MACs kept: 0.5,0.33")
-    sub.add_argument("--examples", type=PositiveInt, default=512, help="training examples that calibrate, validation ones that judge")
-    sub.add_argument("--weights-only", action="store_true", help="no data: ranks and cuts by the weights alone")
+    sub.add_argument(
+        "--examples", type=PositiveInt, default=512, help="training examples for calibration, and validation examples for the loss"
+    )
+    sub.add_argument("--weights-only", action="store_true", help="use no data: ranks and cuts by the weights alone")
     sub.add_argument("--latency", choices=["eager", "compile", "onnx"], help="time the layers, and predict seconds")
     sub.add_argument("--threads", type=PositiveInt, default=1, help="CPU threads of that timing")
     sub.add_argument("--out", type=str, help="a JSON file; its page is written beside it")
@@ -85,7 +91,7 @@ def parser() -> ArgumentParser:
     sub.add_argument("target", type=str, help="the folder of a run, or what spectrim plan --out wrote")
     sub.add_argument("--out", type=str, help="the page (default: report.html in the folder, or beside the plan)")
     sub.add_argument("--open", action="store_true", help="show it in the browser")
-    sub.add_argument("--text", action="store_true", help="print the essentials instead")
+    sub.add_argument("--text", action="store_true", help="print a summary instead")
     commands.add_subcommand("report", sub)
 
     sub = ArgumentParser(description=HELP["export"])

@@ -181,7 +181,7 @@ def _first(verb: str, name: str, value: Sequence[Any], rule: str, bare: bool) ->
         raise SettingError(verb, name, got=_Text("batches of numpy arrays"), rule="batches of tensors", hint="torch.from_numpy(array)")
     if bare and isinstance(first, Tensor | tuple | list | Mapping):
         return
-    if not pair and not isinstance(first, Mapping):  # a dict has a message of its own, see `pair_of`
+    if not pair and not isinstance(first, Mapping):  # a dict has a separate message, see `pair_of`
         count = f"tuples of {len(first)}" if isinstance(first, tuple | list) else f"a {type(first).__name__}"
         hint = "several inputs go into a tuple: ((a, b), target)" if isinstance(first, tuple | list) else ""
         raise SettingError(verb, name, got=_Text(f"batches that are {count}"), rule="batches (inputs, target)", hint=hint)

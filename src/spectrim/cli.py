@@ -49,7 +49,7 @@ NAMES = {"final": "low-rank", "truncated": "truncated SVD", "continued": "dense,
 
 
 def run(args: Namespace) -> None:
-    """Run a recipe, stage after stage; finished stages are skipped."""
+    """Run a recipe stage by stage; finished stages are skipped."""
     recipe = read_recipe(args.recipe, _changes(args))
     job = Run(recipe, Path(args.out or Path("runs") / Path(args.recipe).stem), progress=not args.quiet)
     with job.hold():
@@ -105,7 +105,7 @@ def _sweep(job: Run, budgets: dict[str, Budget], args: Namespace) -> dict[str, M
 
 
 def _copy_dense(source: Path, target: Path) -> None:
-    """Copy a finished stage, whole or not at all, where it differs."""
+    """Copy a finished stage atomically, where it differs."""
     if (target / STAGE).is_file() and (target / STAGE).read_bytes() == (source / STAGE).read_bytes():
         return
     with temporary_beside(target, folder=True) as made:
@@ -183,12 +183,12 @@ def measure_(args: Namespace) -> None:
         found = measure(model, example, data=split, loss=make_loss(recipe.loss), threads=args.threads or 1)
         where = f"measured on the {args.split or 'val'} split"
     else:
-        where = "as measured on the test split when the folder was written; --split measures here and now, and calls the recipe's code"
+        where = "as measured on the test split when the folder was written; --split measures again, and calls the recipe's code"
     _show(args, f"{found.summary()}\n{where}", found.to_dict())
 
 
 def coverage_(args: Namespace) -> None:
-    """List every parameterised layer: factorized, or why not."""
+    """List every parameterized layer: factorized, or why not."""
     held = _contents(args.target)
     lines = held.coverage if held is not None else None
     if lines is None:
@@ -201,12 +201,12 @@ def coverage_(args: Namespace) -> None:
 
 
 def plan_(args: Namespace) -> None:
-    """Say what each budget would give, without training: ranks, costs, and the error right after the cut."""
+    """Predict the result of each budget, without training: ranks, costs, and the error right after the cut."""
     budgets = _fractions("--budgets", args.budgets) if args.budgets else BUDGETS
     held = _contents(args.target)
     model, recipe = _network(args.target, held, "dense")
     if held is None and recipe.dense.epochs:
-        _note(f"the recipe trains its dense network first; planned is the untrained one. spectrim run {args.target}, then plan its folder")
+        _note(f"the recipe first trains its dense network; this plan is of the untrained one: spectrim run {args.target}, plan its folder")
     data, where = make_data(recipe), recipe.factorize.layers()
     scheme, inputs, table = recipe.factorize.scheme, one_example(data.val), None
     if args.latency:
@@ -239,7 +239,7 @@ def report_(args: Namespace) -> None:
 def export_(args: Namespace) -> None:
     """Write the network of a recipe, or the final one of a folder, for another runtime."""
     if not args.int8 and not args.format and not args.out:
-        raise RecipeError("export", "nothing says which format", allowed=f"--format {', '.join(SUFFIXES.values())}; or --out with a suffix")
+        raise RecipeError("export", "the format is missing", allowed=f"--format {', '.join(SUFFIXES.values())}; or --out with a suffix")
     if args.int8 and (args.format not in (None, "onnx") or args.static or args.tolerance is not None):
         raise RecipeError("--int8", "writes ONNX for any batch, and has no tolerance", allowed="--format onnx, --out FILE.onnx")
     if args.tolerance is not None and not args.tolerance > 0:
@@ -374,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         errors.print(f"spectrim: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt as stopped:
-        more = "; the same command goes on from the last checkpoint" if args.command in ("run", "compress") else ""
+        more = "; the same command resumes from the last checkpoint" if args.command in ("run", "compress") else ""
         errors.print(f"stopped{more}", markup=False)
         sys.exit(143 if isinstance(stopped, _Terminated) else 130)
     except (ValueError, RuntimeError, OSError, ImportError, torch.OutOfMemoryError) as error:

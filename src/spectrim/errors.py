@@ -1,4 +1,4 @@
-"""Errors that take the numbers and write the sentence: which layer, the rule, what came, what to try."""
+"""Error classes that write their message: the layer, the rule, the value given, what to try."""
 
 
 class SpectrimError(ValueError):
@@ -20,7 +20,7 @@ class RankError(SpectrimError):
 
 
 class SettingError(SpectrimError):
-    """A knob of a method outside its admissible range.
+    """A setting outside its allowed range.
 
     Examples:
         >>> print(SettingError("Energy", "keep", got=90, rule="a fraction in (0, 1]", hint="for 90 % write keep=0.9"))
@@ -32,7 +32,7 @@ class SettingError(SpectrimError):
 
 
 class LayerError(SpectrimError):
-    """A layer that cannot do what was asked of it.
+    """A layer that does not support an operation.
 
     Examples:
         >>> print(LayerError("head", "is not a factorized layer", hint="call factorize(model) first"))
@@ -44,7 +44,7 @@ class LayerError(SpectrimError):
 
 
 class FormatError(SpectrimError):
-    """A file or folder that is not what it should be: truncated, altered, foreign or missing."""
+    """A file or folder that is truncated, altered, foreign or missing."""
 
     def __init__(self, path: object, problem: str, *, hint: str = "") -> None:
         super().__init__(f"{path}: {problem}" + (f"; {hint}" if hint else ""))
@@ -64,7 +64,7 @@ class WriteError(SpectrimError, OSError):
 
 
 class RecipeError(SpectrimError):
-    """A recipe that cannot run: the key, what came, what is allowed."""
+    """A recipe that cannot run: the key, the value given, what is allowed."""
 
     def __init__(self, key: str, problem: str, *, allowed: str = "") -> None:
         super().__init__(f"recipe key '{key}': {problem}" + (f"; allowed: {allowed}" if allowed else ""))
@@ -92,7 +92,7 @@ class ExportError(SpectrimError):
 
 
 class DivergedError(RuntimeError):
-    """Training went beyond finite numbers: what did, the step, the layer with the largest gradient, the last good checkpoint."""
+    """Training produced values that are not finite: which, the step, the layer with the largest gradient, the last good checkpoint."""
 
     def __init__(self, what: str, *, epoch: int, step: int, layer: str, grad_norm: float, checkpoint: object | None) -> None:
         where = f"last good checkpoint: {checkpoint}" if checkpoint else "no checkpoint was written (pass checkpoint=FOLDER)"

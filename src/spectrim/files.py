@@ -1,4 +1,4 @@
-"""Atomic writes, bounded reads of JSON, and standard output that stays a program's own."""
+"""Atomic writes, bounded reads of JSON, and redirection of foreign output to standard error."""
 
 import ctypes
 import errno
@@ -28,7 +28,7 @@ _TEMPORARY = re.compile(r"\.(\d+)-[0-9a-f]{8}\.tmp$")
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write to; the file gets its own name at the end, on the disk by then, or goes on an error.
+    """Yield a temporary name beside `path` to write to; the file is renamed at the end, once it is on disk, or removed on an error.
 
     Args:
         path: in a folder that exists. A symbolic link is followed.
@@ -82,7 +82,7 @@ def _place(folder: Path, path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file as a whole.
+    """Write a text file atomically.
 
     Args:
         path: in a folder that exists.
@@ -125,7 +125,7 @@ def check_room(folder: Path, size: int) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files in a folder whose writer is dead; those that a living process writes stay.
+    """Remove the temporary files in a folder whose writer has ended; those of running processes stay.
 
     Args:
         folder: one that may be missing.
@@ -191,7 +191,7 @@ def target_of(path: Path) -> Path:
 
 
 def put(temporary: Path, path: Path) -> None:
-    """Give a file that was written its own name, when its content is on the disk."""
+    """Rename a written file to its final name, once its content is on disk."""
     sync(temporary)
     os.replace(temporary, path)
 
@@ -247,10 +247,10 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
 
 @contextmanager
 def printing_to_stderr(unless: bytes) -> Iterator[None]:
-    """Send to standard error what compiled code prints to standard output inside, which stays for results.
+    """Redirect what compiled code prints inside to standard error; standard output is reserved for results.
 
-    HiGHS as scipy has it prints lines of its own now and then, whatever its options say. Nothing is sent anywhere else where the C library
-    cannot be told to write out what it holds (Windows), or where there is no standard output.
+    HiGHS in scipy prints lines now and then, whatever its options are. Nothing is redirected where the C library's buffers cannot be
+    flushed (Windows), or where there is no standard output.
 
     Args:
         unless: lines that begin so are dropped.

@@ -90,7 +90,7 @@ def _holder() -> str:
 
 
 def try_lock(handle: int) -> bool:
-    """Take a lock if nobody holds it; where the file system has no locks, there is none to wait for."""
+    """Take a lock if it is free; file systems without locks have none."""
     try:
         if sys.platform == "win32":
             os.lseek(handle, 1 << 20, os.SEEK_SET)
@@ -143,13 +143,13 @@ if hasattr(os, "register_at_fork"):
 _HINTS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another disk"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that this process may write to"),
-    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is needed: choose another path"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file has the name of this folder: choose another path"),
 }
 
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Raise what goes wrong in writing a file as an error with its path and the cause."""
+    """Turn an error of writing a file into one with its path and the cause."""
     try:
         yield
     except WriteError:
@@ -158,7 +158,7 @@ def writing_to(path: Path) -> Iterator[None]:
         cause = error.strerror or str(error) or type(error).__name__
         problem = f"cannot be written: {cause}"
         raise WriteError(path, problem, hint=_HINTS.get(error.errno or 0, ""), errno=error.errno) from error
-    except Exception as error:  # torch and safetensors have errors of their own for a failed write
+    except Exception as error:  # torch and safetensors raise their own errors for a failed write
         if not (isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError") or not _WRITING.search(str(error)):
             raise
         problem = f"cannot be written: {str(error).splitlines()[0]}"

@@ -1,4 +1,4 @@
-"""The contracts. A method is a frozen dataclass whose fields are its knobs, and which is called."""
+"""The contracts. A method is a frozen dataclass whose fields are its settings, and which is called."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 @runtime_checkable
 class Penalty(Protocol):
-    """What is added to the loss: a non-negative scalar of the model, differentiable in its parameters."""
+    """A term of the loss: a non-negative scalar of the model, differentiable in its parameters."""
 
     def __call__(self, model: nn.Module, /) -> Tensor:
         """Return a scalar tensor >= 0, already multiplied by the penalty's strength."""
@@ -45,7 +45,7 @@ class RankSchedule(Protocol):
 
 @dataclass(frozen=True)
 class Change:
-    """What a `Course` wants for the step that comes.
+    """What a `Course` changes for the next step.
 
     Args:
         ranks: to cut to before the step; None for no cut.
@@ -58,11 +58,11 @@ class Change:
 
 @runtime_checkable
 class Course(Protocol):
-    """Changes how a network trains, step by step: cuts, penalties that move, projections of the weights.
+    """Changes training step by step: cuts, penalties with varying strength, projections of the weights.
 
-    A function of its arguments and its memory alone, so that a run can be stopped and resumed: whatever the next step depends on is in the
+    A function of its arguments and its memory alone, so that a run can be stopped and resumed: all state for the next step is in the
     memory, a dict of tensors and plain data (numbers, strings, None; lists, tuples and dicts of them) that checkpoints keep. A course that
-    adds a penalty may set ``penalizes = True``: its column is in the log from the first epoch on then.
+    adds a penalty may set ``penalizes = True``: its column is then in the log from the first epoch on.
     """
 
     def start(self, model: nn.Module, inputs: Any, steps: int, /) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class Course(Protocol):
         """
 
     def before(self, model: nn.Module, inputs: Any, step: int, steps: int, memory: dict[str, Any], /) -> Change | None:
-        """Return what changes for the step that comes, or None for nothing.
+        """Return the changes for the next step, or None.
 
         Args:
             model: factorized or dense; left as it is: cuts are made from what is returned.
@@ -98,10 +98,10 @@ class Course(Protocol):
 
 @dataclass(frozen=True)
 class Seen:
-    """What a `Lesson` sees of a step.
+    """The data of a step that a `Lesson` gets.
 
     Args:
-        loss: of the task, with what lessons before this one made of it; a scalar.
+        loss: of the task, after the lessons before this one; a scalar.
         inputs: of the batch, as the model takes them.
         output: of the model.
         target: of the batch.
@@ -126,10 +126,10 @@ class Lesson(Protocol):
     """
 
     def watched_layers(self, model: nn.Module, /) -> Sequence[str]:
-        """Return the names of the modules whose outputs it wants to see; none for the output of the model alone."""
+        """Return the names of the modules whose outputs the lesson needs; none for the model's output only."""
 
     def __call__(self, seen: Seen, /) -> Tensor:
-        """Return the loss to train on in the place of ``seen.loss``, a scalar; to add something: ``seen.loss + something``."""
+        """Return the loss to train on instead of ``seen.loss``, a scalar; to add something: ``seen.loss + something``."""
 
 
 @runtime_checkable

@@ -37,7 +37,7 @@ class Row(Generic[Example]):
 
     def __post_init__(self) -> None:
         if not self.card:
-            hint = "write the card first: what the method does, its knobs, its sources, what is known to fail"
+            hint = "write the card first: what the method does, its settings, its sources, its known limitations"
             raise SettingError(
                 f"Row of {self.method.__name__}", "card", got=self.card, rule="the name of a page in docs/methods", hint=hint
             )

@@ -97,6 +97,15 @@ def test_comparison_page_is_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_results_in_the_readme_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import readme
+
+    text = readme.PAGE.read_text(encoding="utf-8")
+    assert readme.table() in text
+    assert text == readme.render(text), "run python benchmarks/readme.py"
+
+
 def test_every_committed_comparison_is_of_todays_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 

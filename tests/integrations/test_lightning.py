@@ -208,7 +208,7 @@ def test_outside_of_training_it_is_zero(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_never_asks_is_warned_about(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"nothing is penalised.*return loss \+ penalty\(self\)") as warned:
+    with pytest.warns(UserWarning, match=r"penalties have no effect.*return loss \+ penalty\(self\)") as warned:
         trainer(tmp_path, [SpectrimCallback(PENALTIES)]).fit(Forgetful(), points())
     assert len([each for each in warned if "SpectrimCallback" in str(each.message)]) == 1
     trainer(tmp_path, [SpectrimCallback()]).fit(Forgetful(), points())  # one that asks for nothing is silent
@@ -265,7 +265,7 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
 
     ramp = sp.Ramp(0.5)
     module = Manual()
-    with pytest.raises(SettingError, match="rank_schedule must be None with manual optimisation"):
+    with pytest.raises(SettingError, match="rank_schedule must be None with manual optimization"):
         trainer(tmp_path, [SpectrimCallback(rank_schedule=ramp)]).fit(module, points())
     assert not module._load_state_dict_pre_hooks
     with pytest.raises(SettingError, match=r"number of steps is not known.*max_steps"):

@@ -225,7 +225,7 @@ def test_a_name_that_is_no_folder_is_downloaded(merged: Any, tmp_path: Path, mon
     monkeypatch.setattr(pretrained.huggingface_hub, "snapshot_download", download)
     assert torch.equal(call(from_pretrained("someone/small", revision="v1")), call(merged))
     assert asked == [("someone/small", "v1")]
-    with pytest.raises(FormatError, match=r"someone/missing: is no folder here, and the Hub gave none .*no such repository"):
+    with pytest.raises(FormatError, match=r"someone/missing: is no folder here, and the Hub has none .*no such repository"):
         from_pretrained("someone/missing")
 
 

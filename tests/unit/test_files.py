@@ -91,7 +91,7 @@ def test_a_folder_a_pipe_or_a_file_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(WriteError, match="is a pipe or a device"):
         export(model, torch.zeros(2, 2), tmp_path / "pipe.pt2")
     for action in (lambda: sp.save(model, tmp_path / "file"), lambda: export(model, torch.zeros(2, 2), tmp_path / "file" / "a.pt2")):
-        with pytest.raises(WriteError, match="a file stands where a folder is needed"):
+        with pytest.raises(WriteError, match="a file has the name of this folder"):
             action()
     assert (tmp_path / "file").read_text() == "mine"
 

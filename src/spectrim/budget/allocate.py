@@ -138,7 +138,7 @@ def _prices(model: nn.Module, inputs: Any, latency: Latencies | None, prices: La
 def as_fractions(
     budget: Budget, model: nn.Module, inputs: Any, *, latency: Latencies | None = None, prices: Ladder | None = None
 ) -> Budget:
-    """Return a budget in which bytes and seconds are fractions of the dense network, for what goes down to a target step by step.
+    """Return a budget in which bytes and seconds are fractions of the dense network, for schedules that approach a target step by step.
 
     Args:
         budget: in any units; one that has fractions only comes back as it is. Of a cost that is limited twice, the lower limit stays.

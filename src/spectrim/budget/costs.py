@@ -81,7 +81,7 @@ def rank_costs(model: nn.Module, inputs: Any, latency: Latencies | None = None) 
         By the names of `named_factors`.
 
     Raises:
-        SettingError: when the batch size cannot be read off `inputs`.
+        SettingError: when the batch size cannot be derived from `inputs`.
         LayerError: when `latency` is of another model.
     """
     return costs_of(model, calls(model, inputs), inputs, latency)

@@ -51,7 +51,7 @@ class CutNetwork:
 
 
 class Workbench:
-    """One factorized network that is cut to budgets in one way and another; prices and decompositions are computed once.
+    """One factorized network that is cut to several budgets in several ways; prices and decompositions are computed once.
 
     Args:
         network: factorized; it is changed by each cut, and `restore` puts it back.
@@ -85,7 +85,7 @@ class Workbench:
             self._cut = False
 
     def show(self, made: CutNetwork) -> None:
-        """Make the network what an earlier cut made of it."""
+        """Give the network the state of an earlier cut."""
         self._cut = True
         put(self.network, made.state)
 

@@ -76,7 +76,7 @@ def _knapsack(losses: Sequence[Tensor], limits: Sequence[_Limit], scale: float) 
         lost = float(objective[starts[:-1] + picked].sum())
         if not 0 < lost < RESOLVED * scale:
             return picked
-        scale, most = lost, 2.0  # once more in the unit of what was lost; a choice that alone loses more than all is not in the best
+        scale, most = lost, 2.0  # again, in the unit of the total loss; a choice with a larger loss is not in the optimum
 
 
 STATES = 2**28

@@ -76,7 +76,7 @@ class Ladder:
             if name not in self.weights or len(self.weights[name].macs) != factors.rank:
                 held = len(self.weights[name].macs) if name in self.weights else 0
                 problem = f"has rank {factors.rank}, the ladder has {held} rungs"
-                raise LayerError(name, problem, hint="make the ladder of this very model: ladder(model, inputs)")
+                raise LayerError(name, problem, hint="make the ladder of this model: ladder(model, inputs)")
 
 
 def ladder(
@@ -108,7 +108,7 @@ def ladder(
     Raises:
         LayerError: when nothing is factorized, when `latency` is of another model, or, with `check`, when pairs of layers do not compute
             what the factorized layers do.
-        SettingError: when the batch size cannot be read off `inputs`.
+        SettingError: when the batch size cannot be derived from `inputs`.
 
     Examples:
         >>> from spectrim.surgery.factorize import factorize
@@ -131,7 +131,7 @@ def ladder(
         by_name, jump, corrected = _proved(counted, first, by_name, whole)
     except (LayerError, SettingError):
         raise
-    except SpectrimError as error:  # a kernel that cannot be counted: the other units are as good as ever
+    except SpectrimError as error:  # a kernel that cannot be counted: the other units remain valid
         missing["macs"], jump, corrected = error, {}, {}
         whole = counted.of(whole_network, macs=False)
     tables = _tables(model, by_name)
@@ -216,7 +216,11 @@ def _proved(
     if half:
         left, right = excess(names[:half]), excess(names[half:])
         if abs(left - total) <= ROUNDING and abs(right - total) <= ROUNDING:
-            return costs, {"macs": max(0.0, total)}, dict.fromkeys(names, "any pair of layers changes how the rest of the network runs")
+            return (
+                costs,
+                {"macs": max(0.0, total)},
+                dict.fromkeys(names, "replacing any layer by a pair changes how the rest of the network runs"),
+            )
         culprits = _culprits(excess, names[:half], left) + _culprits(excess, names[half:], right)
     else:
         culprits = names
@@ -224,7 +228,7 @@ def _proved(
     for name in culprits:
         one, two = (counted.of(counted.pairs(rank, (name,)))["macs"] - whole["macs"] + costs[name].dense_macs for rank in (1, 2))
         found[name] = _counted(costs[name], one, two)
-    why = "the multiply-accumulates of its pair are not those of two calls: the weight is read, or sizes are given at the call"
+    why = "its pair does not cost what two calls cost: the weight is read, or sizes are passed to the call"
     return found, {}, dict.fromkeys(culprits, why)
 
 

@@ -202,12 +202,12 @@ def latency_table(
     """Time every distinct layer of a factorized model on this machine, dense and as a pair at a handful of ranks, and the dense network.
 
     The forms of a layer run in turns, forwards and backwards, after a warm-up. What counts is the lower quartile over the rounds: other
-    work on the machine only ever adds time, and a median still holds some of it. Between the ranks timed, seconds are
+    work on the machine only adds time, and a median still includes some of it. Between the ranks timed, seconds are
     interpolated. Layers equal in kind, sizes, scheme and input are timed once.
 
     Not timed, so that multiply-accumulates decide: embeddings (a look-up is never faster as a pair; parameters decide), a packed attention
     projection of a query and a key that differ, hidden projections of recurrent layers but for ``eager`` (ONNX and compilers would unroll
-    their loop), and what the ONNX backend has no form for. The projections of an attention are timed as linear layers. A packed sequence
+    their loop), and layers without an ONNX form here. The projections of an attention are timed as linear layers. A packed sequence
     is timed as if all its sequences were of full length.
 
     Args:
@@ -278,7 +278,7 @@ def latency_table(
         timings[key] = time_layer(work[key], backend, threads, time_box)
         if path is not None:
             stored[key] = timings[key]
-            _write(path, machine, stored)  # after each one: a stopped run has lost nothing
+            _write(path, machine, stored)  # after each one, so that an interrupted run loses nothing
     dense_s, untimed = time_network(model, inputs, backend, threads, time_box)
     return LatencyTable(backend, threads, machine, timings, weights, margin, dense_s, untimed)
 
@@ -381,7 +381,7 @@ def _read(path: Path) -> dict[str, Timing]:
     try:
         return {key: _timing(entry) for key, entry in json.loads(path.read_text(encoding="utf-8"))["timings"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path}: damaged, its layers are timed anew ({error!r})", stacklevel=3)
+        warnings.warn(f"{path}: damaged, its layers are timed again ({error!r})", stacklevel=3)
         return {}
 
 

@@ -49,11 +49,11 @@ def _onnx_model(module: nn.Module, x: Tensor) -> bytes:
             return product if layer.bias is None else node("Add", [product, constant(layer.bias)])
         if hasattr(layer, "kernel_size"):
             return write_convolution(layer, source)
-        raise _NoFormError(f"no ONNX form of {kind} is known here")
+        raise _NoFormError(f"no ONNX form of {kind} is implemented")
 
     def write_convolution(layer: Any, source: str) -> str:
         if layer.padding_mode != "zeros":
-            raise _NoFormError(f"no ONNX form of padding_mode={layer.padding_mode!r} is known here")
+            raise _NoFormError(f"no ONNX form of padding_mode={layer.padding_mode!r} is implemented")
         spans = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         if isinstance(layer.padding, str):
             pads = [(s // 2, s - s // 2) if layer.padding == "same" else (0, 0) for s in spans]

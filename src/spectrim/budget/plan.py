@@ -1,4 +1,4 @@
-"""`plan`: what each budget would give, before any training."""
+"""`plan`: the result of each budget, predicted without training."""
 
 import json
 import math
@@ -63,9 +63,9 @@ def plan(
     calibration: Calibration | None = None,
     progress: bool = False,
 ) -> Plan:
-    """Say what each budget would give, without training: spectra, distortions, costs, and the network right after each cut.
+    """Predict the result of each budget, without training: spectra, distortions, costs, and the network right after each cut.
 
-    For each budget the ranks of `allocate`, the costs of the network that `merge` writes (by formulas that are proved by counting, see
+    For each budget the ranks of `allocate`, the costs of the network that `merge` writes (by formulas that are checked by counting, see
     `ladder`; where they are wrong, each network is counted), and the relative error of its output,
     ``||f_r(x) - f(x)|| / ||f(x)||``. Training and BatchNorm recalibration afterwards make a network better than the table says.
 
@@ -80,9 +80,9 @@ def plan(
         writing: as for `factorize`; of no effect on a factorized model.
         where: as for `factorize`, and for the reasons of what is skipped.
         latency: a `LatencyTable` of the factorized model; adds predicted seconds, and decides what is split.
-        eval_data: batches that judge the cut networks; `data` when omitted, and `inputs` without that.
+        eval_data: batches on which the cut networks are evaluated; `data` when omitted, and `inputs` without that.
         examples: how many of `data` and of `eval_data` are used at most, >= 1.
-        calibration: made before of the factorized model by `calibrate`, in the place of a new one from `data`.
+        calibration: of the factorized model, made by `calibrate`; replaces a new one from `data`.
         progress: whether to show progress, on stderr.
 
     Returns:
@@ -146,7 +146,7 @@ def _check_inputs(prices: Ladder, latency: Latencies | None) -> None:
 
 @dataclass(frozen=True)
 class _Judge:
-    """The examples that judge a cut network, and what the network said before."""
+    """The evaluation examples, and the outputs of the uncut network on them."""
 
     batches: Sequence[Any]
     inputs: Sequence[Any]
@@ -211,7 +211,7 @@ def _best(
 
 
 def _row(bench: Workbench, budget: Budget, way: Way, *, judge: _Judge) -> BudgetPlan:
-    """Cut to one budget and look at the network."""
+    """Cut to one budget and evaluate the network."""
     try:
         ranks = bench.ranks(budget, way)
     except SettingError as error:

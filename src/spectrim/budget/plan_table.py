@@ -72,7 +72,7 @@ class Totals:
         params: stored numbers, tied ones once.
         size_bytes: of the state dict.
         latency_s: seconds of one call on the whole batch, as the latency table predicts.
-        output_error: ``||f_r(x) - f(x)|| / ||f(x)||`` over the examples that judge.
+        output_error: ``||f_r(x) - f(x)|| / ||f(x)||`` over the evaluation examples.
         loss: mean over targets.
         accuracy: fraction in [0, 1].
     """
@@ -88,7 +88,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class BudgetPlan:
-    """What one budget would give.
+    """The predicted result of one budget.
 
     Attributes:
         budget: the limits given, by the fields of `Budget`.
@@ -232,7 +232,7 @@ def _budget_table(found: Plan) -> str:
             rows.append(_cells(name, row.totals, found.dense, row.ranks))
     kept = [index for index in range(len(titles)) if index < 4 or any(row[index] for row in rows)]
     table = markdown_table([[row[index] for index in kept] for row in rows], [titles[index] for index in kept])
-    return "\n".join([f"ranks by {found.importance}; right after the cut, before any training", table, *problems])
+    return "\n".join([f"ranks by {found.importance}; right after the cut, without training", table, *problems])
 
 
 def _cells(name: str, totals: Totals, dense: Totals, ranks: Mapping[str, int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a budget promises, checked: the merged network is counted on the true inputs, and computes what the cut one does."""
+"""Checks of a budget: the merged network is counted on the actual inputs."""
 
 import math
 from collections.abc import Mapping

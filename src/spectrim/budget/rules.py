@@ -96,7 +96,7 @@ class Fraction:
 
 
 LAWS = {
-    "fraction": "its only field is a fraction in (0, 1]; 1 cuts nothing but singular values of zero",
+    "fraction": "its only field is a fraction in (0, 1]; 1 cuts only singular values of zero",
     "count": "its only field is an integer >= 1",
 }
 """The laws that some rules obey, beyond those of every rule."""

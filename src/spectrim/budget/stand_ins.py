@@ -78,7 +78,7 @@ def _first(factors: Factors, rank: int) -> Factors:
 
 
 def dense(model: nn.Module) -> nn.Module:
-    """Return the network with ordinary layers, whose weights are zeros that take no memory, in the place of the factorized ones.
+    """Return the network with ordinary layers, whose weights are zeros that take no memory, in place of the factorized ones.
 
     Args:
         model: factorized.
@@ -103,7 +103,7 @@ def dense(model: nn.Module) -> nn.Module:
 
 
 def _with(model: nn.Module, factors: Mapping[int, Factors]) -> nn.Module:
-    """Return a copy of the model that shares its tensors, with other factors in the place of those with these ids."""
+    """Return a copy of the model that shares its tensors, with other factors in place of those with these ids."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         held = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())

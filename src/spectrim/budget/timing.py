@@ -85,7 +85,7 @@ def _shape(call: Call) -> tuple[int, ...]:
 
 
 def _forms(call: Call, rank: int) -> tuple[nn.Module, nn.Module]:
-    """Return a layer dense and as the pair that `merge` writes, with weights that do not matter."""
+    """Return a layer dense and as the pair that `merge` writes, with arbitrary weights."""
     layer: Any = call.layer
     factors = layer.factors_of(call.weight)
     out, in_ = factors.shape
@@ -188,7 +188,7 @@ def _runner(module: nn.Module, x: Tensor, backend: Backend, threads: int) -> Cal
     def call(x: Tensor) -> Any:
         return module(x)
 
-    call.__code__ = call.__code__.replace()  # compiled programs are kept by code object: one of its own, or the eighth falls back to eager
+    call.__code__ = call.__code__.replace()  # compiled programs are cached by code object: a new one, or the eighth falls back to eager
     return partial(torch.compile(call, dynamic=False), x)
 
 

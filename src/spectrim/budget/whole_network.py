@@ -32,7 +32,7 @@ def time_network(model: nn.Module, inputs: Any, backend: str, threads: int, time
     """
     network: Any = merge(model, latency=Only(()))
     for module in network.modules():
-        module._forward_hooks.clear()  # what watches a model is not timed, and does not notice
+        module._forward_hooks.clear()  # observers of a model are neither timed nor called
     try:
         if backend == "onnx":
             network = _Exported(network, inputs, threads)
@@ -57,7 +57,7 @@ class _Exported(nn.Module):
         kwargs = dict(inputs) if isinstance(inputs, Mapping) else {}
         args = () if kwargs else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the exporter, about itself
+            warnings.simplefilter("ignore")  # of the exporter
             program = torch.onnx.export(model.eval(), args, kwargs=kwargs, dynamo=True, verbose=False)
         assert program is not None
         options = ort.SessionOptions()

@@ -184,7 +184,7 @@ class Factors(nn.Module):
 
     @torch.no_grad()
     def cut(self, choose: Callable[[Tensor], int], left: Tensor | None = None, right: Tensor | None = None) -> "Factors":
-        """Re-orthogonalise exactly, then keep the largest singular values; with metrics, what is nearest in ``||L^1/2 (W - W_r) R^1/2||``.
+        """Re-orthogonalize exactly, then keep the largest singular values; with metrics, what is nearest in ``||L^1/2 (W - W_r) R^1/2||``.
 
         Args:
             choose: takes the true singular values (of ``L^1/2 W R^1/2``), returns how many to keep.

@@ -1,1 +1,1 @@
-"""Adapters for other people's tools; each file is imported only by those who ask for it."""
+"""Integrations with other libraries; each file is imported on request only."""

@@ -1,4 +1,4 @@
-"""Names for adapters of peft, which asks layers for their class."""
+"""Target names for adapters of peft, which selects layers by class."""
 
 from torch import nn
 
@@ -6,10 +6,10 @@ from spectrim.plain.chain import PlainPair
 
 
 def adapter_targets(model: nn.Module) -> list[str]:
-    """Return the names of all linear layers that an adapter can go around: peft's ``target_modules`` for a merged network.
+    """Return the names of all linear layers that an adapter can wrap: peft's ``target_modules`` for a merged network.
 
-    A merged layer is still an instance of its own class, so ``target_modules="all-linear"`` finds the pair *and* the two layers inside,
-    and fails. These are the two layers, and the linear layers that stayed dense. The output embedding is left out there and here.
+    A merged layer is still an instance of its original class, so ``target_modules="all-linear"`` finds the pair *and* its two layers, and
+    fails. These names are those of the two layers and of the linear layers that stayed dense, without the output embedding, as in peft.
 
     Args:
         model: merged.

@@ -59,7 +59,7 @@ def _front_matter(model: Any, base_model: str | None) -> str:
     lines = ["---", "library_name: spectrim", "tags:", *(f"- {json.dumps(tag)}" for tag in ("low-rank", "spectrim", family) if tag)]
     if base_model:
         lines.append(f"base_model: {json.dumps(base_model)}")
-    return "\n".join([*lines, "# license: say here which one; that of the base model goes on to hold", "---"])
+    return "\n".join([*lines, "# license: state it here; the license of the base model still applies", "---"])
 
 
 def _example(name: str, kind: str, own_class: bool) -> str:
@@ -85,7 +85,7 @@ def _layers(model: nn.Module, lines: Sequence[LayerCoverage], ranks: Mapping[str
         parts += ["## Weights and ranks", f"<details><summary>{len(rows)} weights</summary>\n\n{table}\n\n</details>"]
     if skipped:
         reasons = [(reason, str(len(names)), _some(names)) for reason, names in skipped.items()]
-        parts += ["## Left as they were", _table([("why", "count", "layers"), *reasons])]
+        parts += ["## Unchanged layers", _table([("why", "count", "layers"), *reasons])]
     return parts
 
 

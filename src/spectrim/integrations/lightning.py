@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 try:
-    # Lightning goes by two names: the one that is in use already, else the newer one, else the other
+    # Lightning has two package names: the imported one, else the newer one, else the other
     older = "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules
     if older or find_spec("lightning") is None:
         from pytorch_lightning import Callback
@@ -31,10 +31,10 @@ from spectrim.training.history import mean_rank
 class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]
     """Penalties, courses and lessons for a Lightning ``Trainer``.
 
-    No callback of Lightning can add to the loss that ``training_step`` returned, and a backward pass of its own would miss loss scaling
-    and break DDP. So the loss says it where one can see it: ``return loss + penalty(self)``. When the first optimizer step ends and
-    `penalty` was never called, a `UserWarning` says that nothing is penalised. Likewise lessons, such as `Distillation`, see what they need
-    where ``training_step`` calls `taught`.
+    No callback of Lightning can add to the loss that ``training_step`` returned, and a separate backward pass would miss loss scaling
+    and break DDP. So ``training_step`` adds the penalties itself: ``return loss + penalty(self)``. When the first optimizer step ends
+    and `penalty` was never called, a `UserWarning` says that penalties have no effect. Likewise lessons, such as `Distillation`, need
+    ``training_step`` to call `taught`.
 
     It logs, after each optimizer step, what each penalty added and ``mean_rank``; at the end of each epoch ``params`` and the largest
     ``orthogonality_defect``. Checkpoints hold the courses' memories. While a ``Trainer`` runs, whatever it loads (a checkpoint to resume
@@ -45,7 +45,7 @@ class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]
         rank_schedule: one more course.
         inputs: from a batch of the data, what the module's ``forward`` takes (a tensor, a tuple of arguments or a dict of keyword
             arguments), for the costs of a course; of a pair ``(inputs, target)`` the first when omitted.
-        courses: change training step by step, for example `Ramp` and `Squeeze`, see `fit`. With automatic optimisation, one process and a
+        courses: change training step by step, for example `Ramp` and `Squeeze`, see `fit`. With automatic optimization, one process and a
             known number of steps.
         lessons: change the loss, for example `Distillation`, see `fit`.
 
@@ -96,7 +96,7 @@ class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]
         self.loading.close()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Check that this module can be penalised and cut here."""
+        """Check that this module can be penalized and cut here."""
         self.steps.begin(pl_module, trainer.world_size, trainer.global_step, getattr(pl_module, "device", None))
         self.warned, self.total = False, 0
         known = not math.isinf(trainer.estimated_stepping_batches) and trainer.estimated_stepping_batches >= 0
@@ -106,8 +106,8 @@ class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]
             return
         got = ", ".join(self.steps.courses)
         if not pl_module.automatic_optimization:
-            hint = "there only your code knows when a step begins: call prune_(self, ranks, optimizer) yourself"
-            raise SettingError("SpectrimCallback", "rank_schedule", got=got, rule="None with manual optimisation", hint=hint)
+            hint = "only your code knows when a step begins: call prune_(self, ranks, optimizer) yourself"
+            raise SettingError("SpectrimCallback", "rank_schedule", got=got, rule="None with manual optimization", hint=hint)
         if not known:
             rule = "None where the number of steps is not known"
             raise SettingError("SpectrimCallback", "rank_schedule", got=got, rule=rule, hint="give the Trainer max_steps")
@@ -121,19 +121,19 @@ class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]
                 self.steps.advance(pl_module, self.inputs(batch), trainer.optimizers[0], self.step, self.total)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log after an optimizer step; warn when the loss never asked for the penalties."""
+        """Log after an optimizer step; warn when the loss never included the penalties."""
         if trainer.global_step == self.step:
             return
         self.steps.finish(pl_module)
         if self.steps.lessons and not self.steps.heard and not self.warned:
             self.warned = True
             hint = "write 'loss = taught(self, loss, inputs, output, target)' there, with taught from spectrim.integrations.lightning"
-            asked = "taught was not called by training_step in the first optimizer step: nothing is learned from lessons"
+            asked = "taught was not called by training_step in the first optimizer step: lessons have no effect"
             warnings.warn(f"SpectrimCallback: {asked}; {hint}", UserWarning, stacklevel=2)
         if self.steps.terms and not self.steps.called and not self.warned:
             self.warned = True
             hint = "write 'return loss + penalty(self)' there, with penalty from spectrim.integrations.lightning"
-            asked = "penalty was not called by training_step in the first optimizer step: nothing is penalised"
+            asked = "penalty was not called by training_step in the first optimizer step: penalties have no effect"
             warnings.warn(f"SpectrimCallback: {asked}; {hint}", UserWarning, stacklevel=2)
         rank = mean_rank(pl_module)
         pl_module.log_dict(self.steps.means() | ({"mean_rank": rank} if rank else {}))
@@ -167,7 +167,7 @@ def penalty(module: Any) -> Tensor:
     """Return what the `SpectrimCallback` of a module's trainer adds to the loss of a batch, for ``training_step`` to add it.
 
     Each optimizer step gets the gradient of every penalty once, however many batches it accumulates: Lightning divides by
-    ``accumulate_grad_batches`` even where the last step of an epoch has fewer, and this is made up for.
+    ``accumulate_grad_batches`` even where the last step of an epoch has fewer, and this is compensated.
 
     Args:
         module: a ``LightningModule``.

@@ -1,7 +1,7 @@
 """Low-rank models of `transformers` as folders: `save_pretrained`, `from_pretrained`, `push_to_hub`.
 
-The weights and the plan lie in a folder of their own within the folder, under `INSIDE`. Plain ``AutoModel.from_pretrained`` therefore finds
-no weights and says so: beside the config it would take them for damaged ones of the original, and fill what it misses with random numbers.
+The weights and the plan lie in a subfolder, `INSIDE`. Plain ``AutoModel.from_pretrained`` therefore
+reports missing weights. Next to the config it would treat them as incomplete weights of the original and initialize the rest at random.
 """
 
 import copy
@@ -202,7 +202,7 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _stored(model: nn.Module) -> Iterator[Tensor | Factors]:
-    """Yield everything that has a dtype of its own and is saved."""
+    """Yield every tensor with a dtype that is saved."""
     for module in model.modules():
         if isinstance(module, Factors):
             yield module
@@ -237,7 +237,7 @@ def _download(name: str, revision: str | None, token: str | bool | None, cache_d
     try:
         place = huggingface_hub.snapshot_download(name, revision=revision, token=token, cache_dir=cache_dir, allow_patterns=wanted)
     except (OSError, ValueError) as error:
-        raise FormatError(name, f"is no folder here, and the Hub gave none ({type(error).__name__}: {error})") from error
+        raise FormatError(name, f"is no folder here, and the Hub has none ({type(error).__name__}: {error})") from error
     return Path(place)
 
 
@@ -264,7 +264,7 @@ def _original(folder: Path) -> nn.Module:
         dtypes = getattr(config, INSIDE)["dtypes"]
         delattr(config, INSIDE)
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        hint = "for a model of your own pass model=, the dense original; else save it again"
+        hint = "for a custom model pass model=, the dense original; else save it again"
         raise FormatError(folder / "config.json", f"gives no model of transformers ({error})", hint=hint) from error
     kind: Any = _class_of(name)
     if kind is None:
@@ -276,7 +276,7 @@ def _original(folder: Path) -> nn.Module:
         owner, _, leaf = key.rpartition(".")
         part = getattr(modules.get(owner), leaf, None)
         if part is None:
-            raise FormatError(folder / "config.json", f"speaks of '{key}', which {name} does not have", hint="save the model again")
+            raise FormatError(folder / "config.json", f"names '{key}', which {name} does not have", hint="save the model again")
         _cast(_stored(part) if isinstance(part, nn.Module) else [part], getattr(torch, dtype))
     return model
 

@@ -1,4 +1,4 @@
-"""What a low-rank run adds to somebody else's training loop: penalties, cuts, and what the log says of them."""
+"""Penalties, cuts and their log in the training loops of other libraries."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,7 +19,7 @@ from spectrim.training.step import Step
 
 
 class Steps(Step):
-    """A `Step` in a loop that is not ours: what was cut, and what the log says, beside it.
+    """A `Step` in another library's loop, with a record of cuts and log entries.
 
     Attributes:
         cuts: one entry for each cut that changed a rank: ``step``, the number of optimizer steps before it, and ``ranks`` after it.
@@ -57,7 +57,7 @@ class Steps(Step):
         self.share = 0.0
 
     def begin(self, model: nn.Module, processes: int, step: int, device: torch.device | None = None) -> None:
-        """Check, before the first step, that this model can be penalised and cut here; forget an earlier run unless this one goes on.
+        """Check, before the first step, that this model can be penalized and cut here; forget an earlier run unless this one goes on.
 
         Args:
             model: as the loop holds it.
@@ -75,7 +75,7 @@ class Steps(Step):
             raise SettingError(self.owner, "rank_schedule", got=", ".join(self.courses), rule=rule, hint=hint)
         for name, factors in named_factors(model):
             if isinstance(factors.U, DTensor) or factors.U.dim() < 2 or not factors.U.numel():
-                hint = "a penalty would see a part of it: train with DDP or with spectrim.fit"
+                hint = "a penalty would see only a part of it: train with DDP or with spectrim.fit"
                 raise LayerError(name, "its factors are sharded over processes", hint=hint)
         if step == 0:
             self.cuts = []
@@ -183,7 +183,7 @@ def second_names(model: nn.Module) -> set[str]:
 def match_ranks(model: nn.Module, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> dict[str, int]:
     """Give each factorized weight the rank that it has in a state dict, so that the state can be loaded.
 
-    A smaller rank keeps the first columns and rows, a larger one is filled up with zeros. What the optimizer knows of them is dropped.
+    A smaller rank keeps the first columns and rows, a larger one is filled up with zeros. Their optimizer state is dropped.
 
     Args:
         model: factorized; changed in place.
@@ -212,7 +212,7 @@ def match_ranks(model: nn.Module, state: Mapping[str, Any], optimizer: Optimizer
             continue
         rank = stored.shape[-1]
         if rank == factors.rank or not 1 <= rank <= factors.full_rank:
-            continue  # a wrong one is for load_state_dict to refuse
+            continue  # load_state_dict refuses a wrong one
         for part, axis in (("U", -1), ("S", -1), ("Vh", -2)):
             old = getattr(factors, part)
             new = nn.Parameter(_resized(old.detach(), axis, rank), requires_grad=old.requires_grad)

@@ -1,4 +1,4 @@
-"""What a run logs, given to accelerate's trackers: TensorBoard and whatever else accelerate knows."""
+"""Logs of a run for accelerate's trackers: TensorBoard and the others that accelerate supports."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ class Tracking:
         folder: where trackers that write files do so, under ``project``; None with an accelerator of your own.
         project: name of the run.
         log_with: names of trackers that accelerate knows, for example ``tensorboard`` or ``wandb``.
-        accelerator: your own, on which you have called ``init_trackers``; the other arguments are its business then.
+        accelerator: your own, on which you have called ``init_trackers``; the other arguments are unused then.
 
     Raises:
         SettingError: for both or none of `folder` and `accelerator`, or an accelerator without trackers.
@@ -88,7 +88,7 @@ class Tracking:
 
 
 def _accelerator(folder: Path, log_with: str | list[str]) -> Any:
-    """Make an accelerator that is there for its trackers alone."""
+    """Make an accelerator for its trackers only."""
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
 

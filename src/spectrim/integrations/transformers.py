@@ -28,9 +28,9 @@ STATE = "spectrim_state.pt"
 class SpectrimCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
     """Penalties, courses and lessons for a `LowRankTrainer`, given as one of its ``callbacks``.
 
-    A callback alone sees neither the loss nor the batch, and trackers have their numbers before it has a say. So the trainer's own
-    methods ask this one: see `SpectrimMixin`. In any other trainer nothing is penalised, cut or logged; a `UserWarning` says so after the
-    first step.
+    A callback alone gets neither the loss nor the batch, and trackers receive their numbers before it runs. So the trainer's own methods
+    call this one: see `SpectrimMixin`. In any other trainer penalties, cuts and logging have no effect; a `UserWarning` says so after
+    the first step.
 
     Args:
         penalties: each is called on the model and returns what it adds to the loss of an optimizer step.
@@ -67,7 +67,7 @@ class SpectrimCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         return self.steps.cuts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Check that this model can be penalised and cut here."""
+        """Check that this model can be penalized and cut here."""
         self.steps.begin(model, args.world_size, state.global_step, args.device)
         self.due = self.warned = False
 
@@ -80,19 +80,19 @@ class SpectrimCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self.steps.close()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Let courses do what they do after a step; warn when the trainer never asked."""
+        """Let courses do what they do after a step; warn when the trainer never called."""
         self.steps.finish(model)
         if (self.steps.terms or self.steps.courses or self.steps.lessons) and not self.steps.called and not self.warned:
             self.warned = True
-            asked = "compute_loss of SpectrimMixin was not called in the first optimizer step: nothing is penalised, cut or logged"
+            asked = "compute_loss of SpectrimMixin was not called in the first optimizer step: penalties, cuts and logging have no effect"
             hint = "use LowRankTrainer, or class MyTrainer(SpectrimMixin, YourTrainer), the mixin first"
             warnings.warn(f"SpectrimCallback: {asked}; {hint}", UserWarning, stacklevel=2)
 
 
 class SpectrimMixin:
-    """Adds what a `SpectrimCallback` says to any ``Trainer``: ``class MyTrainer(SpectrimMixin, SFTTrainer)``, the mixin first.
+    """Adds a `SpectrimCallback` to any ``Trainer``: ``class MyTrainer(SpectrimMixin, SFTTrainer)``, the mixin first.
 
-    - ``compute_loss`` returns the loss of whatever trainer stands behind, label smoothing and ``compute_loss_func`` included, plus the sum
+    - ``compute_loss`` returns the loss of the underlying trainer, label smoothing and ``compute_loss_func`` included, plus the sum
       of the penalties. Each optimizer step gets the gradient of every penalty once, however many batches it accumulates and however the
       loss is averaged over them. Outside of training steps nothing is added: an evaluation's loss has no penalty in it.
     - ``training_step`` cuts before the first batch of an optimizer step.
@@ -246,7 +246,7 @@ def _load_state(steps: Steps, path: Path) -> None:
     if not path.exists():
         if any(getattr(course, "penalizes", False) for course in steps.courses.values()):
             hint = "it was written without a SpectrimCallback: start again, or resume with its own trainer"
-            raise FormatError(path, "is missing, and the courses cannot go on without it", hint=hint)
+            raise FormatError(path, "is missing, and the courses cannot resume without it", hint=hint)
         return
     hint = "resume from an earlier checkpoint"
     state = read_state(path, hint)

@@ -1,4 +1,4 @@
-"""The factorized layers, one file for each kind. `KINDS` is the table of what can be factorized; `register` adds one of your own."""
+"""The factorized layers, one file for each kind. `KINDS` is the table of what can be factorized; `register` adds a kind."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -54,9 +54,9 @@ __all__ = [
 
 
 def register(kind: type[FactorizedLayer], layer: nn.Module, *inputs: Any) -> None:
-    """Add a kind of layer of your own to `KINDS`, for this process: `factorize` and all that follows then knows it.
+    """Add a kind of layer to `KINDS`, for this process, so that `factorize` and the other verbs support it.
 
-    The kind is held to the laws of every factorized layer on the example given, in float64: `unfold` inverts `fold`, the forward computes
+    The kind is checked against the laws of factorized layers on the example, in float64: `unfold` inverts `fold`, the forward computes
     what the dense one does, with composed weights and as two operations, `split` and `release` what the factorized layer does, `work` is
     proportional to the rank, and a `OneWeight` multiplies its folded matrix with its `input_rows`. Registering a kind again does nothing.
 
@@ -74,7 +74,7 @@ def register(kind: type[FactorizedLayer], layer: nn.Module, *inputs: Any) -> Non
     """
     present = kind_of(layer)
     if present is not None and present is not kind:
-        hint = f"a {type(layer).__name__} needs a class and a forward of its own to be told apart"
+        hint = f"a {type(layer).__name__} needs a separate class with a separate forward, so that the kinds can be told apart"
         raise LayerError(kind.__name__, f"its example is of the kind {present.__name__} already", hint=hint)
     check_kind(kind, layer, inputs)
     if kind not in KINDS:

@@ -19,7 +19,7 @@ PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weigh
 class FactorizedMultiheadAttention(SeveralWeights, nn.MultiheadAttention):
     """Attention whose input projections are composed for torch's own forward; the packed one is a single ``(3 embed, embed)`` matrix.
 
-    The output projection is a layer of its own, ``out_proj``, and is factorized (or not) under that name.
+    The output projection is a separate layer, ``out_proj``, and is factorized (or not) under that name.
     """
 
     dense_kinds = (nn.MultiheadAttention,)

@@ -55,9 +55,9 @@ def renew(module: nn.Module, kind: type[nn.Module], drop: Iterable[str] = ()) ->
 class FactorizedLayer(nn.Module):
     """Base of the factorized layers: a dense torch layer whose weights are composed from `Factors`.
 
-    A sub-class names one kind of layer and adds `weights`, `fold`, `work` and `split`. A layer that is adopted stays the object it is and
-    an instance of its own class: its class is exchanged in place for one made of the sub-class and that. Attributes, hooks, buffers and
-    further parameters stay; ``layer.weight`` gives the dense weight, composed on each use.
+    A sub-class names one kind of layer and adds `weights`, `fold`, `work` and `split`. An adopted layer stays the same object and an
+    instance of its original class: its class is exchanged in place for one derived from both. Attributes, hooks, buffers and further
+    parameters stay; ``layer.weight`` gives the dense weight, composed on each use.
     """
 
     dense_kinds: ClassVar[tuple[type[nn.Module], ...]] = ()
@@ -70,7 +70,7 @@ class FactorizedLayer(nn.Module):
 
     @property
     def dense_kind(self) -> type[nn.Module]:
-        """The layer's own class."""
+        """The layer's original class."""
         kind: Any = type(self)
         return kind._own  # type: ignore[no-any-return]
 
@@ -198,7 +198,7 @@ class FactorizedLayer(nn.Module):
         return dense
 
     def _stripped(self) -> nn.Module:
-        """Make this an instance of its own class in place, without anything that factorized layers add."""
+        """Make this an instance of its original class in place, without anything that factorized layers add."""
         layer: Any = self
         own = self.dense_kind
         del layer._modules["factors"]
@@ -269,7 +269,7 @@ class FactorizedLayer(nn.Module):
         return dense + factors.compose_macs <= (1 + TRAFFIC) * two
 
     def run_dense(self, name: str, shape: Sequence[int], operation: Callable[[Tensor], Tensor]) -> Tensor:
-        """Run ``operation(weight)`` on one composed weight; backward composes it anew where that is cheap, instead of keeping it.
+        """Run ``operation(weight)`` on one composed weight; backward recomputes it where that is cheap, instead of keeping it.
 
         Args:
             name: which weight.
@@ -316,8 +316,8 @@ class FactorizedLayer(nn.Module):
 def become(layer: nn.Module, plain: nn.Module, base: type | None = None) -> nn.Module:
     """Make a layer, dense or factorized, the ordinary layer `plain` in place, with its parameters; return it.
 
-    It stays an instance of its own class where `plain` can stand for that (``stands_for``), and keeps its attributes, hooks, buffers and
-    the parameters that have no part in `plain`.
+    It stays an instance of its original class where `plain` can stand for that (``stands_for``), and keeps its attributes, hooks, buffers
+    and the parameters that have no part in `plain`.
 
     Args:
         layer: what everything else refers to.
@@ -398,7 +398,7 @@ class OneWeight(FactorizedLayer):
 
     @property
     def S(self) -> Tensor:
-        """Singular values ``(..., rank)``; ``|S|`` enters the weight."""
+        """Singular values ``(..., rank)``, signed."""
         return self.factors_of("weight").S
 
     @property

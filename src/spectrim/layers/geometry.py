@@ -1,4 +1,4 @@
-"""Geometry of convolutions: chains in the place of one, memory formats, sizes, paddings.
+"""Geometry of convolutions: chains in place of one, memory formats, sizes, paddings.
 
 The law of a chain: an axis's size, stride, padding and dilation belong to the piece that has taps along that axis; every other piece is
 neutral there.
@@ -126,7 +126,7 @@ def owners_of(module: Any, scheme: Fold) -> tuple[int, ...]:
 
 
 def chain_macs(module: Any, owners: Sequence[int], channels: Sequence[int], shape: Sequence[int] | None) -> float:
-    """Multiply-accumulates of a chain in the place of a convolution.
+    """Multiply-accumulates of a chain in place of a convolution.
 
     A plain convolution multiplies once for each output position, a transposed one once for each input position.
 

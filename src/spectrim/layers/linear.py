@@ -34,7 +34,7 @@ def linear_of(factors: Factors, bias: nn.Parameter | None) -> "FactorizedLinear"
 
 
 SAME_AS_LINEAR = ("FalconLinear",)
-"""Sub-classes of `torch.nn.Linear` in transformers with a forward of their own that computes the same."""
+"""Sub-classes of `torch.nn.Linear` in transformers with another forward that computes the same."""
 
 
 class FactorizedLinear(OneWeight, nn.Linear):
@@ -49,7 +49,7 @@ class FactorizedLinear(OneWeight, nn.Linear):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Recognise those of transformers, too."""
+        """Recognize those of transformers, too."""
         return (cls.base_of(type(module)) is type(module) and isinstance(module, nn.Linear)) or super().accepts(module)
 
     @classmethod
@@ -90,7 +90,7 @@ class FactorizedConv1D(OneWeight):
 
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
-        """Recognise the class by name, so that transformers need not be installed."""
+        """Recognize the class by name, so that transformers need not be installed."""
         kind = type(module)
         return kind.__name__ == "Conv1D" and kind.__module__.split(".")[0] == "transformers"
 

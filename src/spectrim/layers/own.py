@@ -1,4 +1,4 @@
-"""Layers of classes that are not ours: what a kind must do, checked on one example."""
+"""Kinds of layers from outside: their contract, checked on one example."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ TOLERANCE = 1e-9
 
 
 def check_kind(kind: type[FactorizedLayer], layer: nn.Module, inputs: Sequence[Any]) -> None:
-    """Hold a kind of layer to the laws of every factorized layer, on one dense layer and one input, in float64.
+    """Check a kind of layer against the laws of every factorized layer, on one dense layer and one input, in float64.
 
     Args:
         kind: the factorized class.
@@ -57,7 +57,7 @@ def _again(layer: nn.Module) -> nn.Module:
 
 
 def _shaken(layer: nn.Module) -> nn.Module:
-    """Change every number a layer has learned, in place: behind ones and zeros a mistake may hide."""
+    """Change every number a layer has learned, in place: ones and zeros can hide a mistake."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in layer.parameters():

@@ -15,8 +15,8 @@ from spectrim.layers.linear import linear_of
 from spectrim.linalg.fold import Fold
 from spectrim.plain.recurrent import PlainRecurrent
 
-# Two operations on the hidden state leave the fused kernel for a loop in Python. What that costs is a matter of seconds on a runtime, which
-# a latency table knows; in multiply-accumulates it costs nothing.
+# Two operations on the hidden state run in a Python loop instead of the fused kernel. Its cost is in seconds, which a latency table
+# measures; in multiply-accumulates it is zero.
 LOOP_MACS = 0.0
 
 

@@ -27,7 +27,7 @@ def has_shards(model: nn.Module) -> bool:
 
 
 def refuse_sharded_factors(model: nn.Module) -> None:
-    """Raise a LayerError where factors are an FSDP2 module of their own: they have no forward pass that would gather them."""
+    """Raise a LayerError where factors are a separate FSDP2 module: they have no forward pass that would gather them."""
     for name, module in model.named_modules():
         if isinstance(module, Factors) and _is_fsdp(module):
             raise LayerError(name, "is sharded by itself", hint="call fully_shard on the layer that holds it, or on the block around that")

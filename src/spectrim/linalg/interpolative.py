@@ -98,7 +98,7 @@ def interpolate(
 ) -> Interpolation:
     """Write ``U diag(S) Vh`` as rows or columns of the product and the coefficients of the others; exact at every rank.
 
-    Rows are chosen from an orthonormal basis of the columns of `U`, so that zeros in `S` and its signs do no harm; columns from one of
+    Rows are chosen from an orthonormal basis of the columns of `U`, so that zeros in `S` and its signs do not matter; columns from one of
     the rows of `Vh`.
 
     Args:
@@ -121,7 +121,7 @@ def interpolate(
 
     Source: Cheng, Gimbutas, Martinsson and Rokhlin, "On the compression of low rank matrices", SIAM J. Sci. Comput. 26 (2005), theorem 3;
     as a format of layers: arXiv 2501.19090.
-    Deviation: contiguous windows, whose coefficients are larger, in the place of free pivots, which cost a gather at every call.
+    Deviation: contiguous windows, whose coefficients are larger, instead of free pivots, which cost a gather at every call.
     """
     if side not in ("rows", "columns"):
         raise SettingError("interpolate", "side", got=side, rule="'rows' or 'columns'")

@@ -42,7 +42,7 @@ def spectrum(matrix: Float[Tensor, "*blocks out in_"]) -> Float[Tensor, "*blocks
 def randomized_svd(matrix: Float[Tensor, "*blocks out in_"], rank: int, *, passes: int = 4, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Leading singular triplets by subspace iteration on a random sketch of ``rank + 16`` columns; ``O(out in rank)``, in float32 at least.
 
-    The sketch is drawn from a generator of its own: the same for every call, on every device. Without passes the expected squared Frobenius
+    The sketch is drawn from a separate generator: the same for every call, on every device. Without passes the expected squared Frobenius
     error is at most ``2 + rank / 15`` times the optimal one; with four the error is within 1 % of it (measured to rank 128 on matrices of
     512 to 3072 rows and columns, Gaussian ones, whose flat spectrum is the hardest, and products of three).
 
@@ -92,7 +92,7 @@ def svd_of_product(
 def _metric_root(vectors: Tensor, metric: Tensor | None, floor: float) -> tuple[Tensor, Tensor]:
     """Return ``R`` with ``R^T R = V^T M V`` for orthonormal columns ``V``, and its inverse; no eigenvalue is below `floor` of the largest.
 
-    A metric of nothing but zeros tells no directions apart: the identity takes its place.
+    For a metric of zeros the identity is used.
     """
     if metric is None:
         eye = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device).expand(*vectors.shape[:-2], -1, -1)
@@ -181,7 +181,7 @@ def rank_at_energy(singular_values: Float[Tensor, " full"], keep: float) -> int:
         2
     """
     tail = tail_energy(singular_values)
-    allowed = (1 - keep) * (1 + 1e-12) * tail[0]  # the slack is for the rounding of 1 - keep: 9 of 10 equal values do hold 0.9
+    allowed = (1 - keep) * (1 + 1e-12) * tail[0]  # the slack is for the rounding of 1 - keep: 9 of 10 equal values contain 0.9
     return max(1, int((tail > allowed).sum()))
 
 

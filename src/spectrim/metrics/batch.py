@@ -50,7 +50,7 @@ def _is_list_of(node: Any, size: int | None) -> bool:
 
 
 def _images(node: list[Any]) -> bool:
-    """Whether all entries are images of three channels, so that the leading axis of three images says nothing."""
+    """Whether all entries are images of three channels, so that the leading axis of three images is ambiguous."""
     return len(node) == 3 and all(isinstance(entry, Tensor) and entry.dim() == 3 for entry in node)
 
 
@@ -99,7 +99,7 @@ def candidates(inputs: Any, *hints: Any) -> list[Layout]:
 
     Args:
         inputs: of a batch, as data give them.
-        hints: the target or the output of the batch, the most telling one first; None where there is none.
+        hints: the target or the output of the batch, the most informative one first; None where there is none.
 
     Returns:
         Layouts whose size agrees with a hint along one of its first two axes; without such an agreement, those that the inputs allow among

@@ -36,7 +36,7 @@ class Latency:
 def latency(
     model: nn.Module, inputs: Any, *, threads: int = 1, repeats: int = 5, min_time: float = 0.2, batch_size: int | None = None
 ) -> Latency:
-    """Time one call in eval mode, without gradients, after a warm-up, synchronised on accelerators; see `compare_latency`."""
+    """Time one call in eval mode, without gradients, after a warm-up, synchronized on accelerators; see `compare_latency`."""
     models = {"model": model}
     return compare_latency(models, inputs, threads=threads, repeats=repeats, min_time=min_time, batch_size=batch_size)["model"]
 
@@ -50,7 +50,7 @@ def compare_latency(
     min_time: float = 0.2,
     batch_size: int | None = None,
 ) -> dict[str, Latency]:
-    """Time several models in turns, so that whatever slows the machine down meets them all.
+    """Time several models in turns, so that other work on the machine affects all of them.
 
     Args:
         models: name to module; training flags and torch's thread count are as before afterwards.

@@ -21,7 +21,7 @@ from spectrim.metrics.batch import BatchDims, Layout, agreeing, candidates, desc
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside; each module's own training flag again afterwards."""
+    """Eval mode without gradients inside; training flags are restored afterwards."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -63,7 +63,7 @@ def call_model(model: Callable[..., Any], inputs: Any) -> Any:
 
 
 def scores_of(output: Any) -> Any:
-    """Return the scores in what a model puts out: its ``logits``, an attribute or a key, as models of transformers have; else all of it.
+    """Return the scores in a model's output: its ``logits`` (an attribute or a key, as in models of transformers), else the whole output.
 
     Args:
         output: of a forward pass.
@@ -178,7 +178,7 @@ def check_batch_size(inputs: Any, given: int | None) -> None:
 
 
 def _unknown_batch(inputs: Any) -> SettingError:
-    hint = f"it cannot be read off {described(inputs)}: state it (batch_size= or batch_dims=)"
+    hint = f"it cannot be derived from {described(inputs)}: state it (batch_size= or batch_dims=)"
     return SettingError("measure", "batch_size", got=None, rule="an integer of at least 1", hint=hint)
 
 
@@ -219,7 +219,7 @@ def one_example(
         owner: the verb that was called, for errors.
 
     Raises:
-        SettingError: when no axis can be told to be the batch, or the model fails on the cut inputs.
+        SettingError: when the batch axis cannot be determined, or the model fails on the cut inputs.
 
     Examples:
         >>> one_example([({"x": torch.zeros(8, 3)}, torch.zeros(8))])["x"].shape
@@ -236,7 +236,7 @@ def one_example(
     if not layouts:
         hint = "give example_inputs=(inputs of one example), or batch_dims=, the batch axis of each argument"
         shapes = f"{described(inputs)} with target {described(target).removeprefix('inputs ')}"
-        raise SettingError(owner, "data", got=shapes, rule="batches whose sizes tell which axis is the batch", hint=hint)
+        raise SettingError(owner, "data", got=shapes, rule="batches whose sizes determine the batch axis", hint=hint)
     return take(inputs, layouts[0]) if model is None else _tried(inputs, layouts, model, owner)
 
 

@@ -19,11 +19,11 @@ from spectrim.metrics.inputs import _arguments, _send, batch_size_of, check_batc
 def count_macs(model: nn.Module, inputs: Any, *, batch_size: int | None = None) -> int:
     """Count the multiply-accumulates for one example, in eval mode; training flags are as before afterwards.
 
-    Counted are matrix products and convolutions (padding included; bias and what works element by element left out), by torch's
+    Counted are matrix products and convolutions (padding included; bias and elementwise operations left out), by torch's
     `FlopCounterMode` with formulas for the kernels that it does not know: fused attention and recurrent layers, the fast paths of
     `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`, products with vectors, distances, `nn.Bilinear`, quantized linear layers.
-    Masked and causal attention counts in full; of nested tensors only what is there. Looking up an embedding costs nothing. Sparse matrices
-    count as dense ones. Not seen, hence counted as nothing: Fourier transforms, decompositions of `torch.linalg`, and one's own kernels
+    Masked and causal attention counts in full; nested tensors count without padding. Looking up an embedding costs nothing. Sparse matrices
+    count as dense ones. Not counted: Fourier transforms, decompositions of `torch.linalg`, and custom kernels
     (C++ or Triton extensions that have registered no formula).
 
     Args:
@@ -54,7 +54,7 @@ def count_macs(model: nn.Module, inputs: Any, *, batch_size: int | None = None) 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside; afterwards those do that did before."""
+    """No parameter requires a gradient inside; `requires_grad` is restored afterwards."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -171,7 +171,9 @@ def _formulas() -> dict[Any, _Formula]:
 
     def no_formula(name: str) -> Callable[..., int]:
         def fail(out: Any, *args: Any, **kwargs: Any) -> int:
-            raise SpectrimError(f"count_macs: the model runs {name}, whose cost cannot be read off its arguments; count its float version")
+            raise SpectrimError(
+                f"count_macs: the model runs {name}, whose cost cannot be derived from its arguments; count its float version"
+            )
 
         return fail
 

@@ -1,4 +1,4 @@
-"""`measure`: what a model costs and what it achieves, in one row."""
+"""`measure`: cost and quality of a model, in one row."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -90,7 +90,7 @@ def measure(
     latency: bool = True,
     batch_size: int | None = None,
 ) -> Measurement:
-    """Measure a model; what its arguments do not allow stays None.
+    """Measure a model; values that the arguments do not allow stay None.
 
     Args:
         model: any module; its training flags are as before afterwards.

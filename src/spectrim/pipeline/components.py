@@ -50,7 +50,7 @@ def _filled(component: Component, key: str, skip: int = 0, open_keys: tuple[str,
     left_open = [name for name in open_keys if given.get(name) is None]
     parser = _signature_parser(target, skip)
     names = {action.dest for action in parser._actions if not action.dest.endswith("help")}
-    given |= {name: 1 for name in left_open if name in names}  # stands in until the number of steps is known
+    given |= {name: 1 for name in left_open if name in names}  # placeholder until the number of steps is known
     unknown = sorted(set(given) - names)
     if unknown:
         raise RecipeError(f"{key}.init_args.{unknown[0]}", "unknown argument", allowed=", ".join(sorted(names)) or "none")

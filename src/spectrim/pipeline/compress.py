@@ -1,4 +1,4 @@
-"""The verbs in order, for the person who wants one call: `compress`."""
+"""All verbs in order, in one call: `compress`."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -69,18 +69,18 @@ class Compressed:
     """What `compress` made, and what it cost.
 
     Attributes:
-        model: `torch.nn` layers (two in the place of one are a `PlainPair`), in eval mode: what is shipped.
+        model: `torch.nn` layers (two in place of one are a `PlainPair`), in eval mode, for deployment.
         low: the same network before `merge`, factorized: to train on, to cut further, to `save`.
         measured: ``dense`` and ``final``: costs, latency side by side, and loss and accuracy as in `scores`.
-        scores: loss and accuracy by stage: ``dense``, ``squeezed``, ``cut``, ``recalibrated``, ``corrected``, ``final``; what did not
-            happen is missing. On the evaluation split, or without one on the training examples that calibrate.
+        scores: loss and accuracy by stage: ``dense``, ``squeezed``, ``cut``, ``recalibrated``, ``corrected``, ``final``; skipped
+            stages are missing. On the evaluation split, or without one on the calibration set.
         cut: how the cut was made.
-        teacher: how the dense network taught (the fields of `Distillation`); None where it did not.
+        teacher: the distillation used (the fields of `Distillation`); None without one.
         history: of the fine-tuning; empty without epochs.
         coverage: each layer: factorized, or why not; and what `merge` wrote.
-        settings: what was asked for, as plain data.
+        settings: the arguments, as plain data.
         dropped: scores of the stages that were tried and not kept, because the loss was not lower.
-        notes: sentences about ways that were not tried, and why.
+        notes: cut methods that were not tried, and why.
     """
 
     model: nn.Module
@@ -121,7 +121,7 @@ class Compressed:
         return compare_table({"dense": self.measured["dense"], "low-rank": self.measured["final"]})
 
     def stages(self) -> str:
-        """Return one line for each stage that was scored, kept or not, how the cut was made, and how the dense network taught."""
+        """Return one line for each stage that was scored, kept or not, how the cut was made, and the distillation."""
 
         def line(stage: str, found: Mapping[str, float], end: str = "") -> str:
             return f"{stage:14}" + ", ".join(f"{name} {value:.4g}" for name, value in found.items()) + end
@@ -171,7 +171,7 @@ def compress(
 
     Args:
         model: dense and trained; it is left untouched.
-        data: the training split, batches ``(inputs, target)`` anew at each pass.
+        data: the training split, batches ``(inputs, target)``, iterable more than once.
         loss: ``(output, target) -> scalar``, a mean over examples.
         budget: what the whole network may keep: a `Budget`, a fraction of the multiply-accumulates, or a dict of `Budget`'s fields.
         epochs: passes over `data`, >= 0; 0 for calibration only.
@@ -179,7 +179,7 @@ def compress(
             with the target's or among the inputs, and tried in the network.
         batch_dims: states the batch axes of the inputs instead: one axis for all tensors, or a dict or list by argument, where None
             stands for what all examples share.
-        eval_data: the validation split: scores at each stage, and what ``cut="auto"`` judges by.
+        eval_data: the validation split, for the scores at each stage and the choice of ``cut="auto"``.
         scheme: how convolution kernels are folded, see `factorize`.
         writing: how `merge` writes what is cut, ``pair`` or ``interpolative``, see `factorize`.
         where: selects layers, see `factorize`.
@@ -189,10 +189,10 @@ def compress(
             else on the examples: by accuracy, where there is one and nothing is trained, else by loss. With epochs, ``mixed`` takes its
             place where it starts little worse: with at most a quarter more added to the dense network's loss, or, with a large loss gap
             (as under `distill`), from a loss at most a quarter higher, and no higher than that of ``sensitive`` where that is lowest.
-        importance: ranks by this instead of the importance that belongs to the cut.
+        importance: ranks by this distortion instead of that of the cut method.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
-        distill: how to learn from the dense network while fine-tuning. ``auto`` does for a classifier whose cut network has a large loss
-            gap: at least twice the dense network's loss on the examples, or a quarter of a nat more. Logits are distilled throughout
+        distill: distillation from the dense network while fine-tuning. ``auto`` uses it for a classifier whose cut network has a large
+            loss gap: at least twice the dense network's loss on the examples, or a quarter of a nat more. Logits are distilled throughout
             (temperature 2, half of the loss), intermediate features for the first half of the steps; where the dense network has memorized
             the examples (a loss below 0.05) logits alone (temperature 4, 0.7 of the loss). With `squeeze` distillation begins with the
             first epoch, however small the gap. None for never.
@@ -203,20 +203,20 @@ def compress(
         clip: largest norm of the gradient, see `fit`.
         precision: of fine-tuning, see `fit`.
         compiled: fine-tune through `torch.compile`, see `fit`.
-        examples: how many training examples calibrate, >= 1.
+        examples: number of training examples in the calibration set, >= 1.
         calibration: made before by `calibrate` of ``factorize(model, scheme, where)``, so that several budgets share it.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
-        folder: for the cut network, checkpoints, the final network and ``result.json``; a stopped call goes on from there. None for none.
+        folder: for the cut network, checkpoints, the final network and ``result.json``; an interrupted call resumes there. None for none.
         progress: whether to show progress, on stderr.
 
     Returns:
-        The networks, their measurements side by side, and how they came about.
+        The networks, their measurements side by side, and the choices made.
 
     Raises:
-        SettingError: for a setting outside its range, or a budget that no ranks reach (the smallest reachable is named).
+        SettingError: for a setting outside its range, or a budget that no ranks reach (the smallest feasible one is named).
         LayerError: when nothing can be factorized, or when the factorized or the merged network does not compute what the one before it
             does (see `same_function`).
-        FormatError: when `folder` holds another call's work: other weights, data, layers or settings.
+        FormatError: when `folder` belongs to a call with other weights, data, layers or settings.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
@@ -378,13 +378,13 @@ class _Judge:
 
     @cached_property
     def _level(self) -> float:
-        """The loss on the calibration set from which on the loss gap is large."""
+        """The loss on the calibration set above which the loss gap is large."""
         dense = self.dense_on_known["loss"]
         classifies = axis_of_classes(self.model, self.known[0]) is not None
         return min(GAP * dense, dense + NATS_GAP) if classifies else GAP * dense
 
     def measured(self, final: nn.Module, inputs: Any) -> dict[str, Measurement]:
-        """Return what the dense and the final network cost and achieve, timed side by side."""
+        """Measure the dense and the final network, timed side by side."""
         networks = {"dense": self.model, "final": final}
         times = compare_latency(networks, inputs)
         scores = {"dense": self.dense, "final": self(final)}
@@ -414,7 +414,7 @@ def _squeezed(
     judge, prices = cutter.judge, cutter.prices
     toward = Squeeze(cutter.budget, end=1.0, importance=cutter.importance, latency=prices.latency, cut=False, prices=prices)
     history = tuner.run(low, epochs, [Orthogonality(), *penalties], "squeeze", toward)
-    recalibrate(low, judge.known)  # at a high learning rate the running statistics are behind
+    recalibrate(low, judge.known)  # at a high learning rate the running statistics lag
     scores["squeezed"] = judge(low)
     prune_(low, allocate(low, cutter.budget, cutter.inputs, importance=cutter.importance, prices=prices), tuner.optimizer)
     scores["cut"] = judge(low)
@@ -426,7 +426,7 @@ def _squeezed(
 
 @dataclass
 class _Cutter:
-    """Cuts a factorized network to the budget in place, in the way that suits best."""
+    """Cuts a factorized network to the budget in place, by the best method."""
 
     judge: _Judge
     budget: Budget
@@ -437,7 +437,7 @@ class _Cutter:
     batch_dims: BatchDims | None = None
 
     def cut(self, low: nn.Module, cut: Cut, trains: bool) -> Found:
-        """Cut the network as asked, or in the way that suits best; return it, how, and its scores by stage."""
+        """Cut the network by the given method, or by the best one; return it, how, and its scores by stage."""
         calibration = self.calibration
         if calibration is None and (cut == "auto" or WAYS[cut].needs != "none"):
             calibration = calibrate(low, self.judge.known, self.judge.loss, examples=None, batch_dims=self.batch_dims)
@@ -470,7 +470,7 @@ class _Cutter:
     def _made(self, bench: Workbench, kind: str) -> CutNetwork:
         way = WAYS[kind]
         if way.needs == "loss":
-            bench.distortions(way)  # refuses a loss without gradients, whoever chooses the ranks
+            bench.distortions(way)  # refuses a loss without gradients, also with other ranks
         return bench.cut_to(self.budget, way, self.judge, dense=self.judge.model, examples=self.judge.known, importance=self.importance)
 
 
@@ -481,7 +481,7 @@ def _rank(made: CutNetwork) -> tuple[float, float]:
 
 @dataclass
 class _Tuner:
-    """Trains a network in one or several goes of a single schedule."""
+    """Trains a network in one or several parts of a single schedule."""
 
     data: Iterable[Any]
     loss: Loss
@@ -508,7 +508,7 @@ class _Tuner:
         self.scheduler = OneCycleLR(self.optimizer, rates, steps, pct_start=rise, cycle_momentum=False)
 
     def run(self, network: nn.Module, epochs: int, penalties: Sequence[Penalty], name: str, ranks: RankSchedule | None = None) -> History:
-        """Train for some epochs, which follow those of earlier goes."""
+        """Train for some epochs, which follow those of earlier parts."""
         history = fit(
             network, self.data, self.loss, self.optimizer, epochs, penalties=penalties, eval_data=self.eval_data,
             scheduler=self.scheduler, scheduler_steps="batch", distill=self.teacher, clip=self.clip, precision=self.precision,
@@ -529,7 +529,7 @@ class _Store:
         return None if self.folder is None else self.folder / name
 
     def claim(self, **settings: Any) -> None:
-        """Take the folder for these settings; refuse one that holds another call's work."""
+        """Take the folder for these settings; refuse one of another call."""
         self.settings = settings
         path = self.path(SETTINGS)
         if path is None:

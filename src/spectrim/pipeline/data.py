@@ -1,4 +1,4 @@
-"""The data of a run: every reading starts as it would in a run that was never stopped."""
+"""The data of a run: every pass starts as in an uninterrupted run."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -24,11 +24,11 @@ class Data(Protocol):
 
 
 class Source:
-    """What makes the data of a recipe, as they are before their first pass, any number of times.
+    """Makes the data of a recipe, as they are before their first pass, any number of times.
 
-    Data may count their passes, or hold generators of their own. In a run whose finished stages are skipped they would be behind; so every
-    stage, and every reading inside a stage, begins with fresh data. Lists, `Batches` and loaders of tensors are set back; anything else is
-    made again by calling what the recipe names.
+    Data may count their passes, or hold their own generators. When finished stages are skipped, their state would differ; so every
+    stage, and every pass over data inside a stage, begins with fresh data. Lists, `Batches` and loaders of tensors are reset; anything
+    else is made again by calling the code that the recipe names.
     """
 
     def __init__(self, component: Component, seed: int) -> None:
@@ -94,14 +94,14 @@ def replayed(train: Any, val: Any, say: Callable[[str], None]) -> Any:
     Args:
         train: fresh.
         val: what `fit` evaluates on after each epoch, fresh.
-        say: is told when data are read for that reason.
+        say: called with a message when data are read for that reason.
     """
     knows = any(hasattr(train, name) for name in ("set_epoch", "state_dict")) or _is_stateless(train)
     return train if knows or int(os.environ.get("WORLD_SIZE", "1")) > 1 else _Replayed(train, val, say)
 
 
 class _Replayed:
-    """Data whose passes are made up for before an epoch that a checkpoint lets `fit` begin with."""
+    """Data whose earlier passes are repeated before `fit` resumes from a checkpoint."""
 
     def __init__(self, train: Any, val: Any, say: Callable[[str], None]) -> None:
         self.train, self.val, self.say, self.passes = train, val, say, 0

@@ -61,7 +61,7 @@ class Contents:
         return place
 
     def measured(self, name: str) -> Measurement | None:
-        """Return what was measured of a network when the folder was finished; None where nothing was.
+        """Return the measurement of a network from when the folder was finished; None without one.
 
         Raises:
             FormatError: the result is damaged.

@@ -66,7 +66,7 @@ def read_yaml(path: Path) -> Any:
 def _expanded(node: Any, key: str, known: dict[int, int], above: set[int]) -> int:
     """Return the number of values of a node, with those of its aliases as often as they stand there."""
     if id(node) in above:
-        raise RecipeError(key, "holds an alias of what it stands in", allowed="values without a circle")
+        raise RecipeError(key, "holds an alias of a value that contains it", allowed="values without a cycle")
     if id(node) in known:
         return known[id(node)]
     above.add(id(node))

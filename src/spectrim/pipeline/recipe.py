@@ -36,7 +36,7 @@ class Teacher:
         weight: the teacher's share of the loss, in [0, 1].
         dim: the axis of the classes.
         mix: >= 0; above 0 batches are mixed with themselves.
-        features: >= 0; above 0 what the layers put out is learned from, too.
+        features: >= 0; above 0 layer outputs are distilled, too.
         until: in [0, 1]; the share of the steps in which it is.
         layers: their names; the factorized ones when omitted.
     """
@@ -102,7 +102,7 @@ class Cut:
 
     Args:
         rule: a rank rule.
-        budget: what the whole network keeps; ranks by the knapsack over the importance that belongs to the cut.
+        budget: what the whole network keeps; ranks by the knapsack over the distortion of the cut method.
         ranks: ``{layer: rank}``.
         cut: ``plain`` keeps the largest singular values of each weight, ``whitened`` what changes its output least on training examples,
             ``sensitive`` what changes the loss least, ``mixed`` as whitened with ranks by both energies.
@@ -171,7 +171,7 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), *, cut: bool = Tr
         The recipe with every default filled in, those of the named classes and functions included.
 
     Raises:
-        RecipeError: the key, what came, and what is allowed.
+        RecipeError: the key, the value given, and what is allowed.
     """
     path = Path(path)
     if not path.is_file():
@@ -270,7 +270,7 @@ def _change(raw: dict[str, Any], change: str) -> None:
 
 
 def _check(recipe: Recipe, cut: bool) -> None:
-    """Check what the types cannot say."""
+    """Check what the types do not express."""
     given = [name for name in ("rule", "budget", "ranks") if getattr(recipe.prune, name) is not None]
     if len(given) > 1 or (cut and not given):
         raise RecipeError("prune", f"has {' and '.join(given) or 'none'} of rule, budget, ranks", allowed="exactly one")

@@ -66,11 +66,11 @@ def make_data(recipe: Recipe) -> Data:
 
 
 class Run:
-    """One recipe in one folder: stage after stage, each in a folder of its own, finished ones skipped.
+    """One recipe in one folder: stage after stage, each in a separate folder, finished ones skipped.
 
     A stage's folder holds its model (``model.safetensors``, ``spectrim.json``), its numbers (``stage.json``) and, while it trains, its
     checkpoints. The digest in ``stage.json`` covers the settings of the stage and of everything before it; when it differs, the stage is
-    run anew. The folder of the run holds ``recipe.yaml`` with every default written out, and ``result.json``.
+    run again. The folder of the run holds ``recipe.yaml`` with every default written out, and ``result.json``.
     """
 
     def __init__(self, recipe: Recipe, out: str | Path, *, progress: bool = True) -> None:
@@ -175,12 +175,12 @@ class Run:
                 return load(folder, self.initial)
             except FormatError as error:
                 raise FormatError(
-                    folder, f"the stage is finished but cannot be read ({error})", hint="delete the folder to run it anew"
+                    folder, f"the stage is finished but cannot be read ({error})", hint="delete the folder to run it again"
                 ) from error
         if state.get("digest") != self.digest:
             if folder.exists():
-                self.console.print(f"{name}: settings changed, run anew")
-                (folder / STAGE).unlink(missing_ok=True)  # first, so that what is left of a folder never looks finished
+                self.console.print(f"{name}: settings changed, run again")
+                (folder / STAGE).unlink(missing_ok=True)  # first, so that a partly deleted folder never looks finished
                 shutil.rmtree(folder)
             make_folder(folder)
             write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": False}))

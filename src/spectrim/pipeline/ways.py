@@ -19,7 +19,7 @@ have used.
 
 
 def allowed_for_mixed(best: CutNetwork, dense: float, far: bool) -> float:
-    """Return the largest loss from which mixed ranks may start in the place of the best start.
+    """Return the largest loss from which mixed ranks may start to be chosen instead of the best start.
 
     Args:
         best: the best of the other cuts.

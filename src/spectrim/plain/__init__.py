@@ -1,1 +1,1 @@
-"""What is shipped: plain layers that `merge` writes. This package imports torch and nothing else."""
+"""Layers for deployment, which `merge` writes. This package imports torch only."""

@@ -1,4 +1,4 @@
-"""Two layers in the place of one."""
+"""Two layers in place of one."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -27,11 +27,11 @@ MARKS: dict[type, type] = {nn.Linear: NonDynamicallyQuantizableLinear}
 
 
 class PlainPair(nn.Module):
-    """Two ordinary layers in the place of one, which also answer for it: ``weight`` is the dense weight, ``stride`` its stride.
+    """Two ordinary layers in place of one, with its attributes: ``weight`` is the dense weight, ``stride`` its stride.
 
-    A merged layer is an instance of its own class and of this one. Models read such things of their layers without calling them. Reading
-    dtype, device or shape of ``weight`` costs nothing; any other use of it multiplies the two weights, and gradients reach both. To change
-    the weight, change the two layers.
+    A merged layer is an instance of its original class and of this one. Models read such attributes without calling the layer. Reading the
+    dtype, device or shape of ``weight`` costs nothing; any other use multiplies the two weights, and gradients reach both. To change the
+    weight, change the two layers.
 
     Args:
         first: an `nn.Linear`, an `nn.Embedding` or a convolution, plain or transposed; without bias.
@@ -127,7 +127,7 @@ class PlainPair(nn.Module):
     __repr__ = nn.Module.__repr__
 
     def extra_repr(self) -> str:
-        """Return nothing: the two layers say it."""
+        """Return nothing: the two layers print their settings."""
         return ""
 
     def __len__(self) -> int:
@@ -153,7 +153,7 @@ class PlainPair(nn.Module):
 
 
 class Composed(Tensor):
-    """A weight that is composed when its values are asked for, and not before; it refuses to be changed, as a copy would change alone.
+    """A weight that is composed when its values are read; changes in place are refused, because they would only change a copy.
 
     Args:
         owner: kind of the layer, for errors.

@@ -1,4 +1,4 @@
-"""Classes made on the fly, so that a layer that is held or written in another way stays an instance of its own class."""
+"""Classes made at run time, so that a factorized or merged layer stays an instance of its original class."""
 
 import functools
 from typing import Any

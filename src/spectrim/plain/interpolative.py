@@ -11,7 +11,7 @@ from .pieces import PlainInterpolative, blocks, check_joint, kernel, width
 
 
 class PlainRows(PlainInterpolative):
-    """``y = P [k; mix(k)]`` with ``k = kept(x)``: r output channels by the dense layer's own rows, the others mixed of them.
+    """``y = P [k; mix(k)]`` with ``k = kept(x)``: r output channels by rows of the dense layer, the others mixed from them.
 
     Args:
         kept: `nn.Linear`, `nn.Embedding` (of which r columns are kept) or a convolution, plain or transposed, to r channels; with the bias
@@ -97,7 +97,7 @@ class PlainRows(PlainInterpolative):
 
 
 class PlainColumns(PlainInterpolative):
-    """``y = kept(x_kept + mix(x_others))``: r input channels meet the dense layer's own columns, the others are mixed into them first.
+    """``y = kept(x_kept + mix(x_others))``: r input channels times columns of the dense layer; the others are mixed into them first.
 
     Args:
         kept: `nn.Linear` or a convolution, plain or transposed, of r channels; with the bias.

@@ -1,4 +1,4 @@
-"""Where the kept rows or columns of a layer and the others stand, and what such a layer answers for."""
+"""Positions of the kept rows or columns of a layer and of the others, and the dense layer's attributes."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .chain import MARKS, Composed
 
 
 class PlainInterpolative(nn.Module):
-    """What `PlainRows` and `PlainColumns` share: where pieces stand, and answers for the dense layer.
+    """Base of `PlainRows` and `PlainColumns`: positions of the pieces, and the dense layer's attributes.
 
     ``weight`` is the dense weight, ``stride`` its stride. Reading dtype, device or shape of ``weight`` costs nothing; any other use of it
     multiplies the parts, and gradients reach both. To change it, change the two layers.
@@ -18,7 +18,7 @@ class PlainInterpolative(nn.Module):
         kept: the layer that holds the kept rows or columns, with the stride, padding and dilation of the dense layer.
         mix: the layer that holds the coefficients of the others: an `nn.Linear`, or a convolution of kernel size one.
         start: first kept channel of a cyclic window; in each group for a grouped convolution.
-        order: in the place of `start`: all channels, those of `kept` first, then those of `mix`; applied by a gather.
+        order: instead of `start`: all channels, those of `kept` first, then those of `mix`; applied by a gather.
         conv1d: the `nn.Linear` layers stand for the ``Conv1D`` of transformers, whose weight is ``(in, out)``.
     """
 
@@ -207,7 +207,7 @@ def check_joint(owner: str, rank: int, met: int, others: int, kept: Any, mix: An
 
 
 def _checked(order: Tensor, size: int, owner: str) -> Tensor:
-    """Return an order after a look whether it is one."""
+    """Check that an order is a permutation and return it."""
     if tuple(order.shape) != (size,) or not (order.is_meta or torch.equal(order.sort().values.cpu(), torch.arange(size))):
         raise ValueError(f"{owner}: order must hold each of 0 ... {size - 1} once, got shape {tuple(order.shape)}")
     return order.long()

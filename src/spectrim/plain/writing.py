@@ -64,7 +64,7 @@ def _any_convolution() -> Any:
 def _embedding(layer: nn.Embedding, side: Side, kept: Tensor, mix: Tensor, start: int | None, order: Tensor | None) -> PlainRows:
     """Look up the kept columns and mix the others of them."""
     if side != "columns":
-        raise ValueError("interpolative_layer: an embedding looks its rows up; write it by columns")
+        raise ValueError("interpolative_layer: an embedding is a look-up; write it by columns")
     if layer.max_norm is not None or layer.sparse:
         raise ValueError("interpolative_layer: an embedding with max_norm or sparse gradients needs its dense table")
     options = {"padding_idx": layer.padding_idx, "scale_grad_by_freq": layer.scale_grad_by_freq, "device": "meta"}

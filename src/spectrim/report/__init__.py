@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a plan or a run, and the same essentials as text."""
+"""One self-contained HTML page for a plan or a run, and a summary as text."""
 
 from spectrim.report.page import PLAN, text_report, write_report
 

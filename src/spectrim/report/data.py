@@ -1,4 +1,4 @@
-"""What the page shows, as plain data: a plan made compact, and what a run's folder holds."""
+"""The content of the page as plain data: a compact plan, and the content of a run's folder."""
 
 import base64
 import itertools
@@ -183,7 +183,7 @@ def _split(result: Mapping[str, Any]) -> str:
     """Return what accuracy and loss were measured on, in words."""
     if "split" in result:
         return f"{result['split']} split"
-    return "validation split (where compress had none: the examples that calibrate)" if "scores" in result else "test split"
+    return "validation split (where compress had none: the calibration set)" if "scores" in result else "test split"
 
 
 def _compress_stages(result: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -255,7 +255,7 @@ def measurements(run: Mapping[str, Any]) -> dict[str, Measurement]:
 
 
 def shortfalls(plan: Plan | None, run: Mapping[str, Any] | None) -> list[str]:
-    """Return in sentences what did not come out as one would want.
+    """Return sentences about results that are worse than wanted.
 
     Args:
         plan: of the network, if there is one.
@@ -290,7 +290,7 @@ def _measured_shortfalls(measured: Mapping[str, Measurement]) -> list[str]:
         if gain <= 0:
             found.append(f"Slower than the dense network: {1e3 * final.latency_s:.3f} against {1e3 * dense.latency_s:.3f} ms.")
         elif gain < spread:
-            found.append(f"The gain in latency, {1e3 * gain:.3f} ms, lies within the spread of the measurement, {1e3 * spread:.3f} ms.")
+            found.append(f"The gain in latency, {1e3 * gain:.3f} ms, is within the spread of the measurement, {1e3 * spread:.3f} ms.")
     other = measured.get("truncated SVD")
     if other is not None and other.accuracy is not None and final.accuracy is not None and other.accuracy > final.accuracy:
         found.append(f"Plain truncated SVD with fine-tuning is {100 * (other.accuracy - final.accuracy):.2f} points better.")

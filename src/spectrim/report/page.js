@@ -238,7 +238,7 @@ function compared(parent, measured, split) {
 }
 
 function budgets(parent) {
-  add(parent, "h3", {}, "What each budget gives right after the cut, before any training");
+  add(parent, "h3", {}, "The result of each budget right after the cut, without training");
   const rows = PLAN.budgets.map((row) => {
     const name = Object.entries(row.budget).map(([key, value]) => `${key} ${value <= 1 ? percent(value, 0) : whole(value)}`).join(", ");
     return row.totals ? cells(name, row.totals) : [name, `cannot be met: ${row.problem}`];
@@ -248,7 +248,7 @@ function budgets(parent) {
   const kept = titles.map((_, index) => index).filter((index) => index < 4 || all.some((row) => row[index]));
   table(parent, kept.map((index) => titles[index]), all.map((row) => kept.map((index) => row[index])));
   rows.filter((row) => row.length === 2).forEach((row) => add(parent, "p", {}, row.join(": ")));
-  add(parent, "p", { class: "soft" }, `Ranks by ${PLAN.importance}. Training, and renewing the statistics of BatchNorm, make a network better than this.`);
+  add(parent, "p", { class: "soft" }, `Ranks by ${PLAN.importance}. Training and recalibrated BatchNorm statistics improve on this.`);
   const met = PLAN.budgets.filter((row) => row.totals);
   const curve = (key) => met.map((row) => [row.totals.macs / PLAN.dense.macs, row.totals[key]]);
   const charts = add(parent, "div", { class: "charts" });

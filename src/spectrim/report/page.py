@@ -22,7 +22,7 @@ PAGE = "report.html"
 
 
 def write_report(source: Plan | str | Path, path: str | Path | None = None, *, result: Mapping[str, Any] | None = None) -> Path:
-    """Write one HTML page that needs nothing else: no server, no network, no other file.
+    """Write one self-contained HTML page: no server, no network, no other file.
 
     Args:
         source: a `Plan`, the file that `Plan.save` wrote, or the folder of a run or of `compress`, with its ``plan.json`` if any.
@@ -55,7 +55,7 @@ def write_report(source: Plan | str | Path, path: str | Path | None = None, *, r
 
 
 def text_report(source: Plan | str | Path, *, result: Mapping[str, Any] | None = None) -> str:
-    """Return the essentials of the page as text.
+    """Return a summary of the page as text.
 
     Args:
         source: as for `write_report`.
@@ -89,7 +89,7 @@ def _plan(path: Path) -> Plan:
         plan = Plan.load(path)
         plan_data(plan)
         str(plan)
-    except Exception as error:  # whatever a damaged number makes of it
+    except Exception as error:  # any error from a damaged number
         if isinstance(error, FormatError) and str(error).startswith(str(path)):
             raise
         raise FormatError(path, f"is damaged ({error!r})", hint="plan again") from error
@@ -108,7 +108,7 @@ def _page(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
         "text": html.escape(_text(plan, run)),
     }
     page = (folder / "page.html").read_text(encoding="utf-8")
-    pieces = page.split("%%")  # odd pieces name a part: nothing inside the parts is looked at
+    pieces = page.split("%%")  # odd pieces name a part: the content of the parts is kept
     return "".join(parts[piece] if index % 2 else piece for index, piece in enumerate(pieces))
 
 

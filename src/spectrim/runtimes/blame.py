@@ -1,4 +1,4 @@
-"""Which layer a failing export is to blame on."""
+"""The layer that a failing export comes from."""
 
 import linecache
 import re

@@ -35,7 +35,7 @@ def equalize_pairs(proto: Any, feeds: Sequence[Mapping[str, NDArray[Any]]]) -> l
     Returns:
         Names of the second nodes of the pairs.
 
-    Source: Nagel et al., arXiv 1906.04721, section 4.1 (cross-layer equalisation). Deviation: the ranges that become equal are those of the
+    Source: Nagel et al., arXiv 1906.04721, section 4.1 (cross-layer equalization). Deviation: the ranges that become equal are those of the
     activations between the layers, not of the two weights.
     """
     onnx = import_module("onnx")

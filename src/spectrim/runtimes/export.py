@@ -1,4 +1,4 @@
-"""Files for other runtimes: `torch.export`, ONNX, ExecuTorch and OpenVINO, each proved equal to the model before it is written.
+"""Files for other runtimes: `torch.export`, ONNX, ExecuTorch and OpenVINO, each compared with the model before it is written.
 
 What one format needs stands in three functions side by side: one that writes it, one that opens it, one row in `_WRITERS` and `_READERS`.
 """
@@ -34,7 +34,7 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written, and what it was proved by.
+    """A file that was written, and its comparison with the model.
 
     Attributes:
         path: of the file; OpenVINO writes its weights beside it, ``.bin``, and ONNX those above 2 GB, ``.onnx.data``.
@@ -96,7 +96,7 @@ def export(
     latency: bool = False,
     threads: int = 1,
 ) -> Exported:
-    """Write a model for another runtime; the file is loaded there and compared with the model before it gets its name.
+    """Write a model for another runtime; the file is loaded there and compared with the model before it is kept.
 
     What is written is a copy in eval mode, on the CPU; a factorized model is merged first. Compared are the outputs on `inputs`, on one
     example, and on a batch of another size made of the same examples. Outputs are the tensors among what the model returns, in order; a
@@ -120,7 +120,7 @@ def export(
         threads: CPU threads of that timing, at least 1.
 
     Returns:
-        What was written, and how far it is from the model.
+        The file, and its difference to the model.
 
     Raises:
         ExportError: the model cannot be written in this format, refuses a dynamic batch, or its file computes something else; it names
@@ -132,6 +132,7 @@ def export(
     Examples:
         >>> import tempfile
         >>> from spectrim.runtimes.formats import run_exported
+        >>> import tempfile
         >>> made = export(nn.Linear(4, 2), torch.randn(3, 4), Path(tempfile.mkdtemp()) / "linear.pt2")
         >>> made.batches, made.difference <= made.tolerance
         ((1, 3, 4), True)
@@ -217,7 +218,7 @@ def _proved(format: Format, file: Path, reference: nn.Module, inputs: Any, batch
             found = run(given)
         except SettingError as error:
             raise ExportError(format, str(error)) from error
-        except Exception as error:  # each runtime has errors of its own
+        except Exception as error:  # each runtime has its own errors
             raise _refused(format, file, error, f"its own runtime fails at batch {count}") from error
         difference = compare_outputs(found, _outputs(format, reference, given))
         if not difference <= allowed:

@@ -36,7 +36,7 @@ Runner = Callable[[Any], list[Tensor]]
 def run_exported(path: str | Path, inputs: Any) -> Any:
     """Load a file in its own runtime, on the CPU, and call it once.
 
-    A ``.pt2`` is read by `torch.export.load`, which may run what a hostile file tells it to: open only files that you trust.
+    A ``.pt2`` is read by `torch.export.load`, which may run code from the file: open only files that you trust.
 
     Args:
         path: a ``.pt2``, ``.onnx``, ``.pte`` or ``.xml``.
@@ -77,7 +77,7 @@ def open_exported(path: str | Path, threads: int | None = None) -> Runner:
             return _READERS[format](path, threads)
     except ImportError:
         raise
-    except Exception as error:  # each runtime has errors of its own
+    except Exception as error:  # each runtime has its own errors
         raise FormatError(path, f"{TITLES[format]} cannot read it: {first_line(error)}") from error
 
 
@@ -92,7 +92,7 @@ class _Names:
 def _format_of(path: Path, format: Format | None) -> Format:
     if format is None:
         if path.suffix not in SUFFIXES:
-            hint = "or say which format it is" if path.suffix else "give the file a suffix"
+            hint = "or pass format=" if path.suffix else "give the file a suffix"
             raise SettingError("export", "path", got=str(path), rule=f"a file with one of the suffixes {', '.join(SUFFIXES)}", hint=hint)
         return SUFFIXES[path.suffix]
     if format not in get_args(Format):
@@ -116,7 +116,7 @@ def _require(format: Format) -> None:
         raise ImportError(f"{TITLES[format]} needs {', '.join(missing)}: pip install 'spectrim[{format}]'")
 
 
-# Formats: what writes each, and what opens it
+# Formats: a writer and a reader for each
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def _write_executorch(program: ExportedProgram, file: Path, names: _Names, half:
         debug = import_module("executorch.devtools.backend_debug")
     try:
         with quietly():
-            # inputs have no names in the file, so it tells them as the result of a second method
+            # inputs have no names in the file, so a second method returns them
             known = {INPUT_NAMES: ",".join(names.inputs)}
             edge = exir.to_edge_transform_and_lower(
                 program,
@@ -182,7 +182,7 @@ def _write_executorch(program: ExportedProgram, file: Path, names: _Names, half:
     for entry in made.executorch_program.execution_plan[0].operators:
         operator = f"{entry.name}.{entry.overload}" if entry.overload else entry.name
         if operator not in kernels:
-            problem = "XNNPACK does not run it, and the runtime has no kernel of its own"
+            problem = "XNNPACK does not run it, and the runtime has no portable kernel for it"
             raise ExportError("executorch", problem, operator=operator, layer=_layer_with(graph, entry.name), hint=_OTHER)
     with file.open("wb") as stream:
         made.write_to_file(stream)

@@ -1,7 +1,7 @@
 """int8 on top of low rank: a float network becomes an ONNX file with 8-bit weights and activations, by ONNX Runtime's own toolkit.
 
 Added to the toolkit are: names of layers, a report of what became int8 and what did not, one exact change of scale inside low-rank pairs,
-and the proof that the written file runs.
+and a check that the written file runs.
 """
 
 import ast
@@ -61,16 +61,16 @@ class Int8:
     """How a network becomes int8.
 
     Attributes:
-        method: ``static`` fixes the range of each activation on calibration data; ``dynamic`` takes it anew in each call, for linear
+        method: ``static`` fixes the range of each activation on calibration data; ``dynamic`` computes it in each call, for linear
             layers, LSTMs and embeddings only. ``auto`` is static for convolutional networks, and dynamic where nothing convolves or where
             recurrence or attention is in the graph.
-        ranges: of activations, for ``static``: ``minmax`` takes all that was seen, ``percentile`` leaves out the rarest values, ``entropy``
-            loses least information. The last two keep what they have seen in memory.
-        percentile: share of the values that is kept, in per cent, in (50, 100).
+        ranges: of activations, for ``static``: ``minmax`` covers all observed values, ``percentile`` all but the rarest, ``entropy``
+            minimizes the loss of information. The last two keep the observed values in memory.
+        percentile: share of the values that is kept, in percent, in (50, 100).
         weight_bits: 7 or 8. x86 processors without VNNI add two products of an 8-bit weight in 16 bits, which can overflow: there 7 bits
             are more accurate than 8. Weights take a byte each in both.
         equalize: give all channels between the two layers of a low-rank pair the same range, see `equalize_pairs`.
-        examples: how many calibrate, >= 1.
+        examples: number of calibration examples, >= 1.
 
     Raises:
         SettingError: a setting is outside its range.
@@ -99,7 +99,7 @@ class Int8:
 
 @dataclass(frozen=True)
 class Quantized:
-    """An int8 file that was written, and how far it is from the float network.
+    """An int8 file, and its difference to the float network.
 
     Attributes:
         path: of the file.
@@ -150,21 +150,21 @@ def quantize(
     keep: LayerFilter | None = None,
     tolerance: float | None = None,
 ) -> Quantized:
-    """Write a network as an int8 ONNX file; it is run and compared with the float network before it gets its name.
+    """Write a network as an int8 ONNX file; it is run and compared with the float network before it is kept.
 
     Weights are symmetric with one scale per output channel, activations one scale and one zero point per tensor. BatchNorm is folded into
-    the layer before it. A factorized model is merged first; both layers of a pair become int8, and so does what flows between them.
+    the layer before it. A factorized model is merged first; both layers of a pair become int8, and so do the activations between them.
 
     Args:
         model: dense, factorized or merged, which is left untouched; or a float ONNX file.
-        data: training batches, ``(inputs, target)`` or bare inputs. The first ones calibrate, and on them the outputs are compared.
+        data: training batches, ``(inputs, target)`` or bare inputs. The first ones are for calibration and for the comparison of outputs.
         path: of the file, with the suffix ``.onnx``.
         how: see `Int8`; its defaults when omitted.
         keep: layers that stay in float, by name in the merged network; a pair's name selects both of its layers. See `sensitivity`.
         tolerance: largest `Quantized.error` allowed, above 0; None allows any.
 
     Returns:
-        What was written and how far it is from float.
+        The file and its difference to float.
 
     Raises:
         ExportError: nothing in the network can become int8, the toolkit fails, or the error is above `tolerance`; it names the operator
@@ -204,7 +204,7 @@ def quantize(
 def sensitivity(model: nn.Module | str | Path, data: Iterable[Any], how: Int8 | None = None) -> dict[str, float]:
     """Return for each layer the error of the network's outputs when that layer alone is int8, the largest first.
 
-    Each layer takes one quantisation and one pass over the calibration examples: some tenths of a second for a small network.
+    Each layer takes one quantization and one pass over the calibration examples: some tenths of a second for a small network.
 
     Args:
         model: as for `quantize`.
@@ -241,7 +241,7 @@ def evaluate_exported(
 
     Raises:
         FormatError: the file is missing or cannot be read.
-        SettingError: `data` is not what it should be.
+        SettingError: `data` does not hold such batches.
     """
     return evaluate(_Runtime(open_exported(path, threads)), data, loss)
 
@@ -272,7 +272,7 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Network:
-    """A float network ready for the toolkit: optimised, shapes inferred, pairs equalised; with its calibration data and outputs."""
+    """A float network ready for the toolkit: optimized, shapes inferred, pairs equalized; with its calibration data and outputs."""
 
     file: Path
     method: str
@@ -308,7 +308,7 @@ class _Network:
 
 
 def _prepare(model: nn.Module | str | Path, data: Iterable[Any], folder: Path, how: Int8) -> _Network:
-    """Export, optimise, name the layers, choose the method, equalise, and run the float network once."""
+    """Export, optimize, name the layers, choose the method, equalize, and run the float network once."""
     _require()
     batches = [inputs_of(batch) for batch in first_examples(data, how.examples)]
     if not batches:
@@ -322,7 +322,7 @@ def _prepare(model: nn.Module | str | Path, data: Iterable[Any], folder: Path, h
     file = folder / "float.onnx"
     _optimize(source, file)
     proto = _load(file)
-    names |= _names(proto.graph)  # what the optimiser has made of nodes keeps their notes
+    names |= _names(proto.graph)  # nodes changed by the optimizer keep their notes
     _strip(proto)
     layers = _layers(proto.graph, names)
     feeds = _feeds(source, batches)
@@ -357,11 +357,11 @@ def _optimize(source: Path, file: Path) -> None:
     process = import_module("onnxruntime.quantization.shape_inference").quant_pre_process
     try:
         process(str(source), str(file))
-    except Exception:  # its symbolic inference does not know every operator, and says so in many ways
+    except Exception:  # its symbolic inference does not know every operator, and raises various errors
         try:
             process(str(source), str(file), skip_symbolic_shape=True)
         except Exception as error:
-            raise ExportError("int8", f"ONNX Runtime cannot optimise the float network: {first_line(error)}") from error
+            raise ExportError("int8", f"ONNX Runtime cannot optimize the float network: {first_line(error)}") from error
 
 
 def _check_weights(graph: Any, names: Mapping[str, str]) -> None:
@@ -376,7 +376,7 @@ def _check_weights(graph: Any, names: Mapping[str, str]) -> None:
                 raise ExportError("int8", "its weights are in half precision", **place, hint="quantize model.float()")
             real = node.op_type in WEIGHTS and tensor.data_type == onnx.TensorProto.FLOAT
             if real and not np.isfinite(onnx.numpy_helper.to_array(tensor)).all():
-                raise ExportError("int8", "its weights hold NaN or infinite values", **place, hint="load a sound checkpoint")
+                raise ExportError("int8", "its weights hold NaN or infinite values", **place, hint="load an undamaged checkpoint")
 
 
 def _names(graph: Any) -> dict[str, str]:
@@ -489,7 +489,7 @@ def _write(network: _Network, file: Path, how: Int8, without: Sequence[str], onl
                     **common,
                 )  # fmt: skip
     except Exception as error:  # the toolkit raises anything
-        raise network.blame(error, "ONNX Runtime's toolkit cannot quantise it") from error
+        raise network.blame(error, "ONNX Runtime's toolkit cannot quantize it") from error
     proto = _load(file)
     _strip(proto)
     del proto.graph.value_info[:]

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 _WARNINGS = (
     r"The tensor attributes? .*_flat_weights",  # of every nn.LSTM and nn.GRU: their list of weights is no buffer
-    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # torch copying its own programs
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # from torch's copies of programs
     r"This API is experimental and subject to change without notice",  # ExecuTorch
 )
 
@@ -23,7 +23,7 @@ _LOGGERS = ("torch.onnx._internal.exporter._registration", "torch.fx.experimenta
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what torch and the runtimes say of themselves: a few warnings, by their text, and what two loggers repeat."""
+    """Drop a few warnings of torch and the runtimes, by their text, and repeated messages of two loggers."""
     levels = {name: logging.getLogger(name).level for name in _LOGGERS}
     with warnings.catch_warnings():
         for message in _WARNINGS:
@@ -39,7 +39,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Run what only other packages do without their warnings and log lines, ExecuTorch's words, and handlers given to the root logger."""
+    """Run code of other packages without their warnings, log lines, output of ExecuTorch, and handlers added to the root logger."""
     root = logging.getLogger()
     handlers, disabled = list(root.handlers), root.manager.disable
     with warnings.catch_warnings(), _quiet_stderr():

@@ -1,4 +1,4 @@
-"""Arguments and outputs as flat tensors, and how far two outputs differ."""
+"""Arguments and outputs as flat tensors, and the difference of two outputs."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

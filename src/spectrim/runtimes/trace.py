@@ -20,7 +20,7 @@ from spectrim.runtimes.blame import _blame, _Place, _place_in, first_line
 from spectrim.runtimes.formats import Format, _Names
 from spectrim.runtimes.tensors import _arguments, _tensors
 
-# What goes into a file
+# The content of a file
 
 
 class _Flat(nn.Module):
@@ -73,11 +73,11 @@ def _outputs(format: Format, model: nn.Module, inputs: Any) -> list[Tensor]:
     return outputs
 
 
-# Tracing, and who is to blame
+# Tracing, and the origin of errors
 
 
 def _trace(format: Format, network: nn.Module, inputs: Any, batch: int | None, limit: int | None) -> tuple[ExportedProgram, _Names]:
-    """Return the program of the network, and the names of what goes in and comes out.
+    """Return the program of the network, and the names of its inputs and outputs.
 
     Args:
         format: `torch.export` keeps the call as it is; for the others tensors go in and tensors come out.
@@ -94,7 +94,7 @@ def _trace(format: Format, network: nn.Module, inputs: Any, batch: int | None, l
         module, args, kwargs = _Flat(network, args, kwargs).eval(), tuple(tensor for _, tensor in given), {}
     shapes: Any = ShapesCollection()  # type: ignore[no-untyped-call]
     if batch is not None:
-        # ExecuTorch's lowering excludes the largest value, so it is told one more; the file is compared at the limit itself
+        # ExecuTorch's lowering excludes the largest value, so it gets one more; the file is compared at the limit itself
         dim = Dim("batch", min=1, max=None if limit is None else limit + 1)
         for _, tensor in given:
             if tensor.dim() and tensor.size(0) == batch:

@@ -38,7 +38,7 @@ def write(folder: Path, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
         tensors: contiguous, on the CPU, none of them sharing memory.
 
     Raises:
-        WriteError: they cannot be written; the folder then holds what it held before.
+        WriteError: they cannot be written; the folder is unchanged then.
     """
     plan = {**plan, "format": FORMAT, "tensors": _digest_tensors(tensors)}
     text = _text(plan)
@@ -47,7 +47,7 @@ def write(folder: Path, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     with locked(folder, wait=60.0):
         sweep(folder)
         check_room(folder, sum(tensor.nbytes for tensor in tensors.values()) + 3 * len(text))
-        with temporary_beside(weights, folder=True) as made:  # a folder, as safetensors renames a file of its own
+        with temporary_beside(weights, folder=True) as made:  # a folder, as safetensors renames its own temporary file
             with writing_to(weights):
                 save_file(dict(tensors), made / WEIGHTS, metadata={"format": "pt", "spectrim": text, "digest": _digest(text)})
             with writing_to(listing):
@@ -56,7 +56,7 @@ def write(folder: Path, plan: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
 
 
 def place(weights: Path, listing: Path, folder: Path) -> None:
-    """Give both files of a model their places in a folder, so that a reader finds the old model or the new one whatever happens between.
+    """Give both files of a model their places in a folder, so that a reader finds the old model or the new one at any moment.
 
     The weights hold the plan, too. Between the two renames a note says that they belong beside the listing of the old model.
 

@@ -1,4 +1,4 @@
-"""`save` and `load`: tensors in safetensors, the plan beside them in JSON, never a pickle."""
+"""`save` and `load`: tensors in safetensors, the plan in JSON, no pickle."""
 
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -221,7 +221,7 @@ def _replayed(target: Any, description: list[dict[str, Any]]) -> nn.Module | Non
 
 
 def _tie(model: nn.Module, plan: Mapping[str, Any], state: Mapping[str, Tensor], made: list[nn.Module], path: Path) -> None:
-    """Tie what was tied when it was saved in the modules that were made anew; elsewhere the model must have the same ties itself."""
+    """Tie what was tied when it was saved in the modules that were rebuilt; elsewhere the model must have the same ties itself."""
     new = {id(parameter) for module in made for parameter in module.parameters()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for alias, kept in plan["aliases"].items():
@@ -247,7 +247,7 @@ def _folded(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _without_batchnorms(targets: Mapping[str, Any], folded: Mapping[str, list[str]] | None) -> dict[int, nn.Module]:
-    """Return what stands in the place of BatchNorms that were folded, by their ``id``; the layers before them get a bias, in place."""
+    """Return the replacements of BatchNorms that were folded, by their ``id``; the layers before them get a bias, in place."""
     gone = [targets[name] for name in (folded or {}).get("identities", []) if isinstance(targets.get(name), NORMS)]
     for name in (folded or {}).get("biased", []) if gone else []:
         layer = targets.get(name)

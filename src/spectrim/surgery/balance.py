@@ -1,4 +1,4 @@
-"""`balance_` gives the factors of large weights entries of one size, which is what optimizers with one step size for all expect."""
+"""`balance_` gives the factors of large weights entries of equal size, for optimizers with one step size for all."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -19,9 +19,9 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
     """Multiply each BatchNorm that alone reads a convolution or a linear layer into that layer; in place.
 
     ``W <- W * gamma / sqrt(var + eps)`` for each output feature, ``b <- (b - mean) * gamma / sqrt(var + eps) + beta``. Which layer a
-    BatchNorm follows is read off a trace by `torch.fx`. It is left alone when one of the two has hooks (its own, or of the pair of layers
+    BatchNorm follows is taken from a trace by `torch.fx`. It is left alone when one of the two has hooks (its own, or of the pair of layers
     that it is in), runs more than once or holds a tensor that another module holds too. A `BatchNorm1d` behind a linear layer is taken
-    to normalise its features, as it does for inputs ``(batch, features)``.
+    to normalize its features, as it does for inputs ``(batch, features)``.
 
     Args:
         model: in eval mode, of ordinary layers.
@@ -65,7 +65,7 @@ def fold_batchnorms(model: nn.Module) -> list[str]:
         if not (alone and _fits(layer, norm)):
             continue
         if norm.training:
-            raise LayerError(name, "is in training mode: it normalises by each batch and cannot be folded", hint="call model.eval() first")
+            raise LayerError(name, "is in training mode: it normalizes by each batch and cannot be folded", hint="call model.eval() first")
         _fold(layer, norm)
         parent, _, key = name.rpartition(".")
         setattr(modules[parent], key, nn.Identity().eval())
@@ -83,7 +83,9 @@ def _trace(model: nn.Module) -> fx.Graph:
     try:
         return _Tracer().trace(probe)
     except Exception as error:  # whatever the model's own code raises when it is given a proxy
-        problem = f"cannot be traced, so what its BatchNorms follow is not known ({type(error).__name__}: {str(error).splitlines()[0]})"
+        problem = (
+            f"cannot be traced, so the layers before its BatchNorms are not known ({type(error).__name__}: {str(error).splitlines()[0]})"
+        )
         raise LayerError(type(model).__name__, problem, hint="merge it without fold_batchnorm") from error
 
 

@@ -1,4 +1,4 @@
-"""`calibrate` runs a factorized model on some data and keeps the second moments of what each weight meets."""
+"""`calibrate`: second moments of the inputs of each factorized weight, and of the gradients at its outputs."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -32,13 +32,13 @@ WIDEST_INPUTS = 16384
 """Weights with more inputs than this are skipped: the matrix would take more than 2 GB."""
 
 
-NOT_CALLED = "the model did not call its layer on these data"
+NOT_CALLED = "the model did not call this layer on these data"
 
 
-WIDE = "it has so many inputs that their moments would fill the memory"
+WIDE = "its moments would not fit into memory"
 
 
-EMBEDDING = "an embedding: whatever its data leave out would be lost, so it is cut by its own spectrum"
+EMBEDDING = "an embedding: entries that the data do not contain would be lost, so it is cut by its spectrum"
 
 
 CONSTANT = 1e-12
@@ -50,16 +50,16 @@ Loss = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Second moments of what goes into each factorized weight, and of the loss's gradient of what comes out.
+    """Second moments of the inputs of each factorized weight, and of the loss gradient at its outputs.
 
     Changing a weight by ``D`` changes its output for one example by ``tr(D A D^T)``, squared and summed over positions, with ``A`` its
     `inputs`; it raises the loss by about ``1/2 tr(G D A D^T)`` with ``G`` its `outputs`. Both sides are those of the folded matrix, see
     `linalg.to_matrix`: in the spatial scheme an input is a vertical patch, at every column that the second operation reads, and each
-    horizontal offset is an output of its own; in the input scheme an input is one position, and each tap an output of
-    its own. Tied weights and layers that run more than once add up; a packed projection of attention on a query, a key and a value that
+    horizontal offset is a separate output; in the input scheme an input is one position, and each tap a separate
+    output. Tied weights and layers that run more than once add up; a packed projection of attention on a query, a key and a value that
     differ sees each of them.
 
-    Where a bias can take up what a cut does to the mean of the output, ``b <- b + D m``, only the inputs' deviations from their mean
+    Where a bias can absorb the change of the output's mean, ``b <- b + D m``, only the inputs' deviations from their mean
     count (see `absorbing`).
 
     Attributes:
@@ -69,8 +69,8 @@ class Calibration:
             one example's loss. Empty without a loss; of more than `WIDEST` outputs it is left out.
         slopes: ``(rank,)`` or ``(blocks, rank)``: the mean gradient of the loss with respect to ``S``. Empty without a loss.
         skipped: weights without moments (embeddings, more than `WIDEST_INPUTS` inputs, what the model does not call), and why.
-        examples: how many were seen.
-        means: ``m``, ``(in,)`` or ``(blocks, in)``, float64: the mean over examples and positions, for weights whose bias takes it up.
+        examples: how many were used.
+        means: ``m``, ``(in,)`` or ``(blocks, in)``, float64: the mean over examples and positions, for weights whose bias absorbs it.
 
     Source: Martens and Grosse, arXiv 1503.05671, section 3; Grosse and Martens, arXiv 1602.01407, section 3 (convolutions).
     Deviation: gradients are those of the targets given (the empirical Fisher), not of targets drawn from the model; means are taken out
@@ -97,7 +97,7 @@ class Calibration:
         left, right = self.outputs.get(name), self.inputs.get(name)
         known = name in self.inputs or name in self.skipped
         if not known or (right is not None and right.shape[-1] != shape[1]) or (left is not None and left.shape[-1] != shape[0]):
-            raise LayerError(name, f"({shape[0]} x {shape[1]}) is not in the calibration", hint="calibrate this very model")
+            raise LayerError(name, f"({shape[0]} x {shape[1]}) is not in the calibration", hint="calibrate this model")
         return left, right
 
 
@@ -113,7 +113,7 @@ def calibrate(
 ) -> Calibration:
     """Run a factorized model in eval mode and measure the second moments at each of its weights.
 
-    ``A = 1/n sum_examples sum_positions x x^T`` of each weight's inputs, less their mean where a bias takes it up; with a loss also ``G``,
+    ``A = 1/n sum_examples sum_positions x x^T`` of each weight's inputs, less their mean where a bias absorbs it; with a loss also ``G``,
     the same mean, over positions too, of the gradients at its outputs, for one backward pass a batch.
 
     Runs on a copy of the model, in which recurrent layers loop over time and attention calls its projections one by one: the same function
@@ -124,7 +124,7 @@ def calibrate(
         data: batches ``(inputs, target)``; without a loss bare inputs too (a tuple or list of two is taken for inputs and target).
         loss: called as ``loss(output, target)``, gives the mean over a batch; None for `inputs` alone.
         examples: stop after the batch that completes this number, counted along the leading dimension, >= 1; None for all data.
-        centered: whether to take the mean out of the inputs where a bias takes it up (see `absorbing`); the sources do not.
+        centered: whether to take the mean out of the inputs where a bias absorbs it (see `absorbing`); the sources do not.
         batch_dims: states the batch axes of the inputs, see `spectrim.metrics.batch.BatchDims`; found by agreement of sizes when omitted.
         progress: whether to show a progress bar, on stderr and on a terminal only.
 
@@ -132,8 +132,8 @@ def calibrate(
         The moments, on the model's device.
 
     Raises:
-        LayerError: when nothing is factorized, or when what a weight meets is not finite.
-        SettingError: for `examples` below 1, or when `data` holds nothing, or no targets for a loss.
+        LayerError: when nothing is factorized, or when inputs of a weight are not finite.
+        SettingError: for `examples` below 1, or when `data` is empty, or has no targets for a loss.
 
     Examples:
         >>> from spectrim.surgery.factorize import factorize
@@ -261,8 +261,8 @@ class _Sums:
 def absorbing(model: nn.Module) -> dict[str, OneWeight]:
     """Return the layers whose bias takes up whatever a cut of their weight does to the mean of their output, by the weight's name.
 
-    Linear layers and convolutions with a bias and a weight of their own. Not in the spatial and the input scheme, where each tap of the
-    second operation is an output of its own and the padding keeps some of them from reaching the bias; not packed or recurrent weights.
+    Linear layers and convolutions with a bias and an untied weight. Not in the spatial and the input scheme, where each tap of the
+    second operation is a separate output and the padding keeps some of them from reaching the bias; not packed or recurrent weights.
 
     Args:
         model: factorized.
@@ -351,7 +351,7 @@ def batches_of(
         examples: None for all.
         targets: whether a target is needed.
         progress: whether to show a progress bar on a terminal.
-        title: what it says.
+        title: text of the progress bar.
         dims: states the batch axes, see `BatchDims`.
 
     Raises:

@@ -65,7 +65,7 @@ def uncorrected(model: nn.Module) -> dict[str, str]:
         for weight, factors in layer.named_factors():
             name = factor_name(layer_name, weight)
             if isinstance(layer, FactorizedEmbedding):
-                reasons[name] = "an embedding looks rows up"
+                reasons[name] = "an embedding is a look-up"
             elif not isinstance(layer, OneWeight) or id(layer) in inside:
                 reasons[name] = "its inputs are inside a fused kernel"
             elif users[id(factors)] > 1:
@@ -86,20 +86,20 @@ def correct(
 ) -> nn.Module:
     """Return a copy of a cut network whose weights are refitted, layer by layer, to the outputs of the network before the cut.
 
-    In the order the layers run, each gets the weight of its rank, and the bias, that minimise ``sum ||W x + b - W' x~ - b'||^2``: ``x`` is
-    what reaches the layer in the dense network, ``x~`` what reaches it here, behind layers that are corrected already. Without the rank
+    In the order the layers run, each gets the weight of its rank, and the bias, that minimize ``sum ||W x + b - W' x~ - b'||^2``: ``x`` is
+    the input of the layer in the dense network, ``x~`` its input here, after the layers that are corrected already. Without the rank
     that is the regression ``W_t = W + W (C_xx~ - C) C^+`` with ``C = C_x~x~``, moments centered where there is a bias; the best weight of
     the rank is then the truncation of ``W_t`` in the norm ``||(W_t - W') C^1/2||``. In the other schemes, where a weight of low rank is no
     truncation of that regression, the second factor is refitted to the output with the first one given, once with the one held and once
     with that of the truncation over columns, and the better is taken. Where nothing improves on the present weight it stays.
 
-    The closed form of what the first steps of fine-tuning would do, and no more: errors on the calibration data fall, layer by layer, but
-    few examples and wide layers fit those examples. BatchNorm layers keep their statistics, which `recalibrate` renews afterwards. Of the
+    It replaces the first steps of fine-tuning: errors on the calibration data fall, layer by layer, but with few examples wide layers
+    overfit them. BatchNorm layers keep their statistics, which `recalibrate` renews afterwards. Of the
     positions in images and sequences some are drawn, 128 for each input of a weight and at least 262,144 over all examples.
 
     Takes one pass over the data through both networks, which wait at each layer while that is refitted. Where a layer runs more than once
-    or half of the free memory would not hold what waits, each layer takes a pass of its own, as far as that layer. Refitted are linear
-    layers and convolutions; `uncorrected` lists what is not.
+    or the waiting data would need more than half of the free memory, each layer takes a separate pass, up to that layer. Linear layers and
+    convolutions are refitted; `uncorrected` lists the others.
 
     Args:
         cut: factorized, at its final ranks; it is left untouched.
@@ -115,7 +115,7 @@ def correct(
 
     Raises:
         LayerError: when `dense` has no layer of the name and sizes of one that is corrected, or its inputs are not finite.
-        SettingError: for `examples` below 1, or when `data` holds nothing.
+        SettingError: for `examples` below 1, or when `data` is empty.
 
     Examples:
         >>> from spectrim.surgery.factorize import factorize
@@ -211,7 +211,7 @@ def _originals(dense: nn.Module, layers: dict[str, OneWeight]) -> dict[str, nn.M
     for name, layer in layers.items():
         weight = getattr(modules.get(name), "weight", None)
         if not isinstance(weight, Tensor) or weight.shape != layer.weight.shape:
-            raise LayerError(name, "is not in the network before the cut", hint="give the very network that was factorized and cut")
+            raise LayerError(name, "is not in the network before the cut", hint="pass the network that was factorized and cut")
         found[name] = modules[name]
     return found
 
@@ -240,7 +240,7 @@ def _moments(layer: OneWeight, met: Iterable[_Met], outputs: int, most: float) -
         layer: of the corrected network.
         met: what it meets, each time it is called.
         outputs: of the layer, at one position.
-        most: how many rows to look at each time, drawn among all; neighbours tell little more.
+        most: how many rows to look at each time, drawn among all; neighbors tell little more.
     """
     generator = torch.Generator().manual_seed(0)
     own = cross = dense_sum = own_sum = torch.zeros((), dtype=torch.float64)
@@ -259,7 +259,7 @@ def _moments(layer: OneWeight, met: Iterable[_Met], outputs: int, most: float) -
             count += rows.shape[-2]
     own, cross, dense_mean, own_mean = own / count, cross / count, dense_sum / count, own_sum / count
     floor = torch.diag_embed(FLOOR * own.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).expand_as(own_mean))
-    own, cross = own + floor, cross + floor  # in both: what the inputs never do asks for no change of the weight
+    own, cross = own + floor, cross + floor  # in both: directions without inputs do not change the weight
     if layer.bias is not None:
         own = own - own_mean.unsqueeze(-1) * own_mean.unsqueeze(-2)
         cross = cross - dense_mean.unsqueeze(-1) * own_mean.unsqueeze(-2)

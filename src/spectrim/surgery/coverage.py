@@ -31,7 +31,7 @@ def break_evens(model: nn.Module, latency: Latencies | None = None) -> Mapping[t
 
 @dataclass(frozen=True)
 class LayerCoverage:
-    """One line of `coverage`: what became of one parameterised layer or weight.
+    """One line of `coverage`: one parameterized layer or weight.
 
     Attributes:
         name: the layer; with several weights, the layer and the weight.
@@ -75,13 +75,13 @@ class Coverage(tuple[LayerCoverage, ...]):
 
 
 def coverage(model: nn.Module, where: Where | None = None, *, inputs: Any = None, latency: Latencies | None = None) -> Coverage:
-    """List every parameterised layer of a model: factorized, or why not.
+    """List every parameterized layer of a model: factorized, or why not.
 
     Args:
         model: dense, factorized or merged. For a dense model the reason of a layer that could be factorized is empty.
         where: what was given to `factorize`, so that the reasons are the same.
         inputs: one batch, by which the classifier head is the last layer called; without it names and sizes decide, see `head_of`.
-        latency: the table that `merge` will be given, so that it says what that writes.
+        latency: the table that `merge` will be given, so that both agree.
 
     Examples:
         >>> [line.reason for line in coverage(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))]

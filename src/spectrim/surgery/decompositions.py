@@ -19,7 +19,7 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 
 class Decompositions:
-    """Decompositions of the weights of one network in one state, computed when they are asked for, and kept where memory allows.
+    """Decompositions of the weights of one network in one state, computed on demand and kept where memory allows.
 
     ``weight = X Y`` with the squared error of its first ``r`` columns and rows, in the metric, the sum of the squared `values` behind the
     ``r``-th. Without a metric, ``X = U`` and ``Y = diag(S) Vh``.

@@ -18,7 +18,7 @@ from spectrim.errors import LayerError
 from spectrim.layers import kind_of
 from spectrim.plain.encoder import follow_layers
 
-HELD = "its weight is held outside the layer, too (in a list, a tuple, a function, an attribute): it stays dense"
+HELD = "its weight is also held outside the layer (in a list, a tuple, a function, an attribute)"
 """Why a layer stays dense whose weight something else refers to."""
 
 
@@ -150,7 +150,7 @@ def _refuse_functions(model: nn.Module, chosen: set[str]) -> None:
                 continue
             for reached in _reached(value, 0):
                 if id(reached) in names:
-                    problem = f"its attribute '{key}' is a function that refers to layer '{names[id(reached)]}', which no copy can follow"
+                    problem = f"its attribute '{key}' is a function of layer '{names[id(reached)]}': in a copy it still calls the original"
                     hint = "make it a method, or a functools.partial of the layer"
                     raise LayerError(owner or type(module).__name__, problem, hint=hint)
 
@@ -178,7 +178,7 @@ def _reached(value: Any, depth: int) -> Iterator[object]:
 
 
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
-    """Put new modules in the place of old ones, in every parent that holds them; in place, but for the root.
+    """Replace modules in every parent that holds them; in place, but for the root.
 
     Args:
         model: the root.

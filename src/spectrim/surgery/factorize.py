@@ -1,4 +1,4 @@
-"""`factorize` puts factorized layers in the place of dense ones."""
+"""`factorize`: factorized layers in place of dense ones."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -114,7 +114,7 @@ def factorize(
 
     Returns:
         The factorized model. Tied weights share their factors, shared modules stay shared; dtype, device, hooks, `requires_grad` and
-        training mode are kept. `coverage` says what became of each layer.
+        training mode are kept. `coverage` lists each layer.
 
     Raises:
         SettingError: for an unknown scheme or method, for ``randomized`` without a `rank` that is a number or a mapping, and for a rank
@@ -153,7 +153,7 @@ def factorize(
                 raise SettingError("factorize", "rank", got=rank, rule="a number or a mapping on the meta device, which has no spectra")
             return Factors.empty(weight, matrix, choose(matrix))
         if not torch.isfinite(weight).all():
-            raise LayerError(name, "its weight holds NaN or infinite values", hint="load a sound checkpoint")
+            raise LayerError(name, "its weight holds NaN or infinite values", hint="load an undamaged checkpoint")
         return Factors.of(weight, matrix, choose, decomposition(method, choose(matrix) if stated else None, min(shape)))
 
     order = None if example_inputs is None or where is not None else call_order(model, example_inputs)

@@ -16,7 +16,7 @@ WRAPPERS = 3
 def followed(average: Factors, new: Factors) -> Factors:
     """Cut an average of factors to the rank of `new`, in the coordinates of `new`, so that the two can be averaged further.
 
-    What is kept is the best approximation of the average's own weight, so that a cut that discards nothing leaves it as it is. Of all
+    What is kept is the best approximation of the average's own weight, so that a cut that discards nothing does not change it. Of all
     factors with that product those nearest to `new` are taken: its singular vectors ``U``, projected onto the kept column space.
 
     Args:
@@ -65,9 +65,7 @@ def cuts_of(follower: nn.Module, cuts: Mapping[str, tuple[Factors, Factors]]) ->
         own = modules.get(name)
         if not isinstance(own, Factors) or own.U.shape != old.U.shape or own.Vh.shape != old.Vh.shape:
             got = f"factors of rank {own.rank}" if isinstance(own, Factors) else "no such factors"
-            hint = (
-                f"a follower has the layers and ranks of the model: rank {old.rank} here; copy the factorized model, and cut both together"
-            )
+            hint = f"a follower must have the layers and ranks of the model: rank {old.rank} here; copy the factorized model and cut both"
             raise LayerError(name, f"the follower {type(follower).__name__} has {got}", hint=hint)
         found[name] = own, followed(own, new)
     return found
@@ -89,4 +87,4 @@ def inner_of(follower: Any, names: Sequence[str]) -> nn.Module:
             return inner
         inner = getattr(inner, "module", None)
     problem = f"is not in the follower, a {type(follower).__name__}"
-    raise LayerError(names[0] if names else "model", problem, hint="give models with the same layers: a deepcopy, AveragedModel(model)")
+    raise LayerError(names[0] if names else "model", problem, hint="pass models with the same layers: a deepcopy, AveragedModel(model)")

@@ -8,10 +8,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 
 def is_frozen_norm(norm: nn.Module, model: nn.Module) -> bool:
-    """Whether a normalization layer with running statistics is frozen: its statistics stay what they are.
+    """Whether a normalization layer with running statistics is frozen: its statistics do not change.
 
-    It is frozen when all its parameters are, or when it is in eval mode inside a model that is in training mode. A model that is in eval
-    mode as a whole says nothing about its layers, nor does a wrapper, new and so in training mode, around such a model.
+    It is frozen when all its parameters are, or when it is in eval mode inside a model that is in training mode. A model in eval
+    mode as a whole freezes no layer, nor does a wrapper (new, and so in training mode) around such a model.
 
     Args:
         norm: any module of `model`; False for one without running statistics.

@@ -1,4 +1,4 @@
-"""`merge` writes plain layers in the place of factorized ones."""
+"""`merge`: plain layers in place of factorized ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
 
     The break-even rank is where two operations take as many multiply-accumulates as the dense one, or with `latency` as many seconds.
 
-    All parameters are in `torch.nn` layers. Two layers in the place of one are a `PlainPair`: an `nn.Sequential` that also answers for the
+    All parameters are in `torch.nn` layers. Two layers in place of one are a `PlainPair`: an `nn.Sequential` with the attributes of the
     dense layer, as models read ``weight.dtype`` or ``stride`` of their layers. LSTM, GRU and MultiheadAttention, whose fused kernels take
     dense weights only, become `PlainRecurrent` and `PlainAttention` where that costs less. These three are `spectrim.plain.parts`, a
     single file that imports torch alone; nothing else of this package is needed. What will be written for each layer is in
@@ -35,8 +35,8 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
         model: factorized, wholly or in part; it is left untouched. A dense model comes back as a copy.
         latency: a `LatencyTable` of this model, before or after a cut: each layer is written in the form that is faster on that machine.
         fold_batchnorm: multiply each BatchNorm in eval mode that follows a convolution or a linear layer, and nothing else, into that
-            layer, see `fold_batchnorms`; an `Identity` takes its place. For shipping: such a network should not be
-            trained any further.
+            layer, see `fold_batchnorms`; an `Identity` takes its place. For deployment: do not train such a network
+            further.
 
     Returns:
         A model with the same function, up to rounding.
@@ -70,7 +70,7 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
 
     for name, module in list(clone.named_modules()):
         if "forward" in vars(module) and isinstance(module, FactorizedLayer):
-            raise LayerError(name, "its forward was replaced on this very layer", hint="take that away before merging")
+            raise LayerError(name, "its forward was replaced on this very layer", hint="remove the replacement before merging")
         if isinstance(module, nn.MultiheadAttention):
             _merge_attention(module, paying, share)
         elif isinstance(module, FactorizedLayer):

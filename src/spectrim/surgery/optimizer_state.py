@@ -1,4 +1,4 @@
-"""`prune_optimizer_state` carries an optimizer's moments through a cut."""
+"""`prune_optimizer_state` transforms an optimizer's moments by a cut."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -33,10 +33,10 @@ def prune_optimizer_state(optimizer: Optimizer, old: nn.Module, new: nn.Module) 
 
     The cut rotates and truncates each factor: with ``P = U_old^T U_new`` and ``Q = Vh_old Vh_new^T``, a gradient for ``U_new`` is
     ``G P`` where ``G`` is one for ``U_old``, and likewise ``Q^T G`` for ``Vh``; first moments follow exactly that, second moments with the
-    entries of ``P`` and ``Q`` squared. For ``S`` the products ``P_ij Q_ij`` are taken: what ``S_old`` cannot see is left out.
-    Where the cut only drops values all this is slicing. An average of the weights (`torch.optim.ASGD`) is cut as a weight is. Any other
+    entries of ``P`` and ``Q`` squared. For ``S`` the products ``P_ij Q_ij`` are taken: other terms are left out.
+    Where the cut only drops values this is slicing. An average of the weights (`torch.optim.ASGD`) is cut as a weight is. Any other
     state of a factor (Adafactor's rows and columns, `torch.optim.LBFGS`) is dropped, so that the optimizer starts it again at its next
-    step; a `UserWarning` names it. Learning rates, schedulers and everything that refers to the optimizer stay valid.
+    step; a `UserWarning` names it. Learning rates, schedulers and other references to the optimizer stay valid.
 
     Args:
         optimizer: any torch optimizer over parameters of `old`.

@@ -22,16 +22,16 @@ from spectrim.surgery.ranks import check_names, chooser
 
 
 def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], *, calibration: Calibration | None = None) -> nn.Module:
-    """Return a copy of a factorized model whose factors are cut to smaller ranks; the tensors really become smaller.
+    """Return a copy of a factorized model whose factors are cut to smaller ranks; the tensors become smaller.
 
-    Before cutting, every product ``U diag(S) Vh`` is re-orthogonalised exactly (QR of both factors, SVD of the core), so that what is
+    Before cutting, every product ``U diag(S) Vh`` is re-orthogonalized exactly (QR of both factors, SVD of the core), so that what is
     sorted and cut are true singular values: the squared error of each weight equals its discarded energy.
 
     With a calibration each weight ``W`` is cut where its output changes least on the calibration data, or the loss, when the calibration
     was made with one: ``W_r = argmin ||G^1/2 (W - W_r) A^1/2||_F`` with ``A`` the second moment of its inputs and ``G`` that of the loss's
     gradient at its outputs (none without a loss, or where it is not known). A weight that the calibration skipped is cut plainly. Where
     the calibration took the inputs' mean ``m`` out of ``A``, the layer's bias becomes ``b + (W - W_r) m``, so that the mean of the output
-    stays what it was.
+    is unchanged.
 
     Args:
         model: factorized; it is left untouched.
@@ -78,7 +78,7 @@ def prune_(
     calibration: Calibration | None = None,
     followers: Sequence[Any] = (),
 ) -> None:
-    """Cut a factorized model to smaller ranks in place, its optimizer along with it: `prune` for use in the middle of training.
+    """Cut a factorized model to smaller ranks in place, with its optimizer: `prune` for use during training.
 
     Args:
         model: factorized; its factors get new, smaller parameters.
@@ -143,7 +143,7 @@ def _cut(name: str, factors: Factors, ranks: RankRule | Mapping[str, SupportsInd
 
 @torch.no_grad()
 def _shift_biases(model: nn.Module, cuts: Mapping[str, tuple[Factors, Factors]], calibration: Calibration | None) -> None:
-    """Let the biases take up what the cuts, which are still to be made, do to the mean of each output."""
+    """Let the biases absorb the change of each output's mean by the cuts that follow."""
     means = {} if calibration is None else calibration.means
     after = {id(old): new for old, new in cuts.values()}
     for name, layer in absorbing(model).items() if means else ():

@@ -24,7 +24,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         batches: ``(inputs, target)``; inputs are a tensor, a tuple of arguments or a dict of keyword arguments, or a bare tensor.
 
     Raises:
-        SettingError: `batches` gives none; the statistics stay what they were, as after any other error.
+        SettingError: `batches` is empty; the statistics are unchanged, as after any other error.
 
     Examples:
         >>> model = nn.Sequential(nn.BatchNorm1d(1))

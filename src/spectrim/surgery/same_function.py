@@ -32,7 +32,7 @@ def same_function(
         a: a network.
         b: another one, whose layers that correspond have the names of those of `a`.
         inputs: one batch: a tensor, a tuple of arguments or a dict of keyword arguments.
-        names: what messages call the two networks.
+        names: of the two networks, in messages.
         tolerance: largest relative difference; when omitted 16,384 times the precision of the outputs, and more where rounding of the
             inputs changes the outputs of `a` by as much.
 
@@ -57,7 +57,7 @@ def same_function(
         allowed = tolerance or ROUNDINGS * max((torch.finfo(leaf.dtype).eps for leaf in one), default=0.0)
         if difference <= allowed:
             continue
-        own = _difference(one, _run(a, _rounded(inputs), training))  # above zero, too, for a network with a generator of its own
+        own = _difference(one, _run(a, _rounded(inputs), training))  # above zero, too, for a network with its own generator
         if tolerance is None and difference <= AMPLIFIED * own:
             continue
         raise _error(a, b, inputs, training, names, allowed, difference)
@@ -70,7 +70,7 @@ def _error(a: nn.Module, b: nn.Module, inputs: Any, training: bool, names: tuple
         _run(network, inputs, training, found)
     mode = "training" if training else "eval"
     told = f", in {mode} mode; the output of the whole network by {whole:.3g}"
-    hint = "the model does more with this layer than call it, or asks for its class; leave it out with where="
+    hint = "the model reads this layer's weight or class besides calling it; leave it out with where="
     modules = dict(b.named_modules())
     for name, output in layers[0].items():
         if name in modules and name not in layers[1]:
@@ -80,7 +80,9 @@ def _error(a: nn.Module, b: nn.Module, inputs: Any, training: bool, names: tuple
             problem = f"its output in the {names[1]} network differs from that in the {names[0]} by {difference:.3g} of it{told}"
             return LayerError(name, problem, hint=hint)
     problem = f"what the {names[1]} network computes differs from the {names[0]} by {whole:.3g} of it, in {mode} mode"
-    return LayerError(type(a).__name__, problem, hint="no layer's own output differs: the model does something else with its layers")
+    return LayerError(
+        type(a).__name__, problem, hint="the outputs of all layers agree: the model uses its layers in another way than calling them"
+    )
 
 
 def _run(network: nn.Module, inputs: Any, training: bool, layers: dict[str, list[Tensor]] | None = None) -> list[Tensor]:

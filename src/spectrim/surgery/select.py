@@ -50,7 +50,7 @@ def match(*patterns: str) -> LayerFilter:
 
 
 def layer_filter(where: Where | None, model: nn.Module | None = None, verb: str = "factorize") -> LayerFilter | None:
-    """Return the predicate for what people write as ``where=``: a name, a glob, a list of these, or the predicate itself.
+    """Return the predicate for the forms of ``where=``: a name, a glob, a list of these, or the predicate itself.
 
     A name selects that layer, or all layers in a module of that name; a glob, and a leading ``!``, count as in `match`.
 
@@ -88,7 +88,7 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def refusal(module: nn.Module) -> str | None:
-    """Return why a dense module cannot be factorized, or None; its place in a model is not looked at."""
+    """Return why a dense module cannot be factorized, or None; its place in a model is ignored."""
     kind = type(module).__name__
     if "forward" in vars(module):
         return "its forward was replaced on this very layer"
@@ -106,7 +106,7 @@ def refusal(module: nn.Module) -> str | None:
     if found is None:
         base = next((k.__name__ for k in type(module).__mro__[1:] if kind_of_class(k)), None)
         if base:
-            return f"{kind} is a {base} with a forward of its own; {OWN_FORWARD}"
+            return f"{kind} is a {base} with another forward; {OWN_FORWARD}"
         if not own_parameters(module):
             return f"its tensors are buffers ({', '.join(own_matrices(module))}), which are not trained; factorize before quantizing"
         if all(p.dim() < 2 for p in own_parameters(module).values()):
@@ -139,7 +139,7 @@ def kind_of_class(kind: type) -> bool:
 def decide(
     model: nn.Module, where: Where | None = None, *, order: Sequence[str] | None = None, references: bool = False
 ) -> dict[str, str | None]:
-    """Return for each parameterised layer, by its first name, None where it will be factorized, else the reason why not.
+    """Return for each parameterized layer, by its first name, None where it will be factorized, else the reason why not.
 
     Args:
         model: dense, or factorized in part (what is factorized already is left out).

@@ -20,7 +20,7 @@ ALIVE = 8
 
 
 LEAST_ROOM = 2**31
-"""Bytes that all batches may hold at once, or half of the memory that is free; with more, networks run anew for each layer."""
+"""Bytes that all batches may hold at once, or half of the memory that is free; with more, networks run again for each layer."""
 
 
 def room(device: torch.device) -> int:
@@ -49,7 +49,7 @@ class _Both:
 
 
 _Met = tuple[Tensor, torch.Size, Tensor]
-"""What reaches a layer in the dense network, the shape of what it puts out, and what reaches it in the network that is corrected."""
+"""What reaches a layer in the dense network, the shape of its output, and what reaches it in the network that is corrected."""
 
 
 def _order(model: nn.Module, layers: dict[str, OneWeight], inputs: Any) -> tuple[Counter[str], int]:
@@ -74,7 +74,7 @@ def _order(model: nn.Module, layers: dict[str, OneWeight], inputs: Any) -> tuple
 
 
 def _layer_by_layer(both: _Both, order: Mapping[str, int]) -> Iterator[tuple[str, Iterator[_Met]]]:
-    """Yield each layer with what it meets; both networks run anew for each, as far as the layer."""
+    """Yield each layer with its inputs; both networks run again for each, up to the layer."""
     for name, calls in order.items():
         seen = (
             (_inputs_of(both.originals[name], both.dense, x, calls), _inputs_of(both.layers[name], both.corrected, x, calls))
@@ -84,7 +84,7 @@ def _layer_by_layer(both: _Both, order: Mapping[str, int]) -> Iterator[tuple[str
 
 
 class _Seen(Exception):  # noqa: N818 it is no error
-    """Ends a pass through a network whose rest nobody reads."""
+    """Ends a pass through a network early."""
 
 
 def _inputs_of(layer: nn.Module, model: nn.Module, inputs: Any, calls: int) -> list[tuple[Tensor, torch.Size]]:
@@ -111,9 +111,9 @@ class _Unsteady(Exception):  # noqa: N818 it is no error
 
 
 def _in_one_pass(both: _Both, order: Iterable[str]) -> Generator[tuple[str, Iterator[_Met]], None, None]:
-    """Yield each layer with what it meets; each network runs once through each batch and waits at the layer while that is refitted.
+    """Yield each layer with its inputs; each network runs once through each batch and waits at the layer while that is refitted.
 
-    Each run is a coroutine of its own: the dense ones wait behind the layer, the corrected ones before it.
+    Each run is a separate coroutine: the dense ones wait behind the layer, the corrected ones before it.
     """
     outside = getcurrent()
 

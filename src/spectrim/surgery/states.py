@@ -1,4 +1,4 @@
-"""A network cut in one way and another, without a copy of it for each: what a cut changes is exchanged and put back."""
+"""States of a network cut in several ways, without a copy for each: the changed tensors are exchanged and restored."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from spectrim.surgery.decompositions import Decompositions, Metric, like, orthon
 
 @dataclass(frozen=True)
 class State:
-    """What a cut, a refit and new BatchNorm statistics change.
+    """The tensors that a cut, a refit and new BatchNorm statistics change.
 
     Attributes:
         factors: by the names of `named_factors`.
@@ -49,7 +49,7 @@ def put(model: nn.Module, state: State) -> None:
 
 
 def exchange_factors(model: nn.Module, new: Mapping[str, Factors]) -> None:
-    """Put other factors in the place of those that a network holds, wherever they are used; in place.
+    """Replace the factors of a network wherever they are used; in place.
 
     Args:
         model: factorized.
@@ -65,7 +65,7 @@ def exchange_factors(model: nn.Module, new: Mapping[str, Factors]) -> None:
 
 @torch.no_grad()
 def cut_(model: nn.Module, ranks: Mapping[str, int], decomposed: Decompositions, metric: Metric = "none") -> None:
-    """Cut a network to ranks in place, as `prune` cuts a copy; biases take up the mean where the calibration took it out.
+    """Cut a network to ranks in place, as `prune` cuts a copy; biases absorb the mean where the calibration removed it.
 
     Args:
         model: at the state that was decomposed.

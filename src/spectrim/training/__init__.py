@@ -1,1 +1,1 @@
-"""The training loop and what it takes: courses, lessons, checkpoints, progress, several processes."""
+"""The training loop and its parts: courses, lessons, checkpoints, progress, several processes."""

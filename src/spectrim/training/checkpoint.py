@@ -152,7 +152,7 @@ class Checkpoint:
             layer.execution.update((tuple(key), choice) for key, choice in state.get("execution", {}).get(name, []))
         generators = [state["random"], *state.get("random_of_others", [])]
         index = self.accelerator.process_index
-        if index < len(generators):  # of more processes than there were, the new ones draw as they would at the start
+        if index < len(generators):  # with more processes than before, the new ones start from their initial state
             restore_random_state(generators[index], self.generators)
 
     def _shards_of(self, state: dict[str, Any]) -> dict[str, Any]:

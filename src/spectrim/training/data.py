@@ -1,4 +1,4 @@
-"""What training asks of data: how many batches, which epoch comes, and the state that decides their order."""
+"""Properties of training data: number of batches, epoch, and the state that determines their order."""
 
 import random
 import warnings
@@ -105,7 +105,7 @@ class Order:
         if changed := [name for name in self.changed if name in own]:
             hint = "give the data set_epoch(epoch), or state_dict and load_state_dict"
             what = f"the data change {', '.join(changed)} from pass to pass, which a checkpoint cannot restore"
-            message = f"fit: {what}: the batches of this resumed run may differ from those of an unbroken one; {hint}"
+            message = f"fit: {what}: the batches of this resumed run may differ from those of an uninterrupted one; {hint}"
             warnings.warn(message, UserWarning, stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:

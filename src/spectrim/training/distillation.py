@@ -1,4 +1,4 @@
-"""Distillation from the dense network: its logits, and the outputs of its layers."""
+"""Distillation from the dense network: logits and layer outputs."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,24 +26,23 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Distillation:
-    """Learn from a teacher: ``(1 - weight) * task + weight * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + features * hints``.
+    """Distillation: ``(1 - weight) * task + weight * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + features * hints``.
 
-    `hints` is the sum over layers of ``mean((f - f_teacher)^2) / var(f_teacher)``, where ``f`` is what a layer of the student puts out:
-    the share of the teacher's variance that it misses, so that no layer counts more for its scale. A low-rank network has the layers of
-    the dense one, at the same sizes, so that nothing has to be projected to compare the two. Hints bring a network that is far from its
-    teacher near to it fast; what they bring near to the end is the teacher's own memory of the training examples, so that it is better
-    to stop before (`until`).
+    `hints` is the sum over layers of ``mean((f - f_teacher)^2) / var(f_teacher)``, where ``f`` is the output of a layer of the student:
+    the fraction of the teacher's variance that is unexplained, so that the scale of a layer does not matter. A low-rank network has
+    the layers of the dense one, at the same sizes, so that no projection is needed. Hints reduce a large gap to the teacher quickly; in
+    late training they transfer what the teacher memorized of the training examples, so that it is better to stop them before (`until`).
 
     Args:
         teacher: the dense network; it is run without gradient, in eval mode.
         temperature: ``T > 0``.
-        weight: in [0, 1]: the teacher's share of the loss; with 0 outputs may be anything, and `features` alone teach.
+        weight: in [0, 1]: the teacher's share of the loss; with 0 outputs are arbitrary, and only `features` count.
         dim: the axis of the classes.
         mix: ``a >= 0``. Above 0, each batch is mixed with itself in another order, ``q * x + (1 - q) * x'`` with one ``q`` from
-            Beta(a, a); the loss of the task is mixed alike, and the teacher teaches between the training examples, too. For inputs of
-            floating numbers.
-        features: ``>= 0``: the weight of each layer's hint, whatever the other two have. Student and teacher need the same layers.
-        until: in [0, 1]: the share of the steps, from the first one on, in which `features` teach.
+            Beta(a, a); the loss of the task is mixed alike. For inputs of floating-point
+            numbers.
+        features: ``>= 0``: the weight of each layer's hint, independent of the other two. Student and teacher need the same layers.
+        until: in [0, 1]: the share of the steps, from the first one on, in which `features` are used.
         layers: names of the modules whose outputs are compared; None for those that `hint_layers` chooses.
 
     Source: Hinton, Vinyals and Dean, arXiv 1503.02531, section 2; `features`: Romero et al., arXiv 1412.6550, equation 3; `mix`: Zhang et
@@ -101,7 +100,7 @@ class Distillation:
             yield lambda seen: lesson._of(seen, taught, share)
 
     def _of(self, seen: Seen, taught: dict[str, Tensor], share: Callable[..., Tensor]) -> Tensor:
-        """Return the loss of a step; `taught` gets the teacher's outputs and is empty again afterwards: nothing is held any longer."""
+        """Return the loss of a step; `taught` gets the teacher's outputs and is empty again afterwards: nothing is kept."""
         hints = partial(share, seen.layers, taught) if self.features and self.layers != () and seen.done < self.until else None
         loss = self.loss(seen.loss, seen.inputs, seen.output, hints, seen.target)
         taught.clear()
@@ -115,12 +114,12 @@ class Distillation:
             inputs: of this step, as the model takes them.
             output: the student's; of one with ``logits`` these are compared (`scores_of`).
             hints: returns the `unexplained_variance` of the layers' outputs, once the teacher has run; what `features` weighs.
-            target: of this step; where it holds `IGNORED`, at a place that has scores, the teacher is not heard: padding.
+            target: of this step; where it holds `IGNORED`, at a place that has scores, the teacher is ignored: padding.
         """
         with evaluating(self.teacher):
             theirs = call_model(self.teacher, inputs)
         loss = task
-        if self.weight:  # else outputs may be anything
+        if self.weight:  # else outputs are arbitrary
             teacher = F.log_softmax(scores_of(theirs).float() / self.temperature, self.dim)
             student = F.log_softmax(scores_of(output).float() / self.temperature, self.dim)
             divergence = _mean((teacher.exp() * (teacher - student)).sum(self.dim), target)
@@ -174,13 +173,13 @@ def _mean(divergence: Tensor, target: Any) -> Tensor:
 
 
 def hint_layers(model: nn.Module) -> tuple[str, ...]:
-    """Return the modules whose outputs are compared by default: the factorized layers, which are what a cut has changed.
+    """Return the modules whose outputs are compared by default: the factorized layers, which a cut has changed.
 
     Args:
         model: the student.
 
     Raises:
-        LayerError: for a model without factorized layers: which of its modules matter has to be said then.
+        LayerError: for a model without factorized layers: name its modules then.
 
     Examples:
         >>> from spectrim.surgery.factorize import factorize
@@ -190,13 +189,13 @@ def hint_layers(model: nn.Module) -> tuple[str, ...]:
     names = tuple(name for name, _ in named_layers(model))
     if not names:
         hint = "name the modules to compare: Distillation(..., layers=('block1', 'block2'))"
-        raise LayerError(type(model).__name__, "has no factorized layer whose output a teacher could show", hint=hint)
+        raise LayerError(type(model).__name__, "has no factorized layer whose output can be compared with a teacher's", hint=hint)
     return names
 
 
 @contextmanager
 def outputs_of(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Yield a dict that gets, whenever the model runs, what each named module put out last: its first tensor. Nothing else changes.
+    """Yield a dict with the latest output of each named module (its first tensor), updated whenever the model runs.
 
     Args:
         model: any module.
@@ -253,9 +252,9 @@ def unexplained_variance(own: Mapping[str, Tensor], taught: Mapping[str, Tensor]
             continue
         mine, theirs = own[name].float(), theirs.detach().float()
         if mine.shape != theirs.shape:
-            found = f"puts out {tuple(mine.shape)}, the teacher's {tuple(theirs.shape)}"
-            raise LayerError(name, found, hint="outputs can be compared where they are of one shape: name other layers")
+            found = f"its output has shape {tuple(mine.shape)}, the teacher's {tuple(theirs.shape)}"
+            raise LayerError(name, found, hint="only outputs of equal shape can be compared: name other layers")
         shares.append((mine - theirs).square().mean() / theirs.var(correction=0).clamp_min(torch.finfo(torch.float32).tiny))
     if not shares:
-        raise LayerError(", ".join(taught), "put out nothing that could be compared", hint="name modules whose outputs are tensors")
+        raise LayerError(", ".join(taught), "have no outputs that could be compared", hint="name modules whose outputs are tensors")
     return torch.stack(shares).sum()

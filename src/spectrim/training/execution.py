@@ -38,13 +38,13 @@ class _Use:
 
 
 def choose_execution(model: nn.Module, inputs: Any, *, min_time: float = 0.01) -> dict[str, bool]:
-    """Time both forms of each layer, forward and backward, and let the layer run the faster one from now on.
+    """Time both forms of each layer, forward and backward, and use the faster one from now on.
 
     Layers of one kind, shape and rank are timed once. A choice holds for one rank and one input size (the batch aside): after a cut,
     call it again; other sizes are decided by multiply-accumulates. Recurrent layers, attention and embeddings have one form only.
 
     Args:
-        model: factorized; its layers' ``execution`` is what changes. Weights, gradients and random generators stay as they are.
+        model: factorized; its layers' ``execution`` changes. Weights, gradients and random generators stay as they are.
         inputs: one batch as in training: a tensor, a tuple of arguments or a dict of keyword arguments.
         min_time: seconds that each form is timed in each of five rounds, > 0.
 

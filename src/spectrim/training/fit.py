@@ -1,4 +1,4 @@
-"""The training loop: one plain loop on accelerate, with progress, checkpoints and a log of what every penalty added."""
+"""The training loop: one plain loop on accelerate, with progress, checkpoints and a log of each penalty's term."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -95,29 +95,29 @@ def fit(
         scheduler_steps: whether the schedule advances each ``epoch`` or each ``batch`` (that is, each optimizer step).
         courses: change training step by step: `Ramp`, `Squeeze`, any `Course`, or a function ``(model, inputs, step, steps)`` that returns
             ranks to cut to, or None. Each is asked before each optimizer step; the optimizer's moments are cut along, later steps cost
-            less. The penalty of a course has a column of its own in the log. They need the number of steps. Not when sharded: cut
+            less. The penalty of a course has a separate column in the log. They need the number of steps. Not when sharded: cut
             `gathered` models between two calls.
         lessons: change the loss of the task, in this order, for example `Distillation`; ``loss`` in the log holds them, and what each
-            changed has a column of its own.
-        distill: one more lesson, a teacher's.
+            changed has a separate column.
+        distill: a further lesson, see `Distillation`.
         precision: ``no`` for float32, ``bf16`` or ``fp16`` for automatic mixed precision (with loss scaling for fp16).
         accumulate: batches whose gradients are averaged for one optimizer step, >= 1; the last group of an epoch may be smaller.
         clip: largest norm of the whole gradient; None for no clipping.
-        rank_schedule: one more course.
+        rank_schedule: a further course.
         execution: whether layers compose their weight or run two operations by ``macs``, or by ``measured`` seconds (`choose_execution`, at
             the start and after each cut; which form was faster may differ from run to run, and with it the rounding). Not when sharded.
         compiled: run the training steps, the teacher's too, through `torch.compile`: the first step compiles, for a minute or more, and
-            numbers differ by rounding. Each size of batch, and each cut of a course, is compiled for itself; what
+            numbers differ by rounding. Each size of batch, and each cut of a course, is compiled separately; what
             torch had compiled before is compiled again when it is called again. Not when sharded.
         steps_per_epoch: batches that make an epoch, in each process; for data without an end. None for all of `data`.
         keep_best: end with the weights of the best epoch, by a number of its line in the log: True for ``eval_loss``, a name that ends on
             ``loss`` or ``accuracy``, else ``"min NAME"`` or ``"max NAME"``. Epochs before the last cut do not count. Not when sharded.
-        checkpoint: folder for ``checkpoint.pt``, written atomically after each epoch; None for none. One run has it for itself. All its
-            processes see it. It holds whole tensors, sharded or not: a run may go on with another number of processes.
-        resume: go on from the checkpoint when there is one. A resumed run ends with the same bits on a CPU, as long as everything random
+        checkpoint: folder for ``checkpoint.pt``, written atomically after each epoch; None for none. Only one run may use it. All its
+            processes need access. It holds whole tensors, sharded or not: a run may resume with another number of processes.
+        resume: continue from the checkpoint when there is one. A resumed run ends with the same bits on a CPU, as long as everything random
             draws from the global generators of torch, numpy and Python, or from a generator that the data, their sampler or their data set
-            hold, or data have ``state_dict`` and ``load_state_dict``; each process has its own, and as many processes have to go on. Data
-            that count their passes in some other way give a warning.
+            hold, or data have ``state_dict`` and ``load_state_dict``; each process has its own, so their number must not
+            change. Data that count their passes in some other way give a warning.
         first_epoch: what ``set_epoch`` gets for the first epoch, >= 0: the number of those before, for a further call on the same data.
         callbacks: called after each epoch, in every process. One that returns True ends training after that epoch; a later call with the
             same `epochs` and checkpoint returns that end.
@@ -226,7 +226,7 @@ def _evaluated(accelerator: Any, model: nn.Module, data: Iterable[Any], loss: Lo
 def _check(
     epochs: int, first_epoch: int, accumulate: int, clip: float | None, steps_per_epoch: int | None, execution: str, scheduler_steps: str
 ) -> None:
-    """Raise a SettingError for a number or a word outside its range."""
+    """Raise a SettingError for a setting outside its range."""
     least = {"epochs": (epochs, 0), "first_epoch": (first_epoch, 0), "accumulate": (accumulate, 1)}
     for name, (value, lowest) in least.items():
         if not value >= lowest:
@@ -242,7 +242,7 @@ def _check(
 
 
 def _check_length(step: Step, length: int | None, steps_per_epoch: int | None) -> None:
-    """Raise a SettingError where a course or lesson goes by the number of steps, and that is not known."""
+    """Raise a SettingError where a course or lesson needs the number of steps, and it is unknown."""
     if length is None and steps_per_epoch is None:
         until = [name for name, lesson in step.lessons.items() if 0 < getattr(lesson, "until", 1.0) < 1]
         for name in (*step.courses, *until):
@@ -273,9 +273,9 @@ def _own(optimizer: Any, model: nn.Module) -> Optimizer:
 
     if not {id(p) for p in model.parameters()} & {id(p) for group in optimizer.param_groups for p in group["params"]}:
         hint = "make the optimizer after factorize, prune or load, or call prune_optimizer_state after prune"
-        raise SettingError("fit", "optimizer", got="one that holds none of them", rule="over the parameters of this very model", hint=hint)
+        raise SettingError("fit", "optimizer", got="one that holds none of them", rule="over the parameters of this model", hint=hint)
     own: Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
     if isinstance(own, LBFGS):
         hint = "write its loop by hand: prune_ and the penalties work in it"
-        raise SettingError("fit", "optimizer", got="LBFGS", rule="one that makes a step from one gradient, without a closure", hint=hint)
+        raise SettingError("fit", "optimizer", got="LBFGS", rule="one whose step needs no closure", hint=hint)
     return own

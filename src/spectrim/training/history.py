@@ -1,4 +1,4 @@
-"""What each epoch logs."""
+"""The log of each epoch."""
 
 import math
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from spectrim.linalg.spectral import orthogonality_defect
 
 @dataclass
 class History:
-    """What happened in each epoch.
+    """The log of a training run.
 
     Attributes:
         epochs: one line for each: ``loss`` (the task's, with the teacher's share when distilling; mean over batches), one entry for each

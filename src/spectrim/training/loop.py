@@ -1,4 +1,4 @@
-"""The loop inside an epoch: batches, groups of batches that make one optimizer step, and what the log says of them."""
+"""The loop inside an epoch: batches, groups of batches that make one optimizer step, and their log."""
 
 import math
 import time
@@ -29,7 +29,7 @@ from spectrim.training.step import Step
 
 @dataclass
 class Position:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
         epochs: of the whole training.
@@ -62,7 +62,7 @@ class Position:
         return min(1.0, self.batches / (self.epochs * self.length)) if self.length else 0.0
 
     def finish(self, epoch: int, came: int) -> None:
-        """Compare an epoch with what the data said; from now on its length is what came.
+        """Compare the number of batches of an epoch with the announced one; from now on it is the length.
 
         Args:
             epoch: that ended.
@@ -112,7 +112,7 @@ class Tally:
 
 @dataclass
 class Loop:
-    """Runs epochs: what `fit` has prepared, put to work."""
+    """Runs epochs, as prepared by `fit`."""
 
     model: nn.Module
     loss: Loss

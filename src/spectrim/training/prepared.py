@@ -25,7 +25,7 @@ def make_accelerator(precision: Precision) -> Any:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision)
-    if precision != "no" and not accelerator.native_amp:  # accelerate would go on in float32 and not say so
+    if precision != "no" and not accelerator.native_amp:  # accelerate would silently use float32
         where = "a CPU" if accelerator.device.type == "cpu" else "this device"
         raise SettingError("fit", "precision", got=precision, rule=f"'no' or 'bf16' on {where}")
     return accelerator
@@ -43,8 +43,8 @@ class Prepared:
     def _callable(self) -> Callable[..., Any]:
         if not self.compiled:
             return self.model
-        torch.compiler.reset()  # it keeps eight programs for the same lines of code and runs what comes later as it is
-        return torch.compile(self.model, dynamic=False)  # else the last batch of an epoch makes all later ones slower
+        torch.compiler.reset()  # torch keeps eight programs per code object and runs further ones uncompiled
+        return torch.compile(self.model, dynamic=False)  # else the last batch of an epoch slows down all later ones
 
     def renew(self) -> None:
         """Wrap the model again when its parameters were exchanged; all processes go on with what the main one has."""

@@ -1,4 +1,4 @@
-"""What several processes have to do together while they train: share the batches, average, agree, and see the same weights.
+"""Operations of several processes that train together: share batches, average, agree, synchronize weights.
 
 Each function is called by all processes at the same moment. With one process it does nothing.
 """
@@ -81,7 +81,7 @@ def reduced(accelerator: Any, values: Sequence[Tensor | float], how: str = "mean
     """Return the mean (or ``sum``) over processes of some scalars, in float64 where the device has it; not finite where any is not."""
     kind = torch.float32 if accelerator.device.type == "mps" else torch.float64
     own = torch.stack([torch.as_tensor(value, dtype=kind, device=accelerator.device) for value in values])
-    return list(accelerator.reduce(own, how).tolist())  # an accelerator is waited for once
+    return list(accelerator.reduce(own, how).tolist())  # one synchronization with the accelerator
 
 
 def everywhere(accelerator: Any, holds: bool) -> bool:
@@ -208,7 +208,7 @@ def wrap(accelerator: Any, model: nn.Module) -> nn.Module:
 def unwrap(accelerator: Any, wrapped: nn.Module, model: nn.Module) -> None:
     """Undo `wrap`: the model is what it was before, and the accelerator forgets it."""
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    # not free_memory(): that forgets what the user prepared too, and collects garbage for a good part of a second
+    # not free_memory(): that forgets what the user prepared too, and runs a slow garbage collection
     accelerator._models = [held for held in accelerator._models if held is not wrapped]
 
 

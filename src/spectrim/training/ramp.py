@@ -15,10 +15,10 @@ from spectrim.protocols import Change, RankRule
 
 @dataclass(frozen=True)
 class Ramp:
-    """Cut in several steps, from everything down to the target, on a cubic ramp: ``keep = target + (1 - target) (1 - k / cuts)^3``.
+    """Cut in several steps, from full rank down to the target, on a cubic ramp: ``keep = target + (1 - target) (1 - k / cuts)^3``.
 
-    Most is cut early, while little depends on it, and the last cuts are small. Training gets faster as it goes, and later cuts see
-    spectra that training has adapted to the earlier ones.
+    Most is cut early, and the last cuts are small. Training becomes faster with each cut, and later cuts use spectra that training has
+    adapted to the earlier ones.
 
     Args:
         target: what the network keeps in the end: a `Budget` of fractions of macs, params or size (`as_fractions` makes one of bytes), or a

@@ -41,14 +41,14 @@ SMALLEST_SHARE = 1e-12
 
 @dataclass(frozen=True)
 class SteeredTail(TailEnergy):
-    """``sum_l strength_l * max(0, tau_l - goal_l)``: a `TailEnergy` that pulls no further than where each weight should be by now.
+    """``sum_l strength_l * max(0, tau_l - goal_l)``: a `TailEnergy` that is zero for weights at their present goal.
 
-    What `Squeeze` keeps from one step to the next, as plain data.
+    The memory of `Squeeze`, as plain data.
 
     Args:
         ranks: see `TailEnergy`.
         strengths: see `TailEnergy`.
-        goals: what the share of each weight's tail should be by now.
+        goals: the present goal for the share of each weight's tail.
         lags: ``log(share / goal)`` when it was last measured.
     """
 
@@ -63,16 +63,16 @@ class SteeredTail(TailEnergy):
 
 @dataclass(frozen=True)
 class Squeeze:
-    """Train toward a budget: drive what the cut to it will discard to zero first, with self-tuning strengths.
+    """Train toward a budget: drive the values that the cut will discard to zero, with self-tuning strengths.
 
-    At `updates` steps `allocate` says which ranks the budget leaves now. The share ``tau_l`` of the energy that lies beyond the allocated
-    rank has a goal that falls from where it was to `left` at the `end`, by the same factor at every step; what it is above that is
-    penalised, ``strength_l * max(0, tau_l - goal_l)``. Before every step the strength of each weight is corrected by how far it is behind
+    At `updates` steps `allocate` chooses ranks for the budget. The share ``tau_l`` of the energy that lies beyond the allocated
+    rank has a goal that falls from its present value to `left` at the `end`, by the same factor at every step; the excess is
+    penalized, ``strength_l * max(0, tau_l - goal_l)``. Before every step the strength of each weight is corrected by how far it is behind
     its goal and by how much it has fallen behind since: ``log strength_l += (15 / steps) lag_l + 1.5 (change of lag_l)`` with
-    ``lag_l = log(tau_l / goal_l)``, so that it fits whatever optimizer, learning rate and task. A weight whose allocated rank changes sets
-    out again, from where it is to `left`. At the `end` what is left of the tails is cut; what is left of training is fine-tuning.
+    ``lag_l = log(tau_l / goal_l)``, so that it adapts to optimizer, learning rate and task. A weight whose allocated rank changes starts
+    again, from its present value to `left`. At the `end` the tails are cut; the rest of training is fine-tuning.
 
-    A `Course`: give it to ``fit(..., courses=[...])``. The penalty has a column of its own in the log, ``Squeeze``. Keep
+    A `Course`: give it to ``fit(..., courses=[...])``. The penalty has a separate column in the log, ``Squeeze``. Keep
     `Orthogonality` beside it: shares are those of ``S``, which is the spectrum as far as the factors are orthonormal.
 
     Args:
@@ -82,10 +82,10 @@ class Squeeze:
         updates: how often the ranks are allocated again, >= 1, evenly from begin to end; as often after it
             when nothing is cut.
         left: share of each weight's energy that may be left to cut, in (0, 1).
-        importance: for `allocate`; its own default when omitted. It is asked at every update.
+        importance: for `allocate`; its own default when omitted. It is called at every update.
         latency: a `LatencyTable` of the model, for `allocate`.
         cut: False to leave the cut to a later `prune`: from `end` on the tails are then kept at `left`.
-        prices: the `ladder` of the model, so that it is not computed anew at every update; its ranks must not change before the cut.
+        prices: the `ladder` of the model, so that it is not recomputed at every update; its ranks must not change before the cut.
 
     Raises:
         SettingError: for a value outside its range.
@@ -211,7 +211,7 @@ class Squeeze:
 
 
 def _aim(tail: SteeredTail | None, model: nn.Module, ranks: Mapping[str, int]) -> SteeredTail:
-    """Return the penalty for newly allocated ranks: a weight whose rank is as before goes on, any other sets out from where it is.
+    """Return the penalty for newly allocated ranks: a weight whose rank is as before goes on, any other starts from its present value.
 
     A weight that had no tail before starts at the usual strength for its energy, the geometric mean of the others.
     """

@@ -1,4 +1,4 @@
-"""Files of tensors and plain data: written whole, every checksum verified before anything in them is used, no pickle trusted."""
+"""Files of tensors and plain data: atomic writes, checksums verified before use, no arbitrary pickles."""
 
 import zipfile
 from collections.abc import Iterator
@@ -27,12 +27,12 @@ def write_state(path: Path, state: Any) -> None:
 def read_state(path: Path, hint: str) -> Any:
     """Read what `write_state` wrote, onto the CPU.
 
-    `torch.save` writes a zip archive with a checksum of each entry; `torch.load` does not look at them, so that damaged tensors load as if
-    nothing had happened. Here all of them are verified first, and names and sizes with them.
+    `torch.save` writes a zip archive with a checksum of each entry; `torch.load` ignores them, so that damaged tensors load without an
+    error. Here all of them are verified first, with names and sizes.
 
     Args:
         path: of the file.
-        hint: what an error says to do.
+        hint: of the error.
 
     Raises:
         FormatError: for a file that is damaged, is no such archive, or holds anything but tensors and plain data.
@@ -47,7 +47,7 @@ def read_state(path: Path, hint: str) -> Any:
 
 
 def _verify(file: Any) -> None:
-    """Raise BadZipFile for an archive that is not whole and sound, entry by entry."""
+    """Raise BadZipFile for a damaged archive, entry by entry."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if len({entry.filename for entry in entries}) != len(entries):

@@ -1,4 +1,4 @@
-"""What a low-rank run does in one step, whoever owns the loop: courses before and after it, lessons and penalties in its loss."""
+"""One training step, in any loop: courses before and after it, lessons and penalties in its loss."""
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +73,7 @@ class Step:
         return [*self.penalties, *self._columns]
 
     def before(self, model: nn.Module, inputs: Any, optimizer: Optimizer, step: int, steps: int) -> dict[str, int] | None:
-        """Ask every course what changes before an optimizer step, and cut; the optimizer's moments are cut along.
+        """Apply the changes of every course before an optimizer step, and cut; the optimizer's moments are cut along.
 
         Args:
             model: factorized or dense.
@@ -109,7 +109,7 @@ class Step:
 
     @torch.no_grad()
     def after(self, model: nn.Module, step: int, steps: int) -> None:
-        """Tell every course that the optimizer has made the step; arguments as for `before`."""
+        """Call every course after the optimizer step; arguments as for `before`."""
         for name, course in self.courses.items():
             course.after(model, step, steps, self.memories[name])
 
@@ -128,7 +128,7 @@ class Step:
 
     @contextmanager
     def watching(self, model: nn.Module, device: torch.device, compiled: bool = False) -> Iterator[None]:
-        """Let lessons see the layers of the model for the time of training.
+        """Give lessons the layer outputs of the model during training.
 
         Args:
             model: what learns; its layers are watched by forward hooks, which are gone afterwards.

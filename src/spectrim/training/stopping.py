@@ -1,4 +1,4 @@
-"""When training ends before its last epoch, and which epoch's weights it leaves."""
+"""Early stopping, and the weights of the best epoch."""
 
 import math
 from typing import Any
@@ -25,7 +25,7 @@ class Best:
     """
 
     def __init__(self, keep_best: bool | str, judged: bool) -> None:
-        """Say what is best.
+        """Set the monitored number.
 
         Args:
             keep_best: the number's name, where it ends on ``loss`` or ``accuracy``, else ``min NAME`` or ``max NAME``; True for
@@ -33,7 +33,7 @@ class Best:
             judged: whether there is a validation split.
 
         Raises:
-            SettingError: for a name that does not say which way is better, or without a validation split.
+            SettingError: for a name without a direction, or without a validation split.
         """
         name = "eval_loss" if keep_best is True else str(keep_best)
         way, _, rest = name.partition(" ")
@@ -91,7 +91,7 @@ class Best:
 
 
 def check_plateau(scheduler: Any, scheduler_steps: str, judged: bool, best: Best | None) -> None:
-    """Raise a SettingError for a plateau schedule that has nothing to look at, or looks the other way than `keep_best`."""
+    """Raise a SettingError for a plateau schedule without a number to monitor, or with another direction than `keep_best`."""
     if not isinstance(scheduler, ReduceLROnPlateau):
         return
     if scheduler_steps != "epoch":
@@ -105,7 +105,7 @@ def check_plateau(scheduler: Any, scheduler_steps: str, judged: bool, best: Best
 
 
 def plateau_value(scheduler: ReduceLROnPlateau, line: dict[str, float], best: Best | None) -> float:
-    """Return the number that a plateau schedule looks at: that of `keep_best`, else eval_accuracy or eval_loss by its mode, else the loss.
+    """Return the number that a plateau schedule monitors: that of `keep_best`, else eval_accuracy or eval_loss by its mode, else the loss.
 
     Raises:
         SettingError: when there is none.

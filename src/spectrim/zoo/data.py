@@ -1,4 +1,4 @@
-"""The loader that the project uses, augmentation in batches, and where data lies."""
+"""The loader of the project, augmentation in batches, and the data folder."""
 
 import copy
 import os
@@ -46,10 +46,10 @@ def data_file(path: str | Path, standard: str) -> Path:
 
 
 class Batches:
-    """Batches of tensors in memory, in an order that depends on ``(seed, epoch)`` and on nothing else.
+    """Batches of tensors in memory, in an order that depends on ``(seed, epoch)`` only.
 
     Each pass takes a fresh generator from `seed` and the epoch's number, for the order and then batch by batch for the augmentation; the
-    global generators are neither read nor moved, so a resumed run sees the bytes it would have seen. Passes count epochs from 0 by
+    global generators are neither read nor moved, so a resumed run gets the same bytes. Passes count epochs from 0 by
     themselves; `set_epoch` says which one comes next. Batches are copies: changing one in place does not change the data.
 
     Args:
@@ -151,7 +151,7 @@ class Splits(NamedTuple):
 class CropFlip:
     """Random crops of the zero-padded images, and mirror images with probability one half; one draw for each image.
 
-    As in the usual CIFAR pipelines, padding comes before normalisation, so the border is black rather than the mean color.
+    As in the usual CIFAR pipelines, padding comes before normalization, so the border is black rather than the mean color.
 
     Args:
         padding: zero pixels on each side, >= 0; the crop has the size of the input.
@@ -208,7 +208,7 @@ class Normalize:
             raise SettingError("Normalize", "std", got=self.std, rule=f"as many positive numbers as mean ({len(self.mean)})")
 
     def __call__(self, images: UInt8[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
-        """Return the normalised images in float32, channels last in memory, which CPU convolutions are faster on."""
+        """Return the normalized images in float32, channels last in memory, which CPU convolutions are faster on."""
         mean, std = (torch.tensor(values, device=images.device)[:, None, None] for values in (self.mean, self.std))
         return images.float().sub_(255 * mean).div_(255 * std).contiguous(memory_format=torch.channels_last)
 

@@ -100,7 +100,7 @@ def cifar10(
 
 
 def fashion_mnist(batch_size: int = 128, val: int = 5000, augment: bool = False, seed: int = 0, limit: int | None = None) -> Splits:
-    """Fashion-MNIST: 60,000 training and 10,000 test images of (1, 28, 28) in ten classes, normalised by mean 0.2860, deviation 0.3530.
+    """Fashion-MNIST: 60,000 training and 10,000 test images of (1, 28, 28) in ten classes, normalized by mean 0.2860, deviation 0.3530.
 
     Reads the idx files of ``FashionMNIST/raw`` in the data folder, gzipped or not. Arguments and errors as `cifar10`; `augment` crops
     with a padding of 2 and flips. Source: Xiao et al., arXiv 1708.07747.
@@ -111,7 +111,7 @@ def fashion_mnist(batch_size: int = 128, val: int = 5000, augment: bool = False,
 
 
 def mnist(batch_size: int = 128, val: int = 5000, augment: bool = False, seed: int = 0, limit: int | None = None) -> Splits:
-    """MNIST: 60,000 training and 10,000 test images of (1, 28, 28) in ten classes, normalised by mean 0.1307, deviation 0.3081.
+    """MNIST: 60,000 training and 10,000 test images of (1, 28, 28) in ten classes, normalized by mean 0.1307, deviation 0.3081.
 
     Reads the idx files of ``MNIST/raw`` in the data folder, gzipped or not. Arguments and errors as `cifar10`; `augment` crops with a
     padding of 2 and never flips. Source: LeCun et al., Proc. IEEE 1998.

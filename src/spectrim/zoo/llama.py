@@ -65,7 +65,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each on normalised states and added to them."""
+    """Attention and feed-forward, each on normalized states and added to them."""
 
     def __init__(self, dim: int, hidden: int, heads: int, kv_heads: int) -> None:
         super().__init__()

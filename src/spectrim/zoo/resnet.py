@@ -151,7 +151,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Logits:
-        """Return the class logits of normalised RGB images (32 x 32 in the papers)."""
+        """Return the class logits of normalized RGB images (32 x 32 in the papers)."""
         features = F.relu(self.bn1(self.conv1(images)))
         features = self.layer3(self.layer2(self.layer1(features)))
         logits: Tensor = self.linear(features.mean((2, 3)))

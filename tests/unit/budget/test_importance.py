@@ -332,7 +332,7 @@ def test_calibrations_that_do_not_fit() -> None:
     for importance in (WhitenedEnergy(other), LossSensitivity(other), LossSensitivity(other, 1)):
         with pytest.raises(LayerError, match=r"layer '1': .* is not in the calibration"):
             importance(low)
-    with pytest.raises(LayerError, match="layer '0': holds 2 singular values, its slopes are of 5; calibrate this very model"):
+    with pytest.raises(LayerError, match="layer '0': holds 2 singular values, its slopes are for 5; calibrate this model"):
         LossSensitivity(moments(low), 1)(sp.prune(low, sp.Fixed(2)))
 
 
@@ -414,7 +414,7 @@ def test_a_damaged_file_is_measured_anew(tmp_path: Path) -> None:
     expected = MeasuredLoss(data, nn.CrossEntropyLoss(), points=1, folder=tmp_path)(low)
     (path,) = tmp_path.iterdir()
     path.write_text('{"losses": {"0": [')
-    with pytest.warns(UserWarning, match="damaged, its losses are measured anew"):
+    with pytest.warns(UserWarning, match="damaged, its losses are measured again"):
         again = MeasuredLoss(data, nn.CrossEntropyLoss(), points=1, folder=tmp_path)(low)
     assert all(torch.equal(distortion, again[name]) for name, distortion in expected.items())
 
@@ -460,14 +460,14 @@ FULL = [3.0, 2.0, 1.0, 0.0]
     ("distortions", "message"),
     [
         ([FULL], r"Returns: what it returns must be a mapping from the names of named_factors to distortions"),
-        ({"0": torch.tensor(FULL)}, "layer '1': Returns says nothing about it"),
+        ({"0": torch.tensor(FULL)}, "layer '1': Returns has no entry for it"),
         (
             {"0": torch.tensor(FULL[1:])},
             r"layer '0': Returns gives distortions of shape \(3,\), not \(4,\); entry r is the distortion of keeping r",
         ),
         ({"0": torch.tensor([3.0, math.nan, 1.0, 0.0])}, "layer '0': Returns gives distortions that are not finite: nan at rank 1"),
         ({"0": torch.tensor([3.0, 2.0, 1.0, -1.0])}, "layer '0': Returns gives distortions below zero: -1 at rank 3"),
-        ({"0": torch.tensor([3.0, 1.0, 2.0, 0.0])}, "layer '0': Returns gives distortions that rise with the rank: 2 at rank 2"),
+        ({"0": torch.tensor([3.0, 1.0, 2.0, 0.0])}, "layer '0': Returns gives distortions that increase with the rank: 2 at rank 2"),
     ],
     ids=["no-mapping", "missing", "short", "nan", "negative", "rising"],
 )

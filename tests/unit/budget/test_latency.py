@@ -319,7 +319,7 @@ def test_a_damaged_cache_is_timed_anew(clock: Clock, tmp_path: Path, text: str) 
     table = latency_table(low, x, cache=tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_text(text)
-    with pytest.warns(UserWarning, match="damaged, its layers are timed anew"):
+    with pytest.warns(UserWarning, match="damaged, its layers are timed again"):
         assert latency_table(low, x, cache=tmp_path) == table
     assert len(clock.asked) == 2
     assert latency_table(low, x, cache=tmp_path) == table
@@ -401,5 +401,5 @@ def test_onnx_says_what_it_has_no_form_for(clock: Clock) -> None:
     low = sp.factorize(nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, padding_mode="circular"), nn.ReLU()), where=EVERYTHING)
     table = latency_table(low, torch.randn(1, 16, 5, 5), backend="onnx")
     assert table.weights["0"] == TimedWeight(
-        table.weights["0"].layer, (), 4, low[0].break_even("weight"), 1.0, "no ONNX form of padding_mode='circular' is known here"
+        table.weights["0"].layer, (), 4, low[0].break_even("weight"), 1.0, "no ONNX form of padding_mode='circular' is implemented"
     )

@@ -138,9 +138,9 @@ def test_a_cut_that_changes_the_output_is_refused() -> None:
 
 
 def test_sizes_that_tell_nothing_are_refused() -> None:
-    with pytest.raises(SettingError, match=r"compress: data must be batches whose sizes tell.*\(5, 6\).*\(9, 2\).*target \(3,\)"):
+    with pytest.raises(SettingError, match=r"compress: data must be batches whose sizes determine.*\(5, 6\).*\(9, 2\).*target \(3,\)"):
         one_example([((torch.zeros(5, 6), torch.zeros(9, 2)), torch.zeros(3))], owner="compress")
-    with pytest.raises(SettingError, match=r"cannot be read off inputs\[0\] \(5, 6\), inputs\[1\] \(9, 2\)"):
+    with pytest.raises(SettingError, match=r"cannot be derived from inputs\[0\] \(5, 6\), inputs\[1\] \(9, 2\)"):
         batch_size_of((torch.zeros(5, 6), torch.zeros(9, 2)))
     assert batch_size_of((torch.zeros(5, 6), torch.zeros(9, 2)), target=torch.zeros(1)) == 1  # a graph
 

@@ -228,7 +228,7 @@ def test_macs_of_integer_products():
 def test_macs_of_quantized_layers():
     dynamic = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(E, H), nn.LSTM(H, H)), {nn.Linear, nn.LSTM})
     assert count_macs(dynamic[0], x(B, E)) == E * H
-    with pytest.raises(SpectrimError, match=r"runs aten.quantized_lstm, whose cost cannot be read off its arguments"):
+    with pytest.raises(SpectrimError, match=r"runs aten.quantized_lstm, whose cost cannot be derived from its arguments"):
         count_macs(dynamic[1], x(T, B, H), batch_size=B)
 
 

@@ -238,7 +238,7 @@ def test_signals_end_with_their_codes(folder: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(Run, "run", lambda self, number=number: os.kill(os.getpid(), number))
         before = signal.getsignal(signal.SIGTERM)
         assert call("run", "net.yaml", "--out", "run", "--quiet") == code
-        assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+        assert "the same command resumes from the last checkpoint" in capsys.readouterr().err
         assert signal.getsignal(signal.SIGTERM) is before
 
 

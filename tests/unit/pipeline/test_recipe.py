@@ -246,7 +246,7 @@ def test_what_needs_the_model_is_checked_before_any_work_too(change: str, messag
         ("[1, 2]", "is a list; allowed: a mapping of keys"),
         ("", "is a NoneType; allowed: a mapping of keys"),
         ("a: [1", "is not YAML"),
-        ("a: &a {b: *a}", "holds an alias of what it stands in"),
+        ("a: &a {b: *a}", "holds an alias of a value that contains it"),
         ("[" * 5000, "nested too deep"),
         ("a: 2020-99-99", "is not YAML"),
         ("a: " + "9" * 5000, "is not YAML"),
@@ -653,4 +653,4 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, c
 
     monkeypatch.setattr(Run, "run", interrupt)
     assert call("run", "base.yaml", "--out", "out") == 130
-    assert "the same command goes on from the last checkpoint" in capsys.readouterr().err
+    assert "the same command resumes from the last checkpoint" in capsys.readouterr().err

@@ -254,7 +254,7 @@ def test_nothing_fell_short_where_all_is_well(tmp_path: Path) -> None:
     run["stages"][2]["val"]["val_cut"]["accuracy"] = 0.935
     assert data.shortfalls(None, run) == []
     run["measured"]["low-rank"]["latency_s"] = 0.0018
-    assert "lies within the spread" in data.shortfalls(None, run)[0]
+    assert "is within the spread" in data.shortfalls(None, run)[0]
 
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:

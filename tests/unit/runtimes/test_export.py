@@ -195,7 +195,7 @@ def test_of_a_recipe_and_of_a_run(folder: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["base.yaml"], 2, "nothing says which format"),
+        (["base.yaml"], 2, "the format is missing"),
         (["base.yaml", "--format", "tflite"], 2, "tflite"),
         (["base.yaml", "--out", "a.pt2", "--batch", "5"], 2, "up to 4"),
         (["base.yaml", "--out", "a.zip"], 2, "suffixes"),

@@ -367,5 +367,5 @@ def test_errors_say_what_to_do() -> None:
     with pytest.raises(LayerError, match="layer 'one': its inputs are not finite"):
         calibrate(low, [torch.full((1, 4, 6), torch.inf).double()])
     empty = Calibration({}, {}, {}, {}, 1)
-    with pytest.raises(LayerError, match=re.escape("layer 'one': (6 x 6) is not in the calibration; calibrate this very model")):
+    with pytest.raises(LayerError, match=re.escape("layer 'one': (6 x 6) is not in the calibration; calibrate this model")):
         empty.metrics("one", (6, 6))

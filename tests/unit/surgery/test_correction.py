@@ -260,7 +260,7 @@ def test_what_is_left_out_is_listed() -> None:
     left = uncorrected(cut)
     assert left == uncorrected(corrected)
     assert left == {
-        "table": "an embedding looks rows up",
+        "table": "an embedding is a look-up",
         "lstm.weight_ih_l0": "its inputs are inside a fused kernel",
         "lstm.weight_hh_l0": "its inputs are inside a fused kernel",
         "attention.in_proj_weight": "its inputs are inside a fused kernel",

@@ -352,7 +352,7 @@ def test_a_model_without_anything_to_factorize_says_why() -> None:
 def test_weights_that_are_not_finite_are_refused_by_name(bad: float) -> None:
     model = network()
     model[2].weight.data[1, 2] = bad
-    with pytest.raises(LayerError, match=r"layer '2': its weight holds NaN or infinite values; load a sound checkpoint"):
+    with pytest.raises(LayerError, match=r"layer '2': its weight holds NaN or infinite values; load an undamaged checkpoint"):
         sp.factorize(model)
     lstm = nn.LSTM(4, 4)
     lstm.weight_hh_l0.data[1, 2] = bad

@@ -132,7 +132,7 @@ def test_followers_are_cut_along_and_can_be_averaged_on(wrap: Any, rank: int) ->
     ("follower", "message"),
     [
         (lambda: sp.prune(net(), {"3": 3}), r"layer '3.factors.weight': the follower Sequential has factors of rank 3; .* rank 12 here"),
-        (lambda: nn.Sequential(nn.Linear(2, 2)), r"is not in the follower, a Sequential; give models with the same layers"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), r"is not in the follower, a Sequential; pass models with the same layers"),
         (lambda: [torch.zeros(2)], r"is not in the follower, a list"),
     ],
 )

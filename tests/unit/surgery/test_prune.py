@@ -191,7 +191,7 @@ def test_skipped_weights_are_cut_plainly_bit_for_bit() -> None:
 
 def test_the_calibration_of_another_model_is_refused() -> None:
     found = calibrate(sp.factorize(nn.Linear(5, 5), where=EVERYTHING), [torch.ones(1, 5)])
-    with pytest.raises(LayerError, match=re.escape("layer 'conv': (3 x 18) is not in the calibration; calibrate this very model")):
+    with pytest.raises(LayerError, match=re.escape("layer 'conv': (3 x 18) is not in the calibration; calibrate this model")):
         sp.prune(trained(), sp.Fixed(2), calibration=found)
     with pytest.raises(LayerError, match=re.escape("(4 x 3) is not in the calibration")):
         sp.prune(sp.factorize(nn.Linear(3, 4), where=EVERYTHING), sp.Fixed(2), calibration=found)

@@ -101,8 +101,8 @@ REFUSED = {
     "lazy": (lambda: nn.LazyLinear(4), "lazy: its shape is not known yet; run the model once first"),
     "depthwise": (lambda: nn.Conv1d(4, 8, 3, groups=4), "depthwise: each block has one input channel, so there is no rank to cut"),
     "complex": (lambda: nn.Linear(4, 4, dtype=torch.complex64), "weights of dtype torch.complex64 are not real numbers"),
-    "own forward": (lambda: LinearOfItsOwn(4, 4), f"LinearOfItsOwn is a Linear with a forward of its own; {OWN_FORWARD}"),
-    "own inner forward": (lambda: ConvOfItsOwn(4, 4, 1), f"ConvOfItsOwn is a Conv2d with a forward of its own; {OWN_FORWARD}"),
+    "own forward": (lambda: LinearOfItsOwn(4, 4), f"LinearOfItsOwn is a Linear with another forward; {OWN_FORWARD}"),
+    "own inner forward": (lambda: ConvOfItsOwn(4, 4, 1), f"ConvOfItsOwn is a Conv2d with another forward; {OWN_FORWARD}"),
     "forward replaced": (
         lambda: after(lambda m: setattr(m, "forward", torch.sin), nn.Linear(4, 4)),
         "its forward was replaced on this very layer",

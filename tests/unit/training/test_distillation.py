@@ -1,4 +1,4 @@
-"""Learning from what the dense network's layers put out."""
+"""Distillation of the dense network's layer outputs."""
 
 import copy
 from collections.abc import Callable
@@ -80,7 +80,7 @@ def test_the_share_that_is_unexplained_variance_is_blind_to_scale_and_zero_for_e
     for scale in (1e-3, 1.0, 1e3):
         torch.testing.assert_close(unexplained_variance({"a": scale * f}, {"a": scale * g}), unexplained_variance({"a": f}, {"a": g}))
     assert unexplained_variance({"a": g}, {"a": g}) == 0
-    assert torch.isfinite(unexplained_variance({"a": f}, {"a": torch.zeros(4, 5)}).double()), "a layer that puts out a constant"
+    assert torch.isfinite(unexplained_variance({"a": f}, {"a": torch.zeros(4, 5)}).double()), "a layer whose output is constant"
 
 
 def test_gradients_reach_the_student_alone() -> None:
@@ -218,7 +218,10 @@ def test_layers_of_every_kind_of_output() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda student: net(), "'Sequential': has no factorized layer whose output a teacher could show; name the modules to compare"),
+        (
+            lambda student: net(),
+            "'Sequential': has no factorized layer whose output can be compared with a teacher's; name the modules to compare",
+        ),
         (lambda student: nn.Sequential(student, nn.Identity()), "'0.0': is not in Sequential, so that its outputs cannot be compared"),
     ],
 )
@@ -231,12 +234,12 @@ def test_students_that_cannot_be_taught(change: Callable[[nn.Module], nn.Module]
 def test_outputs_of_another_shape_name_the_layer() -> None:
     teacher = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(6 * 36, 3))
     student = factorize(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3)), where=everything)
-    with pytest.raises(LayerError, match=r"'0'.*puts out \(16, 4, 6, 6\), the teacher's \(16, 6, 6, 6\)"):
+    with pytest.raises(LayerError, match=r"'0'.*its output has shape \(16, 4, 6, 6\), the teacher's \(16, 6, 6, 6\)"):
         fitted(teacher, student, features=1.0)
 
 
 def test_modules_without_tensors_are_named() -> None:
-    with pytest.raises(LayerError, match="put out nothing that could be compared"):
+    with pytest.raises(LayerError, match="have no outputs that could be compared"):
         unexplained_variance({}, {"a": torch.zeros(1)})
 
 

@@ -544,9 +544,7 @@ def test_weights_that_are_not_finite_are_named() -> None:
 
 def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
     model = net()
-    with pytest.raises(
-        SettingError, match="fit: optimizer must be one that makes a step from one gradient, without a closure, got 'LBFGS'"
-    ):
+    with pytest.raises(SettingError, match="fit: optimizer must be one whose step needs no closure, got 'LBFGS'"):
         run(model, batches(), torch.optim.LBFGS(model.parameters()))
 
 

@@ -42,7 +42,7 @@ def distortions_of(model: nn.Module, importance: Importance) -> dict[str, Tensor
     distortions = {}
     for name, factors in named.items():
         if name not in found:
-            raise LayerError(name, f"{owner} says nothing about it", hint="an importance covers every name of named_factors(model)")
+            raise LayerError(name, f"{owner} has no entry for it", hint="an importance must have every name of named_factors(model)")
         distortion = torch.as_tensor(found[name]).detach().to("cpu", torch.float64)
         if distortion.shape != (factors.rank + 1,):
             hint = "entry r is the distortion of keeping r singular values, from none to all"
@@ -50,7 +50,10 @@ def distortions_of(model: nn.Module, importance: Importance) -> dict[str, Tensor
         for problem, broken in (
             ("that are not finite", ~torch.isfinite(distortion)),
             ("below zero", distortion < 0),
-            ("that rise with the rank", torch.cat([torch.zeros(1, dtype=torch.bool), distortion.diff() > 1e-9 * distortion.abs().max()])),
+            (
+                "that increase with the rank",
+                torch.cat([torch.zeros(1, dtype=torch.bool), distortion.diff() > 1e-9 * distortion.abs().max()]),
+            ),
         ):
             if broken.any():
                 rank = int(broken.nonzero()[0])

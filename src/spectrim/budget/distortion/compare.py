@@ -19,7 +19,7 @@ from spectrim.surgery.ranks import check_names
 
 @dataclass(frozen=True)
 class ImportanceTable:
-    """Importances side by side: how each shares out the distortion of a cut, see `compare_importances`; prints as a table.
+    """Importances side by side: the distribution of a cut's distortion over the weights, see `compare_importances`; prints as a table.
 
     Attributes:
         ranks: the cut: the rank of each weight.
@@ -52,7 +52,7 @@ class ImportanceTable:
 
 
 def compare_importances(model: nn.Module, importances: Mapping[str, Importance], ranks: Mapping[str, int]) -> ImportanceTable:
-    """Say how importances, each in its own unit, share out the distortion of one and the same cut over the weights.
+    """Compare how importances distribute the distortion of one cut over the weights.
 
     ``share_l = distortion_l(r_l) / sum_m distortion_m(r_m)``, and Spearman's rank correlation between importances over the weights.
 

@@ -13,7 +13,7 @@ from spectrim.surgery.decompositions import Decompositions
 class SpectralEnergy:
     """The energy that a cut discards, as a fraction of the weight's: ``distortion(r) = sum_{k>r} s_k^2 / sum_k s_k^2``.
 
-    Looks at the weights alone; free, and blind to what comes in, to the normalisation behind a layer, and to the loss.
+    Uses the weights only: free to compute, but it ignores the inputs, the normalization after a layer, and the loss.
 
     Examples:
         >>> import torch
@@ -39,7 +39,7 @@ class SpectralEnergy:
 class WhitenedEnergy:
     """Energy of what a cut changes in a weight's output, relative to all of it: that of ``W A^(1/2)``, ``A`` the inputs' second moment.
 
-    Where a bias takes up the mean (`Calibration.means`) it is the variance of the output that counts.
+    Where a bias absorbs the mean (`Calibration.means`) it is the variance of the output that counts.
 
     ``distortion(r) = min_{rank(W_r) = r} tr((W - W_r) A (W - W_r)^T) / tr(W A W^T)``: the share of the output's energy that is lost when
     the weight is cut as ``prune`` cuts it with a calibration made without a loss. Directions into which no input points cost nothing.

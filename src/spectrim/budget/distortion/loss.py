@@ -27,10 +27,10 @@ class LossSensitivity:
     ``order=2``: ``distortion(r) = 1/2 min_{rank(W_r) = r} tr(G D A D^T)`` with ``D = W - W_r``, ``A`` the second moment of the inputs and
     ``G`` that of the loss's gradient at the outputs: the quadratic model of the loss about a trained network with Kronecker-factored
     curvature (the Fisher matrix), for a weight cut as ``prune(..., calibration=...)`` cuts it. ``order=1``:
-    ``distortion(r) = sum_{k>r} |S_k dL/dS_k|``, the linear model, each value by itself; small where training has converged, and the better
-    guide where it has not.
+    ``distortion(r) = sum_{k>r} |S_k dL/dS_k|``, the linear model, each value by itself; small where training has converged, and the
+    better model where it has not.
 
-    Far from zero neither model is the loss: a distortion says which weight loses more, not what will be lost. A weight that the calibration
+    Neither model is accurate for large changes: distortions rank the weights, they do not predict the loss. A weight that the calibration
     skipped, or that no gradient reached, has its `SpectralEnergy` times the median, over the others, of the distortion of losing all; so
     all distortions have one unit.
 
@@ -78,7 +78,7 @@ class LossSensitivity:
         slopes, S = self.calibration.slopes[name].to(factors.S), factors.S.detach()
         if slopes.shape != S.shape:
             raise LayerError(
-                name, f"holds {factors.rank} singular values, its slopes are of {slopes.shape[-1]}", hint="calibrate this very model"
+                name, f"holds {factors.rank} singular values, its slopes are for {slopes.shape[-1]}", hint="calibrate this model"
             )
         size = S.abs() * factors.U.detach().norm(dim=-2) * factors.Vh.detach().norm(dim=-1)  # what a cut sorts by, up to the angles
         rises = (slopes * S).abs().double().gather(-1, size.argsort(dim=-1)).cumsum(-1)  # of the least ones, the least first
@@ -90,7 +90,7 @@ def loss_sensitivity(decomposed: Decompositions) -> dict[str, Tensor]:
     """Return the distortions of `LossSensitivity` of order 2 from decompositions that are at hand, made with its calibration.
 
     Raises:
-        SettingError: when the gradients are nothing but rounding.
+        SettingError: when the gradients consist of rounding errors.
     """
     names = [name for name in decomposed.factors if decomposed.has(name, "loss")]
     _check_gradients(decomposed, names)

@@ -41,17 +41,17 @@ class MeasuredLoss:
     The ranks lie evenly on a logarithmic scale from 1 to the weight's break-even rank; with them, none at all and the present rank. From
     many to few, the distortion at a rank is the largest rise so far, never below zero; between ranks it is interpolated monotonically
     (piecewise cubic, Fritsch and Carlson). A ten-thousandth of the largest distortion is spread by `SpectralEnergy`: it decides between
-    ranks that the loss does not tell apart. What weights do together is not seen. BatchNorm keeps its statistics; nothing is trained.
+    ranks with equal loss. Interactions between weights are ignored. BatchNorm keeps its statistics; nothing is trained.
 
-    Costs ``1 + weights * (points + 1)`` evaluations. With a `folder` every one is written down at once, so a run that was stopped goes on
-    where it was, with the same result.
+    Costs ``1 + weights * (points + 1)`` evaluations. With a `folder` each result is written at once, so that an interrupted run resumes
+    with the same result.
 
     Args:
-        data: batches ``(inputs, target)``, which can be read again and again: a list or a DataLoader that does not shuffle.
+        data: batches ``(inputs, target)``, that can be iterated repeatedly: a list or a DataLoader that does not shuffle.
         loss: called as ``loss(output, target)``, gives the mean over targets.
         points: ranks measured for each weight between 1 and its break-even rank, at least 1.
         folder: for ``measured-loss-*.json``, made when missing; a file for each set of weights and value of their loss, so that another
-            model, or other data, does not meet what was measured before.
+            model, or other data, does not reuse earlier results.
         progress: show a progress bar, on stderr and on a terminal only.
 
     Raises:
@@ -135,7 +135,7 @@ def _cut_to(factors: Factors, rank: int) -> Iterator[None]:
 
 
 def _interpolated(rises: Mapping[str, Mapping[int, float]], energies: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return distortions at every rank from the rise of the loss at a few of them, energy deciding between those that measure alike."""
+    """Return distortions at every rank from the rise of the loss at a few of them, energy decides between equal losses."""
     from scipy.interpolate import PchipInterpolator  # here, because it takes long to import and few commands need it
 
     distortions = {}
@@ -170,12 +170,12 @@ def _read(path: Path | None) -> dict[str, dict[str, float]]:
         losses = json.loads(path.read_text(encoding="utf-8"))["losses"]
         return {str(name): {str(int(rank)): float(loss) for rank, loss in row.items()} for name, row in losses.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path}: damaged, its losses are measured anew ({error!r})", stacklevel=4)
+        warnings.warn(f"{path}: damaged, its losses are measured again ({error!r})", stacklevel=4)
         return {}
 
 
 def _write(path: Path | None, content: Mapping[str, Any]) -> None:
-    """Write what was measured; in one piece or not at all."""
+    """Write the measured losses atomically."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)

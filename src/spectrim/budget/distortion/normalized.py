@@ -21,18 +21,18 @@ from spectrim.metrics.inputs import call_model, evaluating, unfused
 
 @dataclass(frozen=True, eq=False)
 class NormalizedEnergy:
-    """Spectral energy of ``diag(d) W diag(c)``, relative to the whole: the weight as the normalisation around it makes it matter.
+    """Spectral energy of ``diag(d) W diag(c)``, relative to the whole: the weight in the scale of the normalization around it.
 
-    A network keeps its function when a layer's outputs are scaled and the BatchNorm behind it takes that out again, but `SpectralEnergy` of
-    that layer's rows does not. So each output feature is weighed with what the normalisation multiplies it by, and each input feature with
-    the gain of the normalisation it comes from:
+    A BatchNorm undoes a scaling of the outputs before it, so the network's function does not change, but `SpectralEnergy` does. Each output
+    feature is therefore weighted by the factor of the normalization after it, and each input feature by the gain of the normalization
+    before it:
 
     - ``d = |gamma| / sqrt(var + eps)`` of a BatchNorm that reads the layer's output (its running variance); of an InstanceNorm, a
       GroupNorm, or a BatchNorm without running statistics, with the variance measured on `inputs`; ``d = |gamma|`` of a LayerNorm or
       RMSNorm, whose one scale for all features cancels in a relative energy.
     - ``c = |gamma|`` of the norm whose output is the layer's input (pre-norm transformers).
 
-    Which norm that is, is seen by running the model once: the norm reads the very numbers that the layer wrote, in the same memory and not
+    The norms are found by running the model once: such a norm reads the numbers that the layer wrote, in the same memory and not
     written to since (so a permutation between them changes nothing, and an activation, in place or not, separates them). Where a layer runs
     several times, squares are averaged over the norms found. Weights without a norm beside them, gates of recurrent layers and packed
     projections of different inputs have ``d = c = 1``. Norms are torch's own, and any class called ``...RMSNorm`` or ``...LayerNorm``
@@ -70,7 +70,7 @@ class NormalizedEnergy:
         return distortions
 
 
-# What a normalisation reads and writes
+# What a normalization reads and writes
 
 BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -175,7 +175,7 @@ def _feature_axis(layer: Any) -> int:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises features and multiplies each by one weight, or by none."""
+    """Whether a module normalizes features and multiplies each by one weight, or by none."""
     if isinstance(module, CHANNEL_NORMS):
         return True
     weight = getattr(module, "weight", None)
@@ -212,7 +212,7 @@ def _averaged(scales: list[Tensor], like: Tensor) -> Tensor:
 
     Args:
         scales: each of one entry for every feature.
-        like: has the shape of that side; each feature has several neighbouring entries there (those of the kernel's axes).
+        like: has the shape of that side; each feature has several neighboring entries there (those of the kernel's axes).
     """
     if not scales:
         return torch.ones_like(like)
