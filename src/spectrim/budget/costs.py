@@ -13,10 +13,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, factor_name, named_factors, named_layers
-from spectrim.layers.base import OneWeight
 from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.geometry import memory_format_of
-from spectrim.metrics.inputs import batch_size_of, call_model, evaluating, unfused
+from spectrim.layers.weights import OneWeight
+from spectrim.metrics.calls import call_model, evaluating, unfused
+from spectrim.metrics.inputs import batch_size_of
 from spectrim.protocols import Latencies
 from spectrim.surgery.coverage import break_evens
 

@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from spectrim.budget.costs import Call, RankCosts, calls, costs_of
-from spectrim.budget.latency_table import LatencyTable, _key
+from spectrim.budget.latency_table import _key
 from spectrim.budget.stand_ins import Only, dense, thin, true_values
+from spectrim.budget.timed import LatencyTable
 from spectrim.errors import LayerError, SettingError, SpectrimError
 from spectrim.layers import factor_name, named_factors, named_layers
-from spectrim.metrics.inputs import evaluating
+from spectrim.metrics.calls import evaluating
 from spectrim.metrics.macs import count_macs
 from spectrim.metrics.measurement import measure
 from spectrim.protocols import Latencies

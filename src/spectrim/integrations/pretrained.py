@@ -23,7 +23,7 @@ from spectrim.integrations.card import model_card
 from spectrim.layers import FactorizedLayer
 from spectrim.locks import locked, writing_to
 from spectrim.metrics.measurement import Measurement
-from spectrim.pipeline.compress import Compressed
+from spectrim.pipeline.compressed import Compressed
 from spectrim.storage.folder import PLAN, WEIGHTS, place
 from spectrim.storage.save import load, plan_of, save
 from spectrim.surgery.select import ADAPTED, is_adapted

@@ -8,7 +8,7 @@ from torch import nn
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
 from spectrim.layers.attention import FactorizedMultiheadAttention, plain_attention
-from spectrim.layers.base import FactorizedLayer, OneWeight, Share, renew
+from spectrim.layers.base import FactorizedLayer, Share
 from spectrim.layers.conv import (
     FactorizedConv1d,
     FactorizedConv2d,
@@ -21,6 +21,8 @@ from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.linear import FactorizedConv1D, FactorizedLinear
 from spectrim.layers.own import check_kind
 from spectrim.layers.recurrent import FactorizedGRU, FactorizedLSTM
+from spectrim.layers.taking_over import renew
+from spectrim.layers.weights import OneWeight
 
 KINDS: list[type[FactorizedLayer]] = [
     FactorizedLinear,

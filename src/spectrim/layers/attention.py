@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.layers.base import FactorizedLayer, SeveralWeights, Share, become
+from spectrim.layers.base import FactorizedLayer, Share
 from spectrim.layers.linear import FactorizedLinear, linear_of
+from spectrim.layers.taking_over import become
+from spectrim.layers.weights import SeveralWeights
 from spectrim.linalg.fold import Fold
 from spectrim.plain.attention import PlainAttention
 from spectrim.plain.chain import PlainPair

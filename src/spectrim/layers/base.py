@@ -1,21 +1,17 @@
 """What every factorized layer shares: taking over a dense layer, giving it back, and deciding how to run."""
 
-import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from spectrim import linalg
-from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
+from spectrim.layers.forwards import leads_to_forward_of, runs_forward_of
 from spectrim.linalg.fold import Fold
-from spectrim.linalg.writings import write
-from spectrim.plain.chain import Composed
 from spectrim.plain.exchanged import class_of
-from spectrim.plain.writing import interpolative_layer
 
 TRAFFIC = 0.15
 """Two operations also write and read what is between them: they have to save this share of the multiply-accumulates to be faster.
@@ -26,8 +22,6 @@ From the step times of ResNet-20 in the spatial scheme at half the ranks: at equ
 RECOMPUTE_SHARE = 0.02
 """A composed weight is forgotten after the forward pass when composing it again costs at most this share of the layer's step."""
 
-ROWS_SIZE = 2**22
-"""Elements of the rows that a layer gives at a time: 32 MB in float64."""
 
 LOST = 1e-5
 """Singular values of a dense weight that is loaded, relative to the largest, which a smaller rank may drop: rounding."""
@@ -41,15 +35,6 @@ LEAST_GAIN = 0.05
 Writing = Literal["pair", "interpolative"]
 Self = TypeVar("Self", bound="FactorizedLayer")
 Share = Callable[[Factors, str, Tensor], nn.Parameter]
-
-
-def renew(module: nn.Module, kind: type[nn.Module], drop: Iterable[str] = ()) -> Any:
-    """Return a `kind` with `module`'s attributes, parameters, children and hooks; the containers are copied, the tensors are not."""
-    new: Any = object.__new__(kind)
-    for key, value in vars(module).items():
-        if key not in drop:
-            new.__dict__[key] = copy.copy(value) if isinstance(value, dict | set | list) else value
-    return new
 
 
 class FactorizedLayer(nn.Module):
@@ -313,169 +298,5 @@ class FactorizedLayer(nn.Module):
         return f"{super().extra_repr()}, scheme={self.scheme}".removeprefix(", ")
 
 
-def become(layer: nn.Module, plain: nn.Module, base: type | None = None) -> nn.Module:
-    """Make a layer, dense or factorized, the ordinary layer `plain` in place, with its parameters; return it.
-
-    It stays an instance of its own class where `plain` can stand for that (``stands_for``), and keeps its attributes, hooks, buffers and
-    the parameters that have no part in `plain`.
-
-    Args:
-        layer: what everything else refers to.
-        plain: gives its parts away.
-        base: of a dense layer, the class above it whose behavior is exchanged; its own class when omitted.
-    """
-    held: Any = layer
-    order, base = tuple(held._parameters), base or type(held)
-    if isinstance(held, FactorizedLayer):
-        order, base = held.parameter_order, type(held)._base  # type: ignore[attr-defined]
-        held = held._stripped()
-    ours: Any = type(plain)
-    stands = getattr(ours, "stands_for", None)
-    known = stands is not None and base.__module__.startswith(("torch.", "transformers."))
-    for name in ours.takes_over(held) if known else order:
-        held._parameters.pop(name, None)
-    plain.train(held.training)
-    held._parameters.update(plain._parameters)
-    held._buffers.update(plain._buffers)
-    held._modules.update(plain._modules)
-    settings = {name: value for name, value in vars(plain).items() if name not in vars(nn.Module())}
-    held.__dict__.update(settings | getattr(ours, "settings", {}))
-    held.__class__ = class_of(ours, type(held), base) if stands is not None and stands(base) else ours
-    return held  # type: ignore[no-any-return]
-
-
 STATE = ("scheme", "parameter_order", "execution", "channels_last", "writing")
 """Attributes of factorized layers."""
-
-READERS = {"weight", "_parameters", "get_parameter", "in_proj_weight", "all_weights", "_flat_weights"}
-
-
-def leads_to_forward_of(own: type, base: type) -> bool:
-    """Whether every forward between a class and `base` calls the next one and reads no weight: then `base`'s can be exchanged."""
-    for kind in own.__mro__[: own.__mro__.index(base)]:
-        for name in ("forward", "__call__", "_conv_forward"):
-            if name in vars(kind):
-                names = _names_in(getattr(vars(kind)[name], "__code__", None))
-                if name != "forward" or "forward" not in names or any(n in READERS or n.startswith("weight_") for n in names):
-                    return False
-    return True
-
-
-def _names_in(code: Any) -> set[str]:
-    """Return the names that a function's code refers to, those of functions inside it included."""
-    if code is None:
-        return set()
-    inner = (constant for constant in code.co_consts if hasattr(constant, "co_names"))
-    return {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}.union(*map(_names_in, inner))
-
-
-def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the class of `module` runs exactly the forward of `kind`."""
-    return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "__call__", "_conv_forward"))
-
-
-class OneWeight(FactorizedLayer):
-    """A factorized layer with the single weight called ``weight``."""
-
-    def interpolated(self, share: Share) -> nn.Module | None:
-        """Return the plain layer that holds ``r (m + n - r)`` numbers; None where the pair is written."""
-        if not self.interpolates("weight", self.rank):
-            return None
-        factors, layer = self.factors_of("weight"), cast(Any, self)
-        kind = self.interpolated_kind(self, self.scheme)
-        made = write(factors.U.detach(), factors.Vh.detach(), factors.S.detach(), kind=str(kind), dtype=factors.dtype).interpolation
-        if made is None:
-            return None
-        plain = interpolative_layer(layer, made.side, made.kept, made.mix, start=made.start, order=made.order)
-        for part in (plain.kept, plain.mix):
-            part.requires_grad_(factors.S.requires_grad)
-        return plain
-
-    @property
-    def U(self) -> Tensor:
-        """Left factor ``(..., out, rank)``."""
-        return self.factors_of("weight").U
-
-    @property
-    def S(self) -> Tensor:
-        """Singular values ``(..., rank)``; ``|S|`` enters the weight."""
-        return self.factors_of("weight").S
-
-    @property
-    def Vh(self) -> Tensor:
-        """Right factor ``(..., rank, in)``."""
-        return self.factors_of("weight").Vh
-
-    @property
-    def rank(self) -> int:
-        """Number of singular values held."""
-        return self.factors_of("weight").rank
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight in torch's layout, composed when its values are asked for; read only.
-
-        Dtype, device and shape cost nothing, gradients reach the factors, and a change in place is an error.
-        """
-        if torch.compiler.is_compiling():
-            return self.dense_weight("weight")
-        factors = self.factors_of("weight")
-        folded = torch.empty(factors.U.shape[:-1] + factors.Vh.shape[-1:], device="meta")
-        shape = self.unfold(self, "weight", folded, self.scheme).shape
-        trained = any(parameter.requires_grad for parameter in factors.parameters())
-        return Composed(self._get_name(), lambda: self.dense_weight("weight"), shape, factors.dtype, factors.U.device, trained)
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        raise LayerError(self._get_name(), "its weight is composed and cannot be set", hint="set U, S and Vh, or factorize again")
-
-    def input_rows(self, x: Tensor, output_shape: Sequence[int], scheme: Fold | None = None) -> Iterator[Tensor]:
-        """Yield what the folded matrix is multiplied with as the layer runs on `x`: rows ``(blocks, n, in)``, a part at a time.
-
-        Args:
-            x: the layer's input.
-            output_shape: of its output.
-            scheme: how the matrix is folded; the layer's own way when omitted.
-        """
-        yield from _parts(x)
-
-    def output_rows(self, y: Tensor, input_shape: Sequence[int]) -> Iterator[Tensor]:
-        """Yield the outputs of the folded matrix, or gradients at them: rows ``(blocks, n, out)``, a part at a time, in that order.
-
-        Args:
-            y: of the shape of the layer's output.
-            input_shape: of its input.
-        """
-        yield from _parts(y)
-
-
-def _parts(x: Tensor) -> Iterator[Tensor]:
-    """Yield the rows of ``(..., features)``, several at a time."""
-    for rows in torch.split(x.reshape(-1, x.shape[-1]), max(1, ROWS_SIZE // x.shape[-1])):
-        yield rows.unsqueeze(0)
-
-
-class SeveralWeights(FactorizedLayer):
-    """A factorized layer with several weights, which go by torch's names: ``layer.weight_ih_l0`` is composed on each access."""
-
-    def __getattr__(self, name: str) -> Any:
-        """Compose a weight when it is asked for by torch's name."""
-        factors = self.__dict__.get("_modules", {}).get("factors")
-        return self.dense_weight(name) if factors is not None and name in factors else super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__.get("_modules", {}).get("factors", ()):
-            hint = "set U, S and Vh, or factorize again"
-            raise LayerError(self._get_name(), f"its {name} is composed and cannot be set", hint=hint)
-        nn.Module.__setattr__(self, name, value)  # not torch's own, which keeps lists of weights
-
-    def composed(self, **more: Any) -> Any:
-        """Return this layer as torch's own forward wants it: with weights composed once, for a single call.
-
-        Args:
-            more: further attributes.
-        """
-        layer: Any = object.__new__(type(self))
-        layer.__dict__.update(self.__dict__)
-        layer.__dict__.update({name: self.dense_weight(name) for name in self.factors}, **more)
-        return layer

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from spectrim import linalg
 from spectrim.forms.svd import Factors
-from spectrim.layers.base import ROWS_SIZE, OneWeight, Share
+from spectrim.layers.base import Share
 from spectrim.layers.geometry import (
     CHANNELS_LAST,
     TRANSPOSED,
@@ -25,6 +25,7 @@ from spectrim.layers.geometry import (
     take,
     whole,
 )
+from spectrim.layers.weights import ROWS_SIZE, OneWeight
 from spectrim.linalg.fold import Fold, folds, leading
 from spectrim.plain.chain import PlainPair
 

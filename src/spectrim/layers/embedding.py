@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spectrim.layers.base import OneWeight, Share
+from spectrim.layers.base import Share
+from spectrim.layers.weights import OneWeight
 from spectrim.linalg.fold import Fold
 from spectrim.plain.chain import PlainPair
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from spectrim.layers.base import SeveralWeights, Share
+from spectrim.layers.base import Share
 from spectrim.layers.linear import linear_of
+from spectrim.layers.weights import SeveralWeights
 from spectrim.linalg.fold import Fold
 from spectrim.plain.recurrent import PlainRecurrent
 

@@ -13,9 +13,9 @@ from spectrim.errors import FormatError
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, kind_of, named_factors, named_layers
 from spectrim.layers.attention import become_attention
-from spectrim.layers.base import become, renew
 from spectrim.layers.geometry import CHANNELS_LAST, memory_format_of
 from spectrim.layers.sharded import refuse_shards
+from spectrim.layers.taking_over import become, renew
 from spectrim.plain.attention import PlainAttention
 from spectrim.plain.chain import PlainPair
 from spectrim.plain.encoder import follow_layers

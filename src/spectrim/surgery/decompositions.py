@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
 from spectrim.linalg.spectral import pooled_spectrum, weighted_svd
-from spectrim.surgery.calibrate import Calibration
+from spectrim.surgery.moments import Calibration
 from spectrim.surgery.side_by_side import room
 
 Metric = Literal["none", "inputs", "loss"]

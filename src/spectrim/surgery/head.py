@@ -7,7 +7,7 @@ from torch import nn
 
 from spectrim.layers import FactorizedLayer, kind_of
 from spectrim.layers.linear import FactorizedLinear
-from spectrim.metrics.inputs import call_model, evaluating, unfused
+from spectrim.metrics.calls import call_model, evaluating, unfused
 
 NAMES = ("head", "classifier", "cls", "cls_head", "cls_score", "class_head", "lm_head", "score", "logits")
 """Parts of layer names that stand for a classifier head in torchvision, timm, transformers and detectron."""

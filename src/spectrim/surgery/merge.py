@@ -10,7 +10,8 @@ from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, plain_attention
 from spectrim.layers.attention import become_attention
-from spectrim.layers.base import Share, become
+from spectrim.layers.base import Share
+from spectrim.layers.taking_over import become
 from spectrim.plain.encoder import follow_layers
 from spectrim.protocols import Latencies
 from spectrim.surgery.batchnorm import fold_batchnorms

@@ -14,9 +14,10 @@ from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import refuse_shards
 from spectrim.protocols import RankRule
-from spectrim.surgery.calibrate import Calibration, absorbing
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.followers import cuts_of, inner_of
+from spectrim.surgery.moments import Calibration
+from spectrim.surgery.observing import absorbing
 from spectrim.surgery.optimizer_state import _check_trained, _move
 from spectrim.surgery.ranks import check_names, chooser
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from spectrim.forms.svd import Factors
 from spectrim.layers import factor_name, named_factors, named_layers
-from spectrim.surgery.calibrate import absorbing
 from spectrim.surgery.decompositions import Decompositions, Metric, like, orthonormal
+from spectrim.surgery.observing import absorbing
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch.utils.benchmark import Timer
 
 from spectrim.checks import check, unwrapped
 from spectrim.layers import FactorizedLayer, named_layers
-from spectrim.layers.base import OneWeight
 from spectrim.layers.embedding import FactorizedEmbedding
-from spectrim.metrics.inputs import call_model, evaluating
+from spectrim.layers.weights import OneWeight
+from spectrim.metrics.calls import call_model, evaluating
 
 ROUNDS = 5
 """How often the two forms take turns."""

@@ -13,8 +13,8 @@ from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
 from spectrim.linalg.spectral import tail_energy
-from spectrim.surgery.calibrate import Calibration
 from spectrim.surgery.decompositions import Decompositions
+from spectrim.surgery.moments import Calibration
 
 VANISHING = 8.0
 """Gradients at a layer's outputs below so many roundings of these outputs, at every weight, are no gradients."""

@@ -16,7 +16,7 @@ from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.linear import FactorizedConv1D, FactorizedLinear
 from spectrim.layers.recurrent import FactorizedRecurrent
 from spectrim.linalg.spectral import pooled_spectrum, svd_of_product
-from spectrim.metrics.inputs import call_model, evaluating, unfused
+from spectrim.metrics.calls import call_model, evaluating, unfused
 
 
 @dataclass(frozen=True, eq=False)
