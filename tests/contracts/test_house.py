@@ -57,26 +57,7 @@ CLASS_QUESTIONS = {
 }
 """Most ``isinstance(..., Factorized...)`` by file outside ``layers/``; none elsewhere."""
 
-FACTOR_READS = {
-    "budget/costs.py": 3,
-    "budget/distortion/energy.py": 3,
-    "budget/distortion/loss.py": 7,
-    "budget/distortion/measured.py": 3,
-    "budget/distortion/normalized.py": 3,
-    "budget/latency_table.py": 1,
-    "budget/timing.py": 6,
-    "integrations/steps.py": 4,
-    "integrations/tracking.py": 1,
-    "surgery/balance.py": 6,
-    "surgery/calibrate.py": 5,
-    "surgery/correct.py": 6,
-    "surgery/merge.py": 1,
-    "surgery/optimizer_state.py": 5,
-    "surgery/prune.py": 9,
-    "training/checkpoint.py": 4,
-    "training/history.py": 2,
-    "training/squeeze.py": 2,
-}
+FACTOR_READS: dict[str, int] = {}
 """Most ``.U``, ``.S`` and ``.Vh`` by file outside ``forms/``, ``layers/`` and ``penalties/``; none elsewhere."""
 
 

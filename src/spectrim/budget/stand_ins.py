@@ -61,7 +61,7 @@ def thin(model: nn.Module, rank: int, *, own: bool = False) -> Iterator[nn.Modul
         own: whether the model may be changed inside and put back afterwards; a copy that shares its tensors is made otherwise.
     """
     held = dict(named_factors(model))
-    small = {name: _first(factors, rank) for name, factors in held.items()}
+    small = {name: factors.first(rank).requires_grad_(False) for name, factors in held.items()}
     if not own:
         yield _with(model, {id(held[name]): factors for name, factors in small.items()})
         return
@@ -72,24 +72,14 @@ def thin(model: nn.Module, rank: int, *, own: bool = False) -> Iterator[nn.Modul
         exchange_factors(model, held)
 
 
-def _first(factors: Factors, rank: int) -> Factors:
-    parts = (factors.U[..., :rank], factors.S[..., :rank], factors.Vh[..., :rank, :])
-    return Factors(*parts, dtype=factors.dtype, requires_grad=False).train(factors.training)
-
-
 def dense(model: nn.Module) -> nn.Module:
     """Return the network with ordinary layers, whose weights are zeros that take no memory, in the place of the factorized ones.
 
     Args:
         model: factorized.
     """
-
-    def hollow(factors: Factors) -> Factors:
-        parts = (factors.U[..., :1], factors.S[..., :1], factors.Vh[..., :1, :])
-        return Factors(*(part.detach().to("meta") for part in parts), dtype=factors.dtype, requires_grad=False)
-
-    made = merge(_with(model, {id(f): hollow(f) for _, f in named_factors(model)}), latency=Only(()))
-    devices = {name: next(iter(layer.named_factors()))[1].U.device for name, layer in named_layers(model)}
+    made = merge(_with(model, {id(f): f.first(1, device="meta").requires_grad_(False) for _, f in named_factors(model)}), latency=Only(()))
+    devices = {name: next(iter(layer.named_factors()))[1].device for name, layer in named_layers(model)}
     zeros: dict[int, nn.Parameter] = {}
     for name, device in devices.items():
         layer = made.get_submodule(name)

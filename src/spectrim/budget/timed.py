@@ -169,5 +169,5 @@ def describe(layer: FactorizedLayer, weight: str) -> str:
     """Return a layer's kind, settings, sizes, dtype and device as text; its rank does not matter."""
     factors = layer.factors_of(weight)
     out, in_ = factors.shape
-    sizes = f"{factors.blocks}x{out}x{in_} {factors.dtype} {factors.U.device.type}".replace("torch.", "")
+    sizes = f"{factors.blocks}x{out}x{in_} {factors.dtype} {factors.device.type}".replace("torch.", "")
     return f"{layer.dense_kind.__name__}({layer.extra_repr()}) {weight} {sizes}"

@@ -72,7 +72,7 @@ class _Operation:
 
 
 def _example(call: Call, device: str | torch.device | None = None) -> Tensor:
-    device = device or call.layer.factors_of(call.weight).U.device
+    device = device or call.layer.factors_of(call.weight).device
     return torch.empty(_shape(call), dtype=call.dtype, device=device).contiguous(memory_format=call.memory_format)
 
 
@@ -90,9 +90,9 @@ def _forms(call: Call, rank: int) -> tuple[nn.Module, nn.Module]:
     factors = layer.factors_of(call.weight)
     out, in_ = factors.shape
     if isinstance(layer, FactorizedRecurrent):
-        dense, weights = _one_cell(layer, call.weight, factors.dtype, factors.U.device)
+        dense, weights = _one_cell(layer, call.weight, factors.dtype, factors.device)
         name = "_".join((*call.weight.split("_")[:2], "l0"))
-        options: dict[str, Any] = {"dtype": factors.dtype, "device": factors.U.device}
+        options: dict[str, Any] = {"dtype": factors.dtype, "device": factors.device}
         pair = (torch.randn(out, rank, **options) / out, torch.randn(rank, in_, **options))
         settings = {"bias": layer.bias, "proj_size": layer.proj_size}
         plain = PlainRecurrent(layer.mode, dense.input_size, dense.hidden_size, weights=weights | {name: pair}, **settings)
@@ -103,8 +103,7 @@ def _forms(call: Call, rank: int) -> tuple[nn.Module, nn.Module]:
     for key, value in vars(bare).items():
         if key.endswith("_hooks") and isinstance(value, dict):
             bare.__dict__[key] = OrderedDict()
-    lead = (factors.blocks,) if factors.S.dim() > 1 else ()
-    U, S, Vh = (torch.randn(*lead, *shape, device=factors.U.device) for shape in ((out, rank), (rank,), (rank, in_)))
+    U, S, Vh = (torch.randn(*factors.lead, *shape, device=factors.device) for shape in ((out, rank), (rank,), (rank, in_)))
     bare._modules["factors"] = nn.ModuleDict({"weight": Factors(U / out, S, Vh, dtype=factors.dtype)})
     two = bare.split(_share_nothing, ("weight",))
     dense = bare.release(_share_nothing)
@@ -120,7 +119,7 @@ def _as_linear(attention: Any, weight: str) -> FactorizedLayer:
     """Return the factorized linear layer that a projection of an attention is."""
     factors = attention.factors_of(weight)
     out, in_ = factors.shape
-    linear = nn.Linear(in_, out, bias=attention.in_proj_bias is not None, device=factors.U.device, dtype=factors.dtype)
+    linear = nn.Linear(in_, out, bias=attention.in_proj_bias is not None, device=factors.device, dtype=factors.dtype)
     return FactorizedLinear.adopt(linear, {"weight": factors}, "channel")
 
 

@@ -70,7 +70,8 @@ def calibrate(
     observed, held = observable(model)
     sums = Sums({id(factors): name for name, factors in held.items()}, absorbing(model) if centered else ())
     for factors in held.values():
-        factors.S.requires_grad_(loss is not None)
+        for parameter in factors.slope_parameters():
+            parameter.requires_grad_(loss is not None)
     seen = 0
     with isolated(observed), torch.set_grad_enabled(loss is not None), sums.watching(observed):
         for inputs, target in batches_of(

@@ -20,7 +20,7 @@ from spectrim.metrics.calls import evaluating
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.moments import WIDE, WIDEST_INPUTS, Calibration
 from spectrim.surgery.observing import batches_of, check_examples, isolated
-from spectrim.surgery.regression import folded, moments_of, parts_of, refit_
+from spectrim.surgery.regression import folded, moments_of, refit_
 from spectrim.surgery.side_by_side import ALIVE, _Both, _in_one_pass, _layer_by_layer, _Met, _order, _Unsteady, room
 
 ROWS, FEWEST_ROWS = 128, 2**18
@@ -123,8 +123,7 @@ def correct(
     changed = correct_(corrected, dense, data, calibration=calibration, examples=examples, progress=progress)
     with torch.no_grad():
         for factors in changed:
-            for parameter, value in zip((factors.U, factors.S, factors.Vh), linalg.svd_of_product(*parts_of(factors)), strict=True):
-                parameter.copy_(value.reshape(parameter.shape))
+            factors.set_(*linalg.svd_of_product(*factors.block_parts()))
     return corrected
 
 

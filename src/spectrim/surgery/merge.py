@@ -58,7 +58,7 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
     def share(factors: Factors, part: str, tensor: Tensor) -> nn.Parameter:
         key = (id(factors), part, tuple(tensor.shape))
         if key not in shared:
-            shared[key] = nn.Parameter(tensor.detach(), requires_grad=factors.S.requires_grad)
+            shared[key] = nn.Parameter(tensor.detach(), requires_grad=factors.trained)
         return shared[key]
 
     if latency is not None:

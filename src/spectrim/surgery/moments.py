@@ -146,7 +146,9 @@ class Sums:
         """Differentiate the sum of the examples' losses."""
         if not total.requires_grad:
             return
-        grads = torch.autograd.grad(total, [factors.S for factors in held.values()], allow_unused=True)
+        grads = torch.autograd.grad(
+            total, [parameter for factors in held.values() for parameter in factors.slope_parameters()], allow_unused=True
+        )
         for name, grad in zip(held, grads, strict=True):
             if grad is not None:
                 self.slopes[name] = self.slopes.get(name, torch.zeros_like(grad, dtype=torch.float64)) + grad
@@ -165,7 +167,7 @@ class Sums:
             centered = inputs[name] - total.unsqueeze(-1) * mean.unsqueeze(-2)
             trace, rest = (float(moment.diagonal(dim1=-2, dim2=-1).sum()) for moment in (inputs[name], centered))
             if rest > CONSTANT * trace:
-                inputs[name], means[name] = centered, mean if held[name].S.dim() > 1 else mean[0]
+                inputs[name], means[name] = centered, mean if held[name].lead else mean[0]
         return Calibration(
             {name: _blocked(moment, held[name]) / examples for name, moment in inputs.items()},
             {name: _blocked(moment, held[name]) / self.positions[name] for name, moment in outputs.items()},
@@ -177,7 +179,7 @@ class Sums:
 
 
 def _blocked(moment: Tensor, factors: Factors) -> Tensor:
-    return moment if factors.S.dim() > 1 else moment[0]
+    return moment if factors.lead else moment[0]
 
 
 def add_gram(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:

@@ -48,7 +48,7 @@ def absorbing(model: nn.Module) -> dict[str, OneWeight]:
         factors, bias = layer.factors_of("weight"), getattr(layer, "bias", None)
         if not isinstance(bias, Tensor) or layer.scheme != "channel" or isinstance(layer, FactorizedEmbedding):
             return False
-        return bias.shape == (factors.U[..., 0].numel(),) and users[id(factors)] == users[id(bias)] == 1
+        return bias.shape == (factors.blocks * factors.shape[0],) and users[id(factors)] == users[id(bias)] == 1
 
     layers = ((factor_name(name, "weight"), layer) for name, layer in named_layers(model) if isinstance(layer, OneWeight))
     return {name: layer for name, layer in layers if absorbs(layer)}

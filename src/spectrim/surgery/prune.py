@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError
+from spectrim.forms.derived import product_with
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import refuse_shards
@@ -151,6 +152,6 @@ def _shift_biases(model: nn.Module, cuts: Mapping[str, tuple[Factors, Factors]],
         old, new = layer.factors_of("weight"), after[id(layer.factors_of("weight"))]
         if name in means and new.rank < old.rank:
             mean = means[name].unsqueeze(-1)
-            before, now = ((f.U.double() * f.S.double().unsqueeze(-2)) @ (f.Vh.double() @ mean) for f in (old, new))
+            before, now = (product_with(factors, mean) for factors in (old, new))
             bias: Any = layer.bias
             bias.add_((before - now).reshape(bias.shape).to(bias))

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from spectrim import linalg
-from spectrim.forms.svd import Factors
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.fold import leading
 from spectrim.surgery.decompositions import unit_rows
@@ -90,7 +89,7 @@ def refit_(layer: Any, original: Any, dense: Tensor, moments: Moments, left: Ten
         Whether the weight is another one.
     """
     factors = layer.factors_of("weight")
-    held = _composed(layer, *parts_of(factors))
+    held = _composed(layer, *factors.block_parts())
     wanted = dense @ moments.cross
     target = dense + _divided(wanted - dense @ moments.own, moments.own)
     candidates = (
@@ -106,10 +105,9 @@ def refit_(layer: Any, original: Any, dense: Tensor, moments: Moments, left: Ten
             best, error = candidate, found
     with torch.no_grad():
         if best is not None:
-            for parameter, value in zip((factors.U, factors.S, factors.Vh), best, strict=True):
-                parameter.copy_(value.reshape(parameter.shape))
+            factors.set_(*best)
         if layer.bias is not None and original.bias is not None:
-            weight = _composed(layer, *parts_of(factors))
+            weight = _composed(layer, *factors.block_parts())
             shift = dense @ moments.dense_mean.unsqueeze(-1) - weight @ moments.own_mean.unsqueeze(-1)
             layer.bias.copy_(original.bias.detach().double() + shift.flatten())
     return best is not None
@@ -137,12 +135,6 @@ def _divided(right: Tensor, moment: Tensor) -> Tensor:
 
 
 Parts = tuple[Tensor, Tensor, Tensor]
-
-
-def parts_of(factors: Factors) -> Parts:
-    """Return U, ``|S|`` and Vh with blocks, in float64."""
-    U, S, Vh = (part.detach().double() for part in (factors.U, factors.S, factors.Vh))
-    return (U, S, Vh) if S.dim() > 1 else (U[None], S[None], Vh[None])
 
 
 def _truncated(rank: int, target: Tensor, metric: Tensor, left: Tensor | None) -> Parts:
@@ -187,7 +179,7 @@ def _of_columns(layer: Any, wanted: Tensor, target: Tensor, moments: Moments, me
     by_offset = moments.own.reshape(-1, in_ * height, width, in_ * height, width)
     columns = by_offset.diagonal(dim1=-3, dim2=-1).mean(-1)
     candidates = []
-    for U, S, Vh in (parts_of(factors), _truncated(factors.rank, folded, columns, metric)):
+    for U, S, Vh in (factors.block_parts(), _truncated(factors.rank, folded, columns, metric)):
         rank, eye = S.shape[-1], torch.eye(width, dtype=Vh.dtype, device=Vh.device)
         left = (U * S.unsqueeze(-2)).reshape(-1, out, width * rank)
         B = torch.einsum("grm,bc->gbrmc", Vh, eye).reshape(-1, width * rank, in_ * height * width)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from spectrim.forms.derived import product_with
 from spectrim.forms.svd import Factors
 from spectrim.layers import factor_name, named_factors, named_layers
-from spectrim.surgery.decompositions import Decompositions, Metric, like, orthonormal
+from spectrim.surgery.decompositions import Decompositions, Metric, orthonormal
 from spectrim.surgery.observing import absorbing
 
 
@@ -79,7 +80,7 @@ def cut_(model: nn.Module, ranks: Mapping[str, int], decomposed: Decompositions,
     for name, layer in absorbing(model).items() if means else ():
         if name in means and cut[name].rank < held[name].rank:
             mean = means[name].unsqueeze(-1)
-            before, now = ((f.U.double() * f.S.double().abs().unsqueeze(-2)) @ (f.Vh.double() @ mean) for f in (held[name], cut[name]))
+            before, now = (product_with(factors, mean) for factors in (held[name], cut[name]))
             bias = layer.bias
             assert isinstance(bias, Tensor)
             bias.add_((before - now).reshape(bias.shape).to(bias))
@@ -88,7 +89,7 @@ def cut_(model: nn.Module, ranks: Mapping[str, int], decomposed: Decompositions,
 
 def copied(state: State) -> State:
     """Return a state whose factors can be changed while those of the first stay."""
-    return State({name: like(f, f.U, f.S, f.Vh) for name, f in state.factors.items()}, state.tensors)
+    return State({name: factors.copied() for name, factors in state.factors.items()}, state.tensors)
 
 
 def orthonormalize_(model: nn.Module) -> None:

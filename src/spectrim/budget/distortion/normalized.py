@@ -1,7 +1,8 @@
 """Distortion as discarded energy relative to the scale at which normalization layers read it."""
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.budget.distortion.base import _relative
+from spectrim.forms.derived import scaled_spectrum
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, named_factors
 from spectrim.layers.conv import FactorizedConv
 from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.linear import FactorizedConv1D, FactorizedLinear
 from spectrim.layers.recurrent import FactorizedRecurrent
-from spectrim.linalg.spectral import pooled_spectrum, svd_of_product
 from spectrim.metrics.calls import call_model, evaluating, unfused
 
 
@@ -63,10 +64,10 @@ class NormalizedEnergy:
         rows, columns = _normalisations(model, self.inputs)
         distortions = {}
         for name, factors in named_factors(model):
-            U, S, Vh = (part.detach().double() for part in (factors.U, factors.S, factors.Vh))
-            d, c = _averaged(rows[id(factors)], U[..., 0]), _averaged(columns[id(factors)], Vh[..., 0, :])
-            values = svd_of_product(d.unsqueeze(-1) * U, S, Vh * c.unsqueeze(-2))[1]
-            distortions[name] = _relative(pooled_spectrum(values)).cpu()
+            d, c = (
+                _averaged(s[id(factors)], (*factors.lead, n), factors.device) for s, n in zip((rows, columns), factors.shape, strict=True)
+            )
+            distortions[name] = _relative(scaled_spectrum(factors, d, c)).cpu()
         return distortions
 
 
@@ -207,14 +208,15 @@ def _scale(norm: Any, x: Tensor, axis: int) -> Tensor:
     return gain / (variance + norm.eps).clamp(min=1e-300).sqrt()
 
 
-def _averaged(scales: list[Tensor], like: Tensor) -> Tensor:
+def _averaged(scales: list[Tensor], shape: Sequence[int], device: torch.device) -> Tensor:
     """Return the root of the mean square of the scales found, folded as one side ``(*blocks, size)`` of a weight; ones for none.
 
     Args:
         scales: each of one entry for every feature.
-        like: has the shape of that side; each feature has several neighbouring entries there (those of the kernel's axes).
+        shape: of that side; each feature has several neighbouring entries there (those of the kernel's axes).
+        device: of the weight.
     """
     if not scales:
-        return torch.ones_like(like)
-    mean = torch.stack(scales).square().mean(0).sqrt().to(like)
-    return mean.repeat_interleave(like.numel() // mean.numel()).reshape(like.shape)
+        return torch.ones(shape, dtype=torch.float64, device=device)
+    mean = torch.stack(scales).square().mean(0).sqrt().to(device, torch.float64)
+    return mean.repeat_interleave(math.prod(shape) // mean.numel()).reshape(shape)
