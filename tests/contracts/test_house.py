@@ -41,20 +41,7 @@ LONG_FILES = {
 }
 """Files of more than `LONG` lines: the most lines they may have, and why they are long."""
 
-CLASS_QUESTIONS = {
-    "budget/costs.py": 5,
-    "budget/distortion/normalized.py": 8,
-    "budget/latency_table.py": 3,
-    "budget/timing.py": 2,
-    "integrations/pretrained.py": 1,
-    "storage/save.py": 1,
-    "surgery/calibrate.py": 6,
-    "surgery/correct.py": 1,
-    "surgery/coverage.py": 1,
-    "surgery/merge.py": 3,
-    "surgery/select.py": 3,
-    "training/execution.py": 1,
-}
+CLASS_QUESTIONS: dict[str, int] = {}
 """Most ``isinstance(..., Factorized...)`` by file outside ``layers/``; none elsewhere."""
 
 FACTOR_READS: dict[str, int] = {}

@@ -10,7 +10,7 @@ import numpy as np
 from rich.progress import track
 from torch import nn
 
-from spectrim.budget.costs import Call, calls
+from spectrim.budget.costs import calls
 from spectrim.budget.latency_cache import cache_path, describe_machine, read_timings, write_timings
 from spectrim.budget.onnx_layer import _NoFormError, _onnx_model
 from spectrim.budget.timed import MARGIN, LatencyTable, TimedWeight, describe
@@ -19,9 +19,8 @@ from spectrim.budget.whole_network import time_network
 from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
-from spectrim.layers import FactorizedLayer, factor_name, named_layers
-from spectrim.layers.embedding import FactorizedEmbedding
-from spectrim.layers.recurrent import FactorizedRecurrent, weight_shape
+from spectrim.layers import FactorizedLayer, factor_name, named_layers, sites
+from spectrim.layers.uses import Call
 
 POINTS = {"eager": 6, "compile": 3, "onnx": 6}
 """Ranks timed for each layer; a compiler takes seconds for each."""
@@ -88,12 +87,11 @@ def latency_table(
     ):
         if not fits:
             raise SettingError("latency_table", name, got=value, rule=rule)
-    names = {(id(layer), weight): factor_name(name, weight) for name, layer in named_layers(model) for weight in layer.factors}
-    if not names:
+    if next(sites(model), None) is None:
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
-    used: dict[tuple[int, str], list[Call]] = defaultdict(list)
+    used: dict[tuple[FactorizedLayer, str], list[Call]] = defaultdict(list)
     for call in calls(model, inputs):
-        used[id(call.layer), call.weight].append(call)
+        used[call.layer, call.weight].append(call)
 
     machine = describe_machine(backend)
     path = None if cache is None else cache_path(Path(cache), machine, backend, threads)
@@ -103,13 +101,13 @@ def latency_table(
     for layer_name, layer in named_layers(model):
         for weight, factors in layer.named_factors():
             step = multiple or (8 if factors.full_rank >= 64 else 4 if factors.full_rank >= 16 else 1)
-            own = used[id(layer), weight]
+            own = used[layer, weight]
             most = _most(own, factors) if own else layer.break_even(weight)
             reason = _untimed(layer, weight, own, backend)
             operations = {} if reason else {_key(call): _Operation(call, _grid(most, step, POINTS[backend])) for call in own}
             keys = tuple(_key(call) for call in own) if operations else ()
             most = layer.break_even(weight) if reason else most
-            share = _share(layer, weight) if operations else 1.0
+            share = layer.share_timed(weight) if operations else 1.0
             weights[factor_name(layer_name, weight)] = TimedWeight(describe(layer, weight), keys, step, most, share, reason)
             work |= operations
     timings = {key: stored[key] for key, operation in work.items() if key in stored and stored[key].ranks == operation.ranks}
@@ -146,27 +144,13 @@ def _most(own: Sequence[Call], factors: Factors) -> int:
 def _untimed(layer: FactorizedLayer, weight: str, own: Sequence[Call], backend: Backend) -> str:
     if not own:
         return "it does not run on these inputs"
-    if isinstance(layer, FactorizedEmbedding):
-        return "a look-up is never faster as a pair; by parameters"
+    if reason := layer.why_untimed(weight, backend == "eager"):
+        return reason
     if any(call.shape is None for call in own):
         return "query and key differ"
-    if isinstance(layer, FactorizedRecurrent) and not weight.startswith("weight_ih") and backend != "eager":
-        return "a pair on the hidden state is a loop in Python"
     if backend == "onnx":
         try:
             _onnx_model(_forms(own[0], 1)[1], _example(own[0], "meta"))
         except _NoFormError as error:
             return str(error)
     return ""
-
-
-def _share(layer: Any, weight: str) -> float:
-    """Return what part of the layer that is timed one weight is: an LSTM of one layer has two matrices or three."""
-    if not isinstance(layer, FactorizedRecurrent):
-        return 1.0
-    end = weight.split("_", 2)[2]
-    sizes = {name: math.prod(weight_shape(layer, name)) for name in layer.factors if name.split("_", 2)[2] == end}
-    return sizes[weight] / sum(sizes.values())
-
-
-# The cache: one JSON file for each machine, backend and number of threads

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from spectrim.forms.svd import Factors
-from spectrim.layers import factor_name, named_factors, named_layers
+from spectrim.layers import named_factors, named_layers
 from spectrim.protocols import Latencies
 from spectrim.surgery.coverage import break_evens
 from spectrim.surgery.merge import merge
@@ -30,13 +30,9 @@ class Only:
     names: Collection[str]
     latency: Latencies | None = None
 
-    def limits(self, model: nn.Module) -> dict[tuple[int, str], int]:
+    def limits(self, model: nn.Module) -> dict[str, int]:
         """Return the largest rank of a pair for each weight: 0 for those that are not named."""
-        own = break_evens(model, self.latency)
-        keys = {
-            (id(layer), weight): factor_name(name, weight) for name, layer in named_layers(model) for weight, _ in layer.named_factors()
-        }
-        return {key: limit if keys[key] in self.names else 0 for key, limit in own.items()}
+        return {name: limit if name in self.names else 0 for name, limit in break_evens(model, self.latency).items()}
 
     def seconds(self, name: str, rank: int | None) -> float | None:
         """Return None: nothing is timed."""

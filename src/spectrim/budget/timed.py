@@ -9,7 +9,7 @@ from torch import nn
 from spectrim.budget.latency_cache import timing_of
 from spectrim.budget.timing import Backend, Timing
 from spectrim.errors import FormatError, LayerError, SettingError
-from spectrim.layers import FactorizedLayer, factor_name, named_layers
+from spectrim.layers import FactorizedLayer, sites
 
 MARGIN = 0.05
 """A pair is written where it takes at least this share less time than the dense layer: less than that may be noise."""
@@ -97,20 +97,18 @@ class LatencyTable:
         """Return the number that a rank of one weight should be a multiple of."""
         return self._weight(name).multiple
 
-    def limits(self, model: nn.Module) -> dict[tuple[int, str], int]:
-        """Return the break-even rank of each factorized weight of a model, by the ``id`` of its layer and the weight's name.
+    def limits(self, model: nn.Module) -> dict[str, int]:
+        """Return the break-even rank of each factorized weight of a model, by the names of `coverage`.
 
         Raises:
             LayerError: when the table was made of another model.
         """
-        found: dict[tuple[int, str], int] = {}
-        for layer_name, layer in named_layers(model):
-            for weight, _ in layer.named_factors():
-                name = factor_name(layer_name, weight)
-                timed, present = self._weight(name).layer, describe(layer, weight)
-                if timed != present:
-                    raise LayerError(name, f"was timed as {timed} and is {present}", hint=AGAIN)
-                found[id(layer), weight] = self.break_even(name)
+        found: dict[str, int] = {}
+        for site in sites(model):
+            timed, present = self._weight(site.name).layer, describe(site.layer, site.key)
+            if timed != present:
+                raise LayerError(site.name, f"was timed as {timed} and is {present}", hint=AGAIN)
+            found[site.name] = self.break_even(site.name)
         return found
 
     def verdict(self, name: str, rank: int) -> str:

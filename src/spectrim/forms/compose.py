@@ -16,14 +16,17 @@ class Compose(torch.autograd.Function):
 
     @staticmethod
     def forward(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
+        """Return the product."""
         return (U * S.unsqueeze(-2)) @ Vh
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        """Keep the factors."""
         ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of the factors."""
         U, S, Vh = ctx.saved_tensors
         left = (grad @ Vh.mT.to(grad.dtype)).to(U.dtype)  # under autocast the product, and so `grad`, is in half precision
         right = (U.mT.to(grad.dtype) @ grad).to(Vh.dtype)

@@ -261,6 +261,12 @@ class Factors(nn.Module):
         parts = (self.U[..., :rank], self.S[..., :rank], self.Vh[..., :rank, :])
         return self.like(*(part.detach().to(device or self.device) for part in parts))
 
+    def random(self, rank: int) -> "Factors":
+        """Return random factors of this weight's shape and another rank, in float32 or the weight's dtype, to time what they do."""
+        out, in_ = self.shape
+        U, S, Vh = (torch.randn(*self.lead, *shape, device=self.device) for shape in ((out, rank), (rank,), (rank, in_)))
+        return type(self)(U / out, S, Vh, dtype=self.dtype)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow ``.to()``, ``.half()`` and friends, but keep U, S and Vh in float32 at least."""
 

@@ -1,7 +1,8 @@
 """What every factorized layer shares: taking over a dense layer, giving it back, and deciding how to run."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 
 from spectrim import linalg
 from spectrim.forms.svd import Factors
-from spectrim.layers.forwards import leads_to_forward_of, runs_forward_of
+from spectrim.layers.forwards import leads_to_forward_of, renew, runs_forward_of
+from spectrim.layers.uses import Call, Features, call_on, first_argument
 from spectrim.linalg.fold import Fold
 from spectrim.plain.exchanged import class_of
 
@@ -37,6 +39,11 @@ Self = TypeVar("Self", bound="FactorizedLayer")
 Share = Callable[[Factors, str, Tensor], nn.Parameter]
 
 
+def share_nothing(factors: Factors, part: str, tensor: Tensor) -> nn.Parameter:
+    """Make a parameter of its own for each tensor: a `Share`."""
+    return nn.Parameter(tensor.detach())
+
+
 class FactorizedLayer(nn.Module):
     """Base of the factorized layers: a dense torch layer whose weights are composed from `Factors`.
 
@@ -46,6 +53,9 @@ class FactorizedLayer(nn.Module):
     """
 
     dense_kinds: ClassVar[tuple[type[nn.Module], ...]] = ()
+
+    looks_up: ClassVar[bool] = False
+    """Whether the layer looks rows of its weight up, instead of multiplying with it."""
 
     factors: nn.ModuleDict
     scheme: Fold
@@ -222,6 +232,54 @@ class FactorizedLayer(nn.Module):
     def named_factors(self) -> list[tuple[str, Factors]]:
         """Return ``(weight name, factors)`` of this layer."""
         return [(name, self.factors_of(name)) for name in self.factors]
+
+    def calls_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Call]:
+        """Yield the uses of the layer's weights in one call."""
+        x = first_argument(args, kwargs)
+        yield from (call_on(self, name, x) for name, _ in self.named_factors())
+
+    def features_read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Features]:
+        """Yield the features that the weights read as they are; none where that is not known."""
+        yield from ()
+
+    def features_written(self, output: Any) -> Iterator[Features]:
+        """Yield the features of the output that are the product of a weight; none where that is not known."""
+        yield from ()
+
+    def params_written(self, name: str, rank: int | None, site: str) -> dict[str, int]:
+        """Return the entries of one block that `merge` stores for a weight, by tensor: what tied weights store once has one key.
+
+        Args:
+            name: which weight.
+            rank: None for the dense form.
+            site: the weight's name in the model, for tensors that are not shared.
+        """
+        out, in_ = self.factors_of(name).shape
+        if rank is None:
+            return {"dense": out * in_}
+        return {site: rank * (out + in_ - rank if self.interpolates(name, rank) else out + in_)}
+
+    def why_untimed(self, name: str, eager: bool) -> str:
+        """Return why multiply-accumulates decide about a weight, not seconds; empty where it is timed."""
+        return ""
+
+    def share_timed(self, name: str) -> float:
+        """Return what part of the operation that is timed for a weight is that weight."""
+        return 1.0
+
+    def timed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the input of the operation that is timed for a weight, from that of the layer's input."""
+        return shape
+
+    def timed_forms(self, name: str, rank: int) -> tuple[nn.Module, nn.Module]:
+        """Return the operation of one weight dense and as the pair that `merge` writes, with values that do not matter."""
+        bare, factors = renew(self, type(self)), self.factors_of(name)
+        for key, value in vars(bare).items():
+            if key.endswith("_hooks") and isinstance(value, dict):
+                bare.__dict__[key] = OrderedDict()
+        bare._modules["factors"] = nn.ModuleDict({name: factors.random(rank)})
+        two = bare.split(share_nothing, (name,))
+        return bare.release(share_nothing).eval(), two.eval()
 
     def overhead(self, name: str) -> float:
         """Return what two operations cost beyond their multiply-accumulates, in the unit of `work` without a shape."""

@@ -1,5 +1,7 @@
-"""Which forward a class runs: whether a torch layer's can be exchanged for that of its factorized kind."""
+"""Layers of another class: which forward a class runs, and `renew` for a copy of another class."""
 
+import copy
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -29,3 +31,12 @@ def _names_in(code: Any) -> set[str]:
 def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the class of `module` runs exactly the forward of `kind`."""
     return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "__call__", "_conv_forward"))
+
+
+def renew(module: nn.Module, kind: type[nn.Module], drop: Iterable[str] = ()) -> Any:
+    """Return a `kind` with `module`'s attributes, parameters, children and hooks; the containers are copied, the tensors are not."""
+    new: Any = object.__new__(kind)
+    for key, value in vars(module).items():
+        if key not in drop:
+            new.__dict__[key] = copy.copy(value) if isinstance(value, dict | set | list) else value
+    return new

@@ -11,7 +11,7 @@ from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
 from spectrim.layers.base import FactorizedLayer
 from spectrim.layers.embedding import FactorizedEmbedding
-from spectrim.layers.taking_over import renew
+from spectrim.layers.forwards import renew
 from spectrim.layers.weights import OneWeight
 
 TOLERANCE = 1e-9

@@ -1,22 +1,12 @@
-"""Making one layer another in place: `become`, and `renew` for a copy of another class."""
+"""Making one layer another in place."""
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
-from spectrim.layers.base import FactorizedLayer
+from spectrim.layers.base import FactorizedLayer, Share
 from spectrim.plain.exchanged import class_of
-
-
-def renew(module: nn.Module, kind: type[nn.Module], drop: Iterable[str] = ()) -> Any:
-    """Return a `kind` with `module`'s attributes, parameters, children and hooks; the containers are copied, the tensors are not."""
-    new: Any = object.__new__(kind)
-    for key, value in vars(module).items():
-        if key not in drop:
-            new.__dict__[key] = copy.copy(value) if isinstance(value, dict | set | list) else value
-    return new
 
 
 def become(layer: nn.Module, plain: nn.Module, base: type | None = None) -> nn.Module:
@@ -48,3 +38,9 @@ def become(layer: nn.Module, plain: nn.Module, base: type | None = None) -> nn.M
     held.__dict__.update(settings | getattr(ours, "settings", {}))
     held.__class__ = class_of(ours, type(held), base) if stands is not None and stands(base) else ours
     return held  # type: ignore[no-any-return]
+
+
+def write_(layer: FactorizedLayer, share: Share, paying: Collection[str]) -> nn.Module:
+    """Make a factorized layer ordinary in place: as two operations where a weight pays, else dense; return it."""
+    pair = layer.split(share, paying)
+    return layer.release(share) if pair is None else become(layer, pair)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import LayerError
 from spectrim.layers.base import FactorizedLayer, Share
+from spectrim.layers.uses import Features, Side
 from spectrim.linalg.fold import Fold
 from spectrim.linalg.writings import write
 from spectrim.plain.chain import Composed
@@ -33,6 +34,18 @@ class OneWeight(FactorizedLayer):
         for part in (plain.kept, plain.mix):
             part.requires_grad_(factors.S.requires_grad)
         return plain
+
+    def params_written(self, name: str, rank: int | None, site: str) -> dict[str, int]:
+        """Two tensors, which layers with the same weight share."""
+        if rank is None or self.interpolates(name, rank):
+            return super().params_written(name, rank, site)
+        out, in_ = self.factors_of(name).shape
+        return {"left": rank * out, "right, transposed" if self.looks_up else "right": rank * in_}
+
+    def _features(self, side: Side, x: Any) -> Iterator[Features]:
+        """Yield the input or output of a layer that multiplies features with its weight; its features lie where torch has them."""
+        if isinstance(x, Tensor):
+            yield Features(self.factors_of("weight"), side, x, -1 - len(getattr(self, "kernel_size", ())))
 
     @property
     def U(self) -> Tensor:

@@ -68,7 +68,7 @@ def calibrate(
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
     check_examples("calibrate", examples)
     observed, held = observable(model)
-    sums = Sums({id(factors): name for name, factors in held.items()}, absorbing(model) if centered else ())
+    sums = Sums({factors: name for name, factors in held.items()}, absorbing(model) if centered else ())
     for factors in held.values():
         for parameter in factors.slope_parameters():
             parameter.requires_grad_(loss is not None)

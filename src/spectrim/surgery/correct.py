@@ -14,7 +14,6 @@ from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import factor_name, named_layers
-from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.weights import OneWeight
 from spectrim.metrics.calls import evaluating
 from spectrim.surgery.exchange import duplicate
@@ -50,7 +49,7 @@ def uncorrected(model: nn.Module) -> dict[str, str]:
     for layer_name, layer in named_layers(model):
         for weight, factors in layer.named_factors():
             name = factor_name(layer_name, weight)
-            if isinstance(layer, FactorizedEmbedding):
+            if layer.looks_up:
                 reasons[name] = "an embedding looks rows up"
             elif not isinstance(layer, OneWeight) or id(layer) in inside:
                 reasons[name] = "its inputs are inside a fused kernel"

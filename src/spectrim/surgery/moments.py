@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
-from spectrim.layers.embedding import FactorizedEmbedding
+from spectrim.layers.uses import first_argument
 from spectrim.layers.weights import OneWeight
-from spectrim.surgery.observing import first_argument
 
 WIDEST = 8192
 """Weights with more outputs than this (vocabularies) have no moments of the outputs: the matrix would take more than 0.5 GB."""
@@ -93,11 +92,11 @@ class Sums:
     """What `calibrate` adds up, by the names of weights.
 
     Args:
-        names: by the ``id`` of factors.
+        names: by factors.
         absorbing: those whose mean is taken out.
     """
 
-    def __init__(self, names: Mapping[int, str], absorbing: Collection[str]) -> None:
+    def __init__(self, names: Mapping[Factors, str], absorbing: Collection[str]) -> None:
         self.names, self.absorbing = names, absorbing
         self.totals: dict[str, Tensor] = {}
         self.rows: dict[str, int] = defaultdict(int)
@@ -112,9 +111,9 @@ class Sums:
         """Add up whatever the layers of `model` meet inside."""
         layers = [layer for layer in model.modules() if isinstance(layer, OneWeight)]
         for layer in layers:
-            if isinstance(layer, FactorizedEmbedding):
-                self.skipped[self.names[id(layer.factors_of("weight"))]] = EMBEDDING
-        layers = [layer for layer in layers if not isinstance(layer, FactorizedEmbedding)]
+            if layer.looks_up:
+                self.skipped[self.names[layer.factors_of("weight")]] = EMBEDDING
+        layers = [layer for layer in layers if not layer.looks_up]
         handles = [layer.register_forward_hook(self._called, with_kwargs=True) for layer in layers]
         try:
             yield
@@ -124,7 +123,7 @@ class Sums:
 
     def _called(self, layer: OneWeight, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         factors = layer.factors_of("weight")
-        name, x = self.names[id(factors)], first_argument(args, kwargs)
+        name, x = self.names[factors], first_argument(args, kwargs)
         if factors.shape[1] > WIDEST_INPUTS:
             self.skipped[name] = WIDE
             return

@@ -1,7 +1,7 @@
 """Running a model on batches to observe its layers."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from operator import index
 from typing import Any, SupportsIndex
@@ -13,11 +13,8 @@ from torch import Tensor, nn
 
 from spectrim.errors import SettingError
 from spectrim.forms.svd import Factors
-from spectrim.layers import FactorizedLayer, factor_name, named_factors, named_layers
-from spectrim.layers.attention import become_attention, observed_attention
-from spectrim.layers.embedding import FactorizedEmbedding
-from spectrim.layers.recurrent import FactorizedRecurrent
-from spectrim.layers.taking_over import become
+from spectrim.layers import factor_name, named_factors, named_layers
+from spectrim.layers.attention import make_observable_
 from spectrim.layers.weights import OneWeight
 from spectrim.metrics.batch import BatchDims, stated
 from spectrim.metrics.calls import unfused
@@ -46,17 +43,12 @@ def absorbing(model: nn.Module) -> dict[str, OneWeight]:
 
     def absorbs(layer: OneWeight) -> bool:
         factors, bias = layer.factors_of("weight"), getattr(layer, "bias", None)
-        if not isinstance(bias, Tensor) or layer.scheme != "channel" or isinstance(layer, FactorizedEmbedding):
+        if not isinstance(bias, Tensor) or layer.scheme != "channel" or layer.looks_up:
             return False
         return bias.shape == (factors.blocks * factors.shape[0],) and users[id(factors)] == users[id(bias)] == 1
 
     layers = ((factor_name(name, "weight"), layer) for name, layer in named_layers(model) if isinstance(layer, OneWeight))
     return {name: layer for name, layer in layers if absorbs(layer)}
-
-
-def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Return a layer's input, however it was passed."""
-    return args[0] if args else next(iter(kwargs.values()))
 
 
 def observable(model: nn.Module) -> tuple[nn.Module, dict[str, Factors]]:
@@ -66,13 +58,7 @@ def observable(model: nn.Module) -> tuple[nn.Module, dict[str, Factors]]:
     """
     clone = duplicate(model).eval().requires_grad_(False)
     held = dict(named_factors(clone))
-    for module in list(clone.modules()):
-        if isinstance(module, FactorizedRecurrent):
-            become(module, module.observed().requires_grad_(False))
-        elif isinstance(module, nn.MultiheadAttention) and (
-            isinstance(module, FactorizedLayer) or isinstance(module.out_proj, FactorizedLayer)
-        ):
-            become_attention(module, observed_attention(module).requires_grad_(False))
+    make_observable_(clone)
     return clone, held
 
 

@@ -11,7 +11,6 @@ from torch.utils.benchmark import Timer
 
 from spectrim.checks import check, unwrapped
 from spectrim.layers import FactorizedLayer, named_layers
-from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.weights import OneWeight
 from spectrim.metrics.calls import call_model, evaluating
 
@@ -80,7 +79,7 @@ def _uses(model: nn.Module, inputs: Any) -> dict[int, list[_Use]]:
         x = args[0] if args else next(iter(kwargs.values()))
         found.setdefault(id(layer), []).append(_Use(tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad))
 
-    with_choice = [m for m in model.modules() if isinstance(m, OneWeight) and not isinstance(m, FactorizedEmbedding)]
+    with_choice = [m for m in model.modules() if isinstance(m, OneWeight) and not m.looks_up]
     handles = [layer.register_forward_pre_hook(called, with_kwargs=True) for layer in with_choice]
     try:
         with evaluating(model), torch.enable_grad():

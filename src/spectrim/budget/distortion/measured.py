@@ -19,7 +19,7 @@ from spectrim.budget.distortion.energy import SpectralEnergy
 from spectrim.errors import SettingError
 from spectrim.files import write_text
 from spectrim.forms.derived import zeroed_beyond
-from spectrim.layers import named_factors, named_layers
+from spectrim.layers import named_factors, sites
 from spectrim.metrics.evaluate import evaluate
 from spectrim.surgery.coverage import break_evens
 from spectrim.surgery.exchange import duplicate
@@ -103,9 +103,9 @@ class MeasuredLoss:
     def _grid(self, model: nn.Module) -> dict[str, list[int]]:
         """Return the ranks to measure of each weight, ascending, without the present one."""
         limits, grid = break_evens(model), {}
-        users = {id(factors): limits[id(layer), weight] for _, layer in named_layers(model) for weight, factors in layer.named_factors()}
+        users = {site.factors: limits[site.name] for site in sites(model)}
         for name, factors in named_factors(model):
-            most = min(users[id(factors)], factors.rank - 1)
+            most = min(users[factors], factors.rank - 1)
             between = {round(rank) for rank in np.geomspace(1, most, self.points)} if most >= 1 else set()
             grid[name] = sorted({0} | between)
         return grid
