@@ -23,7 +23,7 @@ from spectrim.budget.ways import WAYS, Way
 from spectrim.checks import check, naming, unwrapped
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
-from spectrim.layers.base import Writing
+from spectrim.layers.exchanged import Writing
 from spectrim.metrics.calls import call_model, evaluating
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of

@@ -7,7 +7,7 @@ from torch import nn
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
 from spectrim.layers.attention import FactorizedMultiheadAttention, plain_attention
-from spectrim.layers.base import FactorizedLayer, Share
+from spectrim.layers.base import FactorizedLayer
 from spectrim.layers.conv import (
     FactorizedConv1d,
     FactorizedConv2d,
@@ -17,6 +17,7 @@ from spectrim.layers.conv import (
     FactorizedConvTranspose3d,
 )
 from spectrim.layers.embedding import FactorizedEmbedding
+from spectrim.layers.exchanged import Share
 from spectrim.layers.forwards import renew
 from spectrim.layers.linear import FactorizedConv1D, FactorizedLinear
 from spectrim.layers.own import check_kind

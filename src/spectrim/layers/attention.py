@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.layers.base import FactorizedLayer, Share
+from spectrim.layers.base import FactorizedLayer
+from spectrim.layers.exchanged import Share
 from spectrim.layers.linear import FactorizedLinear, linear_of
 from spectrim.layers.recurrent import FactorizedRecurrent
 from spectrim.layers.taking_over import become

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from spectrim import linalg
 from spectrim.forms.svd import Factors
-from spectrim.layers.base import Share
+from spectrim.layers.exchanged import Share
 from spectrim.layers.geometry import (
     CHANNELS_LAST,
     TRANSPOSED,
@@ -130,11 +130,11 @@ class FactorizedConv(OneWeight):
     def features_read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Features]:
         """The input's features are the weight's columns."""
         if args or kwargs:
-            yield from self._features("columns", first_argument(args, kwargs))
+            yield from self._features_at("columns", first_argument(args, kwargs))
 
     def features_written(self, output: Any) -> Iterator[Features]:
         """The output's features are the weight's rows."""
-        yield from self._features("rows", output)
+        yield from self._features_at("rows", output)
 
     def input_rows(self, x: Tensor, output_shape: Sequence[int], scheme: Fold | None = None) -> Iterator[Tensor]:
         """Yield the inputs of the folded matrix, ``(groups, n, in * taps)``, with the taps that the fold has on the input side.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spectrim.layers.base import Share
+from spectrim.layers.exchanged import Share
 from spectrim.layers.uses import Features
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.fold import Fold
@@ -59,7 +59,7 @@ class FactorizedEmbedding(OneWeight, nn.Embedding):
 
     def features_written(self, output: Any) -> Iterator[Features]:
         """The output's features are the weight's columns."""
-        yield from self._features("columns", output)
+        yield from self._features_at("columns", output)
 
     def why_untimed(self, name: str, eager: bool) -> str:
         """Parameters decide."""

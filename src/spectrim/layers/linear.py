@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectrim.forms.svd import Factors
-from spectrim.layers.base import Share
+from spectrim.layers.exchanged import Share
 from spectrim.layers.uses import Features, first_argument
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.fold import Fold
@@ -74,11 +74,11 @@ class FactorizedLinear(OneWeight, nn.Linear):
     def features_read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Features]:
         """The input's features are the weight's columns."""
         if args or kwargs:
-            yield from self._features("columns", first_argument(args, kwargs))
+            yield from self._features_at("columns", first_argument(args, kwargs))
 
     def features_written(self, output: Any) -> Iterator[Features]:
         """The output's features are the weight's rows."""
-        yield from self._features("rows", output)
+        yield from self._features_at("rows", output)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
@@ -135,11 +135,11 @@ class FactorizedConv1D(OneWeight):
     def features_read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Features]:
         """The input's features are the weight's columns."""
         if args or kwargs:
-            yield from self._features("columns", first_argument(args, kwargs))
+            yield from self._features_at("columns", first_argument(args, kwargs))
 
     def features_written(self, output: Any) -> Iterator[Features]:
         """The output's features are the weight's rows."""
-        yield from self._features("rows", output)
+        yield from self._features_at("rows", output)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., nx)`` to ``(..., nf)``."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from spectrim.layers.base import Share
+from spectrim.layers.exchanged import Share
 from spectrim.layers.linear import linear_of
 from spectrim.layers.uses import Call, Features, call_on, first_argument
 from spectrim.layers.weights import SeveralWeights

@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.layers.base import FactorizedLayer, Share
+from spectrim.layers.base import FactorizedLayer
+from spectrim.layers.exchanged import Share
 from spectrim.plain.exchanged import class_of
 
 
@@ -40,7 +41,17 @@ def become(layer: nn.Module, plain: nn.Module, base: type | None = None) -> nn.M
     return held  # type: ignore[no-any-return]
 
 
-def write_(layer: FactorizedLayer, share: Share, paying: Collection[str]) -> nn.Module:
-    """Make a factorized layer ordinary in place: as two operations where a weight pays, else dense; return it."""
-    pair = layer.split(share, paying)
-    return layer.release(share) if pair is None else become(layer, pair)
+def write_(layer: nn.Module, share: Share, paying: Collection[str]) -> None:
+    """Make a factorized layer ordinary in place: as two operations where a weight pays, else dense.
+
+    Args:
+        layer: factorized.
+        share: makes the parameter for a tensor.
+        paying: names of the weights to write as two operations.
+    """
+    held: Any = layer
+    pair = held.split(share, paying)
+    if pair is None:
+        held.release(share)
+    else:
+        become(layer, pair)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import LayerError
-from spectrim.layers.base import FactorizedLayer, Share
+from spectrim.layers.base import FactorizedLayer
+from spectrim.layers.exchanged import Share
 from spectrim.layers.uses import Features, Side
 from spectrim.linalg.fold import Fold
 from spectrim.linalg.writings import write
@@ -42,7 +43,7 @@ class OneWeight(FactorizedLayer):
         out, in_ = self.factors_of(name).shape
         return {"left": rank * out, "right, transposed" if self.looks_up else "right": rank * in_}
 
-    def _features(self, side: Side, x: Any) -> Iterator[Features]:
+    def _features_at(self, side: Side, x: Any) -> Iterator[Features]:
         """Yield the input or output of a layer that multiplies features with its weight; its features lie where torch has them."""
         if isinstance(x, Tensor):
             yield Features(self.factors_of("weight"), side, x, -1 - len(getattr(self, "kernel_size", ())))

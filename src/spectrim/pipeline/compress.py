@@ -16,7 +16,7 @@ from spectrim.budget.promise import counted, recounted
 from spectrim.checks import check, naming, unwrapped
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
-from spectrim.layers.base import Writing
+from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
 from spectrim.pipeline.compressed import Compressed

@@ -1,5 +1,6 @@
 """`correct` refits the weights of a cut network to what the network before the cut computes."""
 
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
 from typing import Any
@@ -13,7 +14,7 @@ from spectrim import linalg
 from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
-from spectrim.layers import factor_name, named_layers
+from spectrim.layers import named_layers, sites
 from spectrim.layers.weights import OneWeight
 from spectrim.metrics.calls import evaluating
 from spectrim.surgery.exchange import duplicate
@@ -40,23 +41,18 @@ def uncorrected(model: nn.Module) -> dict[str, str]:
         >>> list(uncorrected(factorize(nn.LSTM(4, 4))).values())
         ['its inputs are inside a fused kernel', 'its inputs are inside a fused kernel']
     """
-    inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
-    users: dict[int, int] = {}
-    for _, layer in named_layers(model):
-        for _, factors in layer.named_factors():
-            users[id(factors)] = users.get(id(factors), 0) + 1
+    inside = {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    users = Counter(site.factors for site in sites(model))
     reasons = {}
-    for layer_name, layer in named_layers(model):
-        for weight, factors in layer.named_factors():
-            name = factor_name(layer_name, weight)
-            if layer.looks_up:
-                reasons[name] = "an embedding looks rows up"
-            elif not isinstance(layer, OneWeight) or id(layer) in inside:
-                reasons[name] = "its inputs are inside a fused kernel"
-            elif users[id(factors)] > 1:
-                reasons[name] = "it is tied to another layer's"
-            elif factors.shape[1] > WIDEST_INPUTS:
-                reasons[name] = WIDE
+    for site in sites(model):
+        if site.layer.looks_up:
+            reasons[site.name] = "an embedding looks rows up"
+        elif not isinstance(site.layer, OneWeight) or site.layer in inside:
+            reasons[site.name] = "its inputs are inside a fused kernel"
+        elif users[site.factors] > 1:
+            reasons[site.name] = "it is tied to another layer's"
+        elif site.factors.shape[1] > WIDEST_INPUTS:
+            reasons[site.name] = WIDE
     return reasons
 
 

@@ -49,10 +49,10 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
     """
     check("merge", model=model, latency=latency)
     clone = duplicate(unwrapped(model))
-    shared: dict[tuple[int, str, tuple[int, ...]], nn.Parameter] = {}
+    shared: dict[tuple[Factors, str, tuple[int, ...]], nn.Parameter] = {}
 
     def share(factors: Factors, part: str, tensor: Tensor) -> nn.Parameter:
-        key = (id(factors), part, tuple(tensor.shape))
+        key = (factors, part, tuple(tensor.shape))
         if key not in shared:
             shared[key] = nn.Parameter(tensor.detach(), requires_grad=factors.trained)
         return shared[key]

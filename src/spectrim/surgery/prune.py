@@ -128,10 +128,10 @@ def _cuts(
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
     if isinstance(ranks, Mapping):
         check_names(model, ranks)
-    modules = {id(module): name for name, module in model.named_modules()}
+    modules = {module: name for name, module in model.named_modules()}
     cuts: dict[str, tuple[Factors, Factors]] = {}
     for name, factors in named_factors(model):
-        cuts[modules[id(factors)]] = factors, _cut(name, factors, ranks, calibration)
+        cuts[modules[factors]] = factors, _cut(name, factors, ranks, calibration)
     return cuts
 
 
@@ -147,9 +147,9 @@ def _cut(name: str, factors: Factors, ranks: RankRule | Mapping[str, SupportsInd
 def _shift_biases(model: nn.Module, cuts: Mapping[str, tuple[Factors, Factors]], calibration: Calibration | None) -> None:
     """Let the biases take up what the cuts, which are still to be made, do to the mean of each output."""
     means = {} if calibration is None else calibration.means
-    after = {id(old): new for old, new in cuts.values()}
+    after = {old: new for old, new in cuts.values()}
     for name, layer in absorbing(model).items() if means else ():
-        old, new = layer.factors_of("weight"), after[id(layer.factors_of("weight"))]
+        old, new = layer.factors_of("weight"), after[layer.factors_of("weight")]
         if name in means and new.rank < old.rank:
             mean = means[name].unsqueeze(-1)
             before, now = (product_with(factors, mean) for factors in (old, new))

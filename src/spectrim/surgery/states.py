@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from spectrim.forms.derived import product_with
 from spectrim.forms.svd import Factors
-from spectrim.layers import factor_name, named_factors, named_layers
+from spectrim.layers import named_factors, named_layers, sites
 from spectrim.surgery.decompositions import Decompositions, Metric, orthonormal
 from spectrim.surgery.observing import absorbing
 
@@ -56,12 +56,11 @@ def exchange_factors(model: nn.Module, new: Mapping[str, Factors]) -> None:
         model: factorized.
         new: by the names of `named_factors`.
     """
-    replaced: dict[int, Factors | None] = {}
-    for layer_name, layer in list(named_layers(model)):
-        for weight, factors in layer.named_factors():
-            own = replaced.setdefault(id(factors), new.get(factor_name(layer_name, weight)))
-            if own is not None:
-                layer.factors[weight] = own
+    replaced: dict[Factors, Factors | None] = {}
+    for site in list(sites(model)):
+        own = replaced.setdefault(site.factors, new.get(site.name))
+        if own is not None:
+            site.layer.factors[site.key] = own
 
 
 @torch.no_grad()
@@ -102,8 +101,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {
         f"{name}:{key}": own for name, layer in named_layers(model) for key, own in layer._parameters.items() if own is not None
     }
-    inside = {id(module) for _, factors in named_factors(model) for module in factors.modules()}
+    inside = {module for _, factors in named_factors(model) for module in factors.modules()}
     for name, module in model.named_modules():
-        if id(module) not in inside:
+        if module not in inside:
             found |= {f"{name}:{key}": buffer for key, buffer in module._buffers.items() if buffer is not None}
     return found
