@@ -41,7 +41,7 @@ def uncorrected(model: nn.Module) -> dict[str, str]:
         >>> list(uncorrected(factorize(nn.LSTM(4, 4))).values())
         ['its inputs are inside a fused kernel', 'its inputs are inside a fused kernel']
     """
-    inside = {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
+    inside: set[nn.Module] = {module.out_proj for module in model.modules() if isinstance(module, nn.MultiheadAttention)}
     users = Counter(site.factors for site in sites(model))
     reasons = {}
     for site in sites(model):

@@ -147,7 +147,7 @@ def _cut(name: str, factors: Factors, ranks: RankRule | Mapping[str, SupportsInd
 def _shift_biases(model: nn.Module, cuts: Mapping[str, tuple[Factors, Factors]], calibration: Calibration | None) -> None:
     """Let the biases take up what the cuts, which are still to be made, do to the mean of each output."""
     means = {} if calibration is None else calibration.means
-    after = {old: new for old, new in cuts.values()}
+    after = dict(cuts.values())
     for name, layer in absorbing(model).items() if means else ():
         old, new = layer.factors_of("weight"), after[layer.factors_of("weight")]
         if name in means and new.rank < old.rank:
