@@ -106,7 +106,7 @@ class Factors(nn.Module):
 
     def spectrum(self) -> Tensor:
         """Return the true singular values, descending, in float64; blocks pooled: ``(rank,)``."""
-        return linalg.pooled_spectrum(self.svd()[1])
+        return linalg.pooled_spectrum(self.S if self.exact else self.svd()[1])
 
     @property
     def dtype(self) -> torch.dtype:

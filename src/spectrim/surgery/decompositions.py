@@ -45,7 +45,8 @@ class Decompositions:
             metric: the plain values where the calibration has no such metric for this weight.
         """
         if (name, metric) not in self._values:
-            self._values[name, metric] = pooled_spectrum(self.parts(name, metric)[1])
+            plain = all(side is None for side in self._metrics(name, metric))
+            self._values[name, metric] = self.factors[name].spectrum() if plain else pooled_spectrum(self.parts(name, metric)[1])
         return self._values[name, metric]
 
     def has(self, name: str, metric: Metric) -> bool:
