@@ -103,7 +103,7 @@ def line(history: Any) -> dict[str, Any]:
 def outcome(history: Any, model: nn.Module) -> dict[str, Any]:
     plain = gathered(model)
     assert not has_shards(plain)
-    assert {type(module).__name__ for module in plain.modules()}.isdisjoint({"FSDPSequential", "FSDPFactorizedLinear"})
+    assert {type(module).__name__ for module in plain.modules()}.isdisjoint({"FSDPSequential", "FSDPLinear"})
     with torch.no_grad():
         output = plain(examples(4).tensors[0])
     return line(history) | {"weights": dict(plain.state_dict()), "output": output}
@@ -313,7 +313,7 @@ def accelerated(folder: Path, sharded: bool) -> dict[str, Any]:
     if sharded:
         by_size = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=100)
         by_kind = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["FactorizedLinear"]
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Linear"]
         )
         accelerator = options["accelerator"] = Accelerator(cpu=True, fsdp_plugin=by_kind)
         kind, accelerator.state.distributed_type, accelerator.state.fsdp_plugin = (

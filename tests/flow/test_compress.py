@@ -24,6 +24,7 @@ from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.cutter import Cutter
 from spectrim.pipeline.judge import Judge
 from spectrim.pipeline.teaching import teacher_for, with_hint_layers
+from spectrim.plain.chain import PlainPair
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -290,7 +291,8 @@ def test_whatever_changes_the_result_belongs_to_the_folder(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("budget", "message"), [({"flops": 0.5}, "compress: budget must be a mapping with keys of macs"), (1.5, "macs must be")]
+    ("budget", "message"),
+    [({"flops": 0.5}, "compress: budget must be a dict with the keys"), (1.5, "compress: budget must be a Budget, a fraction of")],
 )
 def test_budgets_that_are_none_are_refused_in_a_sentence(budget: Any, message: str) -> None:
     model, data = nn.Linear(8, 8), [(torch.randn(4, 8), torch.randint(8, (4,)))]
@@ -325,7 +327,7 @@ def test_by_the_clock() -> None:
         for key, (dense, pair) in known.items()
     }
     made = compress(model, data, LOSS, sp.Budget(macs=0.9), latency=replace(table, timings=timings), progress=False)
-    assert isinstance(made.model[0], nn.Sequential)  # type: ignore[index]
+    assert isinstance(made.model[0], PlainPair)  # type: ignore[index]
     assert isinstance(made.model[2], nn.Linear)  # type: ignore[index]
     assert made.ranks["0"] < 48
     assert made.ranks["2"] == 48
@@ -413,7 +415,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert result["final"]["macs"] <= 0.5 * result["dense"]["macs"]
-    assert "MAC reduction" in out
+    assert len(out.splitlines()) == 1
     with pytest.raises(SystemExit, match="2"):
         cli.main(["compress", str(recipe), "--quiet"])
     assert "no budget" in capsys.readouterr().err

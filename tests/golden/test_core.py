@@ -109,8 +109,8 @@ def test_break_even_of_a_recurrent_layer() -> None:
     dense = nn.LSTM(16, 512)
     low = FactorizedLSTM.adopt(dense, {name: Factors.empty(w, w, 1) for name, w in dense.named_parameters() if w.dim() == 2}, "channel")
     assert low.break_even("weight_ih_l0") == 15  # 2048 * 16 / (2048 + 16) = 15.9
-    assert low.break_even("weight_hh_l0") == 18  # (2048 * 512 - 1e6) / (2048 + 512) = 18.98
-    assert sp.factorize(nn.GRU(16, 300)).break_even("weight_hh_l0") == 0  # 900 * 300 is less than the loop costs
+    assert low.break_even("weight_hh_l0") == 409  # 2048 * 512 / (2048 + 512) = 409.6
+    assert sp.factorize(nn.GRU(16, 300)).break_even("weight_hh_l0") == 224  # 900 * 300 / 1200 = 225, which saves nothing
 
 
 def test_factors_of_a_given_matrix() -> None:

@@ -23,7 +23,7 @@ def shown(value: Any) -> str:
     """Return a value for an error message, cut short where it is long or deep.
 
     Examples:
-        >>> shown({"class_path": 3}), len(shown([["x" * 1000] * 1000] * 1000)) < 2000
+        >>> shown({"class_path": 3}), len(shown([["x" * 1000] * 1000] * 1000)) < 5000
         ("{'class_path': 3}", True)
     """
     return _SHORT.repr(value)

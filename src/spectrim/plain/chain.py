@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._pytree import tree_map_only
 
 METADATA = {"dtype", "device", "shape", "ndim", "layout", "requires_grad", "grad", "itemsize", "nbytes"}
@@ -19,6 +20,10 @@ METADATA |= {"size", "dim", "ndimension", "numel", "nelement", "element_size", "
 
 IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
 """``weight += 1`` and its like."""
+
+
+MARKS: dict[type, type] = {nn.Linear: NonDynamicallyQuantizableLinear}
+"""Torch's own sub-classes that say to quantizers: not this layer, but those inside."""
 
 
 class PlainPair(nn.Module):
@@ -41,6 +46,7 @@ class PlainPair(nn.Module):
 
     __jit_unused_properties__ = ("weight", "bias")
     traced_inside = True  # `torch.fx` looks into it
+    marks = MARKS
 
     def __init__(self, first: nn.Module, second: nn.Module, *, conv1d: bool = False) -> None:
         super().__init__()

@@ -44,7 +44,9 @@ def class_of(kind: type, own: type, base: type) -> type[nn.Module]:
 @functools.cache
 def _class_of(kind: Any, own: Any, base: Any) -> Any:
     name = own.__name__
-    bases: tuple[type, ...] = (Exchanged, kind, own) if own is base else (Exchanged, own, _between(kind, base))
+    mark = getattr(kind, "marks", {}).get(base, base)
+    mark = base if issubclass(own, mark) else mark
+    bases: tuple[type, ...] = (Exchanged, kind, mark) if own is base else (Exchanged, own, _between(kind, mark))
     space = {"_kind": kind, "_own": own, "_base": base, "__qualname__": own.__qualname__}
     module = kind.__module__ if getattr(kind, "traced_inside", False) else own.__module__
     return type(name, bases, space | {"__module__": module, "__doc__": own.__doc__})

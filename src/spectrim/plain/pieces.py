@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import Composed
+from .chain import MARKS, Composed
 
 
 class PlainInterpolative(nn.Module):
@@ -24,6 +24,7 @@ class PlainInterpolative(nn.Module):
 
     __jit_unused_properties__ = ("weight", "bias")
     traced_inside = True  # `torch.fx` looks into it
+    marks = MARKS
     gather: Tensor | None
 
     def __init__(

@@ -130,6 +130,7 @@ def export(
         ImportError: the format's package is not installed.
 
     Examples:
+        >>> import tempfile
         >>> from spectrim.runtimes.formats import run_exported
         >>> made = export(nn.Linear(4, 2), torch.randn(3, 4), Path(tempfile.mkdtemp()) / "linear.pt2")
         >>> made.batches, made.difference <= made.tolerance

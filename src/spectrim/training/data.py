@@ -90,7 +90,9 @@ class Order:
         rest = [place for place in places if not any(place is other for other in self.stateful) and hasattr(place, "__dict__")]
         self.random = [value for place in rest for value in vars(place).values() if _is_random(value)]
         known = ("torch.", "accelerate.")
-        self.watched = [place for place in rest if not hasattr(place, "set_epoch") and not type(place).__module__.startswith(known)]
+        own = [place for place in rest if not hasattr(place, "set_epoch") and not type(place).__module__.startswith(known)]
+        told = hasattr(data, "set_epoch") and not type(data).__module__.startswith(known)  # then it sees to what lies inside
+        self.watched = [] if told else own
         self.came = self._plain()
         self.changed: list[str] = []
 

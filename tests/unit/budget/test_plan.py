@@ -318,9 +318,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     cli.main(["plan", str(recipe), "--budgets", "0.5,0.001", "--out", str(out), "--json", "--quiet"])
     text = capsys.readouterr().out
     found = Plan.load(out)
-    assert Plan.from_dict(json.loads(text.splitlines()[-1])) == found
+    assert Plan.from_dict(json.loads(text)) == found
     assert [row.budget for row in found.budgets] == [{"macs": 0.5}, {"macs": 0.001}]
-    assert str(found) in text
     assert (tmp_path / "plan.html").is_file()
     assert found.dense.loss is not None
 
