@@ -28,8 +28,8 @@ from run import git_state
 from spectrim import zoo
 from spectrim.errors import ExportError, FormatError
 from spectrim.files import write_text
+from spectrim.metrics.calls import call_model
 from spectrim.metrics.clock import Latency, compare_latency
-from spectrim.metrics.inputs import call_model
 from spectrim.metrics.macs import count_macs
 from spectrim.pipeline.run import environment
 from spectrim.runtimes.export import TOLERANCE, export

@@ -28,7 +28,7 @@ VERBS += ["compare_latency", "compare_table", "latency_table", "choose_execution
 
 FURTHER = {
     "Results of the verbs": [
-        "spectrim.pipeline.compress.Compressed",
+        "spectrim.pipeline.compressed.Compressed",
         "spectrim.runtimes.export.Exported",
         "spectrim.runtimes.formats.run_exported",
         "spectrim.runtimes.int8.sensitivity",

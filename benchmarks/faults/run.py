@@ -29,7 +29,7 @@ from torch import nn
 import spectrim as sp
 from spectrim.errors import RecipeError, SpectrimError, WriteError
 from spectrim.files import write_text
-from spectrim.metrics.inputs import call_model
+from spectrim.metrics.calls import call_model
 from spectrim.pipeline.folders import contents
 from spectrim.pipeline.recipe import parse_recipe, read_recipe
 from spectrim.pipeline.run import Run, environment

@@ -9,10 +9,11 @@ from spectrim.budget.distortion.energy import SpectralEnergy, WhitenedEnergy
 from spectrim.budget.distortion.loss import LossSensitivity
 from spectrim.budget.distortion.measured import MeasuredLoss
 from spectrim.budget.distortion.normalized import NormalizedEnergy
-from spectrim.budget.latency_table import LatencyTable, latency_table
+from spectrim.budget.latency_table import latency_table
 from spectrim.budget.plan import plan
 from spectrim.budget.plan_table import Plan
 from spectrim.budget.rules import Energy, Fixed, Fraction
+from spectrim.budget.timed import LatencyTable
 from spectrim.integrations.tracking import Tracking
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import gathered

@@ -155,8 +155,8 @@ class Coder(Protocol):
 class Latencies(Protocol):
     """Measured seconds of each factorized weight, by the names of `coverage`; `LatencyTable` is one."""
 
-    def limits(self, model: nn.Module) -> Mapping[tuple[int, str], int]:
-        """Return, by the ``id`` of each factorized layer and the weight's name, the largest rank at which a pair is the fastest form."""
+    def limits(self, model: nn.Module) -> Mapping[str, int]:
+        """Return, by the names of `coverage`, the largest rank at which a pair is the fastest form."""
 
     def seconds(self, name: str, rank: int | None) -> float | None:
         """Return the seconds of one weight as a pair of `rank`, or dense for None; None where it was not timed."""

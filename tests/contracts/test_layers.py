@@ -18,7 +18,8 @@ import spectrim as sp
 from spectrim import linalg
 from spectrim.forms.svd import Factors
 from spectrim.layers import KINDS, FactorizedLayer, kind_of, named_factors
-from spectrim.layers.base import TRAFFIC, OneWeight
+from spectrim.layers.base import TRAFFIC
+from spectrim.layers.weights import OneWeight
 from spectrim.plain.chain import PlainPair
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D

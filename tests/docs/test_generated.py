@@ -58,7 +58,8 @@ def test_every_committed_result_was_written_by_the_runner_for_its_recipe() -> No
     yaml = pytest.importorskip("yaml")
     import json
 
-    from spectrim.pipeline.recipe import plain, read_recipe
+    from spectrim.pipeline.parsing import plain
+    from spectrim.pipeline.recipe import read_recipe
 
     tasks = [path.name for path in (ROOT / "benchmarks" / "cases").iterdir()]
     results = sorted(path for path in (ROOT / "benchmarks" / "results").glob("*/*.json") if path.parent.name in tasks)

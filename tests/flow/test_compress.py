@@ -19,7 +19,10 @@ from spectrim import cli, zoo
 from spectrim.errors import FormatError, SettingError
 from spectrim.layers import FactorizedLayer
 from spectrim.metrics.inputs import first_examples
-from spectrim.pipeline.compress import Compressed, compress
+from spectrim.pipeline.compress import compress
+from spectrim.pipeline.compressed import Compressed
+from spectrim.pipeline.cutter import Cutter
+from spectrim.pipeline.judge import Judge
 from spectrim.pipeline.teaching import teacher_for, with_hint_layers
 from spectrim.plain.chain import PlainPair
 
@@ -102,8 +105,7 @@ def test_the_dense_network_is_distilled_where_the_loss_gap_is_large(trained: tup
 
 
 def test_ranks_are_mixed_where_that_costs_little(trained: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["spectrim.pipeline.compress"]
-    tight, make = sp.Budget(macs=0.15), module._Cutter._made
+    tight, make = sp.Budget(macs=0.15), Cutter._made
 
     def chosen(best: str, mixed: float, accurate: str = "", **settings: Any) -> str:
         """Let one of the three have a loss of 1.0 once it is refitted, the others 2.0; and one the highest accuracy."""
@@ -113,7 +115,7 @@ def test_ranks_are_mixed_where_that_costs_little(trained: tuple[nn.Module, Any],
             loss = {best: 1.0, "mixed": mixed}.get(kind, 2.0)
             return replace(found, scores={**found.scores, "corrected": {"loss": loss, "accuracy": 0.5 if kind == accurate else 0.4}})
 
-        monkeypatch.setattr(module._Cutter, "_made", scored)
+        monkeypatch.setattr(Cutter, "_made", scored)
         return made(trained, budget=tight, **settings).cut
 
     assert chosen("plain", 1.2, epochs=1) == chosen("whitened", 1.2, epochs=1) == "mixed"
@@ -123,7 +125,7 @@ def test_ranks_are_mixed_where_that_costs_little(trained: tuple[nn.Module, Any],
     assert chosen("whitened", 1.0) == "whitened", "without training the best start is the best end"
     assert chosen("sensitive", 1.0, accurate="plain") == "plain", "without training accuracy counts"
     assert chosen("sensitive", 2.0, accurate="plain", epochs=1) == "sensitive", "training mends the rest"
-    monkeypatch.setattr(module._Judge, "far", lambda *_: False)
+    monkeypatch.setattr(Judge, "far", lambda *_: False)
     assert chosen("sensitive", 1.1, epochs=1) == chosen("whitened", 1.1, epochs=1) == "mixed"
     assert chosen("whitened", 1.3, epochs=1) == "whitened", "near to its end, training does not make up for the start"
     monkeypatch.undo()
@@ -206,7 +208,7 @@ def test_squeezing_first_makes_the_cut_nearly_free(trained: tuple[nn.Module, Any
 
 
 def test_squeezing_empties_the_tails_that_are_cut(trained: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["spectrim.pipeline.compress"]
+    module = sys.modules["spectrim.pipeline.tuner"]
     schedules, run = [], module.fit  # type: ignore[attr-defined]
 
     def spy(*arguments: Any, **settings: Any) -> Any:

@@ -183,7 +183,7 @@ def test_statistics_that_hurt_are_not_kept() -> None:
 def test_a_floor_is_told_before_any_calibration_and_names_the_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    monkeypatch.setattr(sys.modules["spectrim.pipeline.compress"], "calibrate", None)
+    monkeypatch.setattr(sys.modules["spectrim.pipeline.cutter"], "calibrate", None)
     model, data = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), [(torch.randn(4, 16), torch.randint(4, (4,)))]
     with pytest.raises(SettingError, match=r"at least 0\.\d+ for this network.*% of that stay dense, '0' has \d+ %"):
         sp.compress(model, data, nn.CrossEntropyLoss(), sp.Budget(macs=0.05), progress=False)

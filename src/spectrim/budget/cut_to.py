@@ -13,10 +13,10 @@ from spectrim.budget.ladder import Ladder, ladder
 from spectrim.budget.ways import Way
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance, Latencies, RankRule
-from spectrim.surgery.calibrate import Calibration
 from spectrim.surgery.correct import correct_
 from spectrim.surgery.decompositions import Decompositions
 from spectrim.surgery.exchange import duplicate
+from spectrim.surgery.moments import Calibration
 from spectrim.surgery.ranks import chooser
 from spectrim.surgery.recalibrate import recalibrate
 from spectrim.surgery.states import State, copied, cut_, orthonormalize_, put, state_of

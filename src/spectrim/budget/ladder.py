@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.budget.costs import Call, RankCosts, calls, costs_of
-from spectrim.budget.latency_table import LatencyTable, _key
+from spectrim.budget.costs import RankCosts, calls, costs_of
+from spectrim.budget.latency_table import _key
 from spectrim.budget.stand_ins import Only, dense, thin, true_values
+from spectrim.budget.timed import LatencyTable
 from spectrim.errors import LayerError, SettingError, SpectrimError
-from spectrim.layers import factor_name, named_factors, named_layers
-from spectrim.metrics.inputs import evaluating
+from spectrim.layers import named_factors, sites
+from spectrim.layers.uses import Call
+from spectrim.metrics.calls import evaluating
 from spectrim.metrics.macs import count_macs
 from spectrim.metrics.measurement import measure
 from spectrim.protocols import Latencies
@@ -279,9 +281,9 @@ def _other_batch(model: nn.Module, used: Sequence[Call], latency: Latencies) -> 
     """Return an error when a latency table was made with other inputs."""
     if not isinstance(latency, LatencyTable):
         return None
-    names = {(id(layer), weight): factor_name(name, weight) for name, layer in named_layers(model) for weight, _ in layer.named_factors()}
+    names = {(site.layer, site.key): site.name for site in sites(model)}
     for call in used:
-        timed = latency.weights.get(names[id(call.layer), call.weight])
+        timed = latency.weights.get(names[call.layer, call.weight])
         if timed and timed.calls and _key(call) not in timed.calls:
             hint = f"it timed {timed.calls[0]}; here it is {_key(call)}"
             return SettingError("allocate", "inputs", got="another batch", rule="the batch that the latency table was made with", hint=hint)

@@ -23,14 +23,16 @@ from spectrim.budget.ways import WAYS, Way
 from spectrim.checks import check, naming, unwrapped
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
-from spectrim.layers.base import Writing
+from spectrim.layers.exchanged import Writing
+from spectrim.metrics.calls import call_model, evaluating
 from spectrim.metrics.evaluate import evaluate
-from spectrim.metrics.inputs import batch_size_of, call_model, evaluating, first_examples, inputs_of
+from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of
 from spectrim.protocols import Latencies, Where
-from spectrim.surgery.calibrate import Calibration, calibrate
+from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.coverage import LayerCoverage, coverage
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.factorize import Scheme, factorize
+from spectrim.surgery.moments import Calibration
 from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import layer_filter
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from spectrim.forms.svd import Factors
-from spectrim.layers import factor_name, named_factors, named_layers
+from spectrim.layers import named_factors, named_layers
 from spectrim.protocols import Latencies
 from spectrim.surgery.coverage import break_evens
 from spectrim.surgery.merge import merge
@@ -30,13 +30,9 @@ class Only:
     names: Collection[str]
     latency: Latencies | None = None
 
-    def limits(self, model: nn.Module) -> dict[tuple[int, str], int]:
+    def limits(self, model: nn.Module) -> dict[str, int]:
         """Return the largest rank of a pair for each weight: 0 for those that are not named."""
-        own = break_evens(model, self.latency)
-        keys = {
-            (id(layer), weight): factor_name(name, weight) for name, layer in named_layers(model) for weight, _ in layer.named_factors()
-        }
-        return {key: limit if keys[key] in self.names else 0 for key, limit in own.items()}
+        return {name: limit if name in self.names else 0 for name, limit in break_evens(model, self.latency).items()}
 
     def seconds(self, name: str, rank: int | None) -> float | None:
         """Return None: nothing is timed."""
@@ -61,7 +57,7 @@ def thin(model: nn.Module, rank: int, *, own: bool = False) -> Iterator[nn.Modul
         own: whether the model may be changed inside and put back afterwards; a copy that shares its tensors is made otherwise.
     """
     held = dict(named_factors(model))
-    small = {name: _first(factors, rank) for name, factors in held.items()}
+    small = {name: factors.first(rank).requires_grad_(False) for name, factors in held.items()}
     if not own:
         yield _with(model, {id(held[name]): factors for name, factors in small.items()})
         return
@@ -72,24 +68,14 @@ def thin(model: nn.Module, rank: int, *, own: bool = False) -> Iterator[nn.Modul
         exchange_factors(model, held)
 
 
-def _first(factors: Factors, rank: int) -> Factors:
-    parts = (factors.U[..., :rank], factors.S[..., :rank], factors.Vh[..., :rank, :])
-    return Factors(*parts, dtype=factors.dtype, requires_grad=False).train(factors.training)
-
-
 def dense(model: nn.Module) -> nn.Module:
     """Return the network with ordinary layers, whose weights are zeros that take no memory, in place of the factorized ones.
 
     Args:
         model: factorized.
     """
-
-    def hollow(factors: Factors) -> Factors:
-        parts = (factors.U[..., :1], factors.S[..., :1], factors.Vh[..., :1, :])
-        return Factors(*(part.detach().to("meta") for part in parts), dtype=factors.dtype, requires_grad=False)
-
-    made = merge(_with(model, {id(f): hollow(f) for _, f in named_factors(model)}), latency=Only(()))
-    devices = {name: next(iter(layer.named_factors()))[1].U.device for name, layer in named_layers(model)}
+    made = merge(_with(model, {id(f): f.first(1, device="meta").requires_grad_(False) for _, f in named_factors(model)}), latency=Only(()))
+    devices = {name: next(iter(layer.named_factors()))[1].device for name, layer in named_layers(model)}
     zeros: dict[int, nn.Parameter] = {}
     for name, device in devices.items():
         layer = made.get_submodule(name)

@@ -3,7 +3,6 @@
 import importlib
 import math
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,14 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from spectrim.budget.costs import Call
 from spectrim.budget.onnx_layer import _onnx_model
 from spectrim.errors import SettingError
-from spectrim.forms.svd import Factors
-from spectrim.layers import FactorizedLayer, renew
-from spectrim.layers.linear import FactorizedLinear
-from spectrim.layers.recurrent import FactorizedRecurrent, weight_shape
-from spectrim.plain.recurrent import PlainRecurrent
+from spectrim.layers.uses import Call
 
 Backend = Literal["eager", "compile", "onnx"]
 
@@ -72,66 +66,19 @@ class _Operation:
 
 
 def _example(call: Call, device: str | torch.device | None = None) -> Tensor:
-    device = device or call.layer.factors_of(call.weight).U.device
+    device = device or call.layer.factors_of(call.weight).device
     return torch.empty(_shape(call), dtype=call.dtype, device=device).contiguous(memory_format=call.memory_format)
 
 
 def _shape(call: Call) -> tuple[int, ...]:
-    """Return the shape of the input of what is timed: of a recurrent layer, that of the layer within it that has the weight."""
+    """Return the shape of the input of what is timed."""
     assert call.shape is not None
-    if not isinstance(call.layer, FactorizedRecurrent):
-        return call.shape
-    return (*call.shape[:-1], weight_shape(call.layer, f"weight_ih_{call.weight.split('_', 2)[2]}")[1])
+    return call.layer.timed_shape(call.weight, call.shape)
 
 
 def _forms(call: Call, rank: int) -> tuple[nn.Module, nn.Module]:
     """Return a layer dense and as the pair that `merge` writes, with arbitrary weights."""
-    layer: Any = call.layer
-    factors = layer.factors_of(call.weight)
-    out, in_ = factors.shape
-    if isinstance(layer, FactorizedRecurrent):
-        dense, weights = _one_cell(layer, call.weight, factors.dtype, factors.U.device)
-        name = "_".join((*call.weight.split("_")[:2], "l0"))
-        options: dict[str, Any] = {"dtype": factors.dtype, "device": factors.U.device}
-        pair = (torch.randn(out, rank, **options) / out, torch.randn(rank, in_, **options))
-        settings = {"bias": layer.bias, "proj_size": layer.proj_size}
-        plain = PlainRecurrent(layer.mode, dense.input_size, dense.hidden_size, weights=weights | {name: pair}, **settings)
-        return dense.eval(), plain.eval()
-    if isinstance(layer, nn.MultiheadAttention):
-        layer = _as_linear(layer, call.weight)
-    bare = renew(layer, type(layer))
-    for key, value in vars(bare).items():
-        if key.endswith("_hooks") and isinstance(value, dict):
-            bare.__dict__[key] = OrderedDict()
-    lead = (factors.blocks,) if factors.S.dim() > 1 else ()
-    U, S, Vh = (torch.randn(*lead, *shape, device=factors.U.device) for shape in ((out, rank), (rank,), (rank, in_)))
-    bare._modules["factors"] = nn.ModuleDict({"weight": Factors(U / out, S, Vh, dtype=factors.dtype)})
-    two = bare.split(_share_nothing, ("weight",))
-    dense = bare.release(_share_nothing)
-    assert two is not None
-    return dense.eval(), two.eval()
-
-
-def _share_nothing(factors: Factors, part: str, tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach())
-
-
-def _as_linear(attention: Any, weight: str) -> FactorizedLayer:
-    """Return the factorized linear layer that a projection of an attention is."""
-    factors = attention.factors_of(weight)
-    out, in_ = factors.shape
-    linear = nn.Linear(in_, out, bias=attention.in_proj_bias is not None, device=factors.U.device, dtype=factors.dtype)
-    return FactorizedLinear.adopt(linear, {"weight": factors}, "channel")
-
-
-def _one_cell(layer: Any, weight: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """Return torch's layer for one layer and direction of a recurrent one, time first, and its weights."""
-    end = weight.split("_", 2)[2]
-    _, in_ = weight_shape(layer, f"weight_ih_{end}")
-    more = {"proj_size": layer.proj_size} if layer.proj_size else {}
-    kind: Any = {"LSTM": nn.LSTM, "GRU": nn.GRU}[layer.mode]
-    dense = kind(in_, layer.hidden_size, bias=layer.bias, device=device, dtype=dtype, **more)
-    return dense, dict(dense.state_dict())
+    return call.layer.timed_forms(call.weight, rank)
 
 
 # Timing

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from spectrim.budget.distortion.energy import spectral_energy, whitened_energy
 from spectrim.budget.distortion.loss import loss_sensitivity
 from spectrim.budget.distortion.normalized import NormalizedEnergy
-from spectrim.surgery.calibrate import Calibration
 from spectrim.surgery.decompositions import Decompositions, Metric
+from spectrim.surgery.moments import Calibration
 
 
 @dataclass(frozen=True)

@@ -9,30 +9,7 @@ from torch import Tensor, nn
 
 from spectrim import linalg
 from spectrim.errors import LayerError
-
-
-class _Compose(torch.autograd.Function):
-    """``U diag(S) Vh``; keeps the factors alone for the backward pass, no scaled copy of them, and is one node of the graph.
-
-    ``dU = G Vh^T diag(S)``, ``dS = sum_rows(U * G Vh^T)``, ``dVh = diag(S) U^T G`` for the gradient ``G`` of the product.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
-        return (U * S.unsqueeze(-2)) @ Vh
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        U, S, Vh = ctx.saved_tensors
-        left = (grad @ Vh.mT.to(grad.dtype)).to(U.dtype)  # under autocast the product, and so `grad`, is in half precision
-        right = (U.mT.to(grad.dtype) @ grad).to(Vh.dtype)
-        return left * S.unsqueeze(-2), (U * left).sum(-2), S.unsqueeze(-1) * right
+from spectrim.forms.compose import Compose
 
 
 class Factors(nn.Module):
@@ -168,7 +145,7 @@ class Factors(nn.Module):
 
     def product(self) -> Tensor:
         """Compose the matrix in the dtype that is computed in: that of autocast where it is on, else the weight's."""
-        product: Tensor = _Compose.apply(self.U, self.S, self.Vh)  # type: ignore[no-untyped-call]
+        product: Tensor = Compose.apply(self.U, self.S, self.Vh)  # type: ignore[no-untyped-call]
         half = not product.is_meta and torch.is_autocast_enabled(product.device.type)
         return product if half else product.to(self.dtype)
 
@@ -218,14 +195,77 @@ class Factors(nn.Module):
 
     def _cut_to(self, U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> "Factors":
         """Return new factors of the leading values of a decomposition, trained as these are."""
-        cut = type(self)(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=self.dtype, exact=True)
-        for new, old in zip(cut.parameters(), self.parameters(), strict=True):
-            new.requires_grad_(old.requires_grad)
-        return cut.train(self.training)
+        return self.like(U[..., :rank], S[..., :rank], Vh[..., :rank, :], exact=True)
 
     def become(self, other: "Factors") -> None:
         """Take over the parameters of other factors of the same weight, in place."""
         self.U, self.S, self.Vh, self._decomposed = other.U, other.S, other.Vh, other._decomposed
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the factors."""
+        return self.U.device
+
+    @property
+    def trained(self) -> bool:
+        """Whether the singular values are trained."""
+        return self.S.requires_grad
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Leading axes of each factor: ``(blocks,)`` for a grouped convolution, else none."""
+        return tuple(self.S.shape[:-1])
+
+    @property
+    def sizes(self) -> tuple[torch.Size, torch.Size]:
+        """Shapes of `U` and `Vh`."""
+        return self.U.shape, self.Vh.shape
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``U, S, Vh`` as they are held, detached, in float64."""
+        return self.U.detach().double(), self.S.detach().double(), self.Vh.detach().double()
+
+    def block_parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `parts` with a leading axis of blocks, also for a single one."""
+        U, S, Vh = self.parts()
+        return (U, S, Vh) if self.lead else (U[None], S[None], Vh[None])
+
+    def slope_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters whose gradients are the slopes of a calibration: the singular values."""
+        return [self.S]
+
+    @torch.no_grad()
+    def set_(self, U: Tensor, S: Tensor, Vh: Tensor) -> None:
+        """Write other values into the factors, in place; shapes may differ by axes of length one."""
+        for parameter, value in zip((self.U, self.S, self.Vh), (U, S, Vh), strict=True):
+            parameter.copy_(value.reshape(parameter.shape))
+
+    def like(self, U: Tensor, S: Tensor, Vh: Tensor, *, exact: bool = False) -> "Factors":
+        """Return new factors with the dtype, training mode and `requires_grad` of these; arguments as for `Factors`."""
+        made = type(self)(U, S, Vh, dtype=self.dtype, exact=exact)
+        for new, old in zip(made.parameters(), self.parameters(), strict=True):
+            new.requires_grad_(old.requires_grad)
+        return made.train(self.training)
+
+    def copied(self) -> "Factors":
+        """Return a copy, which can be changed while this stays."""
+        return self.like(self.U, self.S, self.Vh)
+
+    def first(self, rank: int, *, device: torch.device | str | None = None) -> "Factors":
+        """Return copies of the first columns and rows as they are held, for their sizes; nothing is made exact.
+
+        Args:
+            rank: how many, at most.
+            device: of the copies; that of these factors when omitted.
+        """
+        parts = (self.U[..., :rank], self.S[..., :rank], self.Vh[..., :rank, :])
+        return self.like(*(part.detach().to(device or self.device) for part in parts))
+
+    def random(self, rank: int) -> "Factors":
+        """Return random factors of this weight's shape and another rank, in float32 or the weight's dtype, to time what they do."""
+        out, in_ = self.shape
+        U, S, Vh = (torch.randn(*self.lead, *shape, device=self.device) for shape in ((out, rank), (rank,), (rank, in_)))
+        return type(self)(U / out, S, Vh, dtype=self.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Follow ``.to()``, ``.half()`` and friends, but keep U, S and Vh in float32 at least."""

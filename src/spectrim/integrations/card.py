@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from spectrim.metrics.measurement import Measurement, compare_table
-from spectrim.pipeline.compress import Compressed
+from spectrim.pipeline.compressed import Compressed
 from spectrim.plain.chain import PlainPair
 from spectrim.surgery.coverage import LayerCoverage, coverage
 

@@ -20,10 +20,10 @@ from spectrim.errors import FormatError, LayerError
 from spectrim.files import make_folder, sweep, temporary_beside
 from spectrim.forms.svd import Factors
 from spectrim.integrations.card import model_card
-from spectrim.layers import FactorizedLayer
+from spectrim.layers import factors_in
 from spectrim.locks import locked, writing_to
 from spectrim.metrics.measurement import Measurement
-from spectrim.pipeline.compress import Compressed
+from spectrim.pipeline.compressed import Compressed
 from spectrim.storage.folder import PLAN, WEIGHTS, place
 from spectrim.storage.save import load, plan_of, save
 from spectrim.surgery.select import ADAPTED, is_adapted
@@ -186,9 +186,7 @@ def _dtypes(model: nn.Module) -> Iterator[tuple[str, torch.dtype, int]]:
             yield name, next(module.parameters()).dtype, sum(p.numel() for p in module.parameters())
         if id(module) in inside or isinstance(module, Factors):
             continue
-        own: Iterable[tuple[str, Any]] = _own_tensors(module)
-        if isinstance(module, FactorizedLayer):
-            own = [*own, *module.named_factors()]
+        own: Iterable[tuple[str, Any]] = [*_own_tensors(module), *factors_in(module)]
         for key, tensor in own:
             size = tensor.numel() if isinstance(tensor, Tensor) else sum(p.numel() for p in tensor.parameters())
             yield f"{name}.{key}".removeprefix("."), tensor.dtype, size

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
+from spectrim.layers.sharded import is_whole
 from spectrim.protocols import Penalty
 from spectrim.training.history import layer_lines, mean_rank
 from spectrim.training.step import Step
@@ -74,7 +74,7 @@ class Steps(Step):
             rule = f"None with {processes} processes"
             raise SettingError(self.owner, "rank_schedule", got=", ".join(self.courses), rule=rule, hint=hint)
         for name, factors in named_factors(model):
-            if isinstance(factors.U, DTensor) or factors.U.dim() < 2 or not factors.U.numel():
+            if not is_whole(factors):
                 hint = "a penalty would see only a part of it: train with DDP or with spectrim.fit"
                 raise LayerError(name, "its factors are sharded over processes", hint=hint)
         if step == 0:
@@ -208,7 +208,7 @@ def match_ranks(model: nn.Module, state: Mapping[str, Any], optimizer: Optimizer
     exchanged: dict[int, nn.Parameter] = {}
     for name, factors in model.named_modules(remove_duplicate=False):  # a tied weight may be stored under any of its names
         stored = state.get(f"{name}.S".removeprefix("."))
-        if not isinstance(factors, Factors) or not isinstance(stored, Tensor) or stored.dim() != factors.S.dim():
+        if not isinstance(factors, Factors) or not isinstance(stored, Tensor) or stored.dim() != len(factors.lead) + 1:
             continue
         rank = stored.shape[-1]
         if rank == factors.rank or not 1 <= rank <= factors.full_rank:

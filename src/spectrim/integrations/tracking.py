@@ -8,7 +8,7 @@ from torch import nn
 
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
-from spectrim.layers.sharded import whole
+from spectrim.layers.sharded import whole_values
 
 
 class Tracking:
@@ -66,7 +66,7 @@ class Tracking:
         self.accelerator.log({**metrics, **ranks}, step=epoch)
         writers = [tracker.tracker for tracker in self.accelerator.trackers if tracker.name == "tensorboard"]
         for name, factors in named_factors(model):
-            spectrum = whole(factors.S.detach()).abs().flatten().to("cpu", torch.float64)  # every process gathers
+            spectrum = whole_values(factors).abs().flatten().to("cpu", torch.float64)  # every process gathers
             for writer in writers if self.accelerator.is_main_process else ():
                 writer.add_histogram(f"spectrum/{name}", spectrum, epoch)
         for writer in writers if self.accelerator.is_main_process else ():

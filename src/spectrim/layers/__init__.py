@@ -1,14 +1,13 @@
 """The factorized layers, one file for each kind. `KINDS` is the table of what can be factorized; `register` adds a kind."""
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
 from spectrim.layers.attention import FactorizedMultiheadAttention, plain_attention
-from spectrim.layers.base import FactorizedLayer, OneWeight, Share, renew
+from spectrim.layers.base import FactorizedLayer
 from spectrim.layers.conv import (
     FactorizedConv1d,
     FactorizedConv2d,
@@ -18,9 +17,13 @@ from spectrim.layers.conv import (
     FactorizedConvTranspose3d,
 )
 from spectrim.layers.embedding import FactorizedEmbedding
+from spectrim.layers.exchanged import Share
+from spectrim.layers.forwards import renew
 from spectrim.layers.linear import FactorizedConv1D, FactorizedLinear
 from spectrim.layers.own import check_kind
 from spectrim.layers.recurrent import FactorizedGRU, FactorizedLSTM
+from spectrim.layers.site import Site, factor_name, factors_in, named_factors, named_layers, sites
+from spectrim.layers.weights import OneWeight
 
 KINDS: list[type[FactorizedLayer]] = [
     FactorizedLinear,
@@ -44,12 +47,18 @@ __all__ = [
     "Factors",
     "OneWeight",
     "Share",
+    "Site",
+    "factor_name",
+    "factors_in",
+    "has_matrix",
+    "is_factorized",
     "kind_of",
     "named_factors",
     "named_layers",
     "plain_attention",
     "register",
     "renew",
+    "sites",
 ]
 
 
@@ -86,26 +95,11 @@ def kind_of(module: nn.Module) -> type[FactorizedLayer] | None:
     return next((kind for kind in KINDS if kind.accepts(module)), None)
 
 
-def named_layers(model: nn.Module) -> Iterator[tuple[str, FactorizedLayer]]:
-    """Yield ``(name, layer)`` of every factorized layer, shared ones once."""
-    for name, module in model.named_modules():
-        if isinstance(module, FactorizedLayer):
-            yield name, module
+def is_factorized(module: nn.Module) -> TypeGuard[FactorizedLayer]:
+    """Whether a module is a factorized layer at present."""
+    return isinstance(module, FactorizedLayer)
 
 
-def named_factors(model: nn.Module) -> Iterator[tuple[str, Factors]]:
-    """Yield ``(name, factors)`` of every factorized weight, tied ones once, under the first name.
-
-    The name is the layer's (``layer1.0.conv1``); layers with several weights add the weight's (``lstm.weight_ih_l0``).
-    """
-    seen: set[int] = set()
-    for layer_name, layer in named_layers(model):
-        for weight, factors in layer.named_factors():
-            if id(factors) not in seen:
-                seen.add(id(factors))
-                yield factor_name(layer_name, weight), factors
-
-
-def factor_name(layer: str, weight: str) -> str:
-    """Join a layer's and a weight's name; a sole ``weight`` goes by the layer's."""
-    return layer if weight == "weight" else f"{layer}.{weight}".removeprefix(".")
+def has_matrix(module: nn.Module) -> bool:
+    """Whether a module is a layer that is factorized, or whose class can be."""
+    return isinstance(module, FactorizedLayer) or kind_of(module) is not None

@@ -1,14 +1,19 @@
 """Factorized `torch.nn.MultiheadAttention`, with packed or separate input projections."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from spectrim.layers.base import FactorizedLayer, SeveralWeights, Share, become
+from spectrim.layers.base import FactorizedLayer
+from spectrim.layers.exchanged import Share
 from spectrim.layers.linear import FactorizedLinear, linear_of
+from spectrim.layers.recurrent import FactorizedRecurrent
+from spectrim.layers.taking_over import become
+from spectrim.layers.uses import Call, Features, Work, arguments_of_attention, call_on
+from spectrim.layers.weights import SeveralWeights
 from spectrim.linalg.fold import Fold
 from spectrim.plain.attention import PlainAttention
 from spectrim.plain.chain import PlainPair
@@ -42,9 +47,42 @@ class FactorizedMultiheadAttention(SeveralWeights, nn.MultiheadAttention):
         layer: Any = self if torch.compiler.is_compiling() else self.composed()
         return nn.MultiheadAttention.forward(layer, *arguments, **options)
 
+    def calls_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Call]:
+        """Yield the uses of the input projections; that of the output projection, a layer of its own, is not among them."""
+        given = arguments_of_attention(args, kwargs)
+        query, key, value = given
+        if not self._qkv_same_embed_dim:
+            yield from (call_on(self, name, x) for x, name in zip(given, PROJECTIONS[1:], strict=True))
+            return
+        shape = tuple(query.shape) if query is key and key is value else None
+        work = _packed_projection(self.embed_dim, query, key, value)
+        yield Call(self, "in_proj_weight", shape, query.dtype, torch.contiguous_format, work)
+
+    def features_read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Features]:
+        """Each projection reads its input; the packed one where there is one input."""
+        held, (query, key, value) = dict(self.named_factors()), arguments_of_attention(args, kwargs)
+        if "in_proj_weight" in held and query is key and key is value:
+            yield Features(held["in_proj_weight"], "columns", query, -1)
+        named = zip((query, key, value), PROJECTIONS[1:], strict=True)
+        yield from (Features(held[name], "columns", x, -1) for x, name in named if name in held)
+
+    def timed_forms(self, name: str, rank: int) -> tuple[nn.Module, nn.Module]:
+        """A projection is a linear layer."""
+        factors = self.factors_of(name)
+        out, in_ = factors.shape
+        linear = nn.Linear(in_, out, bias=self.in_proj_bias is not None, device=factors.device, dtype=factors.dtype)
+        return FactorizedLinear.adopt(linear, {"weight": factors}, "channel").timed_forms("weight", rank)
+
     def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
         """A `PlainAttention` in which every projection that pays is a pair of `Linear` layers."""
         return plain_attention(self, paying)
+
+
+def _packed_projection(embed: int, query: Tensor, key: Tensor, value: Tensor) -> Work:
+    """Query, key and value through one matrix; of two operations the first runs once for each distinct input."""
+    every = sum(math.prod(x.shape[:-1]) for x in (query, key, value))
+    distinct = every - (query is key) * math.prod(query.shape[:-1]) - (value is key) * math.prod(value.shape[:-1])
+    return lambda rank: float(embed * (every * embed if rank is None else rank * (distinct + every)))
 
 
 def plain_attention(attention: Any, paying: Collection[str]) -> nn.Module | None:
@@ -104,3 +142,35 @@ def observed_attention(attention: Any) -> nn.Module:
         part = name.removesuffix("_weight")
         setattr(plain, part, linear_of(factors, getattr(plain, part)[1].bias))
     return plain  # type: ignore[no-any-return]
+
+
+def merge_attention_(attention: nn.MultiheadAttention, paying: Mapping[nn.Module, Collection[str]], share: Share) -> None:
+    """Make an attention, any part of it factorized, ordinary in place, with its output projection, which torch reads and does not call.
+
+    Args:
+        attention: torch's or factorized.
+        paying: by layer, the names of the weights to write as two operations.
+        share: makes the parameter for a tensor.
+    """
+    out, own = attention.out_proj, paying.get(attention, ())
+    outer = paying.get(out, ())
+    plain: Any = plain_attention(attention, [*own, *(f"out_proj.{weight}" for weight in outer)])
+    pair = out.split(share, outer) if isinstance(out, FactorizedLayer) else None
+    if isinstance(out, FactorizedLayer) and pair is None:
+        out.release(share)
+    if plain is not None:
+        plain.out_proj = out if pair is None else pair
+        become_attention(attention, plain)
+    elif isinstance(attention, FactorizedLayer):
+        attention.release(share)
+
+
+def make_observable_(model: nn.Module) -> None:
+    """Exchange, in place, recurrent layers and attention for layers in which every factorized matrix is a layer that is called."""
+    for module in list(model.modules()):
+        if isinstance(module, FactorizedRecurrent):
+            become(module, module.observed().requires_grad_(False))
+        elif isinstance(module, nn.MultiheadAttention) and (
+            isinstance(module, FactorizedLayer) or isinstance(module.out_proj, FactorizedLayer)
+        ):
+            become_attention(module, observed_attention(module).requires_grad_(False))

@@ -1,21 +1,18 @@
-"""What every factorized layer shares: taking over a dense layer, giving it back, and deciding how to run."""
+"""What every factorized layer answers: what a weight costs, how it runs, what is written, and how it is timed."""
 
-import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from spectrim import linalg
-from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
+from spectrim.layers.exchanged import ExchangedLayer, Share
+from spectrim.layers.forwards import renew
+from spectrim.layers.uses import Call, Features, call_on, first_argument
 from spectrim.linalg.fold import Fold
-from spectrim.linalg.writings import write
-from spectrim.plain.chain import Composed
-from spectrim.plain.exchanged import class_of
-from spectrim.plain.writing import interpolative_layer
 
 TRAFFIC = 0.15
 """Two operations also write and read what is between them: they have to save this share of the multiply-accumulates to be faster.
@@ -26,11 +23,6 @@ From the step times of ResNet-20 in the spatial scheme at half the ranks: at equ
 RECOMPUTE_SHARE = 0.02
 """A composed weight is forgotten after the forward pass when composing it again costs at most this share of the layer's step."""
 
-ROWS_SIZE = 2**22
-"""Elements of the rows that a layer gives at a time: 32 MB in float64."""
-
-LOST = 1e-5
-"""Singular values of a dense weight that is loaded, relative to the largest, which a smaller rank may drop: rounding."""
 
 RECOMPUTE_SIZE = 2**16
 """Weights with fewer elements are kept: they take less memory than the bookkeeping is worth."""
@@ -38,21 +30,13 @@ RECOMPUTE_SIZE = 2**16
 LEAST_GAIN = 0.05
 """Share of the pair's cost, ``r / (m + n)``, that the interpolative writing has to save: its two parts are concatenated."""
 
-Writing = Literal["pair", "interpolative"]
-Self = TypeVar("Self", bound="FactorizedLayer")
-Share = Callable[[Factors, str, Tensor], nn.Parameter]
+
+def share_nothing(factors: Factors, part: str, tensor: Tensor) -> nn.Parameter:
+    """Make a parameter of its own for each tensor: a `Share`."""
+    return nn.Parameter(tensor.detach())
 
 
-def renew(module: nn.Module, kind: type[nn.Module], drop: Iterable[str] = ()) -> Any:
-    """Return a `kind` with `module`'s attributes, parameters, children and hooks; the containers are copied, the tensors are not."""
-    new: Any = object.__new__(kind)
-    for key, value in vars(module).items():
-        if key not in drop:
-            new.__dict__[key] = copy.copy(value) if isinstance(value, dict | set | list) else value
-    return new
-
-
-class FactorizedLayer(nn.Module):
+class FactorizedLayer(ExchangedLayer):
     """Base of the factorized layers: a dense torch layer whose weights are composed from `Factors`.
 
     A sub-class names one kind of layer and adds `weights`, `fold`, `work` and `split`. An adopted layer stays the same object and an
@@ -60,67 +44,8 @@ class FactorizedLayer(nn.Module):
     parameters stay; ``layer.weight`` gives the dense weight, composed on each use.
     """
 
-    dense_kinds: ClassVar[tuple[type[nn.Module], ...]] = ()
-
-    factors: nn.ModuleDict
-    scheme: Fold
-    writing: Writing
-    parameter_order: tuple[str, ...]
-    execution: dict[tuple[str, int, tuple[int, ...]], bool]
-
-    @property
-    def dense_kind(self) -> type[nn.Module]:
-        """The layer's original class."""
-        kind: Any = type(self)
-        return kind._own  # type: ignore[no-any-return]
-
-    @classmethod
-    def base_of(cls, own: type) -> type:
-        """Return the class whose forward this kind takes the place of in a layer of class `own`: one of `dense_kinds`, else `own`."""
-        return next((kind for kind in cls.dense_kinds if issubclass(own, kind)), own)
-
-    @classmethod
-    def accepts(cls, module: nn.Module) -> bool:
-        """Whether `module` is of this kind: the torch class, or a sub-class whose own forward, if any, leads to that of the torch class.
-
-        Such a forward calls ``super().forward`` and reads no weight itself.
-        """
-        bases = [kind for kind in cls.dense_kinds if isinstance(module, kind)]
-        return bool(bases) and (runs_forward_of(module, bases[0]) or leads_to_forward_of(type(module), bases[0]))
-
-    @classmethod
-    def refusal(cls, module: nn.Module) -> str | None:
-        """Return why this very layer cannot be factorized, or None."""
-        return None
-
-    @classmethod
-    def taken_names(cls, module: nn.Module) -> set[str]:
-        """Return the attributes of a dense layer whose names a factorized one needs for itself."""
-        own, base = type(module), cls.base_of(type(module))
-        needed = {name for name in dir(cls) if not name.startswith("__")} | set(STATE) | {"factors"}
-        needed -= {name for kind in (nn.Module, base) for name in dir(kind)}
-        above = own.__mro__[: own.__mro__.index(base)]
-        return needed & {name for names in (vars(module), *map(vars, above)) for name in names}
-
-    @classmethod
-    def schemes(cls, module: nn.Module) -> tuple[Fold, ...]:
-        """Return the schemes that differ for this layer, the default first."""
-        return ("channel",)
-
-    @classmethod
-    def weights(cls, module: nn.Module) -> tuple[str, ...]:
-        """Return the names of the weights that are factorized."""
-        return ("weight",)
-
-    @classmethod
-    def fold(cls, module: Any, name: str, weight: Tensor, scheme: Fold) -> Tensor:
-        """Return the matrix, ``(out, in)`` or ``(blocks, out, in)``, of one weight."""
-        return weight
-
-    @classmethod
-    def unfold(cls, module: Any, name: str, matrix: Tensor, scheme: Fold) -> Tensor:
-        """Return the weight, in torch's layout, of one matrix: the inverse of `fold`."""
-        return matrix
+    looks_up: ClassVar[bool] = False
+    """Whether the layer looks rows of its weight up, instead of multiplying with it."""
 
     @classmethod
     def work(cls, module: Any, name: str, scheme: Fold, rank: int | None, shape: Sequence[int] | None) -> float:
@@ -157,86 +82,53 @@ class FactorizedLayer(nn.Module):
             return self.interpolated_work(self, self.scheme, rank, shape)
         return self.work(self, name, self.scheme, rank, shape)
 
-    @classmethod
-    def adopt(cls: type[Self], dense: nn.Module, factors: Mapping[str, Factors], scheme: Fold) -> Self:
-        """Take over a dense layer in place: all of it but its factorized weights, which `factors` replace. Returns the layer."""
-        layer: Any = dense
-        cls.forget(layer)
-        state: dict[str, Any] = {"parameter_order": tuple(layer._parameters), "scheme": scheme, "execution": {}, "writing": "pair"}
-        for name in factors:
-            del layer._parameters[name]
-        layer.__dict__.update(state)
-        layer._modules["factors"] = nn.ModuleDict(dict(factors)).train(layer.training)
-        own = type(layer)
-        layer.__class__ = class_of(cls, own, cls.base_of(own))
-        return layer  # type: ignore[no-any-return]
+    def calls_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Call]:
+        """Yield the uses of the layer's weights in one call."""
+        x = first_argument(args, kwargs)
+        yield from (call_on(self, name, x) for name, _ in self.named_factors())
 
-    @classmethod
-    def forget(cls, module: nn.Module) -> None:
-        """Drop what a dense layer keeps beside its parameters that refers to them, such as lists of weights."""
+    def features_read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Features]:
+        """Yield the features that the weights read as they are; none where that is not known."""
+        yield from ()
 
-    def factors_of(self, name: str) -> Factors:
-        """Return the factors of one weight."""
-        return cast(Factors, self.factors[name])
+    def features_written(self, output: Any) -> Iterator[Features]:
+        """Yield the features of the output that are the product of a weight; none where that is not known."""
+        yield from ()
 
-    def dense_weight(self, name: str) -> Tensor:
-        """Compose one weight in torch's layout and the layer's dtype."""
-        return self.unfold(self, name, self.factors_of(name).matrix(), self.scheme)
-
-    def release(self, share: Share) -> nn.Module:
-        """Make this the dense layer that was taken over, in place, with composed weights; return it.
+    def params_written(self, name: str, rank: int | None, site: str) -> dict[str, int]:
+        """Return the entries of one block that `merge` stores for a weight, by tensor: what tied weights store once has one key.
 
         Args:
-            share: makes the parameter for a tensor, the same one for tied weights.
+            name: which weight.
+            rank: None for the dense form.
+            site: the weight's name in the model, for tensors that are not shared.
         """
-        weights = {name: self.laid_out(self.dense_weight(name).detach()) for name in self.factors}
-        composed = {name: share(self.factors_of(name), "dense", weight) for name, weight in weights.items()}
-        order, later = self.parameter_order, dict(self._parameters)
-        dense = self._stripped()
-        dense._parameters.clear()
-        dense._parameters.update({name: composed.get(name, later.get(name)) for name in order} | later)
-        return dense
+        out, in_ = self.factors_of(name).shape
+        if rank is None:
+            return {"dense": out * in_}
+        return {site: rank * (out + in_ - rank if self.interpolates(name, rank) else out + in_)}
 
-    def _stripped(self) -> nn.Module:
-        """Make this an instance of its original class in place, without anything that factorized layers add."""
-        layer: Any = self
-        own = self.dense_kind
-        del layer._modules["factors"]
-        for name in STATE:
-            layer.__dict__.pop(name, None)
-        layer.__class__ = own
-        return layer  # type: ignore[no-any-return]
+    def why_untimed(self, name: str, eager: bool) -> str:
+        """Return why multiply-accumulates decide about a weight, not seconds; empty where it is timed."""
+        return ""
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Take a dense weight, too: it is decomposed, where the present rank holds it."""
-        for name in self.factors:
-            weight = state_dict.get(f"{prefix}{name}")
-            if weight is None:
-                continue
-            held = self.factors_of(name)
-            matrix = self.fold(self, name, weight.detach(), self.scheme)
-            if matrix.shape[-2:] != held.shape:
-                rest[-1].append(f"size mismatch for {prefix}{name}: {tuple(weight.shape)} folds to {tuple(matrix.shape)}, not {held.shape}")
-                continue
-            U, S, Vh = linalg.svd(matrix)
-            if held.rank < S.shape[-1] and float(S[..., held.rank :].max()) > LOST * float(S.max()):
-                problem = (
-                    f"a dense weight of a higher rank than the {held.rank} that this layer holds: load it into the network before prune"
-                )
-                rest[-1].append(f"{prefix}{name}: {problem}")
-                continue
-            del state_dict[f"{prefix}{name}"]
-            r, base = held.rank, f"{prefix}factors.{name}."
-            state_dict |= {base + "U": U[..., :r].to(held.U), base + "S": S[..., :r].to(held.S), base + "Vh": Vh[..., :r, :].to(held.Vh)}
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+    def share_timed(self, name: str) -> float:
+        """Return what part of the operation that is timed for a weight is that weight."""
+        return 1.0
 
-    def laid_out(self, weight: Tensor) -> Tensor:
-        """Return a weight in the memory format that the dense layer had."""
-        return weight.contiguous()
+    def timed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the input of the operation that is timed for a weight, from that of the layer's input."""
+        return shape
 
-    def named_factors(self) -> list[tuple[str, Factors]]:
-        """Return ``(weight name, factors)`` of this layer."""
-        return [(name, self.factors_of(name)) for name in self.factors]
+    def timed_forms(self, name: str, rank: int) -> tuple[nn.Module, nn.Module]:
+        """Return the operation of one weight dense and as the pair that `merge` writes, with values that do not matter."""
+        bare, factors = renew(self, type(self)), self.factors_of(name)
+        for key, value in vars(bare).items():
+            if key.endswith("_hooks") and isinstance(value, dict):
+                bare.__dict__[key] = OrderedDict()
+        bare._modules["factors"] = nn.ModuleDict({name: factors.random(rank)})
+        two = bare.split(share_nothing, (name,))
+        return bare.release(share_nothing).eval(), two.eval()
 
     def overhead(self, name: str) -> float:
         """Return what two operations cost beyond their multiply-accumulates, in the unit of `work` without a shape."""
@@ -311,171 +203,3 @@ class FactorizedLayer(nn.Module):
     def extra_repr(self) -> str:
         """Return the dense layer's description."""
         return f"{super().extra_repr()}, scheme={self.scheme}".removeprefix(", ")
-
-
-def become(layer: nn.Module, plain: nn.Module, base: type | None = None) -> nn.Module:
-    """Make a layer, dense or factorized, the ordinary layer `plain` in place, with its parameters; return it.
-
-    It stays an instance of its original class where `plain` can stand for that (``stands_for``), and keeps its attributes, hooks, buffers
-    and the parameters that have no part in `plain`.
-
-    Args:
-        layer: what everything else refers to.
-        plain: gives its parts away.
-        base: of a dense layer, the class above it whose behavior is exchanged; its own class when omitted.
-    """
-    held: Any = layer
-    order, base = tuple(held._parameters), base or type(held)
-    if isinstance(held, FactorizedLayer):
-        order, base = held.parameter_order, type(held)._base  # type: ignore[attr-defined]
-        held = held._stripped()
-    ours: Any = type(plain)
-    stands = getattr(ours, "stands_for", None)
-    known = stands is not None and base.__module__.startswith(("torch.", "transformers."))
-    for name in ours.takes_over(held) if known else order:
-        held._parameters.pop(name, None)
-    plain.train(held.training)
-    held._parameters.update(plain._parameters)
-    held._buffers.update(plain._buffers)
-    held._modules.update(plain._modules)
-    settings = {name: value for name, value in vars(plain).items() if name not in vars(nn.Module())}
-    held.__dict__.update(settings | getattr(ours, "settings", {}))
-    held.__class__ = class_of(ours, type(held), base) if stands is not None and stands(base) else ours
-    return held  # type: ignore[no-any-return]
-
-
-STATE = ("scheme", "parameter_order", "execution", "channels_last", "writing")
-"""Attributes of factorized layers."""
-
-READERS = {"weight", "_parameters", "get_parameter", "in_proj_weight", "all_weights", "_flat_weights"}
-
-
-def leads_to_forward_of(own: type, base: type) -> bool:
-    """Whether every forward between a class and `base` calls the next one and reads no weight: then `base`'s can be exchanged."""
-    for kind in own.__mro__[: own.__mro__.index(base)]:
-        for name in ("forward", "__call__", "_conv_forward"):
-            if name in vars(kind):
-                names = _names_in(getattr(vars(kind)[name], "__code__", None))
-                if name != "forward" or "forward" not in names or any(n in READERS or n.startswith("weight_") for n in names):
-                    return False
-    return True
-
-
-def _names_in(code: Any) -> set[str]:
-    """Return the names that a function's code refers to, those of functions inside it included."""
-    if code is None:
-        return set()
-    inner = (constant for constant in code.co_consts if hasattr(constant, "co_names"))
-    return {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}.union(*map(_names_in, inner))
-
-
-def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether the class of `module` runs exactly the forward of `kind`."""
-    return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "__call__", "_conv_forward"))
-
-
-class OneWeight(FactorizedLayer):
-    """A factorized layer with the single weight called ``weight``."""
-
-    def interpolated(self, share: Share) -> nn.Module | None:
-        """Return the plain layer that holds ``r (m + n - r)`` numbers; None where the pair is written."""
-        if not self.interpolates("weight", self.rank):
-            return None
-        factors, layer = self.factors_of("weight"), cast(Any, self)
-        kind = self.interpolated_kind(self, self.scheme)
-        made = write(factors.U.detach(), factors.Vh.detach(), factors.S.detach(), kind=str(kind), dtype=factors.dtype).interpolation
-        if made is None:
-            return None
-        plain = interpolative_layer(layer, made.side, made.kept, made.mix, start=made.start, order=made.order)
-        for part in (plain.kept, plain.mix):
-            part.requires_grad_(factors.S.requires_grad)
-        return plain
-
-    @property
-    def U(self) -> Tensor:
-        """Left factor ``(..., out, rank)``."""
-        return self.factors_of("weight").U
-
-    @property
-    def S(self) -> Tensor:
-        """Singular values ``(..., rank)``, signed."""
-        return self.factors_of("weight").S
-
-    @property
-    def Vh(self) -> Tensor:
-        """Right factor ``(..., rank, in)``."""
-        return self.factors_of("weight").Vh
-
-    @property
-    def rank(self) -> int:
-        """Number of singular values held."""
-        return self.factors_of("weight").rank
-
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight in torch's layout, composed when its values are asked for; read only.
-
-        Dtype, device and shape cost nothing, gradients reach the factors, and a change in place is an error.
-        """
-        if torch.compiler.is_compiling():
-            return self.dense_weight("weight")
-        factors = self.factors_of("weight")
-        folded = torch.empty(factors.U.shape[:-1] + factors.Vh.shape[-1:], device="meta")
-        shape = self.unfold(self, "weight", folded, self.scheme).shape
-        trained = any(parameter.requires_grad for parameter in factors.parameters())
-        return Composed(self._get_name(), lambda: self.dense_weight("weight"), shape, factors.dtype, factors.U.device, trained)
-
-    @weight.setter
-    def weight(self, value: Tensor) -> None:
-        raise LayerError(self._get_name(), "its weight is composed and cannot be set", hint="set U, S and Vh, or factorize again")
-
-    def input_rows(self, x: Tensor, output_shape: Sequence[int], scheme: Fold | None = None) -> Iterator[Tensor]:
-        """Yield what the folded matrix is multiplied with as the layer runs on `x`: rows ``(blocks, n, in)``, a part at a time.
-
-        Args:
-            x: the layer's input.
-            output_shape: of its output.
-            scheme: how the matrix is folded; the layer's own way when omitted.
-        """
-        yield from _parts(x)
-
-    def output_rows(self, y: Tensor, input_shape: Sequence[int]) -> Iterator[Tensor]:
-        """Yield the outputs of the folded matrix, or gradients at them: rows ``(blocks, n, out)``, a part at a time, in that order.
-
-        Args:
-            y: of the shape of the layer's output.
-            input_shape: of its input.
-        """
-        yield from _parts(y)
-
-
-def _parts(x: Tensor) -> Iterator[Tensor]:
-    """Yield the rows of ``(..., features)``, several at a time."""
-    for rows in torch.split(x.reshape(-1, x.shape[-1]), max(1, ROWS_SIZE // x.shape[-1])):
-        yield rows.unsqueeze(0)
-
-
-class SeveralWeights(FactorizedLayer):
-    """A factorized layer with several weights, which go by torch's names: ``layer.weight_ih_l0`` is composed on each access."""
-
-    def __getattr__(self, name: str) -> Any:
-        """Compose a weight when it is asked for by torch's name."""
-        factors = self.__dict__.get("_modules", {}).get("factors")
-        return self.dense_weight(name) if factors is not None and name in factors else super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__.get("_modules", {}).get("factors", ()):
-            hint = "set U, S and Vh, or factorize again"
-            raise LayerError(self._get_name(), f"its {name} is composed and cannot be set", hint=hint)
-        nn.Module.__setattr__(self, name, value)  # not torch's own, which keeps lists of weights
-
-    def composed(self, **more: Any) -> Any:
-        """Return this layer as torch's own forward wants it: with weights composed once, for a single call.
-
-        Args:
-            more: further attributes.
-        """
-        layer: Any = object.__new__(type(self))
-        layer.__dict__.update(self.__dict__)
-        layer.__dict__.update({name: self.dense_weight(name) for name in self.factors}, **more)
-        return layer

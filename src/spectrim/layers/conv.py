@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from spectrim import linalg
 from spectrim.forms.svd import Factors
-from spectrim.layers.base import ROWS_SIZE, OneWeight, Share
+from spectrim.layers.exchanged import Share
 from spectrim.layers.geometry import (
     CHANNELS_LAST,
     TRANSPOSED,
@@ -25,6 +25,8 @@ from spectrim.layers.geometry import (
     take,
     whole,
 )
+from spectrim.layers.uses import Features, first_argument
+from spectrim.layers.weights import ROWS_SIZE, OneWeight
 from spectrim.linalg.fold import Fold, folds, leading
 from spectrim.plain.chain import PlainPair
 
@@ -124,6 +126,15 @@ class FactorizedConv(OneWeight):
         first, second = self._kernels(*self.factors_of("weight").pair())
         one, two = self._pieces()
         return convolve(convolve(input, first, None, one, module.groups), second, module.bias, two, module.groups)
+
+    def features_read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Features]:
+        """The input's features are the weight's columns."""
+        if args or kwargs:
+            yield from self._features_at("columns", first_argument(args, kwargs))
+
+    def features_written(self, output: Any) -> Iterator[Features]:
+        """The output's features are the weight's rows."""
+        yield from self._features_at("rows", output)
 
     def input_rows(self, x: Tensor, output_shape: Sequence[int], scheme: Fold | None = None) -> Iterator[Tensor]:
         """Yield the inputs of the folded matrix, ``(groups, n, in * taps)``, with the taps that the fold has on the input side.

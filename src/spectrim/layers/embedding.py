@@ -1,14 +1,16 @@
 """Factorized `torch.nn.Embedding`."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spectrim.layers.base import OneWeight, Share
+from spectrim.layers.exchanged import Share
+from spectrim.layers.uses import Features
+from spectrim.layers.weights import OneWeight
 from spectrim.linalg.fold import Fold
 from spectrim.plain.chain import PlainPair
 
@@ -17,6 +19,7 @@ class FactorizedEmbedding(OneWeight, nn.Embedding):
     """Rows of ``W = U diag(S) Vh``, ``(num_embeddings, embedding_dim)``; ``U`` holds one row for each entry."""
 
     dense_kinds = (nn.Embedding,)
+    looks_up = True
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
@@ -53,6 +56,14 @@ class FactorizedEmbedding(OneWeight, nn.Embedding):
         if self.padding_idx is None:
             return rows
         return torch.where((input == self.padding_idx).unsqueeze(-1), rows.detach(), rows)  # padding reaches no gradient, Vh's included
+
+    def features_written(self, output: Any) -> Iterator[Features]:
+        """The output's features are the weight's columns."""
+        yield from self._features_at("columns", output)
+
+    def why_untimed(self, name: str, eager: bool) -> str:
+        """Parameters decide."""
+        return "a look-up is never faster as a pair; by parameters"
 
     def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
         """An `Embedding` of ``rank`` columns and a `Linear`, which mixes all columns or those that are not kept."""

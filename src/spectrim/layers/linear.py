@@ -1,14 +1,16 @@
 """Factorized `torch.nn.Linear`, and the transposed ``Conv1D`` that transformers uses in GPT-2."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectrim.forms.svd import Factors
-from spectrim.layers.base import OneWeight, Share
+from spectrim.layers.exchanged import Share
+from spectrim.layers.uses import Features, first_argument
+from spectrim.layers.weights import OneWeight
 from spectrim.linalg.fold import Fold
 from spectrim.plain.chain import PlainPair
 
@@ -69,6 +71,15 @@ class FactorizedLinear(OneWeight, nn.Linear):
         """``rank * (out + in - rank)`` for each row of the input."""
         return float((1 if shape is None else math.prod(shape[:-1])) * rank * (module.out_features + module.in_features - rank))
 
+    def features_read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Features]:
+        """The input's features are the weight's columns."""
+        if args or kwargs:
+            yield from self._features_at("columns", first_argument(args, kwargs))
+
+    def features_written(self, output: Any) -> Iterator[Features]:
+        """The output's features are the weight's rows."""
+        yield from self._features_at("rows", output)
+
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
         if self.composes("weight", input.shape):
@@ -120,6 +131,15 @@ class FactorizedConv1D(OneWeight):
     def interpolated_work(cls, module: Any, scheme: Fold, rank: int, shape: Sequence[int] | None) -> float:
         """``rank * (out + in - rank)`` for each row of the input."""
         return float((1 if shape is None else math.prod(shape[:-1])) * rank * (module.nf + module.nx - rank))
+
+    def features_read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Features]:
+        """The input's features are the weight's columns."""
+        if args or kwargs:
+            yield from self._features_at("columns", first_argument(args, kwargs))
+
+    def features_written(self, output: Any) -> Iterator[Features]:
+        """The output's features are the weight's rows."""
+        yield from self._features_at("rows", output)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., nx)`` to ``(..., nf)``."""

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
-from spectrim.layers.base import FactorizedLayer, OneWeight, renew
+from spectrim.layers.base import FactorizedLayer
 from spectrim.layers.embedding import FactorizedEmbedding
+from spectrim.layers.forwards import renew
+from spectrim.layers.weights import OneWeight
 
 TOLERANCE = 1e-9
 """Relative, in float64: far above rounding, far below any mistake."""

@@ -1,7 +1,7 @@
 """Factorized `torch.nn.LSTM` and `torch.nn.GRU`: every layer, both directions, the gates of one matrix stacked."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from spectrim.layers.base import SeveralWeights, Share
+from spectrim.layers.exchanged import Share
 from spectrim.layers.linear import linear_of
+from spectrim.layers.uses import Call, Features, call_on, first_argument
+from spectrim.layers.weights import SeveralWeights
 from spectrim.linalg.fold import Fold
 from spectrim.plain.recurrent import PlainRecurrent
 
@@ -116,6 +118,57 @@ class FactorizedRecurrent(SeveralWeights):
         plain = PlainRecurrent(module.mode, weights=weights, **{name: getattr(self, name) for name in names})
         return plain.requires_grad_(any(p.requires_grad for p in self.parameters()))
 
+    def calls_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Call]:
+        """Yield the uses of every matrix, on padded or packed sequences."""
+        x = first_argument(args, kwargs)
+        data, shape = (x.data if isinstance(x, PackedSequence) else x), self._time_first(x)
+        yield from (call_on(self, name, data, shape) for name, _ in self.named_factors())
+
+    def _time_first(self, x: Any) -> tuple[int, ...]:
+        """Return ``(time, batch, features)`` of an input; of a packed one as if every sequence had full length."""
+        if isinstance(x, PackedSequence):
+            return (len(x.batch_sizes), int(x.batch_sizes[0]), x.data.shape[-1])
+        if x.dim() == 2:
+            return (x.shape[0], 1, x.shape[1])
+        module: Any = self
+        time, batch = (x.shape[1], x.shape[0]) if module.batch_first else (x.shape[0], x.shape[1])
+        return (time, batch, x.shape[2])
+
+    def features_read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Features]:
+        """Matrices on the input of the first layer read its features."""
+        held, x = dict(self.named_factors()), first_argument(args, kwargs) if args or kwargs else None
+        if isinstance(x, Tensor):
+            yield from (Features(held[name], "columns", x, -1) for name in ("weight_ih_l0", "weight_ih_l0_reverse") if name in held)
+
+    def why_untimed(self, name: str, eager: bool) -> str:
+        """Compilers and ONNX would unroll a loop over time."""
+        return "" if eager or name.startswith("weight_ih") else "a pair on the hidden state is a loop in Python"
+
+    def share_timed(self, name: str) -> float:
+        """An LSTM of one layer has two matrices or three."""
+        sizes = {other: math.prod(weight_shape(self, other)) for other in self.factors if _end(other) == _end(name)}
+        return sizes[name] / sum(sizes.values())
+
+    def timed_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """That of the layer within this one that has the weight."""
+        return (*shape[:-1], weight_shape(self, f"weight_ih_{_end(name)}")[1])
+
+    def timed_forms(self, name: str, rank: int) -> tuple[nn.Module, nn.Module]:
+        """One layer and direction, time first."""
+        module: Any = self
+        factors = self.factors_of(name)
+        out, in_ = factors.shape
+        options: dict[str, Any] = {"dtype": factors.dtype, "device": factors.device}
+        more = {"proj_size": module.proj_size} if module.proj_size else {}
+        kind: Any = {"LSTM": nn.LSTM, "GRU": nn.GRU}[module.mode]
+        width = weight_shape(self, f"weight_ih_{_end(name)}")[1]
+        dense = kind(width, module.hidden_size, bias=module.bias, **options, **more)
+        pair = (torch.randn(out, rank, **options) / out, torch.randn(rank, in_, **options))
+        weights: dict[str, Any] = dict(dense.state_dict()) | {"_".join((*name.split("_")[:2], "l0")): pair}
+        settings = {"bias": module.bias, "proj_size": module.proj_size}
+        plain = PlainRecurrent(module.mode, dense.input_size, dense.hidden_size, weights=weights, **settings)
+        return dense.eval(), plain.eval()
+
     def observed(self) -> PlainRecurrent:
         """Return the same layer as a loop over time, in which every matrix is a `FactorizedLinear` of this layer's own factors."""
         plain: Any = self.split(lambda factors, part, tensor: nn.Parameter(tensor), [name for name, _ in self.named_factors()])
@@ -141,6 +194,11 @@ class FactorizedRecurrent(SeveralWeights):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+
+
+def _end(name: str) -> str:
+    """Return the layer and direction that a weight's name ends with: ``l0``, ``l1_reverse``."""
+    return name.split("_", 2)[2]
 
 
 def _on_rows(operation: Callable[[Tensor], Tensor], input: Any) -> Any:

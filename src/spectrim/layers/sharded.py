@@ -49,6 +49,21 @@ def whole(tensor: Tensor) -> Tensor:
     return shard.full_tensor() if is_sharded(tensor) else tensor
 
 
+def is_whole(factors: Factors) -> bool:
+    """Whether this process holds the whole factors of a weight: no shards of them, nor flat parameters in their place."""
+    return not is_sharded(factors.U) and factors.U.dim() >= 2 and factors.U.numel() > 0
+
+
+def whole_values(factors: Factors) -> Tensor:
+    """Return the singular values as they are held, detached and whole."""
+    return whole(factors.S.detach())
+
+
+def whole_sides(factors: Factors) -> list[Tensor]:
+    """Return ``U`` and ``Vh^T``, detached and whole: columns are singular vectors."""
+    return [whole(factors.U.detach()), whole(factors.Vh.detach().mT)]
+
+
 def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:
     """Return this process's shard of a whole tensor, sharded as `pattern` is; the tensor itself when that is not. No communication.
 

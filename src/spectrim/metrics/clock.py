@@ -11,7 +11,9 @@ from torch import nn
 from torch.utils.benchmark import Timer
 
 from spectrim.checks import check, unwrapped
-from spectrim.metrics.inputs import _arguments, _send, batch_size_of, evaluating
+from spectrim.metrics.calls import arguments, evaluating
+from spectrim.metrics.inputs import batch_size_of
+from spectrim.metrics.tensors import send
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +80,7 @@ def compare_latency(
     with ExitStack() as stack:
         for name, model in models.items():
             stack.enter_context(evaluating(model))
-            args, kwargs = _send(_arguments(inputs, model), model)
+            args, kwargs = send(arguments(inputs, model), model)
             timers[name] = Timer("call()", globals={"call": functools.partial(model, *args, **kwargs)}, num_threads=threads)
             runs[name] = list[float]()
         for _ in range(repeats):

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from spectrim.checks import READ_ONCE, check
 from spectrim.errors import SettingError
-from spectrim.metrics.inputs import _send, call_model, evaluating, loss_of, pair_of, scores_of, tensors_of
+from spectrim.metrics.calls import call_model, evaluating, loss_of, scores_of
+from spectrim.metrics.inputs import pair_of
+from spectrim.metrics.tensors import send, tensors_of
 
 
 def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor]) -> dict[str, float]:
@@ -39,7 +41,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], T
     with evaluating(model):
         for batch in data:
             inputs, target = pair_of(batch, "evaluate")
-            inputs, target = _send(inputs, model), _send(target, model)
+            inputs, target = send(inputs, model), send(target, model)
             output = call_model(model, inputs)
             targets = weight_of(target)
             total += float(loss_of(loss, output, target, "evaluate")) * targets

@@ -1,116 +1,21 @@
 """Batches: how a model is called with them, their size, their first examples."""
 
-import dataclasses
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from spectrim.checks import READ_ONCE, check, unwrapped
-from spectrim.errors import SettingError, SpectrimError
+from spectrim.checks import READ_ONCE, check
+from spectrim.errors import SettingError
 from spectrim.metrics.batch import BatchDims, Layout, agreeing, candidates, described, hints_of, same_example, sizes_in_both, stated, take
+from spectrim.metrics.calls import arguments, call_model, evaluating, takes_list, unfused
+from spectrim.metrics.tensors import ordinary, send
 
 # Models and inputs, also for training and costs
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside; training flags are restored afterwards."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
-
-
-@contextmanager
-def unfused() -> Iterator[None]:
-    """Let torch's transformer layers call their children inside, instead of one fused kernel that calls none of them."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def call_model(model: Callable[..., Any], inputs: Any) -> Any:
-    """Call a model on inputs as a data set gives them.
-
-    Args:
-        model: a module or any function.
-        inputs: a tensor, a tuple or list of arguments, or a dict of keyword arguments. A list is one argument where the model's signature
-            does not take its entries, as models do that take a list of images.
-
-    Raises:
-        SettingError: `inputs` is none of these.
-
-    Examples:
-        >>> call_model(torch.add, {"input": torch.tensor(1), "other": torch.tensor(2)})
-        tensor(3)
-    """
-    args, kwargs = _arguments(inputs, model)
-    return model(*args, **kwargs)
-
-
-def scores_of(output: Any) -> Any:
-    """Return the scores in a model's output: its ``logits`` (an attribute or a key, as in models of transformers), else the whole output.
-
-    Args:
-        output: of a forward pass.
-
-    Examples:
-        >>> scores_of({"logits": torch.tensor(1), "hidden_states": torch.tensor(2)})
-        tensor(1)
-        >>> scores_of(torch.tensor(3))
-        tensor(3)
-    """
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    return found if isinstance(found, Tensor) else output
-
-
-def loss_of(loss: Callable[[Any, Any], Tensor], output: Any, target: Any, owner: str) -> Tensor:
-    """Return the loss of a forward pass.
-
-    Args:
-        loss: called as ``loss(output, target)``.
-        output: of the model.
-        target: of the batch.
-        owner: the verb that was called, for errors.
-
-    Raises:
-        SettingError: where the loss fails on this output and target, or does not return a scalar tensor.
-    """
-    try:
-        value = loss(output, target)
-    except (SpectrimError, torch.OutOfMemoryError):
-        raise
-    except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError) as error:
-        if isinstance(error, AttributeError | KeyError) and isinstance(output, Tensor) and isinstance(target, Tensor):
-            raise  # of the loss's own code
-        hint = f"it fails with {type(error).__name__}: {str(error).strip()[:300]}"
-        if scores_of(output) is not output:
-            hint = "which holds its scores as logits: give lambda output, target: loss(output.logits, target)"
-        rule = f"(output, target) -> scalar for an output of type {_kind(output)} and a target of type {_kind(target)}"
-        raise SettingError(owner, "loss", got=loss, rule=rule, hint=hint) from error
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        got = f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise SettingError(owner, "loss", got=got, rule="a function that returns a scalar tensor", hint="use reduction='mean'")
-    return value
-
-
-def _kind(value: Any) -> str:
-    """Name the type of an output or a target, of a tensor with its dtype and shape."""
-    return f"{type(value).__name__} ({value.dtype}, {tuple(value.shape)})" if isinstance(value, Tensor) else type(value).__name__
 
 
 def batch_size_of(
@@ -146,13 +51,13 @@ def batch_size_of(
     check_batch_size(inputs, given)
     if given is not None:
         return index(given)
-    single = isinstance(inputs, list) and model is not None and _takes_list(model, inputs)
+    single = isinstance(inputs, list) and model is not None and takes_list(model, inputs)
     arguments = (inputs,) if single else dict(inputs) if isinstance(inputs, Mapping) else inputs
     found = candidates(arguments, target)
     if (model is not None or output is not None) and not (len(found) == 1 and found[0].plain):
         if output is None and model is not None:
             with evaluating(model), unfused():
-                output = call_model(model, _send(inputs, model))
+                output = call_model(model, send(inputs, model))
         found = agreeing(arguments, output) or found
         sizes = {layout.size for layout in found} | sizes_in_both(arguments, output)
         if model is not None and len(sizes) > 1 and (size := _stated_by_layers(model, inputs, sizes)):
@@ -171,7 +76,7 @@ def check_batch_size(inputs: Any, given: int | None) -> None:
     if given is not None:
         check("measure", batch_size=given)
     else:
-        args, kwargs = _arguments(inputs)
+        args, kwargs = arguments(inputs)
         leaves = tree_leaves((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, PackedSequence))
         if not any(isinstance(leaf, PackedSequence) or (isinstance(leaf, Tensor) and leaf.dim() and len(leaf)) for leaf in leaves):
             raise _unknown_batch(inputs)
@@ -197,7 +102,7 @@ def _stated_by_layers(model: nn.Module, inputs: Any, sizes: set[int]) -> int | N
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in stating]
     try:
         with evaluating(model), unfused():
-            call_model(model, _send(inputs, model))
+            call_model(model, send(inputs, model))
     finally:
         for handle in handles:
             handle.remove()
@@ -228,7 +133,7 @@ def one_example(
         torch.Size([50, 1, 3])
     """
     inputs, target = pair_of(first_batch(batches, owner), owner)
-    if isinstance(inputs, list) and model is not None and _takes_list(model, inputs):
+    if isinstance(inputs, list) and model is not None and takes_list(model, inputs):
         inputs = (inputs,)
     elif isinstance(inputs, Mapping):
         inputs = dict(inputs)
@@ -250,13 +155,13 @@ def _tried(inputs: Any, layouts: Sequence[Layout], model: nn.Module, owner: str)
             last = layout.size - 1
             try:
                 cut = take(inputs, layout, last)
-                one = call_model(model, _send(cut, model))
+                one = call_model(model, send(cut, model))
             except Exception as error:
                 failure = error
                 continue
             if layout.plain and len(layouts) == 1:
                 return take(inputs, layout)
-            whole = call_model(model, _send(inputs, model)) if whole is None else whole
+            whole = call_model(model, send(inputs, model)) if whole is None else whole
             verdict = same_example(whole, one, layout, last)
             if verdict:
                 return take(inputs, layout)
@@ -334,74 +239,3 @@ def first_examples(data: Iterable[Any], count: int, *, dims: BatchDims | None = 
         if seen >= count:
             break
     return taken
-
-
-def _arguments(inputs: Any, model: Any = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return inputs as positional and keyword arguments; a list is one argument where the model cannot be called with its entries."""
-    if isinstance(inputs, Tensor | PackedSequence):
-        return (inputs,), {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, list) and model is not None and _takes_list(model, inputs):
-        return (inputs,), {}
-    if isinstance(inputs, tuple | list):
-        return tuple(inputs), {}
-    raise SettingError("measure", "inputs", got=type(inputs), rule="a tensor, a tuple of arguments or a dict of keyword arguments")
-
-
-def _takes_list(model: Any, inputs: list[Any]) -> bool:
-    """Whether a model takes a list as its one argument, as those for images of different sizes do: by its signature."""
-    inner = unwrapped(model) if isinstance(model, nn.Module) else model
-    try:
-        signature = inspect.signature(inner.forward if isinstance(inner, nn.Module) else inner)
-    except (TypeError, ValueError):
-        return False
-    return not _binds(signature, *inputs) and _binds(signature, inputs)
-
-
-def _binds(signature: inspect.Signature, *args: Any) -> bool:
-    try:
-        signature.bind(*args)
-    except TypeError:
-        return False
-    return True
-
-
-def _send(value: Any, model: nn.Module) -> Any:
-    """Move tensors, in whatever they are nested, to the model's device; those made in inference mode become ordinary ones."""
-    first = next((tensor for tensors in (model.parameters(), model.buffers()) for tensor in tensors), None)
-    value = ordinary(value)
-    tensors = tensors_of(value)
-    if first is None or all(tensor.device == first.device for tensor in tensors):
-        return value
-    from accelerate.utils import send_to_device
-
-    if dataclasses.is_dataclass(value) and not isinstance(value, type | Mapping):
-        moved = {entry.name: _send(getattr(value, entry.name), model) for entry in dataclasses.fields(value) if entry.init}
-        return dataclasses.replace(value, **moved)
-    return send_to_device(value, first.device)
-
-
-def ordinary(value: Any) -> Any:
-    """Return inputs or targets in which tensors made in inference mode are ordinary ones, which training may use."""
-    if torch.is_inference_mode_enabled() or not any(tensor.is_inference() for tensor in tensors_of(value)):
-        return value
-    return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, value)
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """Return all tensors in an output or a target: a tensor, or tuples, lists, dicts and dataclasses of them.
-
-    Examples:
-        >>> [tensor.item() for tensor in tensors_of({"a": torch.tensor(1), "b": (torch.tensor(2), "text")})]
-        [1, 2]
-    """
-    found = []
-    for leaf in tree_leaves(dict(value) if isinstance(value, Mapping) else value):
-        if isinstance(leaf, Tensor):
-            found.append(leaf)
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            found += [tensor for entry in dataclasses.fields(leaf) for tensor in tensors_of(getattr(leaf, entry.name))]
-        elif isinstance(leaf, Mapping):
-            found += tensors_of(leaf)
-    return found

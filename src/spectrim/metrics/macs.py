@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.checks import unwrapped
 from spectrim.errors import SpectrimError
-from spectrim.metrics.inputs import _arguments, _send, batch_size_of, check_batch_size, evaluating
+from spectrim.metrics.calls import arguments, evaluating
+from spectrim.metrics.inputs import batch_size_of, check_batch_size
+from spectrim.metrics.tensors import send
 
 
 def count_macs(model: nn.Module, inputs: Any, *, batch_size: int | None = None) -> int:
@@ -44,7 +46,7 @@ def count_macs(model: nn.Module, inputs: Any, *, batch_size: int | None = None) 
     """
     check_batch_size(inputs, batch_size)
     model = unwrapped(model)
-    args, kwargs = _send(_arguments(inputs, model), model)
+    args, kwargs = send(arguments(inputs, model), model)
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     with evaluating(model), _frozen(model), counter:  # the counter fails for a parameter that a model hands to one of its layers
         output = model(*args, **kwargs)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import SettingError
-from spectrim.layers import named_factors
+from spectrim.layers import Factors, named_factors
 from spectrim.layers.sharded import whole
 from spectrim.penalties.sums import total
 from spectrim.surgery.ranks import check_names
@@ -33,6 +33,11 @@ def tail_share(S: Tensor, rank: int) -> Tensor:
         cut = torch.ones_like(size).scatter_(-1, order[..., :rank], 0.0)
         weight = torch.where(zero, 0.0, cut / torch.where(zero, 1.0, (size / scale).square().sum()))
     return (weight * (S / scale).square()).sum()
+
+
+def tail_share_of(factors: Factors, rank: int) -> Tensor:
+    """Return `tail_share` of one weight."""
+    return tail_share(factors.S, rank)
 
 
 @torch.no_grad()

@@ -1,137 +1,42 @@
 """All verbs in order, in one call: `compress`."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils._pytree import tree_leaves
 
-from spectrim.budget.allocate import allocate, check_floor
+from spectrim.budget.allocate import check_floor
 from spectrim.budget.budget import Budget, as_budget
-from spectrim.budget.cut_to import CutNetwork, Workbench, has_norms, renew_statistics
-from spectrim.budget.ladder import Ladder, ladder
+from spectrim.budget.ladder import ladder
 from spectrim.budget.promise import counted, recounted
-from spectrim.budget.ways import WAYS
 from spectrim.checks import check, naming, unwrapped
-from spectrim.errors import FormatError, SettingError
-from spectrim.files import write_text
+from spectrim.errors import SettingError
 from spectrim.layers import named_factors
-from spectrim.layers.base import Writing
+from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
-from spectrim.metrics.clock import compare_latency
-from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
-from spectrim.metrics.measurement import Measurement, compare_table, measure
-from spectrim.penalties import Orthogonality
-from spectrim.pipeline import identity
-from spectrim.pipeline.teaching import GAP, MEMORIZED, NATS_GAP, TEACHING, axis_of_classes, teacher_for, why_untaught, with_hint_layers
-from spectrim.pipeline.ways import Cut, allowed_for_mixed
-from spectrim.protocols import Importance, Latencies, Penalty, RankSchedule, Where
-from spectrim.storage.save import load, save
+from spectrim.pipeline.compressed import Compressed
+from spectrim.pipeline.cutter import Cutter
+from spectrim.pipeline.judge import Judge, scores_of_measurement
+from spectrim.pipeline.store import Store, Told, identity_of
+from spectrim.pipeline.teaching import MEMORIZED, TEACHING, teacher_for, why_untaught, with_hint_layers
+from spectrim.pipeline.tuner import Tuner, squeezed
+from spectrim.pipeline.ways import Cut
+from spectrim.protocols import Importance, Latencies, Penalty, Where
 from spectrim.surgery.balance import balanced
-from spectrim.surgery.calibrate import Calibration, calibrate
-from spectrim.surgery.coverage import Coverage, coverage
+from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import Scheme, factorize
 from spectrim.surgery.merge import merge
-from spectrim.surgery.prune import prune_
-from spectrim.surgery.recalibrate import recalibrate
+from spectrim.surgery.moments import Calibration
 from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import layer_filter
-from spectrim.surgery.states import orthonormalize_
-from spectrim.training.data import count_batches
 from spectrim.training.distillation import Distillation, Loss
-from spectrim.training.fit import Precision, fit
+from spectrim.training.fit import Precision
 from spectrim.training.history import History
-from spectrim.training.squeeze import Squeeze
-
-RESULT, SETTINGS, CUT = "result.json", "settings.json", "cut.json"
-
-
-LEARNING_RATE = 1e-3
-"""Of the default optimizer, Adam."""
-
-
-WARMUP = 0.2
-"""Share of the steps in which the learning rate rises; it falls along a cosine to zero in the rest."""
-
-
-@dataclass
-class Compressed:
-    """What `compress` made, and what it cost.
-
-    Attributes:
-        model: `torch.nn` layers (two in place of one are a `PlainPair`), in eval mode, for deployment.
-        low: the same network before `merge`, factorized: to train on, to cut further, to `save`.
-        measured: ``dense`` and ``final``: costs, latency side by side, and loss and accuracy as in `scores`.
-        scores: loss and accuracy by stage: ``dense``, ``squeezed``, ``cut``, ``recalibrated``, ``corrected``, ``final``; skipped
-            stages are missing. On the evaluation split, or without one on the calibration set.
-        cut: how the cut was made.
-        teacher: the distillation used (the fields of `Distillation`); None without one.
-        history: of the fine-tuning; empty without epochs.
-        coverage: each layer: factorized, or why not; and what `merge` wrote.
-        settings: the arguments, as plain data.
-        dropped: scores of the stages that were tried and not kept, because the loss was not lower.
-        notes: cut methods that were not tried, and why.
-    """
-
-    model: nn.Module
-    low: nn.Module
-    measured: dict[str, Measurement]
-    scores: dict[str, dict[str, float]]
-    cut: str
-    teacher: dict[str, Any] | None
-    history: History
-    coverage: Coverage
-    settings: dict[str, Any] = field(default_factory=dict)
-    dropped: dict[str, dict[str, float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """The rank of each factorized weight; `prune` takes it."""
-        return {name: factors.rank for name, factors in named_factors(self.low)}
-
-    @property
-    def report(self) -> dict[str, Any]:
-        """Everything but the networks, as plain data for JSON."""
-        measured = {name: entry.to_dict() for name, entry in self.measured.items()}
-        measured["final"]["ranks"] = self.ranks
-        rest = {
-            "scores": self.scores,
-            "cut": self.cut,
-            "teacher": self.teacher,
-            "history": self.history.to_dict(),
-            "settings": self.settings,
-            "dropped": self.dropped,
-            "notes": self.notes,
-        }
-        return measured | rest | {"coverage": [vars(line) for line in self.coverage]}
-
-    def summary(self) -> str:
-        """Return a table of the dense and the low-rank network side by side."""
-        return compare_table({"dense": self.measured["dense"], "low-rank": self.measured["final"]})
-
-    def stages(self) -> str:
-        """Return one line for each stage that was scored, kept or not, how the cut was made, and the distillation."""
-
-        def line(stage: str, found: Mapping[str, float], end: str = "") -> str:
-            return f"{stage:14}" + ", ".join(f"{name} {value:.4g}" for name, value in found.items()) + end
-
-        lines = [line(stage, found) for stage, found in self.scores.items()]
-        lines += [line(stage, found, " (not kept: the loss is not lower)") for stage, found in self.dropped.items()]
-        told = {"weight": "logits", "features": "intermediate features"}
-        by = [way for name, way in told.items() if (self.teacher or {}).get(name)]
-        taught = [f"distilled from the dense network: {' and '.join(by)}"] if by else []
-        return "\n".join([f"cut: {self.cut}", *self.notes, *taught, *lines])
 
 
 @naming
@@ -235,7 +140,7 @@ def compress(
     batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
     known = first_examples(data, examples, dims=batch_dims)
     low = factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
-    store = _Store(None if folder is None else Path(folder))
+    store = Store(None if folder is None else Path(folder))
     store.claim(
         budget=repr(budget),
         epochs=epochs,
@@ -253,24 +158,24 @@ def compress(
         clip=clip,
         precision=precision,
         examples=examples,
-        **_identity(model, low, data, known, inputs, loss, optimizer, latency, calibration) if folder is not None else {},
+        **identity_of(model, low, data, known, inputs, loss, optimizer, latency, calibration) if folder is not None else {},
     )
     same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
     prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True)
     check_floor(low, budget, prices)
-    judge = _Judge(model, loss, known, known if eval_data is None else eval_data, batch)
-    cutter = _Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims)
-    scores, history, told = {"dense": judge.dense}, History(), _Told()
+    judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
+    cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims)
+    scores, history, told = {"dense": judge.dense}, History(), Told()
     teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
     able, untaught = teacher_for(model, known, loss, level=judge.dense_on_known["loss"]) if chosen else None, ""
     if able is not None:
         teacher = with_hint_layers(able, low, known[0])
     elif chosen:
         untaught = why_untaught(model, known[0])
-    tuner = _Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
+    tuner = Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
     training = round(epochs * squeeze)
     if training:
-        history = _squeezed(low, tuner, cutter, training, penalties, scores, told)
+        history = squeezed(low, tuner, cutter, training, penalties, scores, told)
     else:
         low, told, found = store.cut(model, lambda: cutter.cut(low, cut, epochs > 0))
         scores |= found
@@ -289,7 +194,7 @@ def compress(
     measured = judge.measured(final, inputs)
     counted("compress", budget, final, measured["final"].macs, prices)
     if epochs > training:
-        scores["final"] = _scores_of(measured["final"])
+        scores["final"] = scores_of_measurement(measured["final"])
     taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
     lines = coverage(low, where, inputs=inputs, latency=latency)
     notes = [*told.notes, *([untaught] if untaught else [])]
@@ -307,254 +212,3 @@ def _check(model: nn.Module, cut: str, distill: Any) -> None:
         raise SettingError("compress", "cut", got=cut, rule=f"one of {', '.join(get_args(Cut))}")
     if not (distill is None or distill == "auto" or isinstance(distill, Distillation)):
         raise SettingError("compress", "distill", got=distill, rule="'auto', a Distillation, or None")
-
-
-def _identity(
-    model: nn.Module,
-    low: nn.Module,
-    data: Any,
-    known: Sequence[Any],
-    inputs: Any,
-    loss: Any,
-    optimizer: Any,
-    latency: Any,
-    calibration: Any,
-) -> dict[str, Any]:
-    """Return what else changes the result."""
-    return {
-        "weights": identity.of_weights(model),
-        "data": identity.of_data(data, known),
-        "where": [f"{name} {factors.shape}" for name, factors in named_factors(low)],
-        "example_inputs": identity.digest(tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)),
-        "loss": getattr(loss, "__qualname__", repr(loss)),
-        "optimizer": identity.of_optimizer(optimizer, low),
-        "latency": identity.of_latency(latency, low),
-        "calibration": None if calibration is None else identity.digest([calibration.examples, *calibration.inputs.values()]),
-    }
-
-
-@dataclass
-class _Told:
-    """How the cut was made: the way, the stages that were not kept, and sentences."""
-
-    how: str = "squeezed"
-    dropped: dict[str, dict[str, float]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-Found = tuple[nn.Module, _Told, dict[str, dict[str, float]]]
-
-
-@dataclass
-class _Judge:
-    """Scores networks: each network on each data set once."""
-
-    model: nn.Module
-    loss: Loss
-    known: list[Any]
-    judged: Iterable[Any]
-    batch: int | None = None
-    on_known: dict[str, float] = field(default_factory=dict)
-
-    def __call__(self, network: nn.Module) -> dict[str, float]:
-        return evaluate(network, self.judged, self.loss)
-
-    @cached_property
-    def dense(self) -> dict[str, float]:
-        """The scores of the dense network."""
-        return self(self.model)
-
-    @cached_property
-    def dense_on_known(self) -> dict[str, float]:
-        """The scores of the dense network on the calibration set."""
-        return self.dense if self.judged is self.known else evaluate(self.model, self.known, self.loss)
-
-    def far(self, how: str, cut: nn.Module, scores: Mapping[str, Mapping[str, float]]) -> bool:
-        """Return whether the loss of a cut network on the calibration set is that much higher than the dense one's; by its way, once."""
-        if how not in self.on_known:
-            own = list(scores.values())[-1] if self.judged is self.known else evaluate(cut, self.known, self.loss)
-            self.on_known[how] = own["loss"]
-        return self.on_known[how] >= self._level
-
-    @cached_property
-    def _level(self) -> float:
-        """The loss on the calibration set above which the loss gap is large."""
-        dense = self.dense_on_known["loss"]
-        classifies = axis_of_classes(self.model, self.known[0]) is not None
-        return min(GAP * dense, dense + NATS_GAP) if classifies else GAP * dense
-
-    def measured(self, final: nn.Module, inputs: Any) -> dict[str, Measurement]:
-        """Measure the dense and the final network, timed side by side."""
-        networks = {"dense": self.model, "final": final}
-        times = compare_latency(networks, inputs)
-        scores = {"dense": self.dense, "final": self(final)}
-        return {
-            name: replace(
-                measure(network, inputs, latency=False, batch_size=self.batch),
-                latency_s=times[name].median_s,
-                latency_iqr_s=times[name].iqr_s,
-                batch=times[name].batch,
-                threads=times[name].threads,
-                loss=scores[name]["loss"],
-                accuracy=scores[name].get("accuracy"),
-            )
-            for name, network in networks.items()
-        }
-
-
-def _scores_of(measured: Measurement) -> dict[str, float]:
-    return {name: value for name in ("loss", "accuracy") if (value := getattr(measured, name)) is not None}
-
-
-def _squeezed(
-    low: nn.Module, tuner: "_Tuner", cutter: "_Cutter", epochs: int, penalties: Sequence[Penalty], scores: dict[str, Any], told: _Told
-) -> History:
-    """Train toward the budget, cut, and renew BatchNorm statistics where that is better; all in place."""
-    tuner.start(low)
-    judge, prices = cutter.judge, cutter.prices
-    toward = Squeeze(cutter.budget, end=1.0, importance=cutter.importance, latency=prices.latency, cut=False, prices=prices)
-    history = tuner.run(low, epochs, [Orthogonality(), *penalties], "squeeze", toward)
-    recalibrate(low, judge.known)  # at a high learning rate the running statistics lag
-    scores["squeezed"] = judge(low)
-    prune_(low, allocate(low, cutter.budget, cutter.inputs, importance=cutter.importance, prices=prices), tuner.optimizer)
-    scores["cut"] = judge(low)
-    if has_norms(low):
-        found, kept = renew_statistics(low, judge.known, judge, scores["cut"])
-        (scores if kept else told.dropped)["recalibrated"] = dict(found)
-    return history
-
-
-@dataclass
-class _Cutter:
-    """Cuts a factorized network to the budget in place, by the best method."""
-
-    judge: _Judge
-    budget: Budget
-    inputs: Any
-    importance: Importance | None
-    prices: Ladder
-    calibration: Calibration | None
-    batch_dims: BatchDims | None = None
-
-    def cut(self, low: nn.Module, cut: Cut, trains: bool) -> Found:
-        """Cut the network by the given method, or by the best one; return it, how, and its scores by stage."""
-        calibration = self.calibration
-        if calibration is None and (cut == "auto" or WAYS[cut].needs != "none"):
-            calibration = calibrate(low, self.judge.known, self.judge.loss, examples=None, batch_dims=self.batch_dims)
-        bench = Workbench(low, self.inputs, calibration, latency=self.prices.latency, prices=self.prices)
-        notes: list[str] = []
-        best = self._made(bench, cut) if cut != "auto" else self._best(bench, trains, notes)
-        bench.show(best)
-        orthonormalize_(low)
-        told = _Told(best.way, {stage: dict(found) for stage, found in best.dropped.items()}, notes)
-        return low, told, {stage: dict(found) for stage, found in best.scores.items()}
-
-    def _best(self, bench: Workbench, trains: bool, notes: list[str]) -> CutNetwork:
-        made = [self._made(bench, kind) for kind in ("plain", "whitened")]
-        try:
-            made.append(self._made(bench, "sensitive"))
-        except SettingError as error:
-            notes.append(f"not tried: sensitive ({error})")
-        if not trains:
-            return min(made, key=_rank)
-        best = min(made, key=lambda one: one.last["loss"])
-        if self.importance is None:
-            mixed = self._made(bench, "mixed")
-            bench.show(best)
-            if mixed.last["loss"] <= allowed_for_mixed(
-                best, self.judge.dense["loss"], self.judge.far(best.way, bench.network, best.scores)
-            ):
-                return mixed
-        return best
-
-    def _made(self, bench: Workbench, kind: str) -> CutNetwork:
-        way = WAYS[kind]
-        if way.needs == "loss":
-            bench.distortions(way)  # refuses a loss without gradients, also with other ranks
-        return bench.cut_to(self.budget, way, self.judge, dense=self.judge.model, examples=self.judge.known, importance=self.importance)
-
-
-def _rank(made: CutNetwork) -> tuple[float, float]:
-    """Return what is smaller for a better network that is not trained any more: by accuracy where there is one, then by loss."""
-    return -made.last.get("accuracy", 0.0), made.last["loss"]
-
-
-@dataclass
-class _Tuner:
-    """Trains a network in one or several parts of a single schedule."""
-
-    data: Iterable[Any]
-    loss: Loss
-    epochs: int
-    make: Callable[[Iterable[nn.Parameter]], Optimizer] | None
-    teacher: Distillation | None
-    eval_data: Iterable[Any] | None
-    clip: float | None
-    precision: Precision
-    compiled: bool
-    store: "_Store"
-    progress: bool
-    optimizer: Optimizer = field(init=False)
-    scheduler: OneCycleLR = field(init=False)
-    done: int = field(init=False, default=0)
-
-    def start(self, network: nn.Module) -> None:
-        """Make the optimizer and its schedule over all epochs."""
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(parameters, LEARNING_RATE) if self.make is None else self.make(parameters)
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        steps = max(1, self.epochs * count_batches(self.data, "compress")) if self.epochs else 1
-        rise = WARMUP if WARMUP * steps != 1 else 2 * WARMUP  # torch divides by the steps of the rise less one
-        self.scheduler = OneCycleLR(self.optimizer, rates, steps, pct_start=rise, cycle_momentum=False)
-
-    def run(self, network: nn.Module, epochs: int, penalties: Sequence[Penalty], name: str, ranks: RankSchedule | None = None) -> History:
-        """Train for some epochs, which follow those of earlier parts."""
-        history = fit(
-            network, self.data, self.loss, self.optimizer, epochs, penalties=penalties, eval_data=self.eval_data,
-            scheduler=self.scheduler, scheduler_steps="batch", distill=self.teacher, clip=self.clip, precision=self.precision,
-            rank_schedule=ranks, compiled=self.compiled, checkpoint=self.store.path(name), first_epoch=self.done, progress=self.progress,
-        )  # fmt: skip
-        self.done += epochs
-        return history
-
-
-@dataclass
-class _Store:
-    """The folder of one call, or nothing."""
-
-    folder: Path | None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def path(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / name
-
-    def claim(self, **settings: Any) -> None:
-        """Take the folder for these settings; refuse one of another call."""
-        self.settings = settings
-        path = self.path(SETTINGS)
-        if path is None:
-            return
-        if path.exists() and (held := json.loads(path.read_text(encoding="utf-8"))) != settings:
-            other = ", ".join(sorted(name for name in settings if name not in held or held[name] != settings[name]))
-            raise FormatError(path.parent, f"holds a call with another {other}", hint="choose another folder, or delete this one")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(settings, indent=1))
-
-    def cut(self, dense: nn.Module, work: Callable[[], Found]) -> Found:
-        """Return the cut network of an earlier, stopped call, or make it and keep it."""
-        folder = self.path("cut")
-        if folder is not None and (folder / CUT).exists():
-            found = json.loads((folder / CUT).read_text(encoding="utf-8"))
-            return load(folder, dense), _Told(found["how"], found["dropped"], found["notes"]), found["scores"]
-        network, told, scores = work()
-        if folder is not None:
-            save(network, folder)
-            write_text(folder / CUT, json.dumps({**vars(told), "scores": scores}))
-        return network, told, scores
-
-    def finish(self, made: Compressed) -> None:
-        """Write the networks and the result."""
-        if self.folder is not None:
-            save(made.low, self.folder / "low")
-            save(made.model, self.folder / "final")
-            write_text(self.folder / RESULT, json.dumps(made.report, indent=1) + "\n")

@@ -34,7 +34,8 @@ from spectrim.metrics.measurement import Measurement, measure, measure_together
 from spectrim.pipeline.components import _made, _scheduler, make, make_loss, seed_everything
 from spectrim.pipeline.data import Data, Source, replayed
 from spectrim.pipeline.folders import MANIFEST, RECIPE, finish
-from spectrim.pipeline.recipe import Phase, Recipe, plain
+from spectrim.pipeline.parsing import plain
+from spectrim.pipeline.recipe import Phase, Recipe
 from spectrim.storage.save import load, save
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.correct import correct

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.metrics.calls import call_model, evaluating, scores_of
 from spectrim.metrics.evaluate import evaluate
-from spectrim.metrics.inputs import call_model, evaluating, scores_of
 from spectrim.training.distillation import Distillation, Loss, hint_layers, outputs_of
 
 GAP, NATS_GAP = 2.0, 0.25

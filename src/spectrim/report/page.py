@@ -12,7 +12,8 @@ from spectrim.checks import check
 from spectrim.errors import FormatError
 from spectrim.files import make_folder, read_json, write_text
 from spectrim.metrics.measurement import compare_table
-from spectrim.report.data import measurements, plan_data, result_data, run_data, shortfalls
+from spectrim.report.data import measurements, plan_data, result_data, run_data
+from spectrim.report.shortfalls import shortfalls
 
 PLAN = "plan.json"
 """Name of the plan in a run's folder."""

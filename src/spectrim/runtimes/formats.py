@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from spectrim.errors import ExportError, FormatError, SettingError
-from spectrim.metrics.inputs import call_model
+from spectrim.metrics.calls import call_model
 from spectrim.runtimes.blame import _blame, _Place, _root, first_line, layer_of
 from spectrim.runtimes.quiet import _quiet, _quiet_stderr, quietly
 from spectrim.runtimes.tensors import _arguments, _tensors

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from spectrim.checks import check, unwrapped
 from spectrim.errors import FormatError
 from spectrim.forms.svd import Factors
-from spectrim.layers import FactorizedLayer, kind_of, named_factors, named_layers
+from spectrim.layers import kind_of, named_factors, named_layers
 from spectrim.layers.attention import become_attention
-from spectrim.layers.base import become, renew
+from spectrim.layers.forwards import renew
 from spectrim.layers.geometry import CHANNELS_LAST, memory_format_of
 from spectrim.layers.sharded import refuse_shards
+from spectrim.layers.taking_over import become
 from spectrim.plain.attention import PlainAttention
 from spectrim.plain.chain import PlainPair
 from spectrim.plain.encoder import follow_layers
@@ -101,11 +102,12 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
 
 def plan_of(model: nn.Module) -> dict[str, Any]:
     """Return what it takes, beside the original architecture, to build this model again: plain data for JSON."""
-    factorized, merged, inside = {}, {}, set[int]()
+    merged, inside = {}, set[int]()
+    factorized = {
+        name: {"kind": layer.dense_kind.__name__, "scheme": layer.scheme, "writing": layer.writing} for name, layer in named_layers(model)
+    }
     for name, module in model.named_modules():
-        if isinstance(module, FactorizedLayer):
-            factorized[name] = {"kind": module.dense_kind.__name__, "scheme": module.scheme, "writing": module.writing}
-        elif id(module) not in inside and (description := describe(module)):
+        if name not in factorized and id(module) not in inside and (description := describe(module)):
             merged[name] = description
             inside.update(id(part) for part in module.modules())
     return {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spectrim.checks import check, unwrapped
-from spectrim.forms.svd import Factors
+from spectrim.forms import derived
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import refuse_shards
 from spectrim.surgery.prune import prune_
@@ -51,7 +51,7 @@ def balance_(model: nn.Module, above: int = 1024) -> list[str]:
     names = []
     for name, factors in named_factors(model):
         if max(factors.shape) > above:
-            _balance(factors)
+            derived.balance_(factors)
             names.append(name)
     return names
 
@@ -67,14 +67,3 @@ def balanced(model: nn.Module) -> Iterator[list[str]]:
     yield names
     if names:
         prune_(model, {name: factors.rank for name, factors in named_factors(model) if name in names})
-
-
-def _balance(factors: Factors) -> None:
-    # not `Factors.balanced`, whose halves are of one norm: the long one would keep the smaller entries
-    U = factors.U.double() * factors.S.double().unsqueeze(-2)
-    Vh = factors.Vh.double()
-    mine, theirs = U.square().mean().sqrt(), Vh.square().mean().sqrt()
-    share = (theirs / mine).sqrt() if mine > 0 and theirs > 0 else torch.ones_like(mine)
-    factors.U.copy_(U * share)
-    factors.Vh.copy_(Vh / share)
-    factors.S.fill_(1.0)

@@ -8,7 +8,7 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from spectrim.errors import LayerError
-from spectrim.layers.base import runs_forward_of
+from spectrim.layers.forwards import runs_forward_of
 from spectrim.layers.geometry import CONVOLUTIONS
 from spectrim.plain.chain import PlainPair
 

@@ -1,6 +1,7 @@
 """`coverage`: every layer, factorized or why not."""
 
 import io
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +11,14 @@ from rich.table import Table
 from torch import nn
 
 from spectrim.checks import check, unwrapped
-from spectrim.forms.svd import Factors
-from spectrim.layers import FactorizedLayer, factor_name, named_layers
+from spectrim.layers import Site, sites
 from spectrim.protocols import Latencies, Where
 from spectrim.surgery.head import call_order
 from spectrim.surgery.select import decide
 
 
-def break_evens(model: nn.Module, latency: Latencies | None = None) -> Mapping[tuple[int, str], int]:
-    """Return the largest rank at which `merge` writes two operations, by the ``id`` of each factorized layer and the weight's name.
+def break_evens(model: nn.Module, latency: Latencies | None = None) -> Mapping[str, int]:
+    """Return the largest rank at which `merge` writes two operations, by the names of weights.
 
     Args:
         model: factorized.
@@ -26,7 +26,7 @@ def break_evens(model: nn.Module, latency: Latencies | None = None) -> Mapping[t
     """
     if latency is not None:
         return latency.limits(model)
-    return {(id(layer), weight): layer.break_even(weight) for _, layer in named_layers(model) for weight, _ in layer.named_factors()}
+    return {site.name: site.layer.break_even(site.key) for site in sites(model)}
 
 
 @dataclass(frozen=True)
@@ -92,36 +92,29 @@ def coverage(model: nn.Module, where: Where | None = None, *, inputs: Any = None
     order = None if inputs is None or where is not None else call_order(model, inputs)
     reasons, limits = decide(model, where, order=order, references=True), break_evens(model, latency)
     lines: list[LayerCoverage] = []
-    inside: set[int] = set()
+    inside: set[nn.Module] = set()
+    used = defaultdict[str, list[Site]](list)
+    for site in sites(model):
+        used[site.layer_name].append(site)
     for name, module in model.named_modules():
-        if id(module) in inside:
+        if module in inside:
             continue
-        if isinstance(module, FactorizedLayer):
-            inside.update(id(child) for child in module.factors.modules())
-            for weight, factors in module.named_factors():
-                lines.append(_factorized_line(name, module, weight, factors, limits[id(module), weight], latency))
+        if name in used:
+            for site in used[name]:
+                inside.update(site.layer.factors.modules())
+                lines.append(_factorized_line(site, limits[site.name], latency))
         elif name in reasons:
             lines.append(LayerCoverage(name, type(module).__name__, False, reasons[name] or "can be factorized"))
     return Coverage(lines)
 
 
-def _factorized_line(
-    name: str, layer: FactorizedLayer, weight: str, factors: Factors, limit: int, latency: Latencies | None
-) -> LayerCoverage:
+def _factorized_line(site: Site, limit: int, latency: Latencies | None) -> LayerCoverage:
+    factors = site.factors
     if latency is not None:
-        verdict = latency.verdict(factor_name(name, weight), factors.rank)
+        verdict = latency.verdict(site.name, factors.rank)
     elif factors.rank <= limit:
         verdict = f"merges to two layers (rank {factors.rank} <= {limit})"
     else:
         verdict = f"merges to one dense layer (rank {factors.rank} > {limit})"
-    return LayerCoverage(
-        factor_name(name, weight),
-        layer.dense_kind.__name__,
-        True,
-        verdict,
-        layer.scheme,
-        factors.shape,
-        factors.blocks,
-        factors.rank,
-        limit,
-    )
+    kind, scheme = site.layer.dense_kind.__name__, site.layer.scheme
+    return LayerCoverage(site.name, kind, True, verdict, scheme, factors.shape, factors.blocks, factors.rank, limit)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
 from spectrim.linalg.spectral import pooled_spectrum, weighted_svd
-from spectrim.surgery.calibrate import Calibration
+from spectrim.surgery.moments import Calibration
 from spectrim.surgery.side_by_side import room
 
 Metric = Literal["none", "inputs", "loss"]
@@ -82,9 +82,9 @@ class Decompositions:
         held, (left, right) = self.factors[name], self._metrics(name, metric)
         if rank == held.rank or (left is None and right is None):
             U, S, Vh = self._exact(name)
-            return like(held, U[..., :rank], S[..., :rank], Vh[..., :rank, :], exact=True)
+            return held.like(U[..., :rank], S[..., :rank], Vh[..., :rank, :], exact=True)
         X, _, Y = self.parts(name, metric)
-        return like(held, *unit_rows(X[..., :rank], Y[..., :rank, :]))
+        return held.like(*unit_rows(X[..., :rank], Y[..., :rank, :]))
 
     def _exact(self, name: str) -> Parts:
         """Return ``U, S, Vh`` of one weight, exact, in float64."""
@@ -104,8 +104,8 @@ class Decompositions:
 
     def _fits(self) -> bool:
         """Whether all vectors in three metrics take no more than half of the memory that is free."""
-        bytes_ = sum(3 * 8 * (f.U.numel() + f.Vh.numel()) for f in self.factors.values())
-        return not self.factors or bytes_ <= room(next(iter(self.factors.values())).U.device)
+        bytes_ = sum(3 * 8 * f.blocks * f.rank * sum(f.shape) for f in self.factors.values())
+        return not self.factors or bytes_ <= room(next(iter(self.factors.values())).device)
 
 
 def unit_rows(X: Tensor, Y: Tensor) -> Parts:
@@ -121,17 +121,9 @@ def unit_rows(X: Tensor, Y: Tensor) -> Parts:
     return Q, S, rows / S.unsqueeze(-1).clamp_min(torch.finfo(S.dtype).tiny)
 
 
-def like(held: Factors, U: Tensor, S: Tensor, Vh: Tensor, *, exact: bool = False) -> Factors:
-    """Return factors with the dtype, training mode and `requires_grad` of others; `exact` as for `Factors`."""
-    made = Factors(U, S, Vh, dtype=held.dtype, requires_grad=held.S.requires_grad, exact=exact)
-    for new, old in zip(made.parameters(), held.parameters(), strict=True):
-        new.requires_grad_(old.requires_grad)
-    return made.train(held.training)
-
-
 def orthonormal(factors: Factors) -> Factors:
     """Return factors of the same weight with orthonormal columns and rows, values descending."""
-    return like(factors, *factors.svd(), exact=True)
+    return factors.like(*factors.svd(), exact=True)
 
 
 def without_loss(calibration: Calibration) -> Calibration:

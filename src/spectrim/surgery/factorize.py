@@ -16,8 +16,8 @@ from spectrim import linalg
 from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
-from spectrim.layers import factor_name, kind_of, named_factors, named_layers
-from spectrim.layers.base import Writing
+from spectrim.layers import factor_name, kind_of, named_factors, named_layers, sites
+from spectrim.layers.exchanged import Writing
 from spectrim.linalg.fold import Fold
 from spectrim.linalg.spectral import OVERSAMPLE
 from spectrim.plain.encoder import follow_layers
@@ -178,9 +178,9 @@ def factorize(
 
 def set_writing(model: nn.Module, writing: Writing) -> None:
     """Set how `merge` will write each layer, in place; layers with tied factors keep the pair, whose halves can be shared."""
-    uses = Counter(id(factors) for _, layer in named_layers(model) for _, factors in layer.named_factors())
+    uses = Counter(site.factors for site in sites(model))
     for _, layer in named_layers(model):
-        tied = any(uses[id(factors)] > 1 for _, factors in layer.named_factors())
+        tied = any(uses[factors] > 1 for _, factors in layer.named_factors())
         layer.__dict__["writing"] = "pair" if tied else writing
 
 

@@ -5,9 +5,8 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.layers import FactorizedLayer, kind_of
-from spectrim.layers.linear import FactorizedLinear
-from spectrim.metrics.inputs import call_model, evaluating, unfused
+from spectrim.layers import has_matrix
+from spectrim.metrics.calls import call_model, evaluating, unfused
 
 NAMES = ("head", "classifier", "cls", "cls_head", "cls_score", "class_head", "lm_head", "score", "logits")
 """Parts of layer names that stand for a classifier head in torchvision, timm, transformers and detectron."""
@@ -76,11 +75,11 @@ def head_of(model: nn.Module, order: Sequence[str] | None = None) -> str | None:
 
 
 def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if kind_of(module) or isinstance(module, FactorizedLayer)]
+    return [(name, module) for name, module in model.named_modules() if has_matrix(module)]
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | FactorizedLinear)
+    return isinstance(module, nn.Linear)
 
 
 def _lists(model: nn.Module, name: str) -> Iterable[str]:

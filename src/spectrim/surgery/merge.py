@@ -1,16 +1,13 @@
 """`merge`: plain layers in place of factorized ones."""
 
-from collections.abc import Callable
-from typing import Any
-
 from torch import Tensor, nn
 
 from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
-from spectrim.layers import FactorizedLayer, plain_attention
-from spectrim.layers.attention import become_attention
-from spectrim.layers.base import Share, become
+from spectrim.layers import is_factorized, named_layers, sites
+from spectrim.layers.attention import merge_attention_
+from spectrim.layers.taking_over import write_
 from spectrim.plain.encoder import follow_layers
 from spectrim.protocols import Latencies
 from spectrim.surgery.batchnorm import fold_batchnorms
@@ -52,45 +49,30 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
     """
     check("merge", model=model, latency=latency)
     clone = duplicate(unwrapped(model))
-    shared: dict[tuple[int, str, tuple[int, ...]], nn.Parameter] = {}
+    shared: dict[tuple[Factors, str, tuple[int, ...]], nn.Parameter] = {}
 
     def share(factors: Factors, part: str, tensor: Tensor) -> nn.Parameter:
-        key = (id(factors), part, tuple(tensor.shape))
+        key = (factors, part, tuple(tensor.shape))
         if key not in shared:
-            shared[key] = nn.Parameter(tensor.detach(), requires_grad=factors.S.requires_grad)
+            shared[key] = nn.Parameter(tensor.detach(), requires_grad=factors.trained)
         return shared[key]
 
     if latency is not None:
         set_writing(clone, "pair")  # the only writing that tables time
     limits = break_evens(clone, latency)
 
-    def paying(layer: nn.Module) -> list[str]:
-        held = layer.named_factors() if isinstance(layer, FactorizedLayer) else []
-        return [weight for weight, factors in held if factors.rank <= limits[id(layer), weight]]
-
+    paying: dict[nn.Module, list[str]] = {layer: [] for _, layer in named_layers(clone)}
+    for site in sites(clone):
+        if site.factors.rank <= limits[site.name]:
+            paying[site.layer].append(site.key)
     for name, module in list(clone.named_modules()):
-        if "forward" in vars(module) and isinstance(module, FactorizedLayer):
+        if is_factorized(module) and "forward" in vars(module):
             raise LayerError(name, "its forward was replaced on this very layer", hint="remove the replacement before merging")
         if isinstance(module, nn.MultiheadAttention):
-            _merge_attention(module, paying, share)
-        elif isinstance(module, FactorizedLayer):
-            pair = module.split(share, paying(module))
-            module.release(share) if pair is None else become(module, pair)
+            merge_attention_(module, paying, share)
+        elif is_factorized(module):
+            write_(module, share, paying[module])
     follow_layers(clone)
     if fold_batchnorm:
         fold_batchnorms(clone)
     return clone
-
-
-def _merge_attention(attention: nn.MultiheadAttention, paying: Callable[[nn.Module], list[str]], share: Share) -> None:
-    """Merge an attention, any part of it factorized, with its output projection, which torch's own forward reads and does not call."""
-    out = attention.out_proj
-    plain: Any = plain_attention(attention, [*paying(attention), *(f"out_proj.{weight}" for weight in paying(out))])
-    pair = out.split(share, paying(out)) if isinstance(out, FactorizedLayer) else None
-    if isinstance(out, FactorizedLayer) and pair is None:
-        out.release(share)
-    if plain is not None:
-        plain.out_proj = out if pair is None else pair
-        become_attention(attention, plain)
-    elif isinstance(attention, FactorizedLayer):
-        attention.release(share)

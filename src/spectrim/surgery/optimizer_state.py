@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from spectrim.errors import LayerError
+from spectrim.forms.derived import rotations
+from spectrim.forms.following import followed
 from spectrim.forms.svd import Factors
-from spectrim.surgery.followers import followed
 
 FIRST = ("exp_avg", "momentum_buffer", "grad_avg", "mu_product", "prev")
 """Optimizer states that are linear in gradients."""
@@ -139,8 +140,7 @@ def _rotations(pairs: Iterable[tuple[str, Factors, Factors]]) -> dict[str, tuple
     """Return for each factor parameter its role and the matrices ``P`` and ``Q``."""
     maps: dict[str, tuple[str, Tensor, Tensor]] = {}
     for name, old, new in pairs:
-        U, Vh = old.U.detach().double(), old.Vh.detach().double()
-        P, Q = U.mT @ new.U.detach().double(), Vh @ new.Vh.detach().double().mT
+        P, Q = rotations(old, new)
         prefix = f"{name}." if name else ""
         maps |= {f"{prefix}U": ("U", P, Q), f"{prefix}S": ("S", P, Q), f"{prefix}Vh": ("Vh", P, Q)}
     return maps

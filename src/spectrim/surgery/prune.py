@@ -10,13 +10,15 @@ from torch.optim import Optimizer
 
 from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError
+from spectrim.forms.derived import product_with
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import refuse_shards
 from spectrim.protocols import RankRule
-from spectrim.surgery.calibrate import Calibration, absorbing
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.followers import cuts_of, inner_of
+from spectrim.surgery.moments import Calibration
+from spectrim.surgery.observing import absorbing
 from spectrim.surgery.optimizer_state import _check_trained, _move
 from spectrim.surgery.ranks import check_names, chooser
 
@@ -126,10 +128,10 @@ def _cuts(
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
     if isinstance(ranks, Mapping):
         check_names(model, ranks)
-    modules = {id(module): name for name, module in model.named_modules()}
+    modules = {module: name for name, module in model.named_modules()}
     cuts: dict[str, tuple[Factors, Factors]] = {}
     for name, factors in named_factors(model):
-        cuts[modules[id(factors)]] = factors, _cut(name, factors, ranks, calibration)
+        cuts[modules[factors]] = factors, _cut(name, factors, ranks, calibration)
     return cuts
 
 
@@ -145,11 +147,11 @@ def _cut(name: str, factors: Factors, ranks: RankRule | Mapping[str, SupportsInd
 def _shift_biases(model: nn.Module, cuts: Mapping[str, tuple[Factors, Factors]], calibration: Calibration | None) -> None:
     """Let the biases absorb the change of each output's mean by the cuts that follow."""
     means = {} if calibration is None else calibration.means
-    after = {id(old): new for old, new in cuts.values()}
+    after = dict(cuts.values())
     for name, layer in absorbing(model).items() if means else ():
-        old, new = layer.factors_of("weight"), after[id(layer.factors_of("weight"))]
+        old, new = layer.factors_of("weight"), after[layer.factors_of("weight")]
         if name in means and new.rank < old.rank:
             mean = means[name].unsqueeze(-1)
-            before, now = ((f.U.double() * f.S.double().unsqueeze(-2)) @ (f.Vh.double() @ mean) for f in (old, new))
+            before, now = (product_with(factors, mean) for factors in (old, new))
             bias: Any = layer.bias
             bias.add_((before - now).reshape(bias.shape).to(bias))

@@ -9,7 +9,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectrim.checks import check
 from spectrim.errors import SettingError
-from spectrim.metrics.inputs import _send, call_model, inputs_of
+from spectrim.metrics.calls import call_model
+from spectrim.metrics.inputs import inputs_of
+from spectrim.metrics.tensors import send
 from spectrim.surgery.frozen import is_frozen_norm, training_mode
 
 
@@ -60,7 +62,7 @@ def _run(model: nn.Module, batches: Iterable[Any]) -> bool:
     found = False
     with training_mode(model):
         for batch in batches:
-            call_model(model, _send(inputs_of(batch), model))
+            call_model(model, send(inputs_of(batch), model))
             found = True
     return found
 

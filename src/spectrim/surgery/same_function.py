@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spectrim.errors import LayerError
-from spectrim.metrics.inputs import _send, call_model
+from spectrim.metrics.calls import call_model
+from spectrim.metrics.tensors import send
 
 ROUNDINGS = 2.0**14
 """Tolerance in units of the precision: 0.002 of the largest output in float32. A wrong function is off by far more."""
@@ -103,7 +104,7 @@ def _run(network: nn.Module, inputs: Any, training: bool, layers: dict[str, list
                 for key in ("p", "dropout") if isinstance(module, nn.modules.dropout._DropoutNd) else ("dropout",):
                     if isinstance(vars(module).get(key), float):
                         setattr(module, key, 0.0)
-            return _tensors(call_model(network, _send(inputs, network)))
+            return _tensors(call_model(network, send(inputs, network)))
     finally:
         for handle in handles:
             handle.remove()

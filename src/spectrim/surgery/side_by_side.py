@@ -11,9 +11,9 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from spectrim.layers.base import OneWeight
-from spectrim.metrics.inputs import call_model
-from spectrim.surgery.calibrate import first_argument
+from spectrim.layers.uses import first_argument
+from spectrim.layers.weights import OneWeight
+from spectrim.metrics.calls import call_model
 
 ALIVE = 8
 """Tensors as large as the largest input of a layer that a network may hold at once, for each batch, in both networks together."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from spectrim.forms.derived import product_with
 from spectrim.forms.svd import Factors
-from spectrim.layers import factor_name, named_factors, named_layers
-from spectrim.surgery.calibrate import absorbing
-from spectrim.surgery.decompositions import Decompositions, Metric, like, orthonormal
+from spectrim.layers import named_factors, named_layers, sites
+from spectrim.surgery.decompositions import Decompositions, Metric, orthonormal
+from spectrim.surgery.observing import absorbing
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,11 @@ def exchange_factors(model: nn.Module, new: Mapping[str, Factors]) -> None:
         model: factorized.
         new: by the names of `named_factors`.
     """
-    replaced: dict[int, Factors | None] = {}
-    for layer_name, layer in list(named_layers(model)):
-        for weight, factors in layer.named_factors():
-            own = replaced.setdefault(id(factors), new.get(factor_name(layer_name, weight)))
-            if own is not None:
-                layer.factors[weight] = own
+    replaced: dict[Factors, Factors | None] = {}
+    for site in list(sites(model)):
+        own = replaced.setdefault(site.factors, new.get(site.name))
+        if own is not None:
+            site.layer.factors[site.key] = own
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def cut_(model: nn.Module, ranks: Mapping[str, int], decomposed: Decompositions,
     for name, layer in absorbing(model).items() if means else ():
         if name in means and cut[name].rank < held[name].rank:
             mean = means[name].unsqueeze(-1)
-            before, now = ((f.U.double() * f.S.double().abs().unsqueeze(-2)) @ (f.Vh.double() @ mean) for f in (held[name], cut[name]))
+            before, now = (product_with(factors, mean) for factors in (held[name], cut[name]))
             bias = layer.bias
             assert isinstance(bias, Tensor)
             bias.add_((before - now).reshape(bias.shape).to(bias))
@@ -88,7 +88,7 @@ def cut_(model: nn.Module, ranks: Mapping[str, int], decomposed: Decompositions,
 
 def copied(state: State) -> State:
     """Return a state whose factors can be changed while those of the first stay."""
-    return State({name: like(f, f.U, f.S, f.Vh) for name, f in state.factors.items()}, state.tensors)
+    return State({name: factors.copied() for name, factors in state.factors.items()}, state.tensors)
 
 
 def orthonormalize_(model: nn.Module) -> None:
@@ -101,8 +101,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {
         f"{name}:{key}": own for name, layer in named_layers(model) for key, own in layer._parameters.items() if own is not None
     }
-    inside = {id(module) for _, factors in named_factors(model) for module in factors.modules()}
+    inside = {module for _, factors in named_factors(model) for module in factors.modules()}
     for name, module in model.named_modules():
-        if id(module) not in inside:
+        if module not in inside:
             found |= {f"{name}:{key}": buffer for key, buffer in module._buffers.items() if buffer is not None}
     return found

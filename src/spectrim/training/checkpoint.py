@@ -112,9 +112,7 @@ class Checkpoint:
         for name, factors in self.parts["model"].named_modules():
             stored = weights.get(f"{name}.S".removeprefix("."))
             if isinstance(factors, Factors) and isinstance(stored, Tensor) and stored.dim() and stored.shape[-1] < factors.rank:
-                rank = stored.shape[-1]
-                parts = (factors.U[..., :rank], factors.S[..., :rank], factors.Vh[..., :rank, :])
-                found[name] = Factors(*parts, dtype=factors.dtype, requires_grad=factors.S.requires_grad)
+                found[name] = factors.first(stored.shape[-1])
         return found
 
     def _resize(self, sized: dict[str, Factors]) -> dict[str, Factors]:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_layers
-from spectrim.metrics.inputs import call_model, evaluating, scores_of
+from spectrim.metrics.calls import call_model, evaluating, scores_of
 from spectrim.protocols import Seen
 
 Loss = Callable[[Any, Any], Tensor]

@@ -11,9 +11,8 @@ from torch.utils.benchmark import Timer
 
 from spectrim.checks import check, unwrapped
 from spectrim.layers import FactorizedLayer, named_layers
-from spectrim.layers.base import OneWeight
-from spectrim.layers.embedding import FactorizedEmbedding
-from spectrim.metrics.inputs import call_model, evaluating
+from spectrim.layers.weights import OneWeight
+from spectrim.metrics.calls import call_model, evaluating
 
 ROUNDS = 5
 """How often the two forms take turns."""
@@ -61,7 +60,7 @@ def choose_execution(model: nn.Module, inputs: Any, *, min_time: float = 0.01) -
     model = unwrapped(model)
     uses, known, chosen = _uses(model, inputs), dict[Any, bool](), dict[str, bool]()
     for name, layer in named_layers(model):
-        for use in uses.get(id(layer), []):
+        for use in uses.get(layer, []):
             key = ("weight", layer.factors_of("weight").rank, use.shape[1:])
             if key not in layer.execution:
                 kind = (type(layer), str(layer), layer.scheme, layer.factors_of("weight").dtype, key, use)
@@ -72,15 +71,15 @@ def choose_execution(model: nn.Module, inputs: Any, *, min_time: float = 0.01) -
     return chosen
 
 
-def _uses(model: nn.Module, inputs: Any) -> dict[int, list[_Use]]:
-    """Run the model once and return how each layer with a choice is used, by the layer's ``id``."""
-    found: dict[int, list[_Use]] = {}
+def _uses(model: nn.Module, inputs: Any) -> dict[nn.Module, list[_Use]]:
+    """Run the model once and return how each layer with a choice is used, by the layer."""
+    found: dict[nn.Module, list[_Use]] = {}
 
     def called(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        found.setdefault(id(layer), []).append(_Use(tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad))
+        found.setdefault(layer, []).append(_Use(tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad))
 
-    with_choice = [m for m in model.modules() if isinstance(m, OneWeight) and not isinstance(m, FactorizedEmbedding)]
+    with_choice = [m for m in model.modules() if isinstance(m, OneWeight) and not m.looks_up]
     handles = [layer.register_forward_pre_hook(called, with_kwargs=True) for layer in with_choice]
     try:
         with evaluating(model), torch.enable_grad():

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from spectrim.layers import named_factors
-from spectrim.layers.sharded import reshard, whole
+from spectrim.layers.sharded import reshard, whole, whole_sides
 from spectrim.linalg.spectral import orthogonality_defect
 
 
@@ -55,7 +55,7 @@ def layer_lines(model: nn.Module) -> list[dict[str, Any]]:
     """Return one entry of `History.layers`; none for a dense model."""
     ranks, defects = {}, {}
     for name, factors in named_factors(model):
-        sides = [whole(side.detach()) for side in (factors.U, factors.Vh.mT)]
+        sides = whole_sides(factors)
         sides = [side.cpu() if side.device.type == "mps" else side for side in sides]  # which has no float64
         ranks[name], defects[name] = factors.rank, max(map(orthogonality_defect, sides))
     return [{"ranks": ranks, "defects": defects}] if ranks else []

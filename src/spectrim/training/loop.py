@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from spectrim.errors import DivergedError, SettingError
 from spectrim.layers.sharded import has_shards, is_sharded, reshard, whole
-from spectrim.metrics.inputs import call_model, loss_of, pair_of
+from spectrim.metrics.calls import call_model, loss_of
+from spectrim.metrics.inputs import pair_of
 from spectrim.training import processes
 from spectrim.training.distillation import Loss
 from spectrim.training.execution import choose_execution

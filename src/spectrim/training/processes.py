@@ -17,8 +17,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from spectrim.errors import SettingError
 from spectrim.layers.sharded import has_shards, is_sharded, refuse_sharded_factors, shard_like
+from spectrim.metrics.calls import evaluating
 from spectrim.metrics.evaluate import evaluate, weight_of
-from spectrim.metrics.inputs import evaluating
 
 
 class Share:

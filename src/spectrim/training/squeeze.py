@@ -13,10 +13,10 @@ from spectrim.budget.budget import Budget
 from spectrim.budget.ladder import Ladder
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
-from spectrim.layers.sharded import whole
+from spectrim.layers.sharded import whole_values
 from spectrim.penalties import TailEnergy, tail_shares
 from spectrim.penalties.sums import total
-from spectrim.penalties.tail import tail_share
+from spectrim.penalties.tail import tail_share_of
 from spectrim.protocols import Change, Importance, Latencies
 
 PULL, DAMPING = 15.0, 1.5
@@ -58,7 +58,7 @@ class SteeredTail(TailEnergy):
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the weighted penalty of all named weights that are behind their goal, a scalar."""
         held = [(name, factors) for name, factors in named_factors(model) if factors.rank > self.ranks.get(name, factors.rank)]
-        return total(model, [self.strengths[name] * F.relu(tail_share(f.S, self.ranks[name]) - self.goals[name]) for name, f in held])
+        return total(model, [self.strengths[name] * F.relu(tail_share_of(f, self.ranks[name]) - self.goals[name]) for name, f in held])
 
 
 @dataclass(frozen=True)
@@ -229,4 +229,4 @@ def _aim(tail: SteeredTail | None, model: nn.Module, ranks: Mapping[str, int]) -
 
 def _energies(model: nn.Module) -> dict[str, float]:
     """Return the sum of squared singular values of each weight, as the factors hold them; a weight of zeros has the least there is."""
-    return {name: max(SMALLEST_SHARE, float(whole(f.S.detach()).double().square().sum())) for name, f in named_factors(model)}
+    return {name: max(SMALLEST_SHARE, float(whole_values(f).double().square().sum())) for name, f in named_factors(model)}

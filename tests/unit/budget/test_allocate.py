@@ -17,7 +17,8 @@ from spectrim import zoo
 from spectrim.budget.allocate import allocate, as_fractions
 from spectrim.budget.budget import Budget
 from spectrim.budget.costs import rank_costs, spectra
-from spectrim.budget.latency_table import LatencyTable, latency_table
+from spectrim.budget.latency_table import latency_table
+from spectrim.budget.timed import LatencyTable
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_factors
 from spectrim.linalg.spectral import tail_energy

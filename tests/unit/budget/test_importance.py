@@ -20,7 +20,8 @@ from spectrim.budget.distortion.normalized import NormalizedEnergy
 from spectrim.errors import LayerError, RankError, SettingError
 from spectrim.layers import named_factors
 from spectrim.layers.linear import FactorizedConv1D
-from spectrim.surgery.calibrate import Calibration, calibrate
+from spectrim.surgery.calibrate import calibrate
+from spectrim.surgery.moments import Calibration
 
 EVERYTHING = sp.match("*")
 

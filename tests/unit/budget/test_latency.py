@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import spectrim as sp
+from spectrim.budget import latency_cache
 from spectrim.budget import latency_table as latency_module
 from spectrim.budget.costs import rank_costs
-from spectrim.budget.latency_table import LatencyTable, TimedWeight, default_cache, latency_table
+from spectrim.budget.latency_cache import default_cache
+from spectrim.budget.latency_table import latency_table
+from spectrim.budget.timed import LatencyTable, TimedWeight
 from spectrim.budget.timing import Timing
 from spectrim.errors import FormatError, LayerError, SettingError
 from spectrim.metrics.macs import count_macs
@@ -306,7 +309,7 @@ def test_the_cache(clock: Clock, tmp_path: Path) -> None:
 def test_another_machine_does_not_read_it(clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     low, x = sp.factorize(network()), torch.randn(1, 64)
     latency_table(low, x, cache=tmp_path)
-    monkeypatch.setattr(latency_module, "_processor", lambda: "another processor")
+    monkeypatch.setattr(latency_cache, "_processor", lambda: "another processor")
     assert latency_table(low, x, cache=tmp_path).machine["cpu"] == "another processor"
     assert len(clock.asked) == 2
 

@@ -194,10 +194,10 @@ class Known:
 
     dense_s = 40.0
 
-    def limits(self, model: nn.Module) -> dict[tuple[int, str], int]:
-        from spectrim.layers import named_layers
+    def limits(self, model: nn.Module) -> dict[str, int]:
+        from spectrim.layers import sites
 
-        return {(id(layer), weight): 2 for _, layer in named_layers(model) for weight in layer.factors}
+        return {site.name: 2 for site in sites(model)}
 
     def seconds(self, name: str, rank: int | None) -> float | None:
         return None if name != "3" else 5.0 if rank is None else float(rank)

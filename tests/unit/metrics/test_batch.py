@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import spectrim as sp
 from spectrim.errors import SettingError
 from spectrim.metrics.batch import candidates, stated, take
-from spectrim.metrics.inputs import batch_size_of, call_model, first_examples, one_example
+from spectrim.metrics.calls import call_model
+from spectrim.metrics.inputs import batch_size_of, first_examples, one_example
 
 B, T, E, H = 4, 7, 6, 8
 

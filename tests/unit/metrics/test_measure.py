@@ -13,9 +13,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from spectrim import factorize
 from spectrim.errors import FormatError, SettingError, SpectrimError
+from spectrim.metrics.calls import call_model
 from spectrim.metrics.clock import Latency, compare_latency, latency
 from spectrim.metrics.evaluate import evaluate
-from spectrim.metrics.inputs import batch_size_of, call_model
+from spectrim.metrics.inputs import batch_size_of
 from spectrim.metrics.macs import count_macs
 from spectrim.metrics.measurement import Measurement, compare_table, measure
 from spectrim.plain.recurrent import PlainRecurrent

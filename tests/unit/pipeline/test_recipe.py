@@ -20,7 +20,8 @@ from spectrim.metrics.inputs import one_example
 from spectrim.pipeline import recipe as recipes
 from spectrim.pipeline import run as runs
 from spectrim.pipeline.components import make_loss
-from spectrim.pipeline.recipe import parse_recipe, plain, read_recipe
+from spectrim.pipeline.parsing import plain
+from spectrim.pipeline.recipe import parse_recipe, read_recipe
 from spectrim.pipeline.run import Run, make_data, make_model
 
 MODULE = '''

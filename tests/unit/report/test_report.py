@@ -23,7 +23,7 @@ from spectrim.budget.plan_table import Plan, SkippedLayer, Totals, WeightPlan
 from spectrim.errors import FormatError
 from spectrim.pipeline import recipe
 from spectrim.pipeline.run import Run
-from spectrim.report import data, page, text_report, write_report
+from spectrim.report import data, page, shortfalls, text_report, write_report
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +238,7 @@ def test_what_a_run_writes_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_fell_short_is_said(tmp_path: Path, found: Plan) -> None:
-    lines = data.shortfalls(found, data.run_data(run_folder(tmp_path / "net")))
+    lines = shortfalls.shortfalls(found, data.run_data(run_folder(tmp_path / "net")))
     says = (
         *("Budget macs=0.001: Budget: macs must be at least", "2.00 points of accuracy below the dense network"),
         *("Slower than the dense network: 3.000 against 2.000 ms", "Plain truncated SVD with fine-tuning is 1.00 points better"),
@@ -252,9 +252,9 @@ def test_nothing_fell_short_where_all_is_well(tmp_path: Path) -> None:
     run = data.run_data(run_folder(tmp_path / "net"))
     run["measured"]["low-rank"] |= {"accuracy": 0.96, "latency_s": 0.001}
     run["stages"][2]["val"]["val_cut"]["accuracy"] = 0.935
-    assert data.shortfalls(None, run) == []
+    assert shortfalls.shortfalls(None, run) == []
     run["measured"]["low-rank"]["latency_s"] = 0.0018
-    assert "is within the spread" in data.shortfalls(None, run)[0]
+    assert "is within the spread" in shortfalls.shortfalls(None, run)[0]
 
 
 def test_an_unfinished_run_says_so(tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from torch.nn.utils.rnn import pack_sequence
 
 import spectrim as sp
 from spectrim.errors import LayerError, SettingError
-from spectrim.layers import base, conv, named_factors
+from spectrim.layers import conv, named_factors, weights
 from spectrim.linalg.fold import folds
-from spectrim.surgery import calibrate as module
-from spectrim.surgery.calibrate import Calibration, calibrate
+from spectrim.surgery import moments
+from spectrim.surgery.calibrate import calibrate
+from spectrim.surgery.moments import Calibration
+from spectrim.surgery.observing import absorbing
 
 EVERYTHING = sp.match("*")
 
@@ -73,7 +75,7 @@ def rows_of(parts: Any) -> Tensor:
 @pytest.mark.parametrize("size", [1, 2**22], ids=["small-parts", "one-part"])
 def test_rows_make_the_gradient_of_the_matrix(name: str, scheme: Any, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """``dL/dM = sum_rows g x^T``: what makes `inputs` and `outputs` the two factors of Fisher's matrix."""
-    for where in (base, conv):
+    for where in (weights, conv):
         monkeypatch.setattr(where, "ROWS_SIZE", size)
     make, shape = LAYERS[name]
     low = sp.factorize(make().double(), scheme, EVERYTHING)
@@ -141,7 +143,7 @@ def test_every_use_adds_up() -> None:
             sums["again"] = sums["again"] + sum(v.flatten(0, 1).T @ v.flatten(0, 1) for v in (y, z))
     for name, total in sums.items():
         near(found.inputs[name], total / 6)
-    assert found.skipped == {"idle": module.NOT_CALLED}
+    assert found.skipped == {"idle": moments.NOT_CALLED}
     assert set(found.inputs) == {name for name, _ in named_factors(low)} - {"idle"}
     assert (found.outputs, found.slopes, found.examples) == ({}, {}, 6)
 
@@ -223,13 +225,13 @@ def test_a_bias_takes_up_the_mean_of_what_is_cut(name: str) -> None:
 
 def test_only_a_bias_and_a_weight_of_its_own_take_up_a_mean() -> None:
     low = net()
-    assert set(module.absorbing(low)) == {"again", "encoder.self_attn.out_proj", "encoder.linear1", "encoder.linear2", "idle"}
+    assert set(absorbing(low)) == {"again", "encoder.self_attn.out_proj", "encoder.linear1", "encoder.linear2", "idle"}
     assert set(calibrate(low, data()).means) == {"again", "encoder.self_attn.out_proj", "encoder.linear1", "encoder.linear2"}
     spatial = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 6, 1))
-    assert set(module.absorbing(sp.factorize(spatial, "spatial", EVERYTHING))) == {"1"}
+    assert set(absorbing(sp.factorize(spatial, "spatial", EVERYTHING))) == {"1"}
     shared = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     shared[1].bias = shared[0].bias
-    assert not module.absorbing(sp.factorize(shared, where=EVERYTHING))
+    assert not absorbing(sp.factorize(shared, where=EVERYTHING))
 
 
 def test_inputs_that_never_vary_keep_their_mean() -> None:
@@ -333,12 +335,12 @@ def test_embeddings_are_skipped_and_a_tied_head_is_not() -> None:
             return self.head(self.table(x) + self.positions(torch.arange(x.shape[1])))
 
     found = calibrate(sp.factorize(Language(), where=EVERYTHING), [torch.randint(8, (2, 4))])
-    assert found.skipped == {"positions": module.EMBEDDING}
+    assert found.skipped == {"positions": moments.EMBEDDING}
     assert found.inputs["table"].shape == (5, 5)
 
 
 def test_wide_outputs_have_no_moments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WIDEST", 9)
+    monkeypatch.setattr(moments, "WIDEST", 9)
     found = calibrate(net(), data(), lambda output, target: (output - target).square().mean())
     assert {name for name in found.inputs if name not in found.outputs} == {
         *("encoder.self_attn.in_proj_weight",),
@@ -347,10 +349,10 @@ def test_wide_outputs_have_no_moments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_very_wide_inputs_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WIDEST_INPUTS", 8)
+    monkeypatch.setattr(moments, "WIDEST_INPUTS", 8)
     found = calibrate(net(), data())
     wide = {"encoder.linear2": 8, **{f"lstm.weight_ih_l1{suffix}": 10 for suffix in ("", "_reverse")}}
-    assert {name for name, reason in found.skipped.items() if reason == module.WIDE} == {n for n, size in wide.items() if size > 8}
+    assert {name for name, reason in found.skipped.items() if reason == moments.WIDE} == {n for n, size in wide.items() if size > 8}
     assert found.inputs["encoder.linear2"].shape == (8, 8)
 
 

@@ -334,13 +334,13 @@ def test_some_positions_are_as_good_as_all(scheme: Any, monkeypatch: pytest.Monk
     cut = sp.prune(sp.factorize(dense, scheme, EVERYTHING), sp.Fixed(3))
     whole = correct(cut, dense, data)
     looked_at: list[int] = []
-    gram = module._moments
+    gram = module.moments_of
 
     def counted(layer: Any, met: Any, outputs: int, most: float) -> Any:
         looked_at.append(round(most * len(data)))
         return gram(layer, met, outputs, most)
 
-    monkeypatch.setattr(module, "_moments", counted)
+    monkeypatch.setattr(module, "moments_of", counted)
     monkeypatch.setattr(module, "FEWEST_ROWS", 10)
     monkeypatch.setattr(module, "ROWS", 50)
     some = correct(cut, dense, data)

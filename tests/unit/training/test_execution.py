@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import spectrim as sp
-from spectrim.forms.svd import Factors, _Compose
+from spectrim.forms.compose import Compose
+from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, base, named_layers
 from spectrim.training import execution
 
@@ -45,11 +46,11 @@ def test_both_forms_agree_in_double_precision(name: str, rank: int | None) -> No
 @pytest.mark.parametrize("blocks", [(), (3,)])
 def test_the_gradient_of_composing(blocks: tuple[int, ...]) -> None:
     parts = [torch.randn(*blocks, *shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 4), (4,), (4, 6))]
-    assert torch.autograd.gradcheck(_Compose.apply, parts)
-    assert torch.autograd.gradgradcheck(_Compose.apply, parts)
+    assert torch.autograd.gradcheck(Compose.apply, parts)
+    assert torch.autograd.gradgradcheck(Compose.apply, parts)
     U, S, Vh = parts
     plain = torch.autograd.grad(((U * S.unsqueeze(-2)) @ Vh).sin().sum(), parts)
-    torch.testing.assert_close(torch.autograd.grad(_Compose.apply(U, S, Vh).sin().sum(), parts), plain)
+    torch.testing.assert_close(torch.autograd.grad(Compose.apply(U, S, Vh).sin().sum(), parts), plain)
 
 
 @pytest.mark.parametrize("name", LAYERS)

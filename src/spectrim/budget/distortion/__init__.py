@@ -14,7 +14,7 @@ from spectrim.budget.distortion.loss import LossSensitivity
 from spectrim.budget.distortion.measured import MeasuredLoss
 from spectrim.budget.distortion.normalized import NormalizedEnergy
 from spectrim.protocols import Importance
-from spectrim.surgery.calibrate import Calibration
+from spectrim.surgery.moments import Calibration
 from spectrim.tables import Row
 
 

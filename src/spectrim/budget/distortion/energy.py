@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from spectrim.budget.distortion.base import _relative
-from spectrim.surgery.calibrate import Calibration
 from spectrim.surgery.decompositions import Decompositions
+from spectrim.surgery.moments import Calibration
 
 
 @dataclass(frozen=True)

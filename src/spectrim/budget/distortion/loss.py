@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from spectrim.budget.distortion.energy import spectral_energy
 from spectrim.errors import LayerError, SettingError
+from spectrim.forms.derived import first_order_rises
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
 from spectrim.linalg.spectral import tail_energy
-from spectrim.surgery.calibrate import Calibration
 from spectrim.surgery.decompositions import Decompositions
+from spectrim.surgery.moments import Calibration
 
 VANISHING = 8.0
 """Gradients at a layer's outputs below so many roundings of these outputs, at every weight, are no gradients."""
@@ -75,15 +76,12 @@ class LossSensitivity:
         self.calibration.metrics(name, factors.shape)  # that it is of this model
         if name not in self.calibration.slopes:
             return None
-        slopes, S = self.calibration.slopes[name].to(factors.S), factors.S.detach()
-        if slopes.shape != S.shape:
+        slopes = self.calibration.slopes[name]
+        if slopes.shape != (*factors.lead, factors.rank):
             raise LayerError(
                 name, f"holds {factors.rank} singular values, its slopes are for {slopes.shape[-1]}", hint="calibrate this model"
             )
-        size = S.abs() * factors.U.detach().norm(dim=-2) * factors.Vh.detach().norm(dim=-1)  # what a cut sorts by, up to the angles
-        rises = (slopes * S).abs().double().gather(-1, size.argsort(dim=-1)).cumsum(-1)  # of the least ones, the least first
-        rises = rises.flatten(0, -2).sum(0) if S.dim() > 1 else rises
-        return torch.cat([rises.new_zeros(1), rises]).flip(0)
+        return first_order_rises(factors, slopes)
 
 
 def loss_sensitivity(decomposed: Decompositions) -> dict[str, Tensor]:

@@ -4,8 +4,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,8 @@ from torch import Tensor, nn
 from spectrim.budget.distortion.energy import SpectralEnergy
 from spectrim.errors import SettingError
 from spectrim.files import write_text
-from spectrim.forms.svd import Factors
-from spectrim.layers import named_factors, named_layers
-from spectrim.linalg.spectral import svd_of_product
+from spectrim.forms.derived import zeroed_beyond
+from spectrim.layers import named_factors, sites
 from spectrim.metrics.evaluate import evaluate
 from spectrim.surgery.coverage import break_evens
 from spectrim.surgery.exchange import duplicate
@@ -95,7 +93,7 @@ class MeasuredLoss:
         console = Console(stderr=True)
         shown = self.progress and console.is_terminal
         for name, rank in track(todo, "measuring cuts", disable=not shown, console=console, transient=True):
-            with _cut_to(factors[name], rank):
+            with zeroed_beyond(factors[name], rank):
                 loss = evaluate(work, self.data, self.loss)["loss"]
             measured.setdefault(name, {})[str(rank)] = loss if math.isfinite(loss) else base + LARGEST_LOSS
             _write(path, {"base": base, "losses": measured})
@@ -105,33 +103,15 @@ class MeasuredLoss:
     def _grid(self, model: nn.Module) -> dict[str, list[int]]:
         """Return the ranks to measure of each weight, ascending, without the present one."""
         limits, grid = break_evens(model), {}
-        users = {id(factors): limits[id(layer), weight] for _, layer in named_layers(model) for weight, factors in layer.named_factors()}
+        users = {site.factors: limits[site.name] for site in sites(model)}
         for name, factors in named_factors(model):
-            most = min(users[id(factors)], factors.rank - 1)
+            most = min(users[factors], factors.rank - 1)
             between = {round(rank) for rank in np.geomspace(1, most, self.points)} if most >= 1 else set()
             grid[name] = sorted({0} | between)
         return grid
 
 
 # Measuring
-
-
-@contextmanager
-def _cut_to(factors: Factors, rank: int) -> Iterator[None]:
-    """Keep the `rank` largest singular values inside, the rest being zero; the factors as they were afterwards."""
-    parts = (factors.U, factors.S, factors.Vh)
-    kept = [part.detach().clone() for part in parts]
-    U, S, Vh = svd_of_product(*kept)
-    S[..., rank:] = 0
-    with torch.no_grad():
-        for part, new in zip(parts, (U, S, Vh), strict=True):
-            part.copy_(new)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for part, old in zip(parts, kept, strict=True):
-                part.copy_(old)
 
 
 def _interpolated(rises: Mapping[str, Mapping[int, float]], energies: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Distortion as discarded energy relative to the scale at which normalization layers read it."""
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.budget.distortion.base import _relative
+from spectrim.forms.derived import scaled_spectrum
 from spectrim.forms.svd import Factors
-from spectrim.layers import FactorizedLayer, named_factors
-from spectrim.layers.conv import FactorizedConv
-from spectrim.layers.embedding import FactorizedEmbedding
-from spectrim.layers.linear import FactorizedConv1D, FactorizedLinear
-from spectrim.layers.recurrent import FactorizedRecurrent
-from spectrim.linalg.spectral import pooled_spectrum, svd_of_product
-from spectrim.metrics.inputs import call_model, evaluating, unfused
+from spectrim.layers import named_factors
+from spectrim.layers.uses import Features, Side
+from spectrim.layers.watching import features_read, features_written, runs_factors
+from spectrim.metrics.calls import call_model, evaluating, unfused
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +59,13 @@ class NormalizedEnergy:
         Args:
             model: factorized; it runs once in eval mode.
         """
-        rows, columns = _normalisations(model, self.inputs)
+        scales = _normalisations(model, self.inputs)
         distortions = {}
         for name, factors in named_factors(model):
-            U, S, Vh = (part.detach().double() for part in (factors.U, factors.S, factors.Vh))
-            d, c = _averaged(rows[id(factors)], U[..., 0]), _averaged(columns[id(factors)], Vh[..., 0, :])
-            values = svd_of_product(d.unsqueeze(-1) * U, S, Vh * c.unsqueeze(-2))[1]
-            distortions[name] = _relative(pooled_spectrum(values)).cpu()
+            out, in_ = factors.shape
+            d = _averaged(scales[factors, "rows"], (*factors.lead, out), factors.device)
+            c = _averaged(scales[factors, "columns"], (*factors.lead, in_), factors.device)
+            distortions[name] = _relative(scaled_spectrum(factors, d, c)).cpu()
         return distortions
 
 
@@ -87,30 +86,28 @@ LAYER_NORMS = ("LayerNorm", "RMSNorm")
 Memory = tuple[int, ...]
 
 
-Scales = dict[int, list[Tensor]]
+Scales = dict[tuple[Factors, Side], list[Tensor]]
 
 
-def _normalisations(model: nn.Module, inputs: Any) -> tuple[Scales, Scales]:
-    """Run the model once; return the scales found for the rows and the columns of each weight, by the ``id`` of its factors."""
-    rows: Scales = defaultdict(list)
-    columns: Scales = defaultdict(list)
-    written: dict[Memory, tuple[Scales, Factors]] = {}
+def _normalisations(model: nn.Module, inputs: Any) -> Scales:
+    """Run the model once; return the scales found for the rows and the columns of each weight."""
+    scales: Scales = defaultdict(list)
+    written: dict[Memory, Features] = {}
     gains: dict[Memory, Tensor] = {}
     alive: list[Tensor] = []  # so that no two of them are ever in the same memory
 
     def before(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if isinstance(module, FactorizedLayer):
-            for factors, x, axis in _reads(module, args, kwargs):
-                gain = gains.get(_memory(x, axis))
+        if not _is_norm(module):
+            for read in features_read(module, args, kwargs):
+                gain = gains.get(_memory(read.tensor, read.axis))
                 if gain is not None:
-                    columns[id(factors)].append(gain)
+                    scales[read.factors, read.side].append(gain)
             return
         given: Any = args[0] if args else next(iter(kwargs.values()), None)
         axis = _channel_axis(module)
         found = written.get(_memory(given, axis)) if isinstance(given, Tensor) and given.dim() > 1 else None
         if found is not None:
-            side, factors = found
-            side[id(factors)].append(_scale(module, given, axis))
+            scales[found.factors, found.side].append(_scale(module, given, axis))
 
     def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
         if _is_norm(module):
@@ -119,59 +116,25 @@ def _normalisations(model: nn.Module, inputs: Any) -> tuple[Scales, Scales]:
                 alive.append(output)
                 gains[_memory(output, axis)] = _gain(module, output.shape[axis], output.device)
             return
-        for factors, side, y, axis in _writes(module, output, rows, columns):
-            alive.append(y)
-            written[_memory(y, axis)] = (side, factors)
+        for made in features_written(module, output):
+            alive.append(made.tensor)
+            written[_memory(made.tensor, made.axis)] = made
 
-    hooked = [m for m in model.modules() if isinstance(m, FactorizedLayer | nn.MultiheadAttention) or _is_norm(m)]
+    hooked = [module for module in model.modules() if runs_factors(module) or _is_norm(module)]
     handles = [module.register_forward_hook(after) for module in hooked]
-    handles += [m.register_forward_pre_hook(before, with_kwargs=True) for m in hooked if isinstance(m, FactorizedLayer) or _is_norm(m)]
+    handles += [module.register_forward_pre_hook(before, with_kwargs=True) for module in hooked]
     try:
         with unfused(), evaluating(model):
             call_model(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return rows, columns
+    return scales
 
 
 def _memory(x: Tensor, axis: int) -> Memory:
     """Return what two tensors share that hold the same numbers, with the features along the same memory, and not written to in between."""
     return (x.untyped_storage()._cdata, int(x.storage_offset()), x.numel(), x._version, x.shape[axis], x.stride(axis))
-
-
-def _reads(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Factors, Tensor, int]]:
-    """Yield the weights that read the input's features as they are, with the input and the axis of its features."""
-    given = [*args, *kwargs.values()]
-    if isinstance(layer, nn.MultiheadAttention):
-        query, key, value = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
-        held = dict(layer.named_factors())  # type: ignore[operator]
-        if "in_proj_weight" in held and query is key and key is value:
-            yield held["in_proj_weight"], query, -1
-        for x, name in zip((query, key, value), ("q_proj_weight", "k_proj_weight", "v_proj_weight"), strict=True):
-            if name in held:
-                yield held[name], x, -1
-    elif isinstance(layer, FactorizedRecurrent):
-        held = dict(layer.named_factors())
-        if given and isinstance(given[0], Tensor):
-            yield from ((held[name], given[0], -1) for name in ("weight_ih_l0", "weight_ih_l0_reverse") if name in held)
-    elif isinstance(layer, FactorizedConv | FactorizedLinear | FactorizedConv1D) and given and isinstance(given[0], Tensor):
-        yield layer.factors_of("weight"), given[0], _feature_axis(layer)
-
-
-def _writes(layer: Any, output: Any, rows: Scales, columns: Scales) -> Iterator[tuple[Factors, Scales, Tensor, int]]:
-    """Yield the weights whose product is the output, the side that the output's features are on, the output and their axis."""
-    if isinstance(layer, nn.MultiheadAttention):
-        if isinstance(layer.out_proj, FactorizedLayer):  # attention reads its weight and does not call it
-            yield layer.out_proj.factors_of("weight"), rows, output[0], -1
-    elif isinstance(layer, FactorizedEmbedding):
-        yield layer.factors_of("weight"), columns, output, -1
-    elif isinstance(layer, FactorizedConv | FactorizedLinear | FactorizedConv1D) and isinstance(output, Tensor):
-        yield layer.factors_of("weight"), rows, output, _feature_axis(layer)
-
-
-def _feature_axis(layer: Any) -> int:
-    return -1 - len(layer.kernel_size) if hasattr(layer, "kernel_size") else -1
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -207,14 +170,15 @@ def _scale(norm: Any, x: Tensor, axis: int) -> Tensor:
     return gain / (variance + norm.eps).clamp(min=1e-300).sqrt()
 
 
-def _averaged(scales: list[Tensor], like: Tensor) -> Tensor:
+def _averaged(scales: list[Tensor], shape: Sequence[int], device: torch.device) -> Tensor:
     """Return the root of the mean square of the scales found, folded as one side ``(*blocks, size)`` of a weight; ones for none.
 
     Args:
         scales: each of one entry for every feature.
-        like: has the shape of that side; each feature has several neighboring entries there (those of the kernel's axes).
+        shape: of that side; each feature has several neighbouring entries there (those of the kernel's axes).
+        device: of the weight.
     """
     if not scales:
-        return torch.ones_like(like)
-    mean = torch.stack(scales).square().mean(0).sqrt().to(like)
-    return mean.repeat_interleave(like.numel() // mean.numel()).reshape(like.shape)
+        return torch.ones(shape, dtype=torch.float64, device=device)
+    mean = torch.stack(scales).square().mean(0).sqrt().to(device, torch.float64)
+    return mean.repeat_interleave(math.prod(shape) // mean.numel()).reshape(shape)

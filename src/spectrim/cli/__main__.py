@@ -1,0 +1,5 @@
+"""``python -m spectrim.cli``."""
+
+from spectrim.cli import main
+
+main()

@@ -1,0 +1,165 @@
+"""The body of each command: it checks, calls one function, prints."""
+
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from spectrim.budget.latency_table import latency_table
+from spectrim.budget.plan import BUDGETS, plan
+from spectrim.cli.compressing import compress_, run
+from spectrim.cli.shared import fractions, note, show
+from spectrim.errors import FormatError, RecipeError, SettingError
+from spectrim.metrics.inputs import batch_size_of, first_examples, one_example
+from spectrim.metrics.measurement import measure
+from spectrim.pipeline.components import make_loss
+from spectrim.pipeline.folders import RECIPE, Contents, contents
+from spectrim.pipeline.recipe import Recipe, read_recipe
+from spectrim.pipeline.run import make_data, make_model
+from spectrim.report import text_report, write_report
+from spectrim.runtimes.export import export
+from spectrim.runtimes.formats import SUFFIXES, _format_of
+from spectrim.runtimes.int8 import quantize
+from spectrim.storage.save import load
+from spectrim.surgery.coverage import coverage
+from spectrim.surgery.factorize import factorize
+
+
+def measure_(args: Namespace) -> None:
+    """Measure the network of a recipe or of a folder, or show what was measured when the folder was finished."""
+    found, held = None, _contents(args.target)
+    if held is not None and args.split is None and args.threads is None:
+        found = held.measured("final")
+    if found is None:
+        model, recipe = _network(args.target, held, "final")
+        data = make_data(recipe)
+        split = getattr(data, args.split or "val")
+        example = one_example(data.val, model)
+        found = measure(model, example, data=split, loss=make_loss(recipe.loss), threads=args.threads or 1)
+        where = f"measured on the {args.split or 'val'} split"
+    else:
+        where = "as measured on the test split when the folder was written; --split measures again, and calls the recipe's code"
+    show(args, f"{found.summary()}\n{where}", found.to_dict())
+
+
+def coverage_(args: Namespace) -> None:
+    """List every parameterized layer: factorized, or why not."""
+    held = _contents(args.target)
+    lines = held.coverage if held is not None else None
+    if lines is None:
+        model, recipe = _network(args.target, held, "factorized")
+        where = recipe.factorize.layers()
+        if held is None:
+            model = factorize(model, recipe.factorize.scheme, where)
+        lines = coverage(model, where)
+    show(args, str(lines), [vars(line) for line in lines])
+
+
+def plan_(args: Namespace) -> None:
+    """Predict the result of each budget, without training: ranks, costs, and the error right after the cut."""
+    budgets = fractions("--budgets", args.budgets) if args.budgets else BUDGETS
+    held = _contents(args.target)
+    model, recipe = _network(args.target, held, "dense")
+    if held is None and recipe.dense.epochs:
+        note(f"the recipe trains its dense network first; planned is the untrained one. spectrim run {args.target}, then plan its folder")
+    data, where = make_data(recipe), recipe.factorize.layers()
+    scheme, inputs, table = recipe.factorize.scheme, one_example(data.val), None
+    if args.latency:
+        model = factorize(model, scheme, where)
+        table = latency_table(model, inputs, backend=args.latency, threads=args.threads, progress=not args.quiet)
+    calibrating, loss = (None, None) if args.weights_only else (data.train, make_loss(recipe.loss))
+    found = plan(
+        model, inputs, calibrating, loss, budgets=budgets, scheme=scheme, where=where, latency=table,
+        eval_data=None if args.weights_only else data.val, examples=args.examples, progress=not args.quiet,
+    )  # fmt: skip
+    text = str(found)
+    if args.out:
+        found.save(args.out)
+        text += f"\nwritten to {args.out} and {write_report(args.out)}"
+    show(args, text, found.to_dict())
+
+
+def report_(args: Namespace) -> None:
+    """Write the HTML page of a run's folder or of a plan; it needs no server and no network, and nothing is imported or called."""
+    folder = Path(args.target)
+    if args.text:
+        print(text_report(folder))
+        return
+    path = write_report(folder, args.out)
+    print(f"written to {path}")
+    if args.open:
+        webbrowser.open(path.resolve().as_uri())
+
+
+def export_(args: Namespace) -> None:
+    """Write the network of a recipe, or the final one of a folder, for another runtime."""
+    if not args.int8 and not args.format and not args.out:
+        raise RecipeError("export", "the format is missing", allowed=f"--format {', '.join(SUFFIXES.values())}; or --out with a suffix")
+    if args.int8 and (args.format not in (None, "onnx") or args.static or args.tolerance is not None):
+        raise RecipeError("--int8", "writes ONNX for any batch, and has no tolerance", allowed="--format onnx, --out FILE.onnx")
+    if args.tolerance is not None and not args.tolerance > 0:
+        raise RecipeError("--tolerance", f"got {args.tolerance}", allowed="a number above 0")
+    held, path = _contents(args.target), _export_path(args)
+    model, recipe = _network(args.target, held, "final")
+    data = make_data(recipe)
+    if args.int8:
+        made: Any = quantize(model, data.train, path)
+        show(args, f"{made.summary()}\nwritten to {made.path}", made.to_dict())
+        return
+    (inputs, _), *_ = first_examples(data.val, 1)
+    size = batch_size_of(inputs)
+    if args.batch > size:
+        raise RecipeError("--batch", f"got {args.batch}", allowed=f"up to {size}, a batch of the validation split")
+    inputs = tree_map_only(torch.Tensor, lambda tensor: tensor[: args.batch], inputs)
+    made = export(
+        model, inputs, path, args.format, dynamic_batch=not args.static, max_batch=max(args.max_batch, args.batch),
+        tolerance=args.tolerance, latency=True, threads=args.threads,
+    )  # fmt: skip
+    show(args, made.summary(), made.to_dict())
+
+
+def _export_path(args: Namespace) -> Path:
+    """Return the file to write, whose suffix and format agree."""
+    target = Path(args.target)
+    suffix = "-int8.onnx" if args.int8 else next((suffix for suffix, format in SUFFIXES.items() if format == args.format), "")
+    path = Path(args.out or f"{target / 'model' if target.is_dir() else target.stem}{suffix}")
+    try:
+        _format_of(path, "onnx" if args.int8 else args.format)
+    except SettingError as error:
+        raise RecipeError("--out", str(error)) from error
+    return path
+
+
+def _contents(target: str) -> Contents | None:
+    """Return what a folder holds; None for a recipe."""
+    return contents(Path(target)) if Path(target).is_dir() else None
+
+
+def _network(target: str, held: Contents | None, name: str) -> tuple[nn.Module, Recipe]:
+    """Return the dense network of a recipe file, or one that a folder holds; both call what the recipe names."""
+    if held is None:
+        recipe = read_recipe(target, cut=False)
+        return make_model(recipe), recipe
+    place, path = held.network(name), held.folder / RECIPE
+    note(f"calling the code that {path} names; do so only for folders that you trust")
+    try:
+        recipe = read_recipe(path, cut=False)
+    except RecipeError as error:
+        raise error if str(path) in str(error) else FormatError(path, str(error)) from error
+    return load(place, make_model(recipe)), recipe
+
+
+BODIES: dict[str, Callable[[Namespace], None]] = {
+    "run": run,
+    "compress": compress_,
+    "measure": measure_,
+    "coverage": coverage_,
+    "plan": plan_,
+    "report": report_,
+    "export": export_,
+}

@@ -1,0 +1,170 @@
+"""`spectrim run` and `spectrim compress`: to one budget or several, in a folder."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from rich.console import Console
+
+from spectrim.budget.allocate import allocate
+from spectrim.budget.budget import Budget
+from spectrim.budget.latency_table import latency_table
+from spectrim.budget.plan import plan
+from spectrim.cli.shared import changes, fractions, show
+from spectrim.errors import RecipeError, SettingError
+from spectrim.files import read_json, temporary_beside
+from spectrim.metrics.evaluate import evaluate
+from spectrim.metrics.measurement import Measurement, compare_table
+from spectrim.pipeline.compress import compress
+from spectrim.pipeline.compressed import Compressed
+from spectrim.pipeline.folders import finish
+from spectrim.pipeline.recipe import read_recipe
+from spectrim.pipeline.run import STAGE, Run
+from spectrim.report import PLAN, write_report
+from spectrim.storage.save import load
+from spectrim.surgery.factorize import factorize
+
+LIMITS = ("macs", "params", "size", "size_bytes", "latency", "latency_s")
+
+
+PAGE_BUDGETS = (0.65, 0.5, 0.33)
+"""Budgets that the page of a run has a table for; its slider solves any other."""
+
+
+NAMES = {"final": "low-rank", "truncated": "truncated SVD", "continued": "dense, trained on"}
+
+
+def run(args: Namespace) -> None:
+    """Run a recipe stage by stage; finished stages are skipped."""
+    recipe = read_recipe(args.recipe, changes(args))
+    job = Run(recipe, Path(args.out or Path("runs") / Path(args.recipe).stem), progress=not args.quiet)
+    with job.hold():
+        result = job.run()
+        plan_of_run(job)
+        page = write_report(job.out)
+    measured = {NAMES.get(k, k): Measurement.from_dict(result[k]) for k in ("dense", "final", "truncated", "continued") if k in result}
+    text = f"{compare_table(measured)}\nwritten to {job.out}; the page: {page}"
+    show(args, text, {name: result[name] for name in ("dense", "final")})
+
+
+def compress_(args: Namespace) -> None:
+    """Compress a recipe's dense network to a budget, or to several, each in a folder inside; one page shows them all."""
+    budgets = _budgets(args)
+    recipe = read_recipe(args.recipe, changes(args), cut=False)
+    names = ["-".join(f"{unit}{value:g}" for unit, value in budget.limits.items()) for budget in budgets]
+    out = Path(args.out or Path("runs") / f"{Path(args.recipe).stem}-compress-{'-'.join(names)}")
+    job = Run(recipe, out, progress=not args.quiet)
+    with job.hold():
+        _check_budgets(job, budgets)
+        if len(budgets) == 1:
+            made, measured, result = _compressed(job, budgets[0], args)
+            finish(out, "compress", result, made.coverage)
+            text = f"{made.stages()}\n{_table(measured)}"
+        else:
+            measured = _sweep(job, dict(zip(names, budgets, strict=True)), args)
+            finish(out, "sweep", {name: entry.to_dict() for name, entry in measured.items()} | {"split": "test"})
+            text = _table(measured)
+        plan_of_run(job)
+        page = write_report(out)
+    text = f"{text}\naccuracy and loss on the test split\nwritten to {out}; the page: {page}"
+    show(args, text, {name: entry.to_dict() for name, entry in measured.items()})
+
+
+def _table(measured: dict[str, Measurement]) -> str:
+    return compare_table({NAMES.get(name, name): entry for name, entry in measured.items()})
+
+
+def _sweep(job: Run, budgets: dict[str, Budget], args: Namespace) -> dict[str, Measurement]:
+    """Compress one dense network to several budgets, each in a folder inside, and return the measurements."""
+    found: dict[str, Measurement] = {}
+    job.dense()
+    for name, budget in budgets.items():
+        one = Run(job.recipe, job.out / name, progress=job.progress)
+        with one.hold():
+            _copy_dense(job.out / "1-dense", one.out / "1-dense")
+            made, measured, result = _compressed(one, budget, args)
+            finish(one.out, "compress", result, made.coverage)
+            plan_of_run(one)
+            write_report(one.out)
+        found |= {"dense": found.get("dense", measured["dense"]), name: measured["final"]}
+    return found
+
+
+def _copy_dense(source: Path, target: Path) -> None:
+    """Copy a finished stage atomically, where it differs."""
+    if (target / STAGE).is_file() and (target / STAGE).read_bytes() == (source / STAGE).read_bytes():
+        return
+    with temporary_beside(target, folder=True) as made:
+        shutil.copytree(source, made, dirs_exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)
+        made.rename(target)
+
+
+def _compressed(job: Run, budget: Budget, args: Namespace) -> tuple[Compressed, dict[str, Measurement], dict[str, Any]]:
+    """Compress in the folder of a run; return what was made, its measurements on the test split, and the result as plain data."""
+    recipe, dense, table = job.recipe, job.dense(), None
+    for name in ("settings.json", "cut/cut.json"):
+        if (job.out / "compress" / name).exists():
+            read_json(job.out / "compress" / name, f"delete {job.out / 'compress'} to begin again")
+    if args.backend or args.latency or args.latency_s:
+        timed = factorize(dense, recipe.factorize.scheme, recipe.factorize.layers())
+        table = latency_table(timed, job.example, backend=args.backend or "eager", progress=not args.quiet)
+    job.begin("compress")
+    data = job.data
+    made = compress(
+        dense, data.train, job.loss, budget, args.epochs, example_inputs=job.example, eval_data=data.val,
+        scheme=recipe.factorize.scheme, where=recipe.factorize.layers(), cut=args.cut, squeeze=args.squeeze, examples=args.examples,
+        precision=recipe.precision, compiled=recipe.compiled, latency=table, folder=job.out / "compress", progress=not args.quiet,
+    )  # fmt: skip
+    job.begin("measure")
+    tested = {name: evaluate(model, job.data.test, job.loss) for name, model in (("dense", dense), ("final", made.model))}
+    measured = {name: replace(made.measured[name], accuracy=found.get("accuracy"), loss=found["loss"]) for name, found in tested.items()}
+    measured["final"] = replace(measured["final"], ranks=made.ranks)
+    result = made.report | {name: entry.to_dict() for name, entry in measured.items()} | {"split": "test"}
+    return made, measured, result
+
+
+def _budgets(args: Namespace) -> list[Budget]:
+    """Return the budgets that the options ask for, all of them checked."""
+    listed: dict[str, list[float]] = {}
+    for name in LIMITS:
+        if (value := getattr(args, name)) is not None:
+            listed[name] = fractions(f"--{name}", value) if isinstance(value, str) else [value]
+    if not listed:
+        raise RecipeError("compress", "no budget", allowed=", ".join(f"--{name}" for name in LIMITS) + "; --macs 0.4 keeps 40 %")
+    count = max(map(len, listed.values()))
+    if any(len(values) not in (1, count) for values in listed.values()):
+        raise RecipeError("compress", "lists of different lengths", allowed="lists of one length, or single values")
+    if not 0 <= args.squeeze < 1:
+        raise RecipeError("--squeeze", f"got {args.squeeze}", allowed="a share of the epochs in [0, 1)")
+    try:
+        return [Budget(**{name: values[index % len(values)] for name, values in listed.items()}) for index in range(count)]
+    except SettingError as error:
+        raise RecipeError("compress", str(error)) from error
+
+
+def _check_budgets(job: Run, budgets: list[Budget]) -> None:
+    """Check that ranks can meet the budgets before the dense network is trained, as far as no seconds are asked for."""
+    counted = [budget for budget in budgets if not {"latency", "latency_s"} & set(budget.limits)]
+    if not counted or not job.recipe.dense.epochs or (job.out / "1-dense" / STAGE).exists():
+        return
+    low = factorize(job.initial, job.recipe.factorize.scheme, job.recipe.factorize.layers())
+    try:
+        for budget in counted:
+            allocate(low, budget, job.example)
+    except SettingError as error:
+        raise RecipeError("compress", str(error)) from error
+
+
+def plan_of_run(job: Run) -> None:
+    """Write the plan of the network that a run or `compress` cut, where there is none or the network is newer."""
+    stage, path = job.out / ("2-train" if (job.out / "2-train").is_dir() else "1-dense"), job.out / PLAN
+    weights = stage / "model.safetensors"
+    if not weights.is_file() or (path.is_file() and path.stat().st_mtime >= weights.stat().st_mtime):
+        return
+    settings = job.recipe.factorize
+    with Console(stderr=True, quiet=not job.progress).status("planning other budgets, for the page"):
+        found = plan(load(stage, job.initial), job.example, budgets=PAGE_BUDGETS, scheme=settings.scheme, where=settings.layers())
+    found.save(path)

@@ -1,0 +1,35 @@
+"""What commands share: reading options, printing results."""
+
+import json
+from typing import Any
+
+from jsonargparse import Namespace
+from rich.console import Console
+
+from spectrim.errors import RecipeError
+
+
+def fractions(option: str, text: str) -> list[float]:
+    """Return the numbers of a list with commas."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0 < value <= 1 for value in values) or len(set(values)) < len(values):
+        raise RecipeError(option, f"got {text!r}", allowed="fractions kept, in (0, 1], each once, with commas: 0.5,0.33")
+    return values
+
+
+def show(args: Namespace, text: str, values: Any) -> None:
+    """Print a result: for people, or as JSON alone."""
+    print(json.dumps(values) if args.json else text)
+
+
+def note(text: str) -> None:
+    """Print a remark on stderr."""
+    Console(stderr=True).print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+def changes(args: Namespace) -> list[str]:
+    """Return the changes of a recipe that the options ask for."""
+    return [*(args.set or []), *([] if args.seed is None else [f"seed={args.seed}"])]

@@ -1,0 +1,42 @@
+"""Layers of another class: which forward a class runs, and `renew` for a copy of another class."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+READERS = {"weight", "_parameters", "get_parameter", "in_proj_weight", "all_weights", "_flat_weights"}
+
+
+def leads_to_forward_of(own: type, base: type) -> bool:
+    """Whether every forward between a class and `base` calls the next one and reads no weight: then `base`'s can be exchanged."""
+    for kind in own.__mro__[: own.__mro__.index(base)]:
+        for name in ("forward", "__call__", "_conv_forward"):
+            if name in vars(kind):
+                names = _names_in(getattr(vars(kind)[name], "__code__", None))
+                if name != "forward" or "forward" not in names or any(n in READERS or n.startswith("weight_") for n in names):
+                    return False
+    return True
+
+
+def _names_in(code: Any) -> set[str]:
+    """Return the names that a function's code refers to, those of functions inside it included."""
+    if code is None:
+        return set()
+    inner = (constant for constant in code.co_consts if hasattr(constant, "co_names"))
+    return {*code.co_names, *(c for c in code.co_consts if isinstance(c, str))}.union(*map(_names_in, inner))
+
+
+def runs_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the class of `module` runs exactly the forward of `kind`."""
+    return all(getattr(type(module), name, None) is getattr(kind, name, None) for name in ("forward", "__call__", "_conv_forward"))
+
+
+def renew(module: nn.Module, kind: type[nn.Module], drop: Iterable[str] = ()) -> Any:
+    """Return a `kind` with `module`'s attributes, parameters, children and hooks; the containers are copied, the tensors are not."""
+    new: Any = object.__new__(kind)
+    for key, value in vars(module).items():
+        if key not in drop:
+            new.__dict__[key] = copy.copy(value) if isinstance(value, dict | set | list) else value
+    return new

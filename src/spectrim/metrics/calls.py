@@ -1,0 +1,138 @@
+"""How a model is called with a batch, and what it puts out."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from spectrim.checks import unwrapped
+from spectrim.errors import SettingError, SpectrimError
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients inside; training flags are restored afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Let torch's transformer layers call their children inside, instead of one fused kernel that calls none of them."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def call_model(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call a model on inputs as a data set gives them.
+
+    Args:
+        model: a module or any function.
+        inputs: a tensor, a tuple or list of arguments, or a dict of keyword arguments. A list is one argument where the model's signature
+            does not take its entries, as models do that take a list of images.
+
+    Raises:
+        SettingError: `inputs` is none of these.
+
+    Examples:
+        >>> call_model(torch.add, {"input": torch.tensor(1), "other": torch.tensor(2)})
+        tensor(3)
+    """
+    args, kwargs = arguments(inputs, model)
+    return model(*args, **kwargs)
+
+
+def scores_of(output: Any) -> Any:
+    """Return the scores in a model's output: its ``logits`` (an attribute or a key, as in models of transformers), else the whole output.
+
+    Args:
+        output: of a forward pass.
+
+    Examples:
+        >>> scores_of({"logits": torch.tensor(1), "hidden_states": torch.tensor(2)})
+        tensor(1)
+        >>> scores_of(torch.tensor(3))
+        tensor(3)
+    """
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return found if isinstance(found, Tensor) else output
+
+
+def loss_of(loss: Callable[[Any, Any], Tensor], output: Any, target: Any, owner: str) -> Tensor:
+    """Return the loss of a forward pass.
+
+    Args:
+        loss: called as ``loss(output, target)``.
+        output: of the model.
+        target: of the batch.
+        owner: the verb that was called, for errors.
+
+    Raises:
+        SettingError: where the loss fails on this output and target, or does not return a scalar tensor.
+    """
+    try:
+        value = loss(output, target)
+    except (SpectrimError, torch.OutOfMemoryError):
+        raise
+    except (TypeError, AttributeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+        if isinstance(error, AttributeError | KeyError) and isinstance(output, Tensor) and isinstance(target, Tensor):
+            raise  # of the loss's own code
+        hint = f"it fails with {type(error).__name__}: {str(error).strip()[:300]}"
+        if scores_of(output) is not output:
+            hint = "which holds its scores as logits: give lambda output, target: loss(output.logits, target)"
+        rule = f"(output, target) -> scalar for an output of type {_kind(output)} and a target of type {_kind(target)}"
+        raise SettingError(owner, "loss", got=loss, rule=rule, hint=hint) from error
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise SettingError(owner, "loss", got=got, rule="a function that returns a scalar tensor", hint="use reduction='mean'")
+    return value
+
+
+def _kind(value: Any) -> str:
+    """Name the type of an output or a target, of a tensor with its dtype and shape."""
+    return f"{type(value).__name__} ({value.dtype}, {tuple(value.shape)})" if isinstance(value, Tensor) else type(value).__name__
+
+
+def arguments(inputs: Any, model: Any = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return inputs as positional and keyword arguments; a list is one argument where the model cannot be called with its entries."""
+    if isinstance(inputs, Tensor | PackedSequence):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, list) and model is not None and takes_list(model, inputs):
+        return (inputs,), {}
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    raise SettingError("measure", "inputs", got=type(inputs), rule="a tensor, a tuple of arguments or a dict of keyword arguments")
+
+
+def takes_list(model: Any, inputs: list[Any]) -> bool:
+    """Whether a model takes a list as its one argument, as those for images of different sizes do: by its signature."""
+    inner = unwrapped(model) if isinstance(model, nn.Module) else model
+    try:
+        signature = inspect.signature(inner.forward if isinstance(inner, nn.Module) else inner)
+    except (TypeError, ValueError):
+        return False
+    return not _binds(signature, *inputs) and _binds(signature, inputs)
+
+
+def _binds(signature: inspect.Signature, *args: Any) -> bool:
+    try:
+        signature.bind(*args)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,77 @@
+"""Scores of networks: each network on each data set once."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from spectrim.metrics.clock import compare_latency
+from spectrim.metrics.evaluate import evaluate
+from spectrim.metrics.measurement import Measurement, measure
+from spectrim.pipeline.teaching import GAP, NATS_GAP, axis_of_classes
+from spectrim.training.distillation import Loss
+
+
+@dataclass
+class Judge:
+    """Scores networks: each network on each data set once."""
+
+    model: nn.Module
+    loss: Loss
+    known: list[Any]
+    judged: Iterable[Any]
+    batch: int | None = None
+    on_known: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, network: nn.Module) -> dict[str, float]:
+        """Return the scores of a network on the data that decide."""
+        return evaluate(network, self.judged, self.loss)
+
+    @cached_property
+    def dense(self) -> dict[str, float]:
+        """The scores of the dense network."""
+        return self(self.model)
+
+    @cached_property
+    def dense_on_known(self) -> dict[str, float]:
+        """The scores of the dense network on the calibration set."""
+        return self.dense if self.judged is self.known else evaluate(self.model, self.known, self.loss)
+
+    def far(self, how: str, cut: nn.Module, scores: Mapping[str, Mapping[str, float]]) -> bool:
+        """Return whether the loss of a cut network on the calibration set is that much higher than the dense one's; by its way, once."""
+        if how not in self.on_known:
+            own = list(scores.values())[-1] if self.judged is self.known else evaluate(cut, self.known, self.loss)
+            self.on_known[how] = own["loss"]
+        return self.on_known[how] >= self._level
+
+    @cached_property
+    def _level(self) -> float:
+        """The loss on the calibration set above which the loss gap is large."""
+        dense = self.dense_on_known["loss"]
+        classifies = axis_of_classes(self.model, self.known[0]) is not None
+        return min(GAP * dense, dense + NATS_GAP) if classifies else GAP * dense
+
+    def measured(self, final: nn.Module, inputs: Any) -> dict[str, Measurement]:
+        """Measure the dense and the final network, timed side by side."""
+        networks = {"dense": self.model, "final": final}
+        times = compare_latency(networks, inputs)
+        scores = {"dense": self.dense, "final": self(final)}
+        return {
+            name: replace(
+                measure(network, inputs, latency=False, batch_size=self.batch),
+                latency_s=times[name].median_s,
+                latency_iqr_s=times[name].iqr_s,
+                batch=times[name].batch,
+                threads=times[name].threads,
+                loss=scores[name]["loss"],
+                accuracy=scores[name].get("accuracy"),
+            )
+            for name, network in networks.items()
+        }
+
+
+def scores_of_measurement(measured: Measurement) -> dict[str, float]:
+    """Return the loss and the accuracy of a measurement, where it has them."""
+    return {name: value for name in ("loss", "accuracy") if (value := getattr(measured, name)) is not None}

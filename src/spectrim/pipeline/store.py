@@ -1,0 +1,98 @@
+"""The folder of one call of `compress`: what a stopped call goes on from."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from spectrim.errors import FormatError
+from spectrim.files import write_text
+from spectrim.layers import named_factors
+from spectrim.pipeline import identity
+from spectrim.pipeline.compressed import Compressed
+from spectrim.storage.save import load, save
+
+RESULT, SETTINGS, CUT = "result.json", "settings.json", "cut.json"
+
+
+def identity_of(
+    model: nn.Module,
+    low: nn.Module,
+    data: Any,
+    known: Sequence[Any],
+    inputs: Any,
+    loss: Any,
+    optimizer: Any,
+    latency: Any,
+    calibration: Any,
+) -> dict[str, Any]:
+    """Return what else changes the result."""
+    return {
+        "weights": identity.of_weights(model),
+        "data": identity.of_data(data, known),
+        "where": [f"{name} {factors.shape}" for name, factors in named_factors(low)],
+        "example_inputs": identity.digest(tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)),
+        "loss": getattr(loss, "__qualname__", repr(loss)),
+        "optimizer": identity.of_optimizer(optimizer, low),
+        "latency": identity.of_latency(latency, low),
+        "calibration": None if calibration is None else identity.digest([calibration.examples, *calibration.inputs.values()]),
+    }
+
+
+@dataclass
+class Told:
+    """How the cut was made: the way, the stages that were not kept, and sentences."""
+
+    how: str = "squeezed"
+    dropped: dict[str, dict[str, float]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+Found = tuple[nn.Module, Told, dict[str, dict[str, float]]]
+
+
+@dataclass
+class Store:
+    """The folder of one call, or nothing."""
+
+    folder: Path | None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def path(self, name: str) -> Path | None:
+        """Return a path in the folder; None without one."""
+        return None if self.folder is None else self.folder / name
+
+    def claim(self, **settings: Any) -> None:
+        """Take the folder for these settings; refuse one of another call."""
+        self.settings = settings
+        path = self.path(SETTINGS)
+        if path is None:
+            return
+        if path.exists() and (held := json.loads(path.read_text(encoding="utf-8"))) != settings:
+            other = ", ".join(sorted(name for name in settings if name not in held or held[name] != settings[name]))
+            raise FormatError(path.parent, f"holds a call with another {other}", hint="choose another folder, or delete this one")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(settings, indent=1))
+
+    def cut(self, dense: nn.Module, work: Callable[[], Found]) -> Found:
+        """Return the cut network of an earlier, stopped call, or make it and keep it."""
+        folder = self.path("cut")
+        if folder is not None and (folder / CUT).exists():
+            found = json.loads((folder / CUT).read_text(encoding="utf-8"))
+            return load(folder, dense), Told(found["how"], found["dropped"], found["notes"]), found["scores"]
+        network, told, scores = work()
+        if folder is not None:
+            save(network, folder)
+            write_text(folder / CUT, json.dumps({**vars(told), "scores": scores}))
+        return network, told, scores
+
+    def finish(self, made: Compressed) -> None:
+        """Write the networks and the result."""
+        if self.folder is not None:
+            save(made.low, self.folder / "low")
+            save(made.model, self.folder / "final")
+            write_text(self.folder / RESULT, json.dumps(made.report, indent=1) + "\n")

@@ -1,0 +1,188 @@
+"""The second moments of what a weight meets: `Calibration`, and the sums behind it."""
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.errors import LayerError
+from spectrim.forms.svd import Factors
+from spectrim.layers.uses import first_argument
+from spectrim.layers.weights import OneWeight
+
+WIDEST = 8192
+"""Weights with more outputs than this (vocabularies) have no moments of the outputs: the matrix would take more than 0.5 GB."""
+
+
+WIDEST_INPUTS = 16384
+"""Weights with more inputs than this are skipped: the matrix would take more than 2 GB."""
+
+
+NOT_CALLED = "the model did not call this layer on these data"
+
+
+WIDE = "its moments would not fit into memory"
+
+
+EMBEDDING = "an embedding: entries that the data do not contain would be lost, so it is cut by its spectrum"
+
+
+CONSTANT = 1e-12
+"""Inputs that vary by less than this share of their second moment are taken for constant, and their mean is not taken out."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Second moments of the inputs of each factorized weight, and of the loss gradient at its outputs.
+
+    Changing a weight by ``D`` changes its output for one example by ``tr(D A D^T)``, squared and summed over positions, with ``A`` its
+    `inputs`; it raises the loss by about ``1/2 tr(G D A D^T)`` with ``G`` its `outputs`. Both sides are those of the folded matrix, see
+    `linalg.to_matrix`: in the spatial scheme an input is a vertical patch, at every column that the second operation reads, and each
+    horizontal offset is a separate output; in the input scheme an input is one position, and each tap a separate
+    output. Tied weights and layers that run more than once add up; a packed projection of attention on a query, a key and a value that
+    differ sees each of them.
+
+    Where a bias can absorb the change of the output's mean, ``b <- b + D m``, only the inputs' deviations from their mean
+    count (see `absorbing`).
+
+    Attributes:
+        inputs: ``(in, in)`` or ``(blocks, in, in)``, float64: the mean over examples of the sum over positions of ``x x^T``, or of
+            ``(x - m) (x - m)^T`` for the weights in `means`.
+        outputs: ``(out, out)`` or ``(blocks, out, out)``, float64: the mean over examples and positions of ``g g^T``, ``g`` the gradient of
+            one example's loss. Empty without a loss; of more than `WIDEST` outputs it is left out.
+        slopes: ``(rank,)`` or ``(blocks, rank)``: the mean gradient of the loss with respect to ``S``. Empty without a loss.
+        skipped: weights without moments (embeddings, more than `WIDEST_INPUTS` inputs, what the model does not call), and why.
+        examples: how many were used.
+        means: ``m``, ``(in,)`` or ``(blocks, in)``, float64: the mean over examples and positions, for weights whose bias absorbs it.
+
+    Source: Martens and Grosse, arXiv 1503.05671, section 3; Grosse and Martens, arXiv 1602.01407, section 3 (convolutions).
+    Deviation: gradients are those of the targets given (the empirical Fisher), not of targets drawn from the model; means are taken out
+    where they cost nothing.
+    """
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    slopes: Mapping[str, Tensor]
+    skipped: Mapping[str, str]
+    examples: int
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def metrics(self, name: str, shape: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+        """Return the metrics ``(left, right)`` of one weight for `linalg.weighted_svd`; None for one that there is not.
+
+        Args:
+            name: as in `named_factors`.
+            shape: ``(out, in)`` of the weight.
+
+        Raises:
+            LayerError: when the calibration is of another model.
+        """
+        left, right = self.outputs.get(name), self.inputs.get(name)
+        known = name in self.inputs or name in self.skipped
+        if not known or (right is not None and right.shape[-1] != shape[1]) or (left is not None and left.shape[-1] != shape[0]):
+            raise LayerError(name, f"({shape[0]} x {shape[1]}) is not in the calibration", hint="calibrate this model")
+        return left, right
+
+
+class Sums:
+    """What `calibrate` adds up, by the names of weights.
+
+    Args:
+        names: by factors.
+        absorbing: those whose mean is taken out.
+    """
+
+    def __init__(self, names: Mapping[Factors, str], absorbing: Collection[str]) -> None:
+        self.names, self.absorbing = names, absorbing
+        self.totals: dict[str, Tensor] = {}
+        self.rows: dict[str, int] = defaultdict(int)
+        self.inputs: dict[str, Tensor] = {}
+        self.outputs: dict[str, Tensor] = {}
+        self.slopes: dict[str, Tensor] = {}
+        self.positions: dict[str, int] = defaultdict(int)
+        self.skipped: dict[str, str] = {}
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Add up whatever the layers of `model` meet inside."""
+        layers = [layer for layer in model.modules() if isinstance(layer, OneWeight)]
+        for layer in layers:
+            if layer.looks_up:
+                self.skipped[self.names[layer.factors_of("weight")]] = EMBEDDING
+        layers = [layer for layer in layers if not layer.looks_up]
+        handles = [layer.register_forward_hook(self._called, with_kwargs=True) for layer in layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _called(self, layer: OneWeight, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        factors = layer.factors_of("weight")
+        name, x = self.names[factors], first_argument(args, kwargs)
+        if factors.shape[1] > WIDEST_INPUTS:
+            self.skipped[name] = WIDE
+            return
+        for rows in layer.input_rows(x.detach(), output.shape):
+            add_gram(self.inputs, name, rows)
+            if name in self.absorbing:
+                total = rows.sum(-2, dtype=torch.float64)
+                self.totals[name], self.rows[name] = self.totals.get(name, 0) + total, self.rows[name] + rows.shape[-2]
+        if output.requires_grad and factors.shape[0] <= WIDEST:
+            observe: Any = output.register_hook
+            observe(lambda grad: self._differentiated(layer, name, x.shape, grad))
+
+    def _differentiated(self, layer: OneWeight, name: str, shape: torch.Size, grad: Tensor) -> None:
+        for rows in layer.output_rows(grad.detach(), shape):
+            add_gram(self.outputs, name, rows)
+            self.positions[name] += rows.shape[-2]
+
+    def add_slopes(self, held: Mapping[str, Factors], total: Tensor) -> None:
+        """Differentiate the sum of the examples' losses."""
+        if not total.requires_grad:
+            return
+        grads = torch.autograd.grad(
+            total, [parameter for factors in held.values() for parameter in factors.slope_parameters()], allow_unused=True
+        )
+        for name, grad in zip(held, grads, strict=True):
+            if grad is not None:
+                self.slopes[name] = self.slopes.get(name, torch.zeros_like(grad, dtype=torch.float64)) + grad
+
+    def result(self, held: Mapping[str, Factors], examples: int) -> Calibration:
+        """Return the means."""
+        inputs, outputs = ({name: sums[name] for name in held if name in sums} for sums in (self.inputs, self.outputs))
+        for name in held:
+            for side, sums in (("inputs", inputs), ("gradients", outputs)):
+                if name in sums and not torch.isfinite(sums[name]).all():
+                    raise LayerError(name, f"its {side} are not finite", hint="look for NaN or overflow in the data or the model")
+        skipped = {name: self.skipped.get(name, NOT_CALLED) for name in held if name not in inputs}
+        means = {}
+        for name, total in self.totals.items():
+            mean = total / self.rows[name]
+            centered = inputs[name] - total.unsqueeze(-1) * mean.unsqueeze(-2)
+            trace, rest = (float(moment.diagonal(dim1=-2, dim2=-1).sum()) for moment in (inputs[name], centered))
+            if rest > CONSTANT * trace:
+                inputs[name], means[name] = centered, mean if held[name].lead else mean[0]
+        return Calibration(
+            {name: _blocked(moment, held[name]) / examples for name, moment in inputs.items()},
+            {name: _blocked(moment, held[name]) / self.positions[name] for name, moment in outputs.items()},
+            {name: self.slopes[name] / examples for name in held if name in self.slopes},
+            skipped,
+            examples,
+            means,
+        )
+
+
+def _blocked(moment: Tensor, factors: Factors) -> Tensor:
+    return moment if factors.lead else moment[0]
+
+
+def add_gram(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
+    """Add the second moment of rows ``(blocks, n, width)`` to ``sums[name]``, in float64."""
+    rows = rows.double()
+    gram = rows.mT @ rows
+    sums[name] = sums[name].add_(gram) if name in sums else gram
