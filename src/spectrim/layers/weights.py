@@ -19,6 +19,13 @@ ROWS_SIZE = 2**22
 """Elements of the rows that a layer gives at a time: 32 MB in float64."""
 
 
+def refuse_to_set(layer: nn.Module, name: str) -> None:
+    """Raise a LayerError for the name of a weight that is composed."""
+    if name in layer.__dict__.get("_modules", {}).get("factors", ()):
+        hint = "set U, S and Vh, or factorize again"
+        raise LayerError(layer._get_name(), f"its {name} is composed and cannot be set", hint=hint)  # type: ignore[no-untyped-call]
+
+
 class OneWeight(FactorizedLayer):
     """A factorized layer with the single weight called ``weight``."""
 
@@ -86,6 +93,10 @@ class OneWeight(FactorizedLayer):
     def weight(self, value: Tensor) -> None:
         raise LayerError(self._get_name(), "its weight is composed and cannot be set", hint="set U, S and Vh, or factorize again")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_to_set(self, name)
+        super().__setattr__(name, value)
+
     def input_rows(self, x: Tensor, output_shape: Sequence[int], scheme: Fold | None = None) -> Iterator[Tensor]:
         """Yield what the folded matrix is multiplied with as the layer runs on `x`: rows ``(blocks, n, in)``, a part at a time.
 
@@ -121,9 +132,7 @@ class SeveralWeights(FactorizedLayer):
         return self.dense_weight(name) if factors is not None and name in factors else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__.get("_modules", {}).get("factors", ()):
-            hint = "set U, S and Vh, or factorize again"
-            raise LayerError(self._get_name(), f"its {name} is composed and cannot be set", hint=hint)
+        refuse_to_set(self, name)
         nn.Module.__setattr__(self, name, value)  # not torch's own, which keeps lists of weights
 
     def composed(self, **more: Any) -> Any:

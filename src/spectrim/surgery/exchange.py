@@ -142,15 +142,17 @@ def _held_beside(slots: Mapping[int, int], holes: Mapping[int, nn.Parameter]) ->
 
 
 def _refuse_functions(model: nn.Module, chosen: set[str]) -> None:
-    """Raise a LayerError where a function held by a module refers to a layer: copies of the model would run the original's layer."""
-    names = {id(module): name for name, module in model.named_modules() if name in chosen}
+    """Raise a LayerError where a function held by a module refers to a layer or to what contains it: a copy would run the original's."""
+    above = {".".join(name.split(".")[:end]) for name in chosen for end in range(name.count(".") + 1)} | {""}
+    names = {id(module): name for name, module in model.named_modules() if name in chosen or name in above}
     for owner, module in model.named_modules():
         for key, value in vars(module).items():
             if key.startswith("_"):  # torch's own tables; hooks change no function of the layer
                 continue
             for reached in _reached(value, 0):
                 if id(reached) in names:
-                    problem = f"its attribute '{key}' is a function of layer '{names[id(reached)]}': in a copy it still calls the original"
+                    which = f"layer '{names[id(reached)]}'" if names[id(reached)] else "the model"
+                    problem = f"its attribute '{key}' is a function of {which}: in a copy it still calls the original"
                     hint = "make it a method, or a functools.partial of the layer"
                     raise LayerError(owner or type(module).__name__, problem, hint=hint)
 

@@ -253,6 +253,24 @@ def test_a_function_that_would_run_the_originals_layers_is_refused() -> None:
         sp.factorize(model, where=EVERYTHING)
 
 
+@pytest.mark.parametrize("holder", ["model", "inner"])
+def test_a_function_of_what_contains_the_layers_is_refused(holder: str) -> None:
+    model: Any = nn.ModuleDict({"inner": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))})
+    owner = model if holder == "model" else model["inner"]
+    owner.shortcut = lambda x: owner(x)
+    with pytest.raises(LayerError, match="'shortcut'"):
+        sp.factorize(model, where=EVERYTHING)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.LSTM(4, 4), nn.Conv1d(4, 4, 3)])
+def test_a_composed_weight_cannot_be_set(layer: nn.Module) -> None:
+    low: Any = sp.factorize(nn.Sequential(layer), where=EVERYTHING)
+    name = "weight_hh_l0" if isinstance(layer, nn.LSTM) else "weight"
+    for value in (nn.Parameter(torch.zeros(4, 4)), torch.zeros(4, 4)):
+        with pytest.raises(LayerError, match="is composed and cannot be set"):
+            setattr(low[0], name, value)
+
+
 def test_own_classes_that_read_their_weight_compute_the_same() -> None:
     class Reads(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
