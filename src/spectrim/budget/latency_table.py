@@ -23,7 +23,7 @@ from spectrim.budget.timing import Backend, Timing, _example, _forms, _onnxrunti
 from spectrim.budget.whole_network import time_network
 from spectrim.checks import check, unwrapped
 from spectrim.errors import FormatError, LayerError, SettingError
-from spectrim.files import whole_file
+from spectrim.files import read_json, write_json
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, factor_name, named_layers
 from spectrim.layers.embedding import FactorizedEmbedding
@@ -379,7 +379,7 @@ def _read(path: Path) -> dict[str, Timing]:
     if not path.exists():
         return {}
     try:
-        return {key: _timing(entry) for key, entry in json.loads(path.read_text(encoding="utf-8"))["timings"].items()}
+        return {key: _timing(entry) for key, entry in read_json(path)["timings"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"{path}: damaged, its layers are timed anew ({error!r})", stacklevel=3)
         return {}
@@ -388,8 +388,7 @@ def _read(path: Path) -> dict[str, Timing]:
 def _write(path: Path, machine: Mapping[str, str], timings: Mapping[str, Timing]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = {key: asdict(timing) for key, timing in timings.items()}
-    with whole_file(path) as temporary:  # another process may write it, too: the last one wins
-        temporary.write_text(json.dumps({"machine": dict(machine), "timings": entries}, indent=1), encoding="utf-8")
+    write_json(path, {"machine": dict(machine), "timings": entries})  # another process may write it, too: the last one wins
 
 
 def _timing(entry: Mapping[str, Any]) -> Timing:

@@ -1,8 +1,8 @@
 """The verbs in order, for the person who wants one call: `compress`."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import index
@@ -23,9 +23,10 @@ from spectrim.budget.promise import counted, recounted
 from spectrim.budget.ways import WAYS
 from spectrim.checks import check, naming, unwrapped
 from spectrim.errors import FormatError, SettingError
-from spectrim.files import write_text
+from spectrim.files import make_folder, read_json, write_json
 from spectrim.layers import named_factors
 from spectrim.layers.base import Writing
+from spectrim.locks import locked
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.clock import compare_latency
 from spectrim.metrics.evaluate import evaluate
@@ -54,6 +55,7 @@ from spectrim.training.history import History
 from spectrim.training.squeeze import Squeeze
 
 RESULT, SETTINGS, CUT = "result.json", "settings.json", "cut.json"
+AGAIN = "delete the folder to begin again"
 
 
 LEARNING_RATE = 1e-3
@@ -217,6 +219,7 @@ def compress(
         LayerError: when nothing can be factorized, or when the factorized or the merged network does not compute what the one before it
             does (see `same_function`).
         FormatError: when `folder` holds another call's work: other weights, data, layers or settings.
+        WriteError: when another process is writing `folder`, or it cannot be written.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
@@ -236,65 +239,66 @@ def compress(
     known = first_examples(data, examples, dims=batch_dims)
     low = factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
     store = _Store(None if folder is None else Path(folder))
-    store.claim(
-        budget=repr(budget),
-        epochs=epochs,
-        scheme=scheme,
-        writing=writing,
-        cut=cut,
-        importance=None if importance is None else repr(importance),
-        squeeze=squeeze,
-        distill=distill.settings
-        if isinstance(distill, Distillation)
-        else {"auto": [TEACHING, MEMORIZED]}
-        if distill == "auto"
-        else distill,
-        penalties=[repr(penalty) for penalty in penalties],
-        clip=clip,
-        precision=precision,
-        examples=examples,
-        **_identity(model, low, data, known, inputs, loss, optimizer, latency, calibration) if folder is not None else {},
-    )
-    same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
-    prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True)
-    check_floor(low, budget, prices)
-    judge = _Judge(model, loss, known, known if eval_data is None else eval_data, batch)
-    cutter = _Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims)
-    scores, history, told = {"dense": judge.dense}, History(), _Told()
-    teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
-    able, untaught = teacher_for(model, known, loss, level=judge.dense_on_known["loss"]) if chosen else None, ""
-    if able is not None:
-        teacher = with_hint_layers(able, low, known[0])
-    elif chosen:
-        untaught = why_untaught(model, known[0])
-    tuner = _Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
-    training = round(epochs * squeeze)
-    if training:
-        history = _squeezed(low, tuner, cutter, training, penalties, scores, told)
-    else:
-        low, told, found = store.cut(model, lambda: cutter.cut(low, cut, epochs > 0))
-        scores |= found
-        if chosen and teacher is not None and not judge.far(told.how, low, scores):
-            tuner.teacher = None
-        tuner.start(low)
-    if prices.corrected:
-        recounted("compress", budget, low, inputs, prices)
-    if epochs > training:
-        with nullcontext() if training or penalties else balanced(low):
-            rest = tuner.run(low, epochs - training, penalties, "finetune")
-        history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
-    low.eval()
-    final = merge(low, latency=latency)
-    same_function(low, final, inputs_of(known[0]), names=("cut", "merged"))
-    measured = judge.measured(final, inputs)
-    counted("compress", budget, final, measured["final"].macs, prices)
-    if epochs > training:
-        scores["final"] = _scores_of(measured["final"])
-    taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
-    lines = coverage(low, where, inputs=inputs, latency=latency)
-    notes = [*told.notes, *([untaught] if untaught else [])]
-    made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes)
-    store.finish(made)
+    with store.held():
+        store.claim(
+            budget=repr(budget),
+            epochs=epochs,
+            scheme=scheme,
+            writing=writing,
+            cut=cut,
+            importance=None if importance is None else repr(importance),
+            squeeze=squeeze,
+            distill=distill.settings
+            if isinstance(distill, Distillation)
+            else {"auto": [TEACHING, MEMORIZED]}
+            if distill == "auto"
+            else distill,
+            penalties=[repr(penalty) for penalty in penalties],
+            clip=clip,
+            precision=precision,
+            examples=examples,
+            **_identity(model, low, data, known, inputs, loss, optimizer, latency, calibration) if folder is not None else {},
+        )
+        same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
+        prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True)
+        check_floor(low, budget, prices)
+        judge = _Judge(model, loss, known, known if eval_data is None else eval_data, batch)
+        cutter = _Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims)
+        scores, history, told = {"dense": judge.dense}, History(), _Told()
+        teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
+        able, untaught = teacher_for(model, known, loss, level=judge.dense_on_known["loss"]) if chosen else None, ""
+        if able is not None:
+            teacher = with_hint_layers(able, low, known[0])
+        elif chosen:
+            untaught = why_untaught(model, known[0])
+        tuner = _Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
+        training = round(epochs * squeeze)
+        if training:
+            history = _squeezed(low, tuner, cutter, training, penalties, scores, told)
+        else:
+            low, told, found = store.cut(model, lambda: cutter.cut(low, cut, epochs > 0))
+            scores |= found
+            if chosen and teacher is not None and not judge.far(told.how, low, scores):
+                tuner.teacher = None
+            tuner.start(low)
+        if prices.corrected:
+            recounted("compress", budget, low, inputs, prices)
+        if epochs > training:
+            with nullcontext() if training or penalties else balanced(low):
+                rest = tuner.run(low, epochs - training, penalties, "finetune")
+            history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
+        low.eval()
+        final = merge(low, latency=latency)
+        same_function(low, final, inputs_of(known[0]), names=("cut", "merged"))
+        measured = judge.measured(final, inputs)
+        counted("compress", budget, final, measured["final"].macs, prices)
+        if epochs > training:
+            scores["final"] = _scores_of(measured["final"])
+        taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
+        lines = coverage(low, where, inputs=inputs, latency=latency)
+        notes = [*told.notes, *([untaught] if untaught else [])]
+        made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes)
+        store.finish(made)
     return made
 
 
@@ -528,28 +532,42 @@ class _Store:
     def path(self, name: str) -> Path | None:
         return None if self.folder is None else self.folder / name
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other calls out of the folder, which is made if missing.
+
+        Raises:
+            WriteError: another process is writing it.
+        """
+        if self.folder is None:
+            yield
+            return
+        make_folder(self.folder)
+        with locked(self.folder):
+            yield
+
     def claim(self, **settings: Any) -> None:
         """Take the folder for these settings; refuse one that holds another call's work."""
         self.settings = settings
+        plain = json.loads(json.dumps(settings))
         path = self.path(SETTINGS)
         if path is None:
             return
-        if path.exists() and (held := json.loads(path.read_text(encoding="utf-8"))) != settings:
-            other = ", ".join(sorted(name for name in settings if name not in held or held[name] != settings[name]))
+        if path.exists() and (held := read_json(path, AGAIN)) != plain:
+            other = ", ".join(sorted(name for name in settings if name not in held or held[name] != plain[name]))
             raise FormatError(path.parent, f"holds a call with another {other}", hint="choose another folder, or delete this one")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(settings, indent=1))
+        write_json(path, settings)
 
     def cut(self, dense: nn.Module, work: Callable[[], Found]) -> Found:
         """Return the cut network of an earlier, stopped call, or make it and keep it."""
         folder = self.path("cut")
         if folder is not None and (folder / CUT).exists():
-            found = json.loads((folder / CUT).read_text(encoding="utf-8"))
+            found = read_json(folder / CUT, AGAIN)
             return load(folder, dense), _Told(found["how"], found["dropped"], found["notes"]), found["scores"]
         network, told, scores = work()
         if folder is not None:
             save(network, folder)
-            write_text(folder / CUT, json.dumps({**vars(told), "scores": scores}))
+            write_json(folder / CUT, {**vars(told), "scores": scores})
         return network, told, scores
 
     def finish(self, made: Compressed) -> None:
@@ -557,4 +575,4 @@ class _Store:
         if self.folder is not None:
             save(made.low, self.folder / "low")
             save(made.model, self.folder / "final")
-            write_text(self.folder / RESULT, json.dumps(made.report, indent=1) + "\n")
+            write_json(self.folder / RESULT, made.report)

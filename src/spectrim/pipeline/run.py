@@ -25,7 +25,7 @@ from spectrim.budget.costs import spectra
 from spectrim.budget.cut_to import cut_to, has_norms, renew_statistics
 from spectrim.budget.ways import WAYS
 from spectrim.errors import FormatError, RecipeError
-from spectrim.files import make_folder, read_json, write_text
+from spectrim.files import make_folder, read_json, write_json, write_text
 from spectrim.layers import factor_name, kind_of, named_factors
 from spectrim.locks import locked
 from spectrim.metrics.evaluate import evaluate
@@ -183,14 +183,14 @@ class Run:
                 (folder / STAGE).unlink(missing_ok=True)  # first, so that what is left of a folder never looks finished
                 shutil.rmtree(folder)
             make_folder(folder)
-            write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": False}))
+            write_json(folder / STAGE, {"digest": self.digest, "finished": False})
         self.console.rule(name, align="left")
         self.begin(name)
         start = time.perf_counter()
         model, numbers = work(folder)
         numbers = {**numbers, "seconds": round(time.perf_counter() - start, 1)}
         save(model, folder)
-        write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": True, "numbers": numbers}, indent=1))
+        write_json(folder / STAGE, {"digest": self.digest, "finished": True, "numbers": numbers})
         self.numbers[name] = numbers
         for key, title in (("val_cut", "right after the cut"), ("val_recalibrated", "BatchNorm recalibrated"), ("val", "at the end")):
             if key in numbers:
@@ -300,7 +300,7 @@ class Run:
         measured["final"] = replace(measured["final"], ranks=ranks(tuned))
         make_folder(folder)
         numbers = {name: entry.to_dict() for name, entry in measured.items()}
-        write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": True, "numbers": numbers}, indent=1))
+        write_json(folder / STAGE, {"digest": self.digest, "finished": True, "numbers": numbers})
         return measured
 
     def _validate(self, model: nn.Module) -> dict[str, float]:

@@ -16,7 +16,7 @@ import yaml
 import spectrim as sp
 from spectrim import cli
 from spectrim.errors import FormatError
-from spectrim.files import temporary_beside
+from spectrim.files import read_json, temporary_beside, write_json
 from spectrim.locks import locked
 from spectrim.pipeline.folders import MANIFEST, contents
 from spectrim.pipeline.run import Run
@@ -80,7 +80,7 @@ FOLDERS = ("run", "runs/net-compress-macs0.6", "sweep/macs0.7", "sweep/macs0.5")
 
 @pytest.mark.parametrize("target", FOLDERS)
 def test_every_command_takes_every_folder(folder: Path, target: str, capsys: pytest.CaptureFixture[str]) -> None:
-    result = json.loads((folder / target / "result.json").read_text())
+    result = read_json(folder / target / "result.json")
     for arguments in (
         ("measure", target, "--json"),
         ("measure", target, "--json", "--split", "test"),
@@ -199,7 +199,7 @@ def test_runs_over_damaged_files_end_well_or_name_them(folder: Path, how: str, c
 def test_a_manifest_that_leads_outside_is_refused(folder: Path) -> None:
     path = folder / "run" / MANIFEST
     for place in ("../runs", "/etc"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"networks": {"final": place}}))
+        write_json(path, read_json(path) | {"networks": {"final": place}})
         with pytest.raises(FormatError, match="names a folder outside"):
             contents(folder / "run")
 

@@ -1,7 +1,6 @@
 """Distortion as measured loss."""
 
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from spectrim.budget.distortion.energy import SpectralEnergy
 from spectrim.errors import SettingError
-from spectrim.files import write_text
+from spectrim.files import read_json, write_json
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors, named_layers
 from spectrim.linalg.spectral import svd_of_product
@@ -167,7 +166,7 @@ def _read(path: Path | None) -> dict[str, dict[str, float]]:
     if path is None or not path.exists():
         return {}
     try:
-        losses = json.loads(path.read_text(encoding="utf-8"))["losses"]
+        losses = read_json(path)["losses"]
         return {str(name): {str(int(rank)): float(loss) for rank, loss in row.items()} for name, row in losses.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"{path}: damaged, its losses are measured anew ({error!r})", stacklevel=4)
@@ -179,4 +178,4 @@ def _write(path: Path | None, content: Mapping[str, Any]) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=1))
+    write_json(path, content)
