@@ -253,7 +253,12 @@ def _budget(verb: str, name: str, value: Any) -> None:
 
 def _ranks(verb: str, name: str, value: Any) -> None:
     """Accept a whole number, a mapping or a rank rule; the numbers in it are checked with the layers' sizes."""
-    if isinstance(value, Mapping) or (callable(value) and not isinstance(value, type)):
+    if isinstance(value, Mapping):
+        for key, rank in value.items():
+            if isinstance(rank, bool | Tensor) or not isinstance(rank, SupportsIndex):
+                raise _fail(verb, f"{name}[{key!r}]", rank, "an integer of at least 1")
+        return
+    if callable(value) and not isinstance(value, type):
         return
     if name == "rank" and isinstance(value, SupportsIndex) and not isinstance(value, Tensor):
         return
@@ -304,6 +309,25 @@ def _budgets(verb: str, name: str, value: Any) -> None:
         _budget(verb, f"each of {name}", budget)
 
 
+def _importances(verb: str, name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise _fail(verb, name, value, "a dict {name: importance}", "{'energy': SpectralEnergy()}")
+    for key, importance in value.items():
+        if isinstance(importance, type) or not callable(importance):
+            raise _fail(verb, f"{name}[{key!r}]", importance, "an importance, such as SpectralEnergy()")
+
+
+def _cut_ranks(verb: str, name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise _fail(verb, name, value, "a dict {layer: rank}")
+    _ranks(verb, name, value)
+
+
+def _measurements(verb: str, name: str, value: Any) -> None:
+    if not isinstance(value, Mapping) or not all(hasattr(entry, "size_bytes") for entry in value.values()):
+        raise _fail(verb, name, value, "a dict {name: Measurement}", "{'dense': measure(model, inputs)}")
+
+
 def _patterns(verb: str, name: str, value: Any) -> None:
     if wrong := [pattern for pattern in value if not isinstance(pattern, str)]:
         hint = "give them one by one: match(*patterns)" if isinstance(wrong[0], list | tuple) else ""
@@ -351,7 +375,7 @@ def _reread_bare(verb: str, name: str, value: Any) -> None:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("model", "cut_model", "dense"), _model),
+    **dict.fromkeys(("model", "cut_model", "dense", "old", "new", "first", "second"), _model),
     **dict.fromkeys(("data", "eval_data"), _reread),
     **dict.fromkeys(("inputs", "example_inputs"), _inputs),
     **dict.fromkeys(("where", "keep"), _where),
@@ -377,6 +401,9 @@ RULES: dict[str, Rule] = {
     "calibration": _calibration,
     "source": _plan,
     "patterns": _patterns,
+    "importances": _importances,
+    "cut_ranks": _cut_ranks,
+    "measurements": _measurements,
     "scheduler_steps": _choice("epoch", "batch"),
 }
 """By the name of the argument: what it must be."""
@@ -389,11 +416,14 @@ NONE_ALLOWED = {
 
 FIELDS = {
     "cut_model": "cut",
+    "first": "a",
+    "second": "b",
     "data_once": "data",
     "batches": "data",
     "batches_again": "data",
     "eval_batches": "eval_data",
     "factory": "optimizer",
+    "cut_ranks": "ranks",
 }
 """Names in messages, where rules differ between verbs for arguments of one name."""
 

@@ -85,6 +85,7 @@ class Factors(nn.Module):
         matrix: Float[Tensor, "*blocks out in_"],
         choose: Callable[[Tensor], int] | None = None,
         decompose: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = linalg.svd,
+        name: str = "",
     ) -> "Factors":
         """Factorize `matrix`, the folded form of `weight`.
 
@@ -93,10 +94,19 @@ class Factors(nn.Module):
             matrix: ``(out, in)`` or ``(blocks, out, in)``.
             choose: takes the singular values, returns the rank to keep; all of them when omitted.
             decompose: matrix → ``U, S, Vh``; the exact SVD when omitted.
+            name: of the weight, for errors.
+
+        Raises:
+            LayerError: for factors that are not finite in the dtype they are kept in, such as singular values above 3e38 in float32.
         """
         U, S, Vh = decompose(matrix.detach())
         rank = S.shape[-1] if choose is None else choose(linalg.pooled_spectrum(S))
-        return cls(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=weight.dtype, requires_grad=weight.requires_grad, exact=True)
+        made = cls(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=weight.dtype, requires_grad=weight.requires_grad, exact=True)
+        if not made.U.is_meta and not all(bool(torch.isfinite(part).all()) for part in (made.U, made.S, made.Vh)):
+            largest = float(matrix.detach().abs().max())
+            problem = f"its singular values are not finite in {made.S.dtype}: its weights go up to {largest:.3g}"
+            raise LayerError(name or "weight", problem, hint="load a sound checkpoint, or leave the layer out with where=")
+        return made
 
     @classmethod
     def empty(cls, weight: Tensor, matrix: Float[Tensor, "*blocks out in_"], rank: int) -> "Factors":

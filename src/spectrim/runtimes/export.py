@@ -21,6 +21,7 @@ from spectrim.metrics.clock import Latency, compare_latency
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.metrics.table import markdown_table
 from spectrim.runtimes.blame import first_line
+from spectrim.runtimes.finite import check_finite
 from spectrim.runtimes.formats import _OTHER, _WRITERS, TITLES, Format, Runner, _format_of, _onnx_node, _require, open_exported
 from spectrim.runtimes.quiet import _quiet
 from spectrim.runtimes.tensors import compare_outputs
@@ -123,8 +124,8 @@ def export(
         What was written, and how far it is from the model.
 
     Raises:
-        ExportError: the model cannot be written in this format, refuses a dynamic batch, or its file computes something else; it names
-            the operator and the layer where they are known.
+        ExportError: the model cannot be written in this format, refuses a dynamic batch, gives NaN on `inputs`, or its file computes
+            something else; it names the operator and the layer where they are known.
         SettingError: an argument is outside its range.
         WriteError: the file cannot be written, or another process still writes it after a minute.
         ImportError: the format's package is not installed.
@@ -153,6 +154,7 @@ def export(
     network = merge(reference) if next(named_layers(reference), None) else reference
     inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().contiguous(), inputs)
     outputs = _outputs(format, reference, inputs)
+    check_finite(format, reference, inputs, outputs)
     limit = max_batch if format == "executorch" else None
     batches = _batches(batch, limit) if dynamic_batch else (batch,)
     allowed = tolerance or _tolerance(outputs, half_weights and format == "openvino")
@@ -218,7 +220,9 @@ def _proved(format: Format, file: Path, reference: nn.Module, inputs: Any, batch
             raise ExportError(format, str(error)) from error
         except Exception as error:  # each runtime has errors of its own
             raise _refused(format, file, error, f"its own runtime fails at batch {count}") from error
-        difference = compare_outputs(found, _outputs(format, reference, given))
+        expected = _outputs(format, reference, given)
+        check_finite(format, reference, given, expected)
+        difference = compare_outputs(found, expected)
         if not difference <= allowed:
             problem = f"at batch {count} the file differs from the model by {difference:.2g} of the output's largest magnitude"
             hint = f"allowed is {allowed:.2g} (tolerance=); does the model draw random numbers in eval mode?"

@@ -154,7 +154,7 @@ def factorize(
             return Factors.empty(weight, matrix, choose(matrix))
         if not torch.isfinite(weight).all():
             raise LayerError(name, "its weight holds NaN or infinite values", hint="load a sound checkpoint")
-        return Factors.of(weight, matrix, choose, decomposition(method, choose(matrix) if stated else None, min(shape)))
+        return Factors.of(weight, matrix, choose, decomposition(method, choose(matrix) if stated else None, min(shape)), name)
 
     order = None if example_inputs is None or where is not None else call_order(model, example_inputs)
     reasons = decide(model, layer_filter(where, model), order=order)
