@@ -78,6 +78,31 @@ def naming(verb: Callable[P, R]) -> Callable[P, R]:
     return called
 
 
+def outside_inference_mode(verb: Callable[P, R]) -> Callable[P, R]:
+    """Let a verb that makes or trains weights run outside `torch.inference_mode`, wherever it is called; a decorator.
+
+    What is made inside could never be trained, and torch says so much later.
+
+    Examples:
+        >>> @outside_inference_mode
+        ... def ones():
+        ...     return torch.ones(2)
+        >>> with torch.inference_mode():
+        ...     made = ones()
+        >>> made.is_inference()
+        False
+    """
+
+    @functools.wraps(verb)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return verb(*args, **kwargs)
+        with torch.inference_mode(False):
+            return verb(*args, **kwargs)
+
+    return called
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`, so that names have no prefix.
 
@@ -427,4 +452,4 @@ FIELDS = {
 }
 """Names in messages, where rules differ between verbs for arguments of one name."""
 
-__all__ = ["BATCHES", "INPUTS", "READ_ONCE", "RULES", "WHERE", "check", "unwrapped"]
+__all__ = ["BATCHES", "INPUTS", "READ_ONCE", "RULES", "WHERE", "check", "outside_inference_mode", "unwrapped"]

@@ -35,6 +35,19 @@ class _Compose(torch.autograd.Function):
         return left * S.unsqueeze(-2), (U * left).sum(-2), S.unsqueeze(-1) * right
 
 
+OVERFLOW = "load a sound checkpoint, or leave the layer out with where="
+
+
+def _overflow(name: str, weight: Tensor) -> LayerError:
+    problem = f"its singular values are not finite in {_stored(weight.dtype)}: its weights go up to {float(weight.detach().abs().max()):.3g}"
+    return LayerError(name or "weight", problem, hint=OVERFLOW)
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the factors of a weight."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 class Factors(nn.Module):
     """One weight as ``U diag(S) Vh``; several equal blocks for a grouped convolution.
 
@@ -66,7 +79,7 @@ class Factors(nn.Module):
         """
         super().__init__()
         dtype = dtype or U.dtype
-        stored = torch.float64 if dtype == torch.float64 else torch.float32
+        stored = _stored(dtype)
         for name, tensor in (("U", U), ("S", S), ("Vh", Vh)):
             own = tensor.detach().to(stored).clone(memory_format=torch.contiguous_format)  # a slice would keep its whole storage
             self.register_parameter(name, nn.Parameter(own, requires_grad=requires_grad))
@@ -99,13 +112,14 @@ class Factors(nn.Module):
         Raises:
             LayerError: for factors that are not finite in the dtype they are kept in, such as singular values above 3e38 in float32.
         """
-        U, S, Vh = decompose(matrix.detach())
+        try:
+            U, S, Vh = decompose(matrix.detach())
+        except torch.linalg.LinAlgError as error:  # of a sketch that overflows
+            raise _overflow(name, weight) from error
         rank = S.shape[-1] if choose is None else choose(linalg.pooled_spectrum(S))
         made = cls(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=weight.dtype, requires_grad=weight.requires_grad, exact=True)
         if not made.U.is_meta and not all(bool(torch.isfinite(part).all()) for part in (made.U, made.S, made.Vh)):
-            largest = float(matrix.detach().abs().max())
-            problem = f"its singular values are not finite in {made.S.dtype}: its weights go up to {largest:.3g}"
-            raise LayerError(name or "weight", problem, hint="load a sound checkpoint, or leave the layer out with where=")
+            raise _overflow(name, weight)
         return made
 
     @classmethod

@@ -55,7 +55,7 @@ def count_macs(model: nn.Module, inputs: Any, *, batch_size: int | None = None) 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter asks for a gradient inside; afterwards those do that did before."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:

@@ -21,7 +21,7 @@ from spectrim.budget.cut_to import CutNetwork, Workbench, has_norms, renew_stati
 from spectrim.budget.ladder import Ladder, ladder
 from spectrim.budget.promise import counted, recounted
 from spectrim.budget.ways import WAYS
-from spectrim.checks import check, naming, unwrapped
+from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.errors import FormatError, SettingError
 from spectrim.files import make_folder, read_json, write_json
 from spectrim.layers import named_factors
@@ -136,6 +136,7 @@ class Compressed:
         return "\n".join([f"cut: {self.cut}", *self.notes, *taught, *lines])
 
 
+@outside_inference_mode
 @naming
 def compress(
     model: nn.Module,
@@ -505,9 +506,14 @@ class _Tuner:
     def start(self, network: nn.Module) -> None:
         """Make the optimizer and its schedule over all epochs."""
         parameters = [p for p in network.parameters() if p.requires_grad]
+        if not self.epochs:
+            return
+        if not parameters:
+            hint = "epochs=0 compresses it without training; model.requires_grad_(True) lets it train"
+            raise SettingError("compress", "model", got="one whose parameters are all frozen", rule="one to train, with epochs", hint=hint)
         self.optimizer = torch.optim.Adam(parameters, LEARNING_RATE) if self.make is None else self.make(parameters)
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        steps = max(1, self.epochs * count_batches(self.data, "compress")) if self.epochs else 1
+        steps = max(1, self.epochs * count_batches(self.data, "compress"))
         rise = WARMUP if WARMUP * steps != 1 else 2 * WARMUP  # torch divides by the steps of the rise less one
         self.scheduler = OneCycleLR(self.optimizer, rates, steps, pct_start=rise, cycle_momentum=False)
 

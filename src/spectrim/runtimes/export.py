@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spectrim.checks import check, unwrapped
 from spectrim.errors import ExportError, FormatError, SettingError
@@ -149,6 +150,11 @@ def export(
         raise SettingError("export", "tolerance", got=tolerance, rule="above 0")
     if threads < 1:
         raise SettingError("export", "threads", got=threads, rule="at least 1")
+    if any(map(_is_packed, tree_leaves(inputs, is_leaf=_is_packed))):
+        hint = "give padded = pad_packed_sequence(packed, batch_first=...)[0]; outputs at padded positions are the model's to ignore"
+        raise SettingError(
+            "export", "inputs", got="a PackedSequence", rule="padded tensors, whose sizes do not depend on values", hint=hint
+        )
     _require(format)
     reference = duplicate(model).to("cpu").eval().requires_grad_(False)
     network = merge(reference) if next(named_layers(reference), None) else reference
@@ -176,6 +182,10 @@ def export(
         path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of a larger model that was here before
     timed = _timed(path, network, inputs, threads) if latency else {}
     return Exported(path, format, size, difference, allowed, batches, content.operators, content.delegated, **timed)
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def _batches(batch: int, limit: int | None) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
-from spectrim.checks import check, unwrapped
+from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, factor_name, named_factors, named_layers
@@ -101,6 +101,7 @@ class Calibration:
         return left, right
 
 
+@outside_inference_mode
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],

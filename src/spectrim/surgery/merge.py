@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectrim.checks import check, unwrapped
+from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
 from spectrim.layers import FactorizedLayer, plain_attention
@@ -19,6 +19,7 @@ from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.factorize import set_writing
 
 
+@outside_inference_mode
 def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm: bool = False) -> nn.Module:
     """Return a copy of `model` with ordinary layers only: two small ones below a layer's break-even rank, one dense one above it.
 
