@@ -39,7 +39,9 @@ OVERFLOW = "load a sound checkpoint, or leave the layer out with where="
 
 
 def _overflow(name: str, weight: Tensor) -> LayerError:
-    problem = f"its singular values are not finite in {_stored(weight.dtype)}: its weights go up to {float(weight.detach().abs().max()):.3g}"
+    problem = (
+        f"its singular values are not finite in {_stored(weight.dtype)}: its weights go up to {float(weight.detach().abs().max()):.3g}"
+    )
     return LayerError(name or "weight", problem, hint=OVERFLOW)
 
 
@@ -114,7 +116,7 @@ class Factors(nn.Module):
         """
         try:
             U, S, Vh = decompose(matrix.detach())
-        except torch.linalg.LinAlgError as error:  # of a sketch that overflows
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # a sketch that overflows
             raise _overflow(name, weight) from error
         rank = S.shape[-1] if choose is None else choose(linalg.pooled_spectrum(S))
         made = cls(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=weight.dtype, requires_grad=weight.requires_grad, exact=True)

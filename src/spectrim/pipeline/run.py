@@ -34,7 +34,7 @@ from spectrim.metrics.measurement import Measurement, measure, measure_together
 from spectrim.pipeline.components import _made, _scheduler, make, make_loss, seed_everything
 from spectrim.pipeline.data import Data, Source, replayed
 from spectrim.pipeline.folders import MANIFEST, RECIPE, finish
-from spectrim.pipeline.recipe import Phase, Recipe, plain
+from spectrim.pipeline.recipe import Phase, Recipe, phases, plain
 from spectrim.storage.save import load, save
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.correct import correct
@@ -161,6 +161,12 @@ class Run:
         ]
         if not weights:
             raise RecipeError("factorize.where", "selects no layer that can be factorized", allowed="see spectrim coverage RECIPE")
+        for key, phase in phases(self.recipe):
+            for name in (phase.distill.layers or ()) if phase.distill else ():
+                if name not in modules:
+                    raise RecipeError(
+                        f"{key}.distill.layers", f"'{name}' is no layer of the model", allowed=", ".join(filter(None, modules))
+                    )
         for name in self.recipe.prune.ranks or {}:
             if name not in weights:
                 raise RecipeError(f"prune.ranks.{name}", "is no weight that will be factorized", allowed=", ".join(weights))
