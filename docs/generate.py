@@ -22,7 +22,7 @@ TABLES = [
 """Heading, module with ``METHODS`` and ``LAWS``, and contract, in the order of the pages."""
 
 VERBS = ["compress", "plan", "factorize", "coverage", "match", "fit", "calibrate", "allocate"]
-VERBS += ["prune", "prune_", "prune_optimizer_state", "correct", "recalibrate", "balance_", "merge", "evaluate", "measure"]
+VERBS += ["prune", "prune_", "prune_optimizer_state", "correct", "recalibrate", "balance_", "merge", "same_function", "evaluate", "measure"]
 VERBS += ["compare_latency", "compare_table", "latency_table", "choose_execution", "export", "quantize", "save", "load", "write_report"]
 """Functions in the order of the pipeline; others follow by name."""
 

@@ -27,8 +27,10 @@ import torch
 from torch import nn
 
 import spectrim as sp
+from spectrim.budget.plan_table import Plan
 from spectrim.errors import RecipeError, SpectrimError, WriteError
 from spectrim.files import write_text
+from spectrim.locks import locked
 from spectrim.metrics.calls import call_model
 from spectrim.pipeline.folders import contents
 from spectrim.pipeline.recipe import parse_recipe, read_recipe
@@ -37,6 +39,7 @@ from spectrim.report import text_report
 from spectrim.runtimes.export import export
 from spectrim.runtimes.formats import run_exported
 from spectrim.storage.folder import PLAN, WEIGHTS
+from spectrim.training.statefile import read_state
 
 HERE = Path(__file__).parent
 STAGES = ("1-dense", "2-train", "3-prune", "4-finetune", "5-merge")
@@ -205,14 +208,25 @@ def corruptions(folder: Path, count: int) -> dict[str, Any]:
     low = sp.factorize(net().eval(), rank=2)
     model = sp.save(low, folder / "model")
     made = export(low, x, folder / "net.pt2").path
+    graph = export(low, x, folder / "net.onnx").path
+    counted = sp.plan(net().eval(), x, where="*", budgets=[0.9])
+    counted.save(folder / "plan.json")
+    checkpoint = next(out.glob("4-finetune/**/checkpoint.pt"))
+
+    def outputs(path: Path) -> list[Any]:
+        return [tensor.tolist() for tensor in call_model(lambda *a: run_exported(path, a[0] if len(a) == 1 else a), x)]
+
     readers: dict[Path, Callable[[], Any]] = {
         model / WEIGHTS: lambda: hashed(sp.load(model, net()).state_dict()),
         model / PLAN: lambda: hashed(sp.load(model, net()).state_dict()),
-        made: lambda: [tensor.tolist() for tensor in [call_model(lambda *a: run_exported(made, a[0] if len(a) == 1 else a), x)]],
+        checkpoint: lambda: hashed(read_state(checkpoint, "")["model"]),
+        made: lambda: outputs(made),
+        graph: lambda: outputs(graph),
+        folder / "plan.json": lambda: Plan.load(folder / "plan.json").to_dict(),
         out / "result.json": lambda: text_report(out),
         out / "manifest.json": lambda: (str(contents(out).coverage), contents(out).networks),
         out / "4-finetune" / "stage.json": lambda: text_report(out),
-        out / "recipe.yaml": lambda: read_recipe(out / "recipe.yaml"),
+        out / "recipe.yaml": lambda: (contents(out), read_recipe(out / "recipe.yaml")),
     }
     found = {}
     for path, reader in readers.items():
@@ -291,8 +305,18 @@ def two_writers(folder: Path, count: int) -> dict[str, Any]:
     job = Run(parse_recipe(experiment()), folder / "taken", progress=False)
     with job.hold():
         second = forked(partial(run, folder / "taken"))
-    refused = "is being written by process" in second
-    return {"saves by two processes": 2 * count, **seen, "a second run in one folder": "refused" if refused else second}
+    (folder / "held").mkdir()
+    with locked(folder / "held"):
+        third = forked(partial(compress, folder / "held"))
+    told = [said if "is being written by process" not in said else "refused" for said in (second, third)]
+    taken = {"a second run in one folder": told[0], "a second call of compress in one folder": told[1]}
+    return {"saves by two processes": 2 * count, **seen, **taken}
+
+
+def compress(folder: Path) -> None:
+    """Compress in a folder."""
+    batches = [(torch.randn(8, 8), torch.randint(3, (8,)))]
+    sp.compress(net(), batches, nn.CrossEntropyLoss(), 0.9, where="*", folder=folder, progress=False)
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ from spectrim.surgery.merge import merge
 from spectrim.surgery.optimizer_state import prune_optimizer_state
 from spectrim.surgery.prune import prune, prune_
 from spectrim.surgery.recalibrate import recalibrate
+from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import match
 from spectrim.training.distillation import Distillation
 from spectrim.training.execution import choose_execution
@@ -96,6 +97,7 @@ __all__ = [
     "prune_optimizer_state",
     "quantize",
     "recalibrate",
+    "same_function",
     "save",
     "write_report",
 ]

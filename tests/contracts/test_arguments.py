@@ -72,7 +72,7 @@ BUDGETS = (0, 1.5, 40, "50 %", None, sp.Budget, {}, {"flops": 0.5}, {3: 0.5}, Tr
 INPUTS = (X.numpy(), "x", 3, [], DataLoader(SET), SET, (X.numpy(),))
 WHOLE = (1.5, -1, "3", True, 2.0, None)
 COUNTS = (1.5, 0, -3, "3", True)
-RANKS = (8, 2.5, "8", None, sp.Energy, [1, 2])
+RANKS = (8, 2.5, "8", None, sp.Energy, [1, 2], {"0": 2.5}, {"0": True})
 PATHS = (None, 3, "", nn.Linear(2, 2))
 
 Verb = Callable[..., Any]
@@ -80,7 +80,7 @@ TABLE: dict[str, dict[str, tuple[Verb, tuple[Any, ...]]]] = {
     "factorize": {
         "model": (sp.factorize, (*MODELS, scripted())),
         "where": (partial(sp.factorize, net()), tuple({"where": v} for v in (*WHERES, "fc", ["0", "no such"]))),
-        "rank": (partial(sp.factorize, net()), tuple({"rank": v} for v in (2.5, "8", [1], sp.Energy))),
+        "rank": (partial(sp.factorize, net()), tuple({"rank": v} for v in (2.5, "8", [1], sp.Energy, {"0": 2.5}, {"0": "8"}, {"0": None}))),
         "example_inputs": (partial(sp.factorize, net()), tuple({"example_inputs": v} for v in INPUTS)),
     },
     "fit": {
@@ -127,6 +127,7 @@ TABLE: dict[str, dict[str, tuple[Verb, tuple[Any, ...]]]] = {
         "model": (lambda v: sp.evaluate(v, DATA, LOSS), MODELS),
         "data": (lambda v: sp.evaluate(net(), v, LOSS), ONCE),
         "loss": (lambda v: sp.evaluate(net(), DATA, v), (*LOSSES, None)),
+        "batch_dims": (lambda v: sp.evaluate(net(), DATA, LOSS, batch_dims=v), (7, [5], {"no such": 0})),
         "dtypes": (lambda v: sp.evaluate(net(), v, LOSS), ([(X, X[:, :1])], [(X, Y.float())], [(X, Y[:2])])),
     },
     "measure": {
@@ -136,6 +137,7 @@ TABLE: dict[str, dict[str, tuple[Verb, tuple[Any, ...]]]] = {
         "loss": (lambda v: sp.measure(net(), data=DATA, loss=v), (*LOSSES, None)),
         "batch_size": (lambda v: sp.measure(net(), X, latency=False, batch_size=v), COUNTS),
         "threads": (lambda v: sp.measure(net(), X, threads=v), COUNTS),
+        "batch_dims": (lambda v: sp.measure(net(), X, latency=False, batch_dims=v), (7, [5], {"no such": 0})),
     },
     "compare_latency": {
         "models": (lambda v: sp.compare_latency(v, X), (net(), [net()], {"a": nn.Linear}, None)),
@@ -157,6 +159,24 @@ TABLE: dict[str, dict[str, tuple[Verb, tuple[Any, ...]]]] = {
     },
     "save": {"model": (lambda v: sp.save(v, "folder"), MODELS), "folder": (lambda v: sp.save(net(), v), PATHS)},
     "load": {"model": (lambda v: sp.load("folder", v), MODELS), "folder": (lambda v: sp.load(v, net()), PATHS)},
+    "same_function": {
+        "a": (lambda v: sp.same_function(v, net(), X), (*MODELS, scripted())),
+        "b": (lambda v: sp.same_function(net(), v, X), MODELS),
+        "inputs": (lambda v: sp.same_function(net(), net(), v), (*INPUTS, None)),
+        "tolerance": (lambda v: sp.same_function(net(), net(), X, tolerance=v), (0, -1.0, "1", float("nan"))),
+    },
+    "prune_optimizer_state": {
+        "optimizer": (lambda v: sp.prune_optimizer_state(v, low(), low()), (torch.optim.Adam, "adam", 3, None)),
+        "old": (lambda v: sp.prune_optimizer_state(adam(net()), v, low()), MODELS),
+        "new": (lambda v: sp.prune_optimizer_state(adam(net()), low(), v), MODELS),
+    },
+    "compare_importances": {
+        "model": (lambda v: sp.compare_importances(v, {"a": sp.SpectralEnergy()}, {"0": 1}), MODELS),
+        "importances": (lambda v: sp.compare_importances(low(), v, {"0": 1}), (sp.SpectralEnergy(), {"a": 3}, {"a": sp.SpectralEnergy})),
+        "ranks": (lambda v: sp.compare_importances(low(), {"a": sp.SpectralEnergy()}, v), (*RANKS, {"0": 2.5})),
+    },
+    "compare_table": {"measurements": (sp.compare_table, (None, [1], {"a": 3}, net()))},
+    "gathered": {"model": (sp.gathered, MODELS)},
     "coverage": {
         "model": (sp.coverage, (*MODELS, scripted())),
         "where": (partial(sp.coverage, net()), tuple({"where": v} for v in WHERES)),
@@ -206,6 +226,12 @@ def outcome(call: Callable[[], Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__} {error}"
     return "no error"
+
+
+def test_the_table_has_every_public_function() -> None:
+    """All but `named_factors`, a generator, which does nothing before it is read."""
+    functions = {name for name in sp.__all__ if not isinstance(getattr(sp, name), type)}
+    assert set(TABLE) == functions - {"named_factors"}
 
 
 @pytest.mark.parametrize(("verb", "argument"), [(verb, argument) for verb, rows in TABLE.items() for argument in rows])

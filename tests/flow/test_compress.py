@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import spectrim as sp
 from spectrim import cli, zoo
 from spectrim.errors import FormatError, SettingError
+from spectrim.files import read_json
 from spectrim.layers import FactorizedLayer
 from spectrim.metrics.inputs import first_examples
 from spectrim.pipeline.compress import compress
@@ -256,7 +257,7 @@ def test_a_stopped_call_goes_on(trained: tuple[nn.Module, Any], tmp_path: Path, 
     assert len(again.history.epochs) == 4
     for one, other in zip(whole.low.state_dict().values(), again.low.state_dict().values(), strict=True):
         assert torch.equal(one, other)
-    stored = json.loads((tmp_path / "stopped" / "result.json").read_text())
+    stored = read_json(tmp_path / "stopped" / "result.json")
     assert stored["final"]["ranks"] == again.ranks
     loaded = sp.load(tmp_path / "stopped" / "final", model)
     assert torch.equal(loaded.eval()(fixed[0][0]), again.model(fixed[0][0]))

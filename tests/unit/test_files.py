@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 
 import spectrim as sp
 from spectrim.errors import FormatError, WriteError
-from spectrim.files import check_room, new_files, printing_to_stderr, read_json, sweep, temporary_beside, whole_file, write_text
+from spectrim.files import check_room, new_files, printing_to_stderr, read_json, sweep, temporary_beside, whole_file, write_json, write_text
 from spectrim.locks import locked
 from spectrim.runtimes.export import export
 
@@ -250,3 +251,31 @@ def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
     for name, words in (("pipe", "is not a file"), ("missing", "is missing")):
         with pytest.raises(FormatError, match=words):
             read_json(tmp_path / name)
+
+
+# Digests
+
+
+@pytest.mark.parametrize("values", [{"loss": 0.5, "n": [1, 2]}, {"nan": float("nan"), "é": {"1": None}}, {}])
+def test_json_is_read_back_and_every_changed_byte_of_its_content_is_noticed(tmp_path: Path, values: dict[str, Any]) -> None:
+    path = tmp_path / "numbers.json"
+    write_json(path, values)
+    assert repr(read_json(path)) == repr(values)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            found = read_json(path)
+        except FormatError:
+            continue
+        assert repr({name: found.get(name) for name in values}) == repr(values), "another key than the digest's was damaged"
+
+
+def test_json_that_somebody_else_wrote_is_read_without_a_digest(tmp_path: Path) -> None:
+    (tmp_path / "plain.json").write_text('{"loss": 0.5}')
+    assert read_json(tmp_path / "plain.json") == {"loss": 0.5}
+
+
+def test_keys_that_are_numbers_and_tuples_do_not_break_the_digest(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"ranks": {1: (2, 3)}})
+    assert read_json(tmp_path / "a.json") == {"ranks": {"1": [2, 3]}}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from spectrim.budget.timing import Backend, Timing, _onnxruntime
-from spectrim.files import whole_file
+from spectrim.files import read_json, write_json
 
 
 def default_cache() -> Path:
@@ -56,7 +56,7 @@ def read_timings(path: Path) -> dict[str, Timing]:
     if not path.exists():
         return {}
     try:
-        return {key: timing_of(entry) for key, entry in json.loads(path.read_text(encoding="utf-8"))["timings"].items()}
+        return {key: timing_of(entry) for key, entry in read_json(path)["timings"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"{path}: damaged, its layers are timed again ({error!r})", stacklevel=3)
         return {}
@@ -66,8 +66,7 @@ def write_timings(path: Path, machine: Mapping[str, str], timings: Mapping[str, 
     """Write the timings of a machine."""
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = {key: asdict(timing) for key, timing in timings.items()}
-    with whole_file(path) as temporary:  # another process may write it, too: the last one wins
-        temporary.write_text(json.dumps({"machine": dict(machine), "timings": entries}, indent=1), encoding="utf-8")
+    write_json(path, {"machine": dict(machine), "timings": entries})  # another process may write it, too: the last one wins
 
 
 def timing_of(entry: Mapping[str, Any]) -> Timing:

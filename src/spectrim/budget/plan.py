@@ -20,7 +20,7 @@ from spectrim.budget.ladder import Ladder, UnitCost, ladder
 from spectrim.budget.plan_table import BudgetPlan, Plan, SkippedLayer, Totals, WeightPlan
 from spectrim.budget.promise import cut_totals, recounted
 from spectrim.budget.ways import WAYS, Way
-from spectrim.checks import check, naming, unwrapped
+from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
 from spectrim.layers.exchanged import Writing
@@ -48,6 +48,7 @@ DIGITS = 7
 """Significant digits of the spectra and distortions that a plan holds."""
 
 
+@outside_inference_mode
 @naming
 def plan(
     model: nn.Module,

@@ -1,13 +1,12 @@
 """`Plan`: a table of weights and budgets, its file and its text."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spectrim.errors import FormatError
-from spectrim.files import write_text
+from spectrim.files import read_json, write_json
 from spectrim.metrics.table import markdown_table
 
 FORMAT = 1
@@ -171,7 +170,7 @@ class Plan:
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(self.to_dict()) + "\n")
+        write_json(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
@@ -183,11 +182,8 @@ class Plan:
         Raises:
             FormatError: when it is not a plan.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise FormatError(path, f"is not JSON ({error})", hint="pass what spectrim plan --out wrote") from error
-        if not isinstance(values, dict) or "weights" not in values:
+        values = read_json(Path(path), "pass what spectrim plan --out wrote")
+        if "weights" not in values:
             raise FormatError(path, "is not a plan", hint="pass what spectrim plan --out wrote")
         return cls.from_dict(values)
 

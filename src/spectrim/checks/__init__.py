@@ -4,13 +4,14 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import nn
 
 from spectrim.checks.batches import BATCHES, INPUTS, READ_ONCE
 from spectrim.checks.rules import FIELDS, NONE_ALLOWED, RULES, WHERE
 from spectrim.errors import SettingError
 
-__all__ = ["BATCHES", "INPUTS", "READ_ONCE", "RULES", "WHERE", "check", "naming", "unwrapped"]
+__all__ = ["BATCHES", "INPUTS", "READ_ONCE", "RULES", "WHERE", "check", "naming", "outside_inference_mode", "unwrapped"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,6 +64,31 @@ def naming(verb: Callable[P, R]) -> Callable[P, R]:
             if inner in INNER:
                 error.args = (f"{verb.__name__}: {rest}",)
             raise
+
+    return called
+
+
+def outside_inference_mode(verb: Callable[P, R]) -> Callable[P, R]:
+    """Let a verb that makes or trains weights run outside `torch.inference_mode`, wherever it is called; a decorator.
+
+    What is made inside could never be trained, and torch says so much later.
+
+    Examples:
+        >>> @outside_inference_mode
+        ... def ones():
+        ...     return torch.ones(2)
+        >>> with torch.inference_mode():
+        ...     made = ones()
+        >>> made.is_inference()
+        False
+    """
+
+    @functools.wraps(verb)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not torch.is_inference_mode_enabled():
+            return verb(*args, **kwargs)
+        with torch.inference_mode(False):
+            return verb(*args, **kwargs)
 
     return called
 

@@ -98,7 +98,12 @@ def _budget(verb: str, name: str, value: Any) -> None:
 
 def _ranks(verb: str, name: str, value: Any) -> None:
     """Accept a whole number, a mapping or a rank rule; the numbers in it are checked with the layers' sizes."""
-    if isinstance(value, Mapping) or (callable(value) and not isinstance(value, type)):
+    if isinstance(value, Mapping):
+        for key, rank in value.items():
+            if isinstance(rank, bool | Tensor) or not isinstance(rank, SupportsIndex):
+                raise fail(verb, f"{name}[{key!r}]", rank, "an integer of at least 1")
+        return
+    if callable(value) and not isinstance(value, type):
         return
     if name == "rank" and isinstance(value, SupportsIndex) and not isinstance(value, Tensor):
         return
@@ -149,6 +154,25 @@ def _budgets(verb: str, name: str, value: Any) -> None:
         _budget(verb, f"each of {name}", budget)
 
 
+def _importances(verb: str, name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise fail(verb, name, value, "a dict {name: importance}", "{'energy': SpectralEnergy()}")
+    for key, importance in value.items():
+        if isinstance(importance, type) or not callable(importance):
+            raise fail(verb, f"{name}[{key!r}]", importance, "an importance, such as SpectralEnergy()")
+
+
+def _cut_ranks(verb: str, name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise fail(verb, name, value, "a dict {layer: rank}")
+    _ranks(verb, name, value)
+
+
+def _measurements(verb: str, name: str, value: Any) -> None:
+    if not isinstance(value, Mapping) or not all(hasattr(entry, "size_bytes") for entry in value.values()):
+        raise fail(verb, name, value, "a dict {name: Measurement}", "{'dense': measure(model, inputs)}")
+
+
 def _patterns(verb: str, name: str, value: Any) -> None:
     if wrong := [pattern for pattern in value if not isinstance(pattern, str)]:
         hint = "give them one by one: match(*patterns)" if isinstance(wrong[0], list | tuple) else ""
@@ -180,7 +204,7 @@ def _choice(*allowed: str) -> Rule:
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("model", "cut_model", "dense"), _model),
+    **dict.fromkeys(("model", "cut_model", "dense", "old", "new", "first", "second"), _model),
     **dict.fromkeys(("data", "eval_data"), reread),
     **dict.fromkeys(("inputs", "example_inputs"), inputs_rule),
     **dict.fromkeys(("where", "keep"), _where),
@@ -206,6 +230,9 @@ RULES: dict[str, Rule] = {
     "calibration": _calibration,
     "source": _plan,
     "patterns": _patterns,
+    "importances": _importances,
+    "cut_ranks": _cut_ranks,
+    "measurements": _measurements,
     "scheduler_steps": _choice("epoch", "batch"),
 }
 """By the name of the argument: what it must be."""
@@ -218,6 +245,9 @@ NONE_ALLOWED = {
 
 FIELDS = {
     "cut_model": "cut",
+    "first": "a",
+    "second": "b",
+    "cut_ranks": "ranks",
     "data_once": "data",
     "batches": "data",
     "batches_again": "data",

@@ -11,6 +11,20 @@ from spectrim import linalg
 from spectrim.errors import LayerError
 from spectrim.forms.compose import Compose
 
+OVERFLOW = "load a sound checkpoint, or leave the layer out with where="
+
+
+def _overflow(name: str, weight: Tensor) -> LayerError:
+    problem = (
+        f"its singular values are not finite in {_stored(weight.dtype)}: its weights go up to {float(weight.detach().abs().max()):.3g}"
+    )
+    return LayerError(name or "weight", problem, hint=OVERFLOW)
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the factors of a weight."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
 
 class Factors(nn.Module):
     """One weight as ``U diag(S) Vh``; several equal blocks for a grouped convolution.
@@ -43,7 +57,7 @@ class Factors(nn.Module):
         """
         super().__init__()
         dtype = dtype or U.dtype
-        stored = torch.float64 if dtype == torch.float64 else torch.float32
+        stored = _stored(dtype)
         for name, tensor in (("U", U), ("S", S), ("Vh", Vh)):
             own = tensor.detach().to(stored).clone(memory_format=torch.contiguous_format)  # a slice would keep its whole storage
             self.register_parameter(name, nn.Parameter(own, requires_grad=requires_grad))
@@ -62,6 +76,7 @@ class Factors(nn.Module):
         matrix: Float[Tensor, "*blocks out in_"],
         choose: Callable[[Tensor], int] | None = None,
         decompose: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]] = linalg.svd,
+        name: str = "",
     ) -> "Factors":
         """Factorize `matrix`, the folded form of `weight`.
 
@@ -70,10 +85,20 @@ class Factors(nn.Module):
             matrix: ``(out, in)`` or ``(blocks, out, in)``.
             choose: takes the singular values, returns the rank to keep; all of them when omitted.
             decompose: matrix → ``U, S, Vh``; the exact SVD when omitted.
+            name: of the weight, for errors.
+
+        Raises:
+            LayerError: for factors that are not finite in the dtype they are kept in, such as singular values above 3e38 in float32.
         """
-        U, S, Vh = decompose(matrix.detach())
+        try:
+            U, S, Vh = decompose(matrix.detach())
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # a sketch that overflows
+            raise _overflow(name, weight) from error
         rank = S.shape[-1] if choose is None else choose(linalg.pooled_spectrum(S))
-        return cls(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=weight.dtype, requires_grad=weight.requires_grad, exact=True)
+        made = cls(U[..., :rank], S[..., :rank], Vh[..., :rank, :], dtype=weight.dtype, requires_grad=weight.requires_grad, exact=True)
+        if not made.U.is_meta and not all(bool(torch.isfinite(part).all()) for part in (made.U, made.S, made.Vh)):
+            raise _overflow(name, weight)
+        return made
 
     @classmethod
     def empty(cls, weight: Tensor, matrix: Float[Tensor, "*blocks out in_"], rank: int) -> "Factors":

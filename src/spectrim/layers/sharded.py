@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.checks import check
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
 from spectrim.layers import renew
@@ -100,6 +101,7 @@ def gathered(model: nn.Module, device: torch.device | str | None = None) -> nn.M
     Returns:
         A model of the original classes; tied parameters are tied again.
     """
+    check("gathered", model=model)
     reshard(model)
     modules: dict[int, nn.Module] = {}
     tensors: dict[int, Tensor] = {}

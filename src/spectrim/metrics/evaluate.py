@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from spectrim.checks import READ_ONCE, check
 from spectrim.errors import SettingError
+from spectrim.metrics.batch import BatchDims, stated
 from spectrim.metrics.calls import call_model, evaluating, loss_of, scores_of
 from spectrim.metrics.inputs import pair_of
 from spectrim.metrics.tensors import send, tensors_of
 
 
-def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor]) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor], *, batch_dims: BatchDims | None = None
+) -> dict[str, float]:
     """Compute loss and accuracy in eval mode, without gradients; training flags are as before afterwards.
 
     Args:
@@ -22,6 +25,8 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], T
         data: batches ``(inputs, target)``; `inputs` is a tensor, a tuple or list of arguments, or a dict of keyword arguments; `target` is
             what the loss takes: a tensor, or a tuple, list, dict or dataclass of tensors.
         loss: called as ``loss(output, target)``, gives a scalar: the mean over the targets of a batch.
+        batch_dims: states the batch axes of the inputs (see `spectrim.metrics.batch.BatchDims`), so that each batch weighs as much as it
+            has examples: for a loss that is a mean over examples where targets do not show their number.
 
     Returns:
         ``loss``, the mean over all targets (each batch weighs ``target.numel()``, or its examples where the target is no tensor), and
@@ -43,7 +48,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], T
             inputs, target = pair_of(batch, "evaluate")
             inputs, target = send(inputs, model), send(target, model)
             output = call_model(model, inputs)
-            targets = weight_of(target)
+            targets = weight_of(target) if batch_dims is None else stated(inputs, batch_dims, "evaluate").size
             total += float(loss_of(loss, output, target, "evaluate")) * targets
             count += targets
             scores = scores_of(output)

@@ -57,7 +57,7 @@ def count_macs(model: nn.Module, inputs: Any, *, batch_size: int | None = None) 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient inside; `requires_grad` is restored afterwards."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:

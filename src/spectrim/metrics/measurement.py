@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from spectrim.checks import check, unwrapped
 from spectrim.errors import FormatError, SettingError
 from spectrim.layers import named_factors
+from spectrim.metrics.batch import BatchDims, stated
 from spectrim.metrics.clock import compare_latency
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.macs import count_macs
@@ -89,6 +90,7 @@ def measure(
     threads: int = 1,
     latency: bool = True,
     batch_size: int | None = None,
+    batch_dims: BatchDims | None = None,
 ) -> Measurement:
     """Measure a model; values that the arguments do not allow stay None.
 
@@ -100,6 +102,7 @@ def measure(
         threads: CPU threads for latency, at least 1.
         latency: whether to time the model (about a second).
         batch_size: examples in `inputs`; None to find it by agreement of sizes, see `batch_size_of`.
+        batch_dims: states the batch axes of `inputs` instead, and of those in `data`, see `spectrim.metrics.batch.BatchDims`.
 
     Returns:
         The measurement.
@@ -119,6 +122,12 @@ def measure(
         )
     check("measure", optional=("inputs", "data_once", "loss"), model=model, inputs=inputs, data_once=data, loss=loss, threads=threads)
     check("measure", batch_size=batch_size)
+    if batch_dims is not None and inputs is not None:
+        size = stated(inputs, batch_dims, "measure").size
+        if batch_size not in (None, size):
+            rule = f"the length of the axes that batch_dims= states ({size}), or left out"
+            raise SettingError("measure", "batch_size", got=batch_size, rule=rule)
+        batch_size = size
     fields: dict[str, Any] = {"macs": None}
     if inputs is not None:
         fields["macs"] = count_macs(model, inputs, batch_size=batch_size)
@@ -126,7 +135,7 @@ def measure(
             timed = compare_latency({"model": model}, inputs, threads=threads, batch_size=batch_size)["model"]
             fields |= {"latency_s": timed.median_s, "latency_iqr_s": timed.iqr_s, "batch": timed.batch, "threads": timed.threads}
     if data is not None and loss is not None:
-        fields |= evaluate(model, data, loss)
+        fields |= evaluate(model, data, loss, batch_dims=batch_dims)
     model = unwrapped(model)
     return Measurement(
         params=sum(tensor.numel() for tensor in _distinct(model.parameters())),
@@ -179,6 +188,7 @@ def compare_table(measurements: Mapping[str, Measurement]) -> str:
         | compression   |   1.00x |    2.50x |
         | MAC reduction |   1.00x |    3.00x |
     """
+    check("compare_table", measurements=measurements)
     first = next(iter(measurements.values()), None)
     if first is None:
         return ""

@@ -13,7 +13,7 @@ from spectrim.budget.allocate import check_floor
 from spectrim.budget.budget import Budget, as_budget
 from spectrim.budget.ladder import ladder
 from spectrim.budget.promise import counted, recounted
-from spectrim.checks import check, naming, unwrapped
+from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
 from spectrim.layers.exchanged import Writing
@@ -39,6 +39,7 @@ from spectrim.training.fit import Precision
 from spectrim.training.history import History
 
 
+@outside_inference_mode
 @naming
 def compress(
     model: nn.Module,
@@ -122,6 +123,7 @@ def compress(
         LayerError: when nothing can be factorized, or when the factorized or the merged network does not compute what the one before it
             does (see `same_function`).
         FormatError: when `folder` belongs to a call with other weights, data, layers or settings.
+        WriteError: when another process is writing `folder`, or it cannot be written.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
@@ -141,65 +143,66 @@ def compress(
     known = first_examples(data, examples, dims=batch_dims)
     low = factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
     store = Store(None if folder is None else Path(folder))
-    store.claim(
-        budget=repr(budget),
-        epochs=epochs,
-        scheme=scheme,
-        writing=writing,
-        cut=cut,
-        importance=None if importance is None else repr(importance),
-        squeeze=squeeze,
-        distill=distill.settings
-        if isinstance(distill, Distillation)
-        else {"auto": [TEACHING, MEMORIZED]}
-        if distill == "auto"
-        else distill,
-        penalties=[repr(penalty) for penalty in penalties],
-        clip=clip,
-        precision=precision,
-        examples=examples,
-        **identity_of(model, low, data, known, inputs, loss, optimizer, latency, calibration) if folder is not None else {},
-    )
-    same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
-    prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True)
-    check_floor(low, budget, prices)
-    judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
-    cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims)
-    scores, history, told = {"dense": judge.dense}, History(), Told()
-    teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
-    able, untaught = teacher_for(model, known, loss, level=judge.dense_on_known["loss"]) if chosen else None, ""
-    if able is not None:
-        teacher = with_hint_layers(able, low, known[0])
-    elif chosen:
-        untaught = why_untaught(model, known[0])
-    tuner = Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
-    training = round(epochs * squeeze)
-    if training:
-        history = squeezed(low, tuner, cutter, training, penalties, scores, told)
-    else:
-        low, told, found = store.cut(model, lambda: cutter.cut(low, cut, epochs > 0))
-        scores |= found
-        if chosen and teacher is not None and not judge.far(told.how, low, scores):
-            tuner.teacher = None
-        tuner.start(low)
-    if prices.corrected:
-        recounted("compress", budget, low, inputs, prices)
-    if epochs > training:
-        with nullcontext() if training or penalties else balanced(low):
-            rest = tuner.run(low, epochs - training, penalties, "finetune")
-        history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
-    low.eval()
-    final = merge(low, latency=latency)
-    same_function(low, final, inputs_of(known[0]), names=("cut", "merged"))
-    measured = judge.measured(final, inputs)
-    counted("compress", budget, final, measured["final"].macs, prices)
-    if epochs > training:
-        scores["final"] = scores_of_measurement(measured["final"])
-    taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
-    lines = coverage(low, where, inputs=inputs, latency=latency)
-    notes = [*told.notes, *([untaught] if untaught else [])]
-    made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes)
-    store.finish(made)
+    with store.held():
+        store.claim(
+            budget=repr(budget),
+            epochs=epochs,
+            scheme=scheme,
+            writing=writing,
+            cut=cut,
+            importance=None if importance is None else repr(importance),
+            squeeze=squeeze,
+            distill=distill.settings
+            if isinstance(distill, Distillation)
+            else {"auto": [TEACHING, MEMORIZED]}
+            if distill == "auto"
+            else distill,
+            penalties=[repr(penalty) for penalty in penalties],
+            clip=clip,
+            precision=precision,
+            examples=examples,
+            **identity_of(model, low, data, known, inputs, loss, optimizer, latency, calibration) if folder is not None else {},
+        )
+        same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
+        prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True)
+        check_floor(low, budget, prices)
+        judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
+        cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims)
+        scores, history, told = {"dense": judge.dense}, History(), Told()
+        teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
+        able, untaught = teacher_for(model, known, loss, level=judge.dense_on_known["loss"]) if chosen else None, ""
+        if able is not None:
+            teacher = with_hint_layers(able, low, known[0])
+        elif chosen:
+            untaught = why_untaught(model, known[0])
+        tuner = Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
+        training = round(epochs * squeeze)
+        if training:
+            history = squeezed(low, tuner, cutter, training, penalties, scores, told)
+        else:
+            low, told, found = store.cut(model, lambda: cutter.cut(low, cut, epochs > 0))
+            scores |= found
+            if chosen and teacher is not None and not judge.far(told.how, low, scores):
+                tuner.teacher = None
+            tuner.start(low)
+        if prices.corrected:
+            recounted("compress", budget, low, inputs, prices)
+        if epochs > training:
+            with nullcontext() if training or penalties else balanced(low):
+                rest = tuner.run(low, epochs - training, penalties, "finetune")
+            history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
+        low.eval()
+        final = merge(low, latency=latency)
+        same_function(low, final, inputs_of(known[0]), names=("cut", "merged"))
+        measured = judge.measured(final, inputs)
+        counted("compress", budget, final, measured["final"].macs, prices)
+        if epochs > training:
+            scores["final"] = scores_of_measurement(measured["final"])
+        taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
+        lines = coverage(low, where, inputs=inputs, latency=latency)
+        notes = [*told.notes, *([untaught] if untaught else [])]
+        made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes)
+        store.finish(made)
     return made
 
 

@@ -1,13 +1,12 @@
 """What a folder that `run` or `compress` wrote holds, and where: its manifest."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from spectrim.errors import FormatError
-from spectrim.files import read_json, write_text
+from spectrim.files import check_digest, digest_of, read_json, write_json
 from spectrim.metrics.measurement import Measurement
 from spectrim.surgery.coverage import Coverage, LayerCoverage
 
@@ -87,10 +86,11 @@ def finish(folder: Path, kind: str, result: Mapping[str, Any], coverage: Coverag
         result: plain data; measured networks by name among them.
         coverage: of the factorized network.
     """
-    write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
+    write_json(folder / RESULT, result)
     lines = None if coverage is None else [asdict(line) for line in coverage]
     values = {"format": FORMAT, "kind": kind, "finished": True, "networks": PLACES[kind], "coverage": lines}
-    write_text(folder / MANIFEST, json.dumps(values, indent=1) + "\n")
+    recipe = folder / RECIPE
+    write_json(folder / MANIFEST, values | {"recipe": digest_of(recipe) if recipe.is_file() else None})
 
 
 def contents(folder: Path) -> Contents:
@@ -117,6 +117,7 @@ def _read(folder: Path) -> Contents:
         networks = {name: str(place) for name, place in values["networks"].items() if name in NETWORKS}
         if any(Path(place).is_absolute() or ".." in Path(place).parts for place in networks.values()):
             raise FormatError(path, "names a folder outside", hint="do not use this folder")
+        check_digest(folder / RECIPE, values.get("recipe"), f"copy it elsewhere to use it as a recipe; {HINT}")
         lines = values["coverage"]
         listed = None if lines is None else Coverage(map(_line, lines))
         if listed is not None:

@@ -73,7 +73,10 @@ def of_optimizer(make: Callable[[Iterable[nn.Parameter]], Any] | None, model: nn
     """Return the class of an optimizer and the settings of its groups, as text."""
     if make is None:
         return "default"
-    made = make([p for p in model.parameters() if p.requires_grad])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        return "nothing to train"
+    made = make(parameters)
     groups = [{key: value for key, value in group.items() if key != "params"} for group in made.param_groups]
     return f"{type(made).__qualname__} {groups!r}"
 

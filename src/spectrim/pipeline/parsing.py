@@ -27,6 +27,8 @@ def parsed(kind: Any, value: Any, key: str) -> Any:
         return {str(name): entry if args[1] is Any else parsed(args[1], entry, f"{key}.{name}") for name, entry in value.items()}
     if origin is list and isinstance(value, list):
         return [parsed(args[0], entry, f"{key}.{index}") for index, entry in enumerate(value)]
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(parsed(args[0], entry, f"{key}.{index}") for index, entry in enumerate(value))
     if origin is Literal:
         value = "no" if value is False else value  # YAML reads a bare no as false
         if value in args:
@@ -38,7 +40,15 @@ def parsed(kind: Any, value: Any, key: str) -> Any:
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         with suppress(ValueError):
             return float(value)  # YAML reads 1e-3 as a string
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", list: "a list", dict: "a mapping"}
+    names = {
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+        list: "a list",
+        tuple: "a list",
+        dict: "a mapping",
+    }
     allowed = ", ".join(map(str, args)) if origin is Literal else IMPORTED if kind == Component else names[origin or kind]
     raise RecipeError(key, f"got {shown(value)}", allowed=allowed)
 

@@ -25,17 +25,17 @@ from spectrim.budget.costs import spectra
 from spectrim.budget.cut_to import cut_to, has_norms, renew_statistics
 from spectrim.budget.ways import WAYS
 from spectrim.errors import FormatError, RecipeError
-from spectrim.files import make_folder, read_json, write_text
+from spectrim.files import make_folder, read_json, write_json, write_text
 from spectrim.layers import factor_name, kind_of, named_factors
 from spectrim.locks import locked
 from spectrim.metrics.evaluate import evaluate
-from spectrim.metrics.inputs import first_examples, one_example
+from spectrim.metrics.inputs import first_batch, first_examples, inputs_of, one_example
 from spectrim.metrics.measurement import Measurement, measure, measure_together
 from spectrim.pipeline.components import _made, _scheduler, make, make_loss, seed_everything
 from spectrim.pipeline.data import Data, Source, replayed
 from spectrim.pipeline.folders import MANIFEST, RECIPE, finish
 from spectrim.pipeline.parsing import plain
-from spectrim.pipeline.recipe import Phase, Recipe
+from spectrim.pipeline.recipe import Phase, Recipe, phases
 from spectrim.storage.save import load, save
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.correct import correct
@@ -44,7 +44,9 @@ from spectrim.surgery.factorize import factorize
 from spectrim.surgery.merge import merge
 from spectrim.surgery.prune import prune
 from spectrim.surgery.recalibrate import recalibrate
+from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import decide
+from spectrim.training.checkpoint import random_state, restore_random_state
 from spectrim.training.data import count_batches
 from spectrim.training.distillation import Distillation
 from spectrim.training.fit import fit
@@ -120,7 +122,7 @@ class Run:
         low = self._stage("2-train", [plain(recipe.factorize), plain(recipe.train)], lambda folder: self._train(dense, folder))
         cut = self._stage("3-prune", [plain(recipe.prune)], lambda folder: self._cut(low))
         tuned = self._stage("4-finetune", [plain(recipe.finetune)], lambda folder: self._finetune(cut, dense, recipe.finetune, folder))
-        final = self._stage("5-merge", [], lambda folder: (merge(tuned), {}))
+        final = self._stage("5-merge", [], lambda folder: (self._merged(tuned), {}))
         models = {"dense": dense, "final": final}
         after_merge = self.digest
         if recipe.truncated is not None:
@@ -160,6 +162,12 @@ class Run:
         ]
         if not weights:
             raise RecipeError("factorize.where", "selects no layer that can be factorized", allowed="see spectrim coverage RECIPE")
+        for key, phase in phases(self.recipe):
+            for name in (phase.distill.layers or ()) if phase.distill else ():
+                if name not in modules:
+                    raise RecipeError(
+                        f"{key}.distill.layers", f"'{name}' is no layer of the model", allowed=", ".join(filter(None, modules))
+                    )
         for name in self.recipe.prune.ranks or {}:
             if name not in weights:
                 raise RecipeError(f"prune.ranks.{name}", "is no weight that will be factorized", allowed=", ".join(weights))
@@ -184,14 +192,14 @@ class Run:
                 (folder / STAGE).unlink(missing_ok=True)  # first, so that a partly deleted folder never looks finished
                 shutil.rmtree(folder)
             make_folder(folder)
-            write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": False}))
+            write_json(folder / STAGE, {"digest": self.digest, "finished": False})
         self.console.rule(name, align="left")
         self.begin(name)
         start = time.perf_counter()
         model, numbers = work(folder)
         numbers = {**numbers, "seconds": round(time.perf_counter() - start, 1)}
         save(model, folder)
-        write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": True, "numbers": numbers}, indent=1))
+        write_json(folder / STAGE, {"digest": self.digest, "finished": True, "numbers": numbers})
         self.numbers[name] = numbers
         for key, title in (("val_cut", "right after the cut"), ("val_recalibrated", "BatchNorm recalibrated"), ("val", "at the end")):
             if key in numbers:
@@ -244,6 +252,7 @@ class Run:
         settings = self.recipe.factorize
         source = dense if settings.start == "dense" else self.initial
         low = factorize(source, settings.scheme, self.recipe.factorize.layers())
+        self._check_same(source, low, ("dense", "factorized"))
         logs = [self._fit(low, phase, folder / f"phase-{index}", dense) for index, phase in enumerate(self.recipe.train)]
         numbers = {place: [log[key] for log in logs] for place, key in (("phases", "epochs"), ("cuts", "cuts"), ("layers", "layers"))}
         return low, {**numbers, "val": self._validate(low), "spectra": {k: v.tolist() for k, v in spectra(low).items()}}
@@ -273,6 +282,20 @@ class Run:
         log = self._fit(tuned, phase, folder / "phase-0", dense)
         return tuned, {**log, "val": self._validate(tuned)}
 
+    def _merged(self, tuned: nn.Module) -> nn.Module:
+        final = merge(tuned)
+        self._check_same(tuned, final, ("cut", "merged"))
+        return final
+
+    def _check_same(self, a: nn.Module, b: nn.Module, names: tuple[str, str]) -> None:
+        """Raise a LayerError unless two networks compute the same on a batch of the training split; no generator is behind afterwards."""
+        state = random_state()
+        try:
+            batch = first_batch(self.fresh().train, "run")
+            same_function(a, b, inputs_of(batch), names=names)
+        finally:
+            restore_random_state(state)
+
     def _truncated(self, dense: nn.Module, final: nn.Module, phase: Phase, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         """Cut the dense network at once to the MACs of the final one, by the same knapsack, then train."""
         kept = measure(final, self.example, latency=False).macs / measure(dense, self.example, latency=False).macs  # type: ignore[operator]
@@ -283,7 +306,7 @@ class Run:
             recalibrate(cut, self.fresh().train)
             numbers["val_recalibrated"] = self._validate(cut)
         tuned, more = self._finetune(cut, dense, phase, folder)
-        return merge(tuned), numbers | more
+        return self._merged(tuned), numbers | more
 
     def _continued(self, dense: nn.Module, phase: Phase, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         return self._finetune(dense, dense, phase, folder)
@@ -301,7 +324,7 @@ class Run:
         measured["final"] = replace(measured["final"], ranks=ranks(tuned))
         make_folder(folder)
         numbers = {name: entry.to_dict() for name, entry in measured.items()}
-        write_text(folder / STAGE, json.dumps({"digest": self.digest, "finished": True, "numbers": numbers}, indent=1))
+        write_json(folder / STAGE, {"digest": self.digest, "finished": True, "numbers": numbers})
         return measured
 
     def _validate(self, model: nn.Module) -> dict[str, float]:

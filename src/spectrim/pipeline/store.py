@@ -1,7 +1,8 @@
 """The folder of one call of `compress`: what a stopped call goes on from."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from spectrim.errors import FormatError
-from spectrim.files import write_text
+from spectrim.files import make_folder, read_json, write_json
 from spectrim.layers import named_factors
+from spectrim.locks import locked
 from spectrim.pipeline import identity
 from spectrim.pipeline.compressed import Compressed
 from spectrim.storage.save import load, save
 
 RESULT, SETTINGS, CUT = "result.json", "settings.json", "cut.json"
+AGAIN = "delete the folder to begin again"
 
 
 def identity_of(
@@ -66,28 +69,42 @@ class Store:
         """Return a path in the folder; None without one."""
         return None if self.folder is None else self.folder / name
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other calls out of the folder, which is made if missing.
+
+        Raises:
+            WriteError: another process is writing it.
+        """
+        if self.folder is None:
+            yield
+            return
+        make_folder(self.folder)
+        with locked(self.folder):
+            yield
+
     def claim(self, **settings: Any) -> None:
         """Take the folder for these settings; refuse one of another call."""
         self.settings = settings
+        plain = json.loads(json.dumps(settings))
         path = self.path(SETTINGS)
         if path is None:
             return
-        if path.exists() and (held := json.loads(path.read_text(encoding="utf-8"))) != settings:
-            other = ", ".join(sorted(name for name in settings if name not in held or held[name] != settings[name]))
+        if path.exists() and (held := read_json(path, AGAIN)) != plain:
+            other = ", ".join(sorted(name for name in settings if name not in held or held[name] != plain[name]))
             raise FormatError(path.parent, f"holds a call with another {other}", hint="choose another folder, or delete this one")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(settings, indent=1))
+        write_json(path, settings)
 
     def cut(self, dense: nn.Module, work: Callable[[], Found]) -> Found:
         """Return the cut network of an earlier, stopped call, or make it and keep it."""
         folder = self.path("cut")
         if folder is not None and (folder / CUT).exists():
-            found = json.loads((folder / CUT).read_text(encoding="utf-8"))
+            found = read_json(folder / CUT, AGAIN)
             return load(folder, dense), Told(found["how"], found["dropped"], found["notes"]), found["scores"]
         network, told, scores = work()
         if folder is not None:
             save(network, folder)
-            write_text(folder / CUT, json.dumps({**vars(told), "scores": scores}))
+            write_json(folder / CUT, {**vars(told), "scores": scores})
         return network, told, scores
 
     def finish(self, made: Compressed) -> None:
@@ -95,4 +112,4 @@ class Store:
         if self.folder is not None:
             save(made.low, self.folder / "low")
             save(made.model, self.folder / "final")
-            write_text(self.folder / RESULT, json.dumps(made.report, indent=1) + "\n")
+            write_json(self.folder / RESULT, made.report)

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from spectrim.budget.allocate import allocate
 from spectrim.budget.cut_to import has_norms, renew_statistics
+from spectrim.errors import SettingError
 from spectrim.penalties import Orthogonality
 from spectrim.pipeline.cutter import Cutter
 from spectrim.pipeline.store import Store, Told
@@ -52,10 +53,15 @@ class Tuner:
 
     def start(self, network: nn.Module) -> None:
         """Make the optimizer and its schedule over all epochs."""
+        if not self.epochs:
+            return
         parameters = [p for p in network.parameters() if p.requires_grad]
+        if not parameters:
+            hint = "epochs=0 compresses it without training; model.requires_grad_(True) lets it train"
+            raise SettingError("compress", "model", got="one whose parameters are all frozen", rule="one to train, with epochs", hint=hint)
         self.optimizer = torch.optim.Adam(parameters, LEARNING_RATE) if self.make is None else self.make(parameters)
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        steps = max(1, self.epochs * count_batches(self.data, "compress")) if self.epochs else 1
+        steps = max(1, self.epochs * count_batches(self.data, "compress"))
         rise = WARMUP if WARMUP * steps != 1 else 2 * WARMUP  # torch divides by the steps of the rise less one
         self.scheduler = OneCycleLR(self.optimizer, rates, steps, pct_start=rise, cycle_momentum=False)
 

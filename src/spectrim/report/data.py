@@ -11,7 +11,7 @@ import numpy as np
 
 from spectrim.budget.plan_table import Plan, WeightPlan
 from spectrim.errors import FormatError
-from spectrim.files import read_json
+from spectrim.files import check_digest, read_json
 from spectrim.metrics.measurement import Measurement
 
 CHOICES = 600_000
@@ -144,6 +144,8 @@ def run_data(folder: Path) -> dict[str, Any]:
     with _naming(path):
         found = result_data(read_json(path, HINT) if path != folder else {}, stages)  # type: ignore[arg-type]
         measurements(found)
+    if (manifest := folder / "manifest.json").is_file():
+        check_digest(recipe, read_json(manifest, HINT).get("recipe"), f"copy it elsewhere to use it as a recipe; {HINT}")
     with _naming(recipe):
         text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
     return found | {"name": folder.resolve().name, "recipe": text}

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spectrim.checks import check, unwrapped
 from spectrim.errors import ExportError, FormatError, SettingError
@@ -21,6 +22,7 @@ from spectrim.metrics.clock import Latency, compare_latency
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.metrics.table import markdown_table
 from spectrim.runtimes.blame import first_line
+from spectrim.runtimes.finite import check_finite
 from spectrim.runtimes.formats import _OTHER, _WRITERS, TITLES, Format, Runner, _format_of, _onnx_node, _require, open_exported
 from spectrim.runtimes.quiet import _quiet
 from spectrim.runtimes.tensors import compare_outputs
@@ -123,8 +125,8 @@ def export(
         The file, and its difference to the model.
 
     Raises:
-        ExportError: the model cannot be written in this format, refuses a dynamic batch, or its file computes something else; it names
-            the operator and the layer where they are known.
+        ExportError: the model cannot be written in this format, refuses a dynamic batch, gives NaN on `inputs`, or its file computes
+            something else; it names the operator and the layer where they are known.
         SettingError: an argument is outside its range.
         WriteError: the file cannot be written, or another process still writes it after a minute.
         ImportError: the format's package is not installed.
@@ -150,11 +152,17 @@ def export(
         raise SettingError("export", "tolerance", got=tolerance, rule="above 0")
     if threads < 1:
         raise SettingError("export", "threads", got=threads, rule="at least 1")
+    if any(map(_is_packed, tree_leaves(inputs, is_leaf=_is_packed))):
+        hint = "give padded = pad_packed_sequence(packed, batch_first=...)[0]; outputs at padded positions are the model's to ignore"
+        raise SettingError(
+            "export", "inputs", got="a PackedSequence", rule="padded tensors, whose sizes do not depend on values", hint=hint
+        )
     _require(format)
     reference = duplicate(model).to("cpu").eval().requires_grad_(False)
     network = merge(reference) if next(named_layers(reference), None) else reference
     inputs = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().contiguous(), inputs)
     outputs = _outputs(format, reference, inputs)
+    check_finite(format, reference, inputs, outputs)
     limit = max_batch if format == "executorch" else None
     batches = _batches(batch, limit) if dynamic_batch else (batch,)
     allowed = tolerance or _tolerance(outputs, half_weights and format == "openvino")
@@ -176,6 +184,10 @@ def export(
         path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of a larger model that was here before
     timed = _timed(path, network, inputs, threads) if latency else {}
     return Exported(path, format, size, difference, allowed, batches, content.operators, content.delegated, **timed)
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def _batches(batch: int, limit: int | None) -> tuple[int, ...]:
@@ -220,7 +232,9 @@ def _proved(format: Format, file: Path, reference: nn.Module, inputs: Any, batch
             raise ExportError(format, str(error)) from error
         except Exception as error:  # each runtime has its own errors
             raise _refused(format, file, error, f"its own runtime fails at batch {count}") from error
-        difference = compare_outputs(found, _outputs(format, reference, given))
+        expected = _outputs(format, reference, given)
+        check_finite(format, reference, given, expected)
+        difference = compare_outputs(found, expected)
         if not difference <= allowed:
             problem = f"at batch {count} the file differs from the model by {difference:.2g} of the output's largest magnitude"
             hint = f"allowed is {allowed:.2g} (tolerance=); does the model draw random numbers in eval mode?"

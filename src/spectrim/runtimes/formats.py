@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from spectrim.errors import ExportError, FormatError, SettingError
 from spectrim.metrics.calls import call_model
 from spectrim.runtimes.blame import _blame, _Place, _root, first_line, layer_of
+from spectrim.runtimes.onnx_digest import seal, verify
 from spectrim.runtimes.quiet import _quiet, _quiet_stderr, quietly
 from spectrim.runtimes.tensors import _arguments, _tensors
 
@@ -150,6 +151,7 @@ def _write_onnx(program: ExportedProgram, file: Path, names: _Names, half: bool)
     if hasattr(made, "rename_axes"):  # older torch cannot, and leaves names like s77
         made.rename_axes({str(size): "batch" for size in sizes if isinstance(size, torch.SymInt)})
     made.save(file)
+    seal(file)
     return _Content(dict(Counter(str(node.op_type) for node in made.model.graph)))
 
 
@@ -254,6 +256,7 @@ def _open_pt2(path: Path, threads: int | None) -> Runner:
 
 
 def _open_onnx(path: Path, threads: int | None) -> Runner:
+    verify(path)
     runtime = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3

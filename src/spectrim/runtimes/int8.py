@@ -32,6 +32,7 @@ from spectrim.runtimes.blame import first_line
 from spectrim.runtimes.equalize import _session, equalize_pairs
 from spectrim.runtimes.export import export
 from spectrim.runtimes.formats import array_of, in_order, open_exported
+from spectrim.runtimes.onnx_digest import seal, unseal, verify
 from spectrim.runtimes.quiet import quietly
 from spectrim.runtimes.tensors import compare_outputs
 
@@ -197,6 +198,7 @@ def quantize(
             hint = "see sensitivity() for the layers to keep in float, or try other ranges"
             raise ExportError("int8", f"its error, {error:.3g}, is above the tolerance, {tolerance:.3g}", hint=hint)
         operators = _operators(file, folder)
+        seal(file)
         size, plain = file.stat().st_size, network.file.stat().st_size
     return Quantized(path, network.method, size, plain, difference, error, states, operators, network.equalized)
 
@@ -316,6 +318,7 @@ def _prepare(model: nn.Module | str | Path, data: Iterable[Any], folder: Path, h
     source = Path(model) if isinstance(model, str | Path) else export(model, batches[0], folder / "exported.onnx").path
     if not source.is_file():
         raise FormatError(source, "no such file")
+    verify(source)
     proto = _load(source)
     names = _names(proto.graph)
     _check_weights(proto.graph, names)
@@ -349,6 +352,7 @@ def _load(path: Path) -> Any:
 
 
 def _save(proto: Any, path: Path) -> None:
+    unseal(proto)
     import_module("onnx").save(proto, str(path))
 
 

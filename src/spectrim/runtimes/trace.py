@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from spectrim.errors import ExportError
@@ -110,14 +111,14 @@ def _trace(format: Format, network: nn.Module, inputs: Any, batch: int | None, l
         with torch.no_grad(), redirect_stderr(printed):
             program = trace()
     except Exception as error:  # of torch or of the model: all mean the same here
-        raise _untraceable(format, error, trace, network) from error
+        raise _untraceable(format, error, trace, network, inputs) from error
     sys.stderr.write(printed.getvalue())
     with torch.no_grad():
         outputs = [name for name, _ in _tensors(call_model(network, inputs), "output")]
     return program, _Names(names.inputs, _unique(outputs, names.inputs))
 
 
-def _untraceable(format: Format, error: Exception, trace: Callable[[], Any], network: nn.Module) -> ExportError:
+def _untraceable(format: Format, error: Exception, trace: Callable[[], Any], network: nn.Module, inputs: Any) -> ExportError:
     """Return the error that says what `torch.export` could not follow."""
     if "Constraints violated" in str(error) or "marked batch as dynamic" in str(error):
         place = _specialization(trace, network)
@@ -127,10 +128,33 @@ def _untraceable(format: Format, error: Exception, trace: Callable[[], Any], net
         return ExportError(format, problem, operator=place.operator, layer=place.layer, hint=hint)
     place = _blame(error, network)
     hint = ""
-    if "data-dependent" in str(error):
+    if packing := _packing(network, inputs):
+        hint = f"layer '{packing}' gets a packed sequence, whose sizes depend on values: export a module that gives it the padded tensor"
+    elif "data-dependent" in str(error):
         hint = "a branch on values cannot be written: use torch.where, or torch.cond"
     problem = f"torch.export cannot follow it{place.line}: {first_line(error)}"
     return ExportError(format, problem, operator=place.operator, layer=place.layer, hint=hint)
+
+
+def _packing(network: nn.Module, inputs: Any) -> str:
+    """Return the name of the first layer that the network gives a packed sequence; empty where there is none."""
+    found: list[str] = []
+
+    def noting(name: str) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if any(isinstance(value, PackedSequence) for value in args):
+                found.append(name)
+
+        return note
+
+    handles = [module.register_forward_pre_hook(noting(name)) for name, module in network.named_modules()]
+    try:
+        with torch.no_grad(), suppress(Exception):
+            call_model(network, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else ""
 
 
 class _Witness(logging.Handler):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.checks import check, unwrapped
+from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import FormatError
 from spectrim.forms.svd import Factors
 from spectrim.layers import kind_of, named_factors, named_layers
@@ -55,6 +55,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     return folder
 
 
+@outside_inference_mode
 def load(folder: str | Path, model: nn.Module) -> nn.Module:
     """Return a copy of `model` rebuilt by the plan in `folder`, with the weights stored there.
 

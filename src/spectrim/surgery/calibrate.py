@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.checks import check, unwrapped
+from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_factors
 from spectrim.metrics.batch import BatchDims, stated
@@ -18,6 +18,7 @@ from spectrim.surgery.observing import absorbing, batches_of, check_examples, is
 Loss = Callable[[Any, Any], Tensor]
 
 
+@outside_inference_mode
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],

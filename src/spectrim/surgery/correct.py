@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from spectrim import linalg
-from spectrim.checks import check, unwrapped
+from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_layers, sites
@@ -56,6 +56,7 @@ def uncorrected(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
+@outside_inference_mode
 def correct(
     cut: nn.Module,
     dense: nn.Module,

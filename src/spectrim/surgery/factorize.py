@@ -13,7 +13,7 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from spectrim import linalg
-from spectrim.checks import check, unwrapped
+from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import factor_name, kind_of, named_factors, named_layers, sites
@@ -76,6 +76,7 @@ def decomposition(method: Method, rank: int | None, full: int) -> Callable[[Tens
     return partial(linalg.randomized_svd, rank=rank) if rank + OVERSAMPLE <= widest else linalg.svd
 
 
+@outside_inference_mode
 def factorize(
     model: nn.Module,
     scheme: Scheme = "auto",
@@ -152,9 +153,9 @@ def factorize(
             if not (stated or rank is None):
                 raise SettingError("factorize", "rank", got=rank, rule="a number or a mapping on the meta device, which has no spectra")
             return Factors.empty(weight, matrix, choose(matrix))
-        if not torch.isfinite(weight).all():
+        if not torch.isfinite(weight.detach()).all():
             raise LayerError(name, "its weight holds NaN or infinite values", hint="load an undamaged checkpoint")
-        return Factors.of(weight, matrix, choose, decomposition(method, choose(matrix) if stated else None, min(shape)))
+        return Factors.of(weight, matrix, choose, decomposition(method, choose(matrix) if stated else None, min(shape)), name)
 
     order = None if example_inputs is None or where is not None else call_order(model, example_inputs)
     reasons = decide(model, layer_filter(where, model), order=order)

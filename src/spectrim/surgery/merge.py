@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from spectrim.checks import check, unwrapped
+from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
 from spectrim.layers import is_factorized, named_layers, sites
@@ -16,6 +16,7 @@ from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.factorize import set_writing
 
 
+@outside_inference_mode
 def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm: bool = False) -> nn.Module:
     """Return a copy of `model` with ordinary layers only: two small ones below a layer's break-even rank, one dense one above it.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from spectrim.checks import check
 from spectrim.errors import LayerError
 from spectrim.forms.derived import rotations
 from spectrim.forms.following import followed
@@ -47,6 +48,7 @@ def prune_optimizer_state(optimizer: Optimizer, old: nn.Module, new: nn.Module) 
     Raises:
         LayerError: when the optimizer holds a parameter that is not in both models; nothing is changed then.
     """
+    check("prune_optimizer_state", optimizer=optimizer, old=old, new=new)
     before, after = dict(old.named_parameters()), dict(new.named_parameters())
     _check_trained(optimizer, before, after)
     modules = {name: module for name, module in new.named_modules() if isinstance(module, Factors)}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from spectrim.checks import check, unwrapped
+from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import LayerError
 from spectrim.forms.derived import product_with
 from spectrim.forms.svd import Factors
@@ -23,6 +23,7 @@ from spectrim.surgery.optimizer_state import _check_trained, _move
 from spectrim.surgery.ranks import check_names, chooser
 
 
+@outside_inference_mode
 def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], *, calibration: Calibration | None = None) -> nn.Module:
     """Return a copy of a factorized model whose factors are cut to smaller ranks; the tensors become smaller.
 
@@ -72,6 +73,7 @@ def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], *, ca
     return cut
 
 
+@outside_inference_mode
 def prune_(
     model: nn.Module,
     ranks: RankRule | Mapping[str, SupportsIndex],

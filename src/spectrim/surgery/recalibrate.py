@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spectrim.checks import check
+from spectrim.checks import check, outside_inference_mode
 from spectrim.errors import SettingError
 from spectrim.metrics.calls import call_model
 from spectrim.metrics.inputs import inputs_of
@@ -15,6 +15,7 @@ from spectrim.metrics.tensors import send
 from spectrim.surgery.frozen import is_frozen_norm, training_mode
 
 
+@outside_inference_mode
 def recalibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Renew the statistics of BatchNorm layers on `batches`, in place; nothing happens to a model without them.
 

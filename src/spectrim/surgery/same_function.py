@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from spectrim.checks import check
 from spectrim.errors import LayerError
 from spectrim.metrics.calls import call_model
 from spectrim.metrics.tensors import send
@@ -38,6 +39,7 @@ def same_function(
             inputs changes the outputs of `a` by as much.
 
     Raises:
+        SettingError: an argument is of the wrong kind.
         LayerError: for outputs that differ, with the first layer, in the order of calls, whose output does.
 
     Examples:
@@ -47,6 +49,7 @@ def same_function(
         Traceback (most recent call last):
         spectrim.errors.LayerError: layer '0': its output in the second network differs from that in the first by ... in eval mode...
     """
+    check("same_function", first=a, second=b, inputs=inputs, tolerance=tolerance)
     for training in (False, True):
         try:
             one = _run(a, inputs, training)

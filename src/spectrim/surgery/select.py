@@ -82,6 +82,9 @@ def layer_filter(where: Where | None, model: nn.Module | None = None, verb: str 
     return match(*wanted, *inside)
 
 
+STACKED = "write it with one nn.Linear for each expert, or register a class whose fold gives (experts, out, in)"
+
+
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters a module holds itself."""
     return {name: p for name, p in module._parameters.items() if p is not None}
@@ -111,6 +114,10 @@ def refusal(module: nn.Module) -> str | None:
             return f"its tensors are buffers ({', '.join(own_matrices(module))}), which are not trained; factorize before quantizing"
         if all(p.dim() < 2 for p in own_parameters(module).values()):
             return f"{kind} has vectors only"
+        stacked = [f"{name} {' x '.join(map(str, p.shape))}" for name, p in own_parameters(module).items() if p.dim() == 3]
+        if stacked:
+            problem = f"no factorized form for {kind}, whose matrices are stacked in 3-D parameters ({', '.join(stacked)})"
+            return f"{problem}; {STACKED}"
         return f"no factorized form for {kind}"
     weights = [getattr(module, name) for name in found.weights(module)]
     if any(not isinstance(weight, nn.Parameter) for weight in weights):

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from spectrim.errors import FormatError
+from spectrim.files import sweep
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_layers
 from spectrim.layers.sharded import has_shards, is_sharded, shard_like, whole
@@ -27,7 +28,7 @@ class Checkpoint:
     """The state of a run in one file: weights, optimizer, schedule, random generators and history; replaced atomically."""
 
     def __init__(self, folder: Path, generators: Sequence[torch.Generator], accelerator: Any, **parts: Any) -> None:
-        """Refer to what will be saved and restored, and remove what a killed run left half-written.
+        """Refer to what will be saved and restored, and remove what a killed run left half-written; what a living process writes stays.
 
         Args:
             folder: where the file is.
@@ -40,8 +41,7 @@ class Checkpoint:
         self.generators = generators
         self.accelerator = accelerator
         self.resizes = False
-        for leftover in folder.glob(f"{self.path.stem}.*.tmp"):
-            leftover.unlink(missing_ok=True)
+        sweep(folder)
 
     def write(self, history: History) -> None:
         """Write the whole state, which all processes gather, to a temporary file and rename it.

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from spectrim.checks import check
+from spectrim.checks import check, outside_inference_mode
 from spectrim.errors import SettingError
 from spectrim.layers.sharded import has_shards, reshard
 from spectrim.protocols import Course, Lesson, Penalty, RankSchedule
@@ -39,6 +39,7 @@ class EpochCallback(Protocol):
         """Take the number of finished epochs, the epoch's line of the log, and the model; return True to end training here."""
 
 
+@outside_inference_mode
 def fit(
     model: nn.Module,
     data: Iterable[Any],

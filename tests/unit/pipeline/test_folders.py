@@ -16,7 +16,7 @@ import yaml
 import spectrim as sp
 from spectrim import cli
 from spectrim.errors import FormatError
-from spectrim.files import temporary_beside
+from spectrim.files import read_json, temporary_beside, write_json
 from spectrim.locks import locked
 from spectrim.pipeline.folders import MANIFEST, contents
 from spectrim.pipeline.run import Run
@@ -80,7 +80,7 @@ FOLDERS = ("run", "runs/net-compress-macs0.6", "sweep/macs0.7", "sweep/macs0.5")
 
 @pytest.mark.parametrize("target", FOLDERS)
 def test_every_command_takes_every_folder(folder: Path, target: str, capsys: pytest.CaptureFixture[str]) -> None:
-    result = json.loads((folder / target / "result.json").read_text())
+    result = read_json(folder / target / "result.json")
     for arguments in (
         ("measure", target, "--json"),
         ("measure", target, "--json", "--split", "test"),
@@ -199,7 +199,7 @@ def test_runs_over_damaged_files_end_well_or_name_them(folder: Path, how: str, c
 def test_a_manifest_that_leads_outside_is_refused(folder: Path) -> None:
     path = folder / "run" / MANIFEST
     for place in ("../runs", "/etc"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"networks": {"final": place}}))
+        write_json(path, read_json(path) | {"networks": {"final": place}})
         with pytest.raises(FormatError, match="names a folder outside"):
             contents(folder / "run")
 
@@ -262,3 +262,51 @@ def test_a_second_run_in_one_folder_is_refused(folder: Path, capsys: pytest.Capt
         thread.join()
     assert call("run", "net.yaml", "--out", "run", "--quiet") == 0
     assert not list((folder / "run").rglob("*.tmp"))
+
+
+# Changed numbers
+
+
+@pytest.mark.parametrize("name", ["result.json", "4-finetune/stage.json", "manifest.json", "recipe.yaml"])
+def test_a_changed_number_in_a_finished_folder_is_noticed(folder: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = folder / "run" / name
+    text = path.read_text()
+    digit = next(place for place in range(len(text) // 2, len(text)) if text[place] in "12345678")
+    path.write_text(text[:digit] + str(int(text[digit]) + 1) + text[digit + 1 :])
+    assert call("report", "run", "--text") == 1
+    err = capsys.readouterr().err
+    assert path.name in err
+    assert "does not match its digest" in err
+
+
+def test_a_changed_recipe_can_be_used_elsewhere(folder: Path) -> None:
+    path = folder / "run" / "recipe.yaml"
+    path.write_text(path.read_text().replace("seed: 0", "seed: 1"))
+    shutil.copy(path, folder / "other.yaml")
+    assert call("run", "other.yaml", "--quiet", "--out", "other") == 0
+    assert contents(folder / "other").finished
+
+
+def test_runs_compare_what_must_compute_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that asks its layers for their class computes something else once they are exchanged."""
+    text = (folder / "foldernet.py").read_text()
+    odd = """
+class Odd(nn.Sequential):
+    def forward(self, x):
+        for layer in self:
+            x = layer(x) * (1 if type(layer) in (nn.Linear, nn.ReLU) else 2)
+        return x
+
+
+def odd():
+    return Odd(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+"""
+    (folder / "oddnet.py").write_text(text + odd)
+    monkeypatch.syspath_prepend(str(folder))
+    recipe = yaml.safe_load((folder / "net.yaml").read_text()) | {"model": "oddnet.odd", "data": "oddnet.data", "dense": {"epochs": 0}}
+    (folder / "odd.yaml").write_text(yaml.safe_dump(recipe))
+    assert call("run", "odd.yaml", "--quiet", "--out", "odd") == 1
+    err = capsys.readouterr().err
+    assert "in the factorized network differs from that in the dense" in err
+    assert not (folder / "odd" / "result.json").exists()
+    sys.modules.pop("oddnet", None)

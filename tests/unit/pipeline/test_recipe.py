@@ -16,6 +16,7 @@ from torch import nn
 import spectrim as sp
 from spectrim import cli
 from spectrim.errors import FormatError, RecipeError, SettingError
+from spectrim.files import read_json
 from spectrim.metrics.inputs import one_example
 from spectrim.pipeline import recipe as recipes
 from spectrim.pipeline import run as runs
@@ -201,6 +202,8 @@ def changed(*changes: str) -> recipes.Recipe:
         ),
         ("dense.scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau", "'dense.scheduler': waits for a metric"),
         ("finetune.distill.temperature=-1", "'finetune.distill': Distillation: temperature must be > 0, got -1.0"),
+        ("finetune.distill.layers=middle", "'finetune.distill.layers': got 'middle'; allowed: a list"),
+        ("finetune.distill.layers=[3]", "'finetune.distill.layers.0': got 3; allowed: a string"),
         ("finetune.distill.weight=2", "'finetune.distill': Distillation: weight must be a fraction in [0, 1], got 2.0"),
         ("loss=mymodule.no_loss", "'loss': mymodule.no_loss gives a int; allowed: (output, target) -> scalar"),
         ("loss=torch.nn.CrossEntropyLosss", "'loss.class_path': 'torch.nn.CrossEntropyLosss' cannot be imported"),
@@ -339,6 +342,7 @@ def test_a_users_module_that_is_broken(folder: Path) -> None:
         ("dense.clip=2", lambda r: r.dense.clip, 2.0),
         ("precision=no", lambda r: r.precision, "no"),
         ("finetune.distill={}", lambda r: (r.finetune.distill.temperature, r.finetune.distill.weight), (4.0, 0.7)),
+        ("finetune.distill.layers=[middle, last]", lambda r: r.finetune.distill.layers, ("middle", "last")),
         ("finetune.distill.weight=1", lambda r: r.finetune.distill.weight, 1.0),
         ("truncated.epochs=2", lambda r: r.truncated.epochs, 2),
         ("factorize.where=[mid*]", lambda r: r.factorize.where, ["mid*"]),
@@ -427,7 +431,7 @@ def test_a_changed_setting_reruns_exactly_what_depends_on_it(folder: Path) -> No
     out = folder / "out"
     result = Run(changed(*BASELINES), out, progress=False).run()
     assert list(stamps(out)) == STAGES
-    assert json.loads((out / "result.json").read_text()) == result
+    assert read_json(out / "result.json") == json.loads(json.dumps(result))
     assert not list(out.rglob("*.tmp"))
     for changes, rerun in (
         ([], []),
@@ -504,7 +508,7 @@ def test_a_run_stopped_inside_a_stage_ends_with_the_same_bits(folder: Path, stag
     for name in STAGES[:5]:
         a, b = (sp.load(folder / run / name, make_model(changed())).state_dict() for run in ("whole", "stopped"))
         assert all(torch.equal(a[key], b[key]) for key in a), name
-    resumed = json.loads((folder / "stopped" / "result.json").read_text())
+    resumed = read_json(folder / "stopped" / "result.json")
     assert {key: resumed["final"][key] for key in ("accuracy", "loss")} == {key: whole["final"][key] for key in ("accuracy", "loss")}
 
 

@@ -21,6 +21,7 @@ from spectrim import cli
 from spectrim.budget.plan import plan
 from spectrim.budget.plan_table import Plan, SkippedLayer, Totals, WeightPlan
 from spectrim.errors import FormatError
+from spectrim.files import read_json
 from spectrim.pipeline import recipe
 from spectrim.pipeline.run import Run
 from spectrim.report import data, page, shortfalls, text_report, write_report
@@ -281,7 +282,7 @@ def test_plan_files_and_plans_of_runs(tmp_path: Path, found: Plan) -> None:
 
 
 def test_a_plan_with_results_beside_it(tmp_path: Path, found: Plan) -> None:
-    result = json.loads((run_folder(tmp_path / "net") / "result.json").read_text())
+    result = read_json(run_folder(tmp_path / "net") / "result.json")
     text = text_report(found, result=result)
     assert "low-rank" in text
     assert str(found) in text
@@ -289,7 +290,7 @@ def test_a_plan_with_results_beside_it(tmp_path: Path, found: Plan) -> None:
 
 
 def test_compress_is_shown_as_a_run(tmp_path: Path, found: Plan) -> None:
-    measured = json.loads((run_folder(tmp_path / "net") / "result.json").read_text())
+    measured = read_json(run_folder(tmp_path / "net") / "result.json")
     epochs = [{"loss": 0.5, "mean_rank": 3.0}]
     scores = {"dense": {"accuracy": 0.9}, "cut": {"accuracy": 0.5}, "corrected": {"accuracy": 0.8}, "final": {"accuracy": 0.88}}
     report = {"dense": measured["dense"], "final": measured["final"], "scores": scores, "history": {"epochs": epochs, "cuts": []}}

@@ -20,6 +20,7 @@ from spectrim.budget.distortion.energy import SpectralEnergy
 from spectrim.budget.distortion.normalized import NormalizedEnergy
 from spectrim.budget.plan import plan
 from spectrim.errors import SettingError
+from spectrim.files import read_json
 from spectrim.metrics.measurement import measure
 from spectrim.pipeline.recipe import parse_recipe
 from spectrim.report import PLAN, write_report
@@ -255,7 +256,7 @@ def test_every_section_shows_the_run(opened: Any, file: Path) -> None:
 
 def test_the_course_of_a_layer_and_the_steps_of_cuts(opened: Any, file: Path, tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "net")
-    stage = json.loads((folder / "2-train" / "stage.json").read_text())
+    stage = read_json(folder / "2-train" / "stage.json")
     lines = [{"ranks": {"0": 9 - epoch, "1": 2}, "defects": {"0": 0.1, "1": 0.2}} for epoch in range(3)]
     cut = {"step": 7, "epoch": 1.75, "ranks": {"0": 8, "1": 2}}
     stage["numbers"] |= {"layers": [lines, lines], "cuts": [[], [cut, cut | {"step": 8, "epoch": 2.0}]]}

@@ -681,7 +681,7 @@ def test_fp16_needs_a_gpu() -> None:
 
 def test_resume_can_be_refused(tmp_path: Path) -> None:
     session("zoo", 2, tmp_path)
-    (tmp_path / "checkpoint.123.tmp").write_bytes(b"half")
+    (tmp_path / "checkpoint.pt.123-0123abcd.tmp").write_bytes(b"half")
     model = net()
     history = run(model, batches(), epochs=1, checkpoint=tmp_path, resume=False)
     assert len(history.epochs) == 1
@@ -853,7 +853,7 @@ def test_a_checkpoint_that_fails_half_way_through_changes_nothing(stopped: Path,
 
 
 def test_half_written_files_are_ignored_and_removed(stopped: Path) -> None:
-    (stopped / "checkpoint.4711.tmp").write_bytes((stopped / CHECKPOINT).read_bytes()[:100])
+    (stopped / "checkpoint.pt.4711-0123abcd.tmp").write_bytes((stopped / CHECKPOINT).read_bytes()[:100])
     (stopped / "mine.tmp").write_text("kept")
     model = net()
     assert len(run(model, loaders("own generator"), torch.optim.Adam(model.parameters(), 1e-2), 3, checkpoint=stopped).epochs) == 3

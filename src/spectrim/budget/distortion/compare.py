@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from spectrim.budget.distortion.base import distortions_of
+from spectrim.checks import check
 from spectrim.errors import RankError
 from spectrim.layers import named_factors
 from spectrim.metrics.table import markdown_table
@@ -77,6 +78,7 @@ def compare_importances(model: nn.Module, importances: Mapping[str, Importance],
         >>> table.shares["energy"], table.ranks
         ({'0': 1.0, '1': 0.0}, {'0': 4, '1': 8})
     """
+    check("compare_importances", model=model, importances=importances, cut_ranks=ranks)
     check_names(model, ranks)
     held = dict(named_factors(model))
     cut = {name: int(ranks.get(name, factors.rank)) for name, factors in held.items()}

@@ -1,7 +1,6 @@
 """Distortion as measured loss."""
 
 import hashlib
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from spectrim.budget.distortion.energy import SpectralEnergy
 from spectrim.errors import SettingError
-from spectrim.files import write_text
+from spectrim.files import read_json, write_json
 from spectrim.forms.derived import zeroed_beyond
 from spectrim.layers import named_factors, sites
 from spectrim.metrics.evaluate import evaluate
@@ -147,7 +146,7 @@ def _read(path: Path | None) -> dict[str, dict[str, float]]:
     if path is None or not path.exists():
         return {}
     try:
-        losses = json.loads(path.read_text(encoding="utf-8"))["losses"]
+        losses = read_json(path)["losses"]
         return {str(name): {str(int(rank)): float(loss) for rank, loss in row.items()} for name, row in losses.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         warnings.warn(f"{path}: damaged, its losses are measured again ({error!r})", stacklevel=4)
@@ -159,4 +158,4 @@ def _write(path: Path | None, content: Mapping[str, Any]) -> None:
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(content, indent=1))
+    write_json(path, content)
