@@ -15,7 +15,7 @@ import numpy as np
 
 from harness import ROOT, write
 
-ROUNDS = 3
+ROUNDS = 2
 WORK = '''
 import gc, json, resource, sys, threading, time
 import psutil, torch

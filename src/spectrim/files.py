@@ -110,6 +110,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
         WriteError: it cannot be written; the file that was there before is left as it was.
 
     Examples:
+        >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "numbers.json"
         >>> write_json(path, {"loss": 0.5})
         >>> read_json(path)

@@ -55,7 +55,7 @@ def test_architecture(name: str) -> None:
 
     reached, ranks = zoo.ranks_for(low, inputs)
     assert (reached == 0.5) == (name not in UNREACHABLE)
-    assert name not in UNREACHABLE or UNREACHABLE[name] in {line.reason for line in lines.values()}
+    assert name not in UNREACHABLE or any(line.reason.startswith(UNREACHABLE[name]) for line in lines.values())
     cut = sp.prune(low, ranks)
     merged = sp.merge(cut)
     macs = {model: sp.measure(model, inputs, latency=False).macs for model in (dense, merged)}

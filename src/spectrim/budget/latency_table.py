@@ -68,6 +68,7 @@ def latency_table(
         LayerError: when nothing is factorized.
 
     Examples:
+        >>> import torch
         >>> from spectrim.surgery.factorize import factorize
         >>> low = factorize(nn.Linear(64, 64))
         >>> table = latency_table(low, torch.zeros(1, 64), time_box=0.01)

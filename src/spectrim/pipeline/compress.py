@@ -126,6 +126,7 @@ def compress(
         WriteError: when another process is writing `folder`, or it cannot be written.
 
     Examples:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
         >>> data = [(torch.randn(32, 16), torch.randint(16, (32,))) for _ in range(4)]
         >>> everything = lambda name, module: True

@@ -46,7 +46,7 @@ def uncorrected(model: nn.Module) -> dict[str, str]:
     reasons = {}
     for site in sites(model):
         if site.layer.looks_up:
-            reasons[site.name] = "an embedding looks rows up"
+            reasons[site.name] = "an embedding is a look-up"
         elif not isinstance(site.layer, OneWeight) or site.layer in inside:
             reasons[site.name] = "its inputs are inside a fused kernel"
         elif users[site.factors] > 1:

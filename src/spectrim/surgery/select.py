@@ -115,7 +115,7 @@ def refusal(module: nn.Module) -> str | None:
         if all(p.dim() < 2 for p in own_parameters(module).values()):
             return f"{kind} has vectors only"
         stacked = [f"{name} {' x '.join(map(str, p.shape))}" for name, p in own_parameters(module).items() if p.dim() == 3]
-        if stacked:
+        if stacked and not type(module).__module__.startswith("torch.nn"):
             problem = f"no factorized form for {kind}, whose matrices are stacked in 3-D parameters ({', '.join(stacked)})"
             return f"{problem}; {STACKED}"
         return f"no factorized form for {kind}"

@@ -393,7 +393,7 @@ def test_a_stopped_measurement_goes_on_where_it_was(tmp_path: Path) -> None:
     assert third.calls == 2
     (path,) = tmp_path.iterdir()
     stored = json.loads(path.read_text())
-    assert set(stored) == {"base", "losses"}
+    assert set(stored) == {"base", "losses", "sha256"}
     assert list(stored["losses"]["0"]) == ["0", "1", "3"]
 
 

@@ -249,7 +249,7 @@ def test_every_kind_of_network(kind: str) -> None:
 def test_files_come_back_equal_and_others_are_refused(tmp_path: Path, found: Plan) -> None:
     found.save(tmp_path / "deep" / "plan.json")
     assert Plan.load(tmp_path / "deep" / "plan.json") == found
-    for text, says in (("{", "is not JSON"), ("{}", "is not a plan"), ('{"weights": []}', "is not what to_dict wrote")):
+    for text, says in (("{", "is damaged"), ("{}", "is not a plan"), ('{"weights": []}', "is not what to_dict wrote")):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(FormatError, match=says):
             Plan.load(tmp_path / "other.json")

@@ -16,7 +16,7 @@ from spectrim.layers import FactorizedLayer, named_factors
 from spectrim.plain.attention import PlainAttention
 from spectrim.plain.recurrent import PlainRecurrent
 from spectrim.surgery.head import head_of
-from spectrim.surgery.select import HEAD, OWN_FORWARD
+from spectrim.surgery.select import HEAD, OWN_FORWARD, STACKED
 
 EVERYTHING = sp.match("*")
 
@@ -83,6 +83,7 @@ def quantized(layer: nn.Module) -> nn.Module:
 REWRITTEN = "its weight is rewritten by a hook (weight norm, spectral norm or pruning); remove that first"
 PARAMETRIZED = "under a parametrization (weight); torch.nn.utils.parametrize.remove_parametrizations it first"
 
+EXPERTS = "no factorized form for Experts, whose matrices are stacked in 3-D parameters (weight 3 x 4 x 4)"
 REFUSED = {
     "weight norm, old": (lambda: weight_norm(nn.Linear(4, 4)), REWRITTEN),
     "weight norm, old, of an LSTM": (lambda: weight_norm(nn.LSTM(4, 4), "weight_hh_l0"), REWRITTEN),
@@ -107,7 +108,10 @@ REFUSED = {
         lambda: after(lambda m: setattr(m, "forward", torch.sin), nn.Linear(4, 4)),
         "its forward was replaced on this very layer",
     ),
-    "experts": (lambda: Experts(), "no factorized form for Experts"),
+    "experts": (
+        lambda: Experts(),
+        f"{EXPERTS}; {STACKED}",
+    ),
     "tensor subclass": (tensor_subclass, "its weight is a TwoTensor: factorize before quantizing or sharding"),
     "max_norm": (lambda: nn.Embedding(4, 4, max_norm=1.0), "max_norm rescales rows of the dense table in place"),
     "sparse": (lambda: nn.Embedding(4, 4, sparse=True), "sparse gradients need the dense table"),
