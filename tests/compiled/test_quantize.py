@@ -19,6 +19,7 @@ from spectrim.runtimes.equalize import equalize_pairs  # noqa: E402
 from spectrim.runtimes.export import export  # noqa: E402
 from spectrim.runtimes.formats import run_exported  # noqa: E402
 from spectrim.runtimes.int8 import KEPT, Int8, evaluate_exported, quantize, sensitivity  # noqa: E402
+from spectrim.runtimes.onnx_digest import unseal  # noqa: E402
 
 
 def names(text):
@@ -280,6 +281,7 @@ def test_weights_that_are_not_finite_are_refused_by_layer(convolutional, source,
     proto = onnx.load(source)
     tensor = next(tensor for tensor in proto.graph.initializer if tensor.name.endswith("head.weight"))
     tensor.CopyFrom(onnx.numpy_helper.from_array(np.full(tensor.dims, np.nan, np.float32), tensor.name))
+    unseal(proto)  # changed on purpose
     onnx.save(proto, tmp_path / "bad.onnx")
     with pytest.raises(ExportError, match=r"operator Gemm in layer 'head': its weights hold NaN"):
         quantize(tmp_path / "bad.onnx", data, tmp_path / "net.onnx")
