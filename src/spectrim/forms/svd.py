@@ -185,7 +185,7 @@ class Factors(nn.Module):
         return (self.U * (self.S.sign() * root).unsqueeze(-2)).to(self.dtype), (root.unsqueeze(-1) * self.Vh).to(self.dtype)
 
     @torch.no_grad()
-    def cut(self, choose: Callable[[Tensor], int], left: Tensor | None = None, right: Tensor | None = None) -> "Factors":
+    def cut(self, choose: Callable[[Tensor], int], left: Tensor | None = None, right: linalg.Metric | None = None) -> "Factors":
         """Re-orthogonalize exactly, then keep the largest singular values; with metrics, what is nearest in ``||L^1/2 (W - W_r) R^1/2||``.
 
         Args:
