@@ -22,6 +22,7 @@ from spectrim.budget.promise import cut_totals, recounted
 from spectrim.budget.ways import WAYS, Way
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.errors import SettingError
+from spectrim.forms.form import rung_of
 from spectrim.layers import named_factors
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.calls import call_model, evaluating
@@ -220,7 +221,7 @@ def _row(bench: Workbench, budget: Budget, way: Way, *, judge: _Judge) -> Budget
     except SettingError as error:
         return BudgetPlan(budget.limits, problem=str(error))
     bench.cut(ranks, way)
-    totals = cut_totals(bench.network, ranks, bench.prices)
+    totals = cut_totals(bench.decomposed.factors, ranks, bench.prices)
     if bench.prices.corrected:  # where formulas were wrong once, every network is counted
         totals = recounted("plan", budget, bench.network, bench.inputs, bench.prices)
     return BudgetPlan(budget.limits, ranks, _judged(totals, judge.judged(bench.network)))
@@ -234,7 +235,7 @@ def _predicted(row: BudgetPlan, weights: Sequence[WeightPlan], fixed: Totals) ->
     """Add the seconds that the latency table predicts."""
     if row.totals is None or fixed.latency_s is None:
         return row
-    seconds = fixed.latency_s + sum(weight.seconds[row.ranks[weight.name] - 1] for weight in weights if weight.seconds is not None)
+    seconds = fixed.latency_s + sum(weight.seconds[weight.rung_of(row.ranks[weight.name]) - 1] for weight in weights if weight.seconds)
     return replace(row, totals=replace(row.totals, latency_s=seconds))
 
 
@@ -257,9 +258,10 @@ def _weights(bench: Workbench, lines: Iterable[LayerCoverage], distortions: Mapp
                 cost.dense_macs,
                 cost.dense_params,
                 cost.dense_seconds,
-                int(line.break_even or 0),
+                rung_of(line.break_even or 0),
                 factors.dtype.itemsize,
                 bench.latency.multiple(name) if bench.latency else 1,
+                None if factors.is_matrix else factors.path(),
             )
         )
     return tuple(found)
