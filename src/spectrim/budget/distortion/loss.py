@@ -76,9 +76,8 @@ class LossSensitivity:
             return None
         slopes = self.calibration.slopes[name]
         if slopes.shape != factors.slope_parameters()[0].shape:
-            raise LayerError(
-                name, f"holds {factors.size} singular values, its slopes are for {tuple(slopes.shape)}", hint="calibrate this model"
-            )
+            known = slopes.shape[-1] if factors.is_matrix else tuple(slopes.shape)
+            raise LayerError(name, f"holds {factors.size} singular values, its slopes are for {known}", hint="calibrate this model")
         return factors.first_order_rises(slopes)
 
 
