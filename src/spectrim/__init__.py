@@ -42,6 +42,7 @@ from spectrim.training.execution import choose_execution
 from spectrim.training.fit import fit
 from spectrim.training.ramp import Ramp
 from spectrim.training.squeeze import Squeeze
+from spectrim.training.tuning import Tuning
 
 __version__ = version("spectrim")
 
@@ -69,6 +70,7 @@ __all__ = [
     "SpectralEnergy",
     "Squeeze",
     "Tracking",
+    "Tuning",
     "WhitenedEnergy",
     "allocate",
     "balance_",

@@ -62,6 +62,10 @@ def plan(*, model: Any = None, inputs: Any = X, data: Any = None, loss: Any = No
     return sp.plan(net() if model is None else model, inputs, data, loss, **rest)
 
 
+def scheduled() -> sp.Tuning:
+    return sp.Tuning(scheduler=torch.optim.lr_scheduler.StepLR(adam(net()), 1))
+
+
 MODELS = (nn.Sequential, net().state_dict(), "model.pt", None, 3)
 SETS = (SET, [], (b for b in DATA), [(X, Y, X)], X, (X, Y), [(X.numpy(), Y.numpy())], 3, None, "data", {"x": X}, iter(DATA))
 ONCE = (SET, [], [(X, Y, X)], X, (X, Y), [(X.numpy(), Y.numpy())], 3, None, "data", {"x": X})
@@ -86,9 +90,8 @@ TABLE: dict[str, dict[str, tuple[Verb, tuple[Any, ...]]]] = {
     "fit": {
         **{name: (fit, tuple({name: v} for v in values)) for name, values in {
             "model": MODELS[:3], "data": SETS, "loss": (*LOSSES, None), "optimizer": (torch.optim.Adam, "adam", 3, adam),
-            "epochs": WHOLE, "accumulate": COUNTS, "clip": (0, -1.0, "1", float("nan")), "first_epoch": WHOLE[:4],
+            "epochs": WHOLE, "first_epoch": WHOLE[:4], "tuning": (sp.Tuning, {"clip": 1.0}, 3, None),
             "penalties": (sp.Hoyer(0.1), [sp.Hoyer], ["hoyer"], 3, None), "eval_data": (SET, [], X, "val"),
-            "scheduler": (torch.optim.lr_scheduler.StepLR, "cosine", 3), "scheduler_steps": ("batches", 3),
         }.items()},
     },
     "calibrate": {
@@ -196,7 +199,7 @@ TABLE: dict[str, dict[str, tuple[Verb, tuple[Any, ...]]]] = {
             "model": (*MODELS[:3], scripted(), low()), "data": SETS, "loss": (*LOSSES, None), "budget": BUDGETS, "epochs": WHOLE,
             "examples": COUNTS,
             "where": (*WHERES, "fc"), "eval_data": (SET, [], X), "squeeze": (1, -0.1, "half", None), "example_inputs": INPUTS,
-            "optimizer": (adam(net()), "adam", 3), "penalties": (sp.Hoyer(0.1), [sp.Hoyer], None), "clip": (0, "1"),
+            "penalties": (sp.Hoyer(0.1), [sp.Hoyer], None), "tuning": (sp.Tuning, {"clip": 1.0}, torch.optim.Adam, scheduled(), None),
             "batch_dims": (7, [5], {"no such": 0}),
         }.items()},
         "dtypes": (lambda v: compress(data=v), ([(X, Y.float())], [(X, Y[:2])], [(X.double(), Y)])),
@@ -246,7 +249,7 @@ def test_wrong_values_are_refused_by_name(verb: str, argument: str, tmp_path: Pa
 
 
 def test_whole_numbers_of_numpy_and_other_forms_are_taken() -> None:
-    history = fit(epochs=np.int64(1), accumulate=np.int32(1))
+    history = fit(epochs=np.int64(1), tuning=sp.Tuning(accumulate=np.int32(1)))
     assert len(history.epochs) == 1
     assert sp.factorize(net(), rank=np.int64(2))[0].rank == 2
     assert sp.calibrate(low(), DATA, examples=np.int64(2)).examples == 4

@@ -20,7 +20,7 @@ FILES = {path.relative_to(SOURCE).as_posix(): path.read_text(encoding="utf-8") f
 
 IMPORT_LAYERS = 14
 MEDIAN_LINES = 120
-PUBLIC_NAMES = 54
+PUBLIC_NAMES = 55
 LONG = 300
 """Lines above which a file needs a reason."""
 

@@ -115,7 +115,9 @@ def test_merged_recurrent_layers_are_traced_by_jit_and_fx(kind: Any, settings: d
 
 @pytest.mark.parametrize("cut", ["auto", "plain", "whitened", "sensitive", "mixed"])
 def test_a_frozen_network_is_compressed_without_epochs(cut: Any, tmp_path: Path) -> None:
-    made = sp.compress(net().requires_grad_(False), DATA, LOSS, 0.6, cut=cut, folder=tmp_path, optimizer=torch.optim.Adam, progress=False)
+    made = sp.compress(
+        net().requires_grad_(False), DATA, LOSS, 0.6, cut=cut, folder=tmp_path, tuning=sp.Tuning(optimizer=torch.optim.Adam), progress=False
+    )
     assert made.measured["final"].macs <= 0.6 * made.measured["dense"].macs
     assert not any(parameter.requires_grad for parameter in made.model.parameters())
 

@@ -200,11 +200,11 @@ def test_it_trains_like_fit(case: str, accumulate: int, tmp_path: Path) -> None:
         torch.optim.SGD(other.parameters(), 0.05, momentum=0.9),
         epochs=1,
         penalties=PENALTIES,
-        rank_schedule=schedule,
-        accumulate=accumulate,
+        courses=[schedule],
+        tuning=sp.Tuning(accumulate=accumulate),
         progress=False,
     )
-    callback = SpectrimCallback(PENALTIES, schedule)
+    callback = SpectrimCallback(PENALTIES, courses=[schedule])
     optimizer = torch.optim.SGD(mine.parameters(), 0.05, momentum=0.9)
     run = trainer(mine, data, tmp_path, callback, optimizer=optimizer, gradient_accumulation_steps=accumulate, max_steps=steps)
     run.train()
@@ -219,9 +219,9 @@ def test_squeeze_trains_like_fit(tmp_path: Path) -> None:
     squeeze = sp.Squeeze(sp.Budget(params=0.5), begin=0.0, end=0.8)
     other, mine = classifier(), classifier()
     pairs = [(batch, batch["labels"]) for batch in batches(data, 4)]
-    settings = {"penalties": PENALTIES, "rank_schedule": squeeze, "progress": False}
+    settings = {"penalties": PENALTIES, "courses": [squeeze], "progress": False}
     fitted = sp.fit(other, pairs, lambda output, _: output["loss"], torch.optim.Adam(other.parameters(), 0.01), 2, **settings)
-    callback = SpectrimCallback(PENALTIES, squeeze)
+    callback = SpectrimCallback(PENALTIES, courses=[squeeze])
     run = trainer(mine, data, tmp_path, callback, optimizer=torch.optim.Adam(mine.parameters(), 0.01), max_steps=12, logging_steps=6)
     run.args.logging_strategy = "steps"
     run.train()
@@ -237,9 +237,15 @@ def test_courses_and_lessons_train_like_fit(case: str, accumulate: int, tmp_path
     torch.manual_seed(7)
     other, mine, teacher = make(), make(), disturbed(make())
     names = [name for name, _ in sp.named_factors(other)][:1]
-    lesson = sp.Distillation(teacher, 2.0, 0.6, features=0.5, layers=tuple(names))
+    lesson = sp.Distillation(teacher, temperature=2.0, weight=0.6, features=0.5, layers=tuple(names))
     pairs = [(batch, batch["labels"]) for batch in batches(data, 4)]
-    settings = {"penalties": PENALTIES, "courses": [Shrink()], "lessons": [lesson], "accumulate": accumulate, "progress": False}
+    settings = {
+        "penalties": PENALTIES,
+        "courses": [Shrink()],
+        "lessons": [lesson],
+        "tuning": sp.Tuning(accumulate=accumulate),
+        "progress": False,
+    }
     fitted = sp.fit(other, pairs, lambda output, _: output["loss"], torch.optim.SGD(other.parameters(), 0.05), 1, **settings)
     callback = SpectrimCallback(PENALTIES, courses=[Shrink()], lessons=[lesson])
     optimizer, steps = torch.optim.SGD(mine.parameters(), 0.05), len(pairs) // accumulate
@@ -355,7 +361,7 @@ def test_a_loss_function_of_ones_own(tmp_path: Path) -> None:
 
 def resumable(make: Callable[[], nn.Module], data: Any, folder: Path, schedule: Any, **settings: Any) -> Any:
     saving = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "linear", "max_steps": 6, "save_strategy": "steps"}
-    return trainer(make(), data, folder, SpectrimCallback(PENALTIES, schedule), **{**saving, "save_steps": 1, **settings})
+    return trainer(make(), data, folder, SpectrimCallback(PENALTIES, courses=[schedule]), **{**saving, "save_steps": 1, **settings})
 
 
 RESUMED = [("the Trainer averages", sp.Ramp(0.7, cuts=2, end=0.7)), ("the model averages", sp.Squeeze(sp.Budget(params=0.5), end=0.7))]
@@ -404,7 +410,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     found = []
     for settings in ({}, {"gradient_checkpointing": True}):
         model = language_model()
-        callback = SpectrimCallback(PENALTIES, sp.Ramp(0.8, cuts=1, end=0.5))
+        callback = SpectrimCallback(PENALTIES, courses=[sp.Ramp(0.8, cuts=1, end=0.5)])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers renames the argument
             trainer(model, texts(), tmp_path, callback, max_steps=3, learning_rate=0.01, **settings).train()
@@ -438,12 +444,12 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="callbacks must be one"):
         run.train()
     with pytest.raises(LayerError, match="no factorized layer"):
-        trainer(Classifier(), points(), tmp_path, SpectrimCallback(rank_schedule=sp.Ramp(0.5)), max_steps=20).train()
+        trainer(Classifier(), points(), tmp_path, SpectrimCallback(courses=[sp.Ramp(0.5)]), max_steps=20).train()
 
 
 def test_several_processes_may_penalise_but_not_cut() -> None:
-    callback = SpectrimCallback(PENALTIES, sp.Ramp(0.5))
-    with pytest.raises(SettingError, match="rank_schedule must be None with 2 processes"):
+    callback = SpectrimCallback(PENALTIES, courses=[sp.Ramp(0.5)])
+    with pytest.raises(SettingError, match="courses must be empty with 2 processes"):
         callback.steps.begin(classifier(), 2, 0)
     SpectrimCallback(PENALTIES).steps.begin(classifier(), 2, 0)
 
