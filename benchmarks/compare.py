@@ -30,34 +30,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from run import git_state
-from spectrim import (
-    L1,
-    Budget,
-    Distillation,
-    Energy,
-    FrobeniusDecay,
-    Hoyer,
-    Orthogonality,
-    PolarHoyer,
-    balance_,
-    evaluate,
-    factorize,
-    fit,
-    load,
-    match,
-    measure,
-    merge,
-    named_factors,
-    prune,
-    save,
-)
+from spectrim import Budget, Distillation, Energy, Hoyer, Orthogonality, evaluate, factorize, fit, load, match, measure, merge, prune, save
 from spectrim.budget.cut_to import cut_to
 from spectrim.budget.ways import WAYS
 from spectrim.files import write_text
+from spectrim.layers import named_factors
 from spectrim.metrics.inputs import one_example
 from spectrim.metrics.macs import count_macs
+from spectrim.penalties import L1, FrobeniusDecay, PolarHoyer
 from spectrim.pipeline.components import make, make_loss, seed_everything
 from spectrim.pipeline.run import environment
+from spectrim.surgery import balance_
 from spectrim.surgery.select import head_of
 from spectrim.training.prepared import Precision
 from spectrim.training.tuning import Tuning

@@ -109,7 +109,7 @@ def outcome(history: Any, model: nn.Module) -> dict[str, Any]:
     return line(history) | {"weights": dict(plain.state_dict()), "output": output}
 
 
-PENALTIES = [sp.Orthogonality(0.5), sp.Hoyer(0.02), sp.FrobeniusDecay(1e-3)]
+PENALTIES = [sp.Orthogonality(0.5), sp.Hoyer(0.02), sp.penalties.FrobeniusDecay(1e-3)]
 
 
 def mlp(folder: Path, sharded: bool) -> dict[str, Any]:
@@ -120,7 +120,13 @@ def mlp(folder: Path, sharded: bool) -> dict[str, Any]:
 
 def conv(folder: Path, sharded: bool) -> dict[str, Any]:
     """Blocks of a grouped convolution, accumulated steps, penalties of composed weights."""
-    penalties = [sp.Orthogonality(0.5), sp.PolarHoyer(0.01), sp.NuclearNorm(0.001), sp.L1(0.01), TailEnergy({"3": 1}, {"3": 0.1})]
+    penalties = [
+        sp.Orthogonality(0.5),
+        sp.penalties.PolarHoyer(0.01),
+        sp.penalties.NuclearNorm(0.001),
+        sp.penalties.L1(0.01),
+        TailEnergy({"3": 1}, {"3": 0.1}),
+    ]
     history, model, _ = train("conv", sharded, penalties=penalties, tuning=sp.Tuning(accumulate=2))
     return outcome(history, model)
 
@@ -263,8 +269,8 @@ def refused(folder: Path, sharded: bool) -> dict[str, Any]:
     attempts: dict[str, Callable[[], Any]] = {
         "schedule": lambda: train("mlp", True, courses=[sp.Ramp(0.9)]),
         "measured": lambda: train("mlp", True, tuning=sp.Tuning(execution="measured")),
-        "prune": lambda: sp.prune(shard(net("mlp")), sp.Fraction(0.5)),
-        "prune_": lambda: sp.prune_(shard(net("mlp")), sp.Fraction(0.5)),
+        "prune": lambda: sp.prune(shard(net("mlp")), sp.budget.Fraction(0.5)),
+        "prune_": lambda: sp.prune_(shard(net("mlp")), sp.budget.Fraction(0.5)),
         "save": lambda: sp.save(shard(net("mlp")), folder / "saved"),
         "plugin": train_with_a_plugin_that_is_left_aside,
         "factors": train_with_factors_apart,
@@ -336,7 +342,7 @@ def accelerated(folder: Path, sharded: bool) -> dict[str, Any]:
 def cut_between(folder: Path, sharded: bool) -> dict[str, Any]:
     """Sharded training, a cut of the gathered model, sharded training again."""
     _, model, _ = train("mlp", sharded, 1, penalties=PENALTIES)
-    cut = sp.prune(gathered(model), sp.Fraction(0.5))
+    cut = sp.prune(gathered(model), sp.budget.Fraction(0.5))
     saved = sp.save(cut, folder / f"cut.{processes()}.{sharded}.{torch.distributed.get_rank() if processes() > 1 else 0}")
     if sharded:
         cut = shard(cut)

@@ -218,7 +218,7 @@ def test_squeezing_empties_the_tails_that_are_cut(trained: tuple[nn.Module, Any]
         return run(*arguments, **settings)
 
     monkeypatch.setattr(module, "fit", spy)
-    importance = sp.NormalizedEnergy(torch.zeros(1, 1, 8, 8))
+    importance = sp.budget.distortion.NormalizedEnergy(torch.zeros(1, 1, 8, 8))
     made(trained, epochs=2, squeeze=0.5, importance=importance)
     assert schedules[0][0].importance is importance  # that of the cut
     assert not schedules[1]
@@ -430,14 +430,14 @@ def test_large_weights_are_balanced_while_they_are_fine_tuned_and_orthonormal_ag
     seen: list[list[str]] = []
 
     def noted(network: nn.Module) -> list[str]:
-        seen.append(sp.balance_(network))
+        seen.append(sp.surgery.balance_(network))
         return seen[-1]
 
     monkeypatch.setattr(sys.modules["spectrim.surgery.balance"], "balance_", noted)
     call: dict[str, Any] = {"budget": sp.Budget(params=0.7), "epochs": 1, "where": sp.match("*"), "progress": False, "distill": None}
     made = compress(model, data, LOSS, **call)
     assert seen == [["0"]]
-    factors = dict(sp.named_factors(made.low))["0"]
+    factors = dict(sp.layers.named_factors(made.low))["0"]
     assert torch.allclose(factors.U.mT @ factors.U, torch.eye(factors.rank), atol=1e-5)
     assert torch.allclose(made.model(data[0][0]), made.low(data[0][0]), atol=1e-5)
     compress(model, data, LOSS, penalties=[sp.Orthogonality()], **call)

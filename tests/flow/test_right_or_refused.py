@@ -136,7 +136,7 @@ def test_verbs_give_trainable_networks_in_inference_mode_and_of_inference_tensor
         low = sp.factorize(model, where=["0", "2"])
         sp.fit(low, DATA, LOSS, torch.optim.Adam(low.parameters()), 1, progress=False)
         found = sp.calibrate(low, DATA, LOSS)
-        cut = sp.correct(sp.prune(low, sp.Fixed(4), calibration=found), low, DATA)
+        cut = sp.correct(sp.prune(low, sp.budget.Fixed(4), calibration=found), low, DATA)
         made = sp.compress(model, DATA, LOSS, 0.6, epochs=1, progress=False)
         sp.plan(model, DATA[0][0], DATA, LOSS, budgets=[0.6])
         merged = sp.merge(cut)

@@ -36,7 +36,7 @@ LOSS = nn.CrossEntropyLoss()
 def network() -> nn.Module:
     torch.default_generator.manual_seed(3)
     model = sp.factorize(nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3)), where=lambda name, module: True)
-    for _, factors in sp.named_factors(model):  # away from orthonormal factors, where the gradient of that penalty is zero
+    for _, factors in sp.layers.named_factors(model):  # away from orthonormal factors, where the gradient of that penalty is zero
         with torch.no_grad():
             factors.U.add_(0.05 * torch.randn_like(factors.U))
     return model
@@ -255,7 +255,7 @@ def test_an_earlier_checkpoint_may_be_larger(tmp_path: Path) -> None:
     run.fit(module, points())
     assert callback.cuts[0]["ranks"]["model.0"] < 10
     run.validate(module, points(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False, weights_only=True)
-    assert {name: factors.rank for name, factors in sp.named_factors(module)} == {"model.0": 10, "model.2": 3}
+    assert {name: factors.rank for name, factors in sp.layers.named_factors(module)} == {"model.0": 10, "model.2": 3}
     assert not module._load_state_dict_pre_hooks  # nothing lingers
 
 

@@ -52,7 +52,7 @@ def language_model(where: Any = None, **settings: Any) -> nn.Module:
 
 def disturbed(model: nn.Module) -> nn.Module:
     """Away from orthonormal factors, where the gradient of that penalty is zero."""
-    for _, factors in sp.named_factors(model):
+    for _, factors in sp.layers.named_factors(model):
         with torch.no_grad():
             factors.U.add_(0.05 * torch.randn_like(factors.U))
     return model
@@ -236,7 +236,7 @@ def test_courses_and_lessons_train_like_fit(case: str, accumulate: int, tmp_path
     make, data = CASES[case]
     torch.manual_seed(7)
     other, mine, teacher = make(), make(), disturbed(make())
-    names = [name for name, _ in sp.named_factors(other)][:1]
+    names = [name for name, _ in sp.layers.named_factors(other)][:1]
     lesson = sp.Distillation(teacher, temperature=2.0, weight=0.6, features=0.5, layers=tuple(names))
     pairs = [(batch, batch["labels"]) for batch in batches(data, 4)]
     settings = {
@@ -400,7 +400,7 @@ def test_the_best_model_may_be_larger(tmp_path: Path) -> None:
     run.train()
     assert run._spectrim.cuts[0]["step"] == 2
     assert run.state.best_global_step == 1  # nothing was learned, and cutting cost accuracy
-    assert {factors.rank for _, factors in sp.named_factors(run.model)} == {10, 3}
+    assert {factors.rank for _, factors in sp.layers.named_factors(run.model)} == {10, 3}
     assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric)
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in run.model.parameters()}
@@ -456,7 +456,7 @@ def test_several_processes_may_penalise_but_not_cut() -> None:
 
 def test_sharded_factors_are_refused() -> None:
     model = classifier()
-    _, factors = next(iter(sp.named_factors(model)))
+    _, factors = next(iter(sp.layers.named_factors(model)))
     factors.U = nn.Parameter(torch.empty(0))  # as sharding leaves them outside of forward
     with pytest.raises(LayerError, match="sharded"):
         SpectrimCallback(PENALTIES).steps.begin(model, 2, 0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from spectrim.checks import check
 from spectrim.errors import LayerError
 from spectrim.forms.svd import Factors
-from spectrim.layers import renew
+from spectrim.layers.forwards import renew
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_hooks", "_state_dict_pre_hooks")
 

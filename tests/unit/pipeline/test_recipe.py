@@ -463,7 +463,7 @@ def test_the_result(folder: Path) -> None:
     assert result["dense"]["ranks"] == {}
     assert result["dense"]["macs"] == 8 * 12 + 12 * 12 + 12 * 3
     cut = sp.load(out / "4-finetune", make_model(changed()))
-    assert result["final"]["ranks"] == result["stages"]["3-prune"]["ranks"] == {name: f.rank for name, f in sp.named_factors(cut)}
+    assert result["final"]["ranks"] == result["stages"]["3-prune"]["ranks"] == {name: f.rank for name, f in sp.layers.named_factors(cut)}
     assert result["final"]["macs"] == sp.measure(sp.merge(cut), torch.zeros(1, 8), latency=False).macs
     test = sp.evaluate(sp.load(out / "5-merge", make_model(changed())), make_data(changed()).test, nn.functional.cross_entropy)
     assert {key: result["final"][key] for key in test} == test

@@ -223,7 +223,7 @@ def test_lessons_come_one_after_the_other() -> None:
 def test_a_lesson_outside_of_training() -> None:
     """Called by hand on what was seen: as in a loop of one's own."""
     teacher, (inputs, target) = low(), batches()[0]
-    student = sp.prune(teacher, sp.Fixed(2))
+    student = sp.prune(teacher, sp.budget.Fixed(2))
     lesson = sp.Distillation(teacher, features=2.0)
     with sp.training.distillation.outputs_of(student, lesson.watched_layers(student)) as layers:
         output = student(inputs)

@@ -892,11 +892,11 @@ def test_training_goes_on_after_a_cut(tmp_path: Path) -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=6 * len(data.train))
     settings: dict[str, Any] = {"scheduler": scheduler, "scheduler_steps": "batch", "penalties": [sp.Orthogonality(1.0)]}
     run(low, data.train, optimizer, 3, **settings)
-    cut = sp.prune(low, sp.Fraction(0.5))
+    cut = sp.prune(low, sp.budget.Fraction(0.5))
     with pytest.raises(SettingError, match="call prune_optimizer_state after prune"):
         run(cut, data.train, optimizer, 1, **settings)
     steps = scheduler.last_epoch
-    sp.prune_optimizer_state(optimizer, low, cut)
+    sp.surgery.prune_optimizer_state(optimizer, low, cut)
     frozen = weights(low)
     history = run(cut, data.train, optimizer, 3, checkpoint=tmp_path, **settings)
     assert same(frozen, weights(low)), "the uncut model is no longer trained"
@@ -904,7 +904,7 @@ def test_training_goes_on_after_a_cut(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     assert history.last["mean_rank"] == (12 + 5) / 2
     assert scheduler.last_epoch == steps + 3 * len(data.train)
-    resumed = sp.prune(low, sp.Fraction(0.5))
+    resumed = sp.prune(low, sp.budget.Fraction(0.5))
     other = torch.optim.Adam(resumed.parameters(), 5e-3)
     again = run(
         resumed,

@@ -87,7 +87,7 @@ def test_cutting_in_place_is_cutting_a_copy() -> None:
             nn.functional.mse_loss(model(inputs), target).backward()
             optimizer.step()
     copied = sp.prune(models[0], {"0": 3, "2": 2})
-    sp.prune_optimizer_state(optimizers[0], models[0], copied)
+    sp.surgery.prune_optimizer_state(optimizers[0], models[0], copied)
     sp.prune_(models[1], {"0": 3, "2": 2}, optimizers[1])
     models[0] = copied
     assert ranks(models[1]) == {"0": 3, "2": 2, "4": 4}
