@@ -32,6 +32,7 @@ class SettingError(SpectrimError):
     """
 
     def __init__(self, owner: str, field: str, *, got: object, rule: str, hint: str = "") -> None:
+        self.field, self.got, self.rule = field, got, rule
         super().__init__(f"{owner}: {field} must be {rule}, got {got!r}" + (f"; {hint}" if hint else ""))
 
 
@@ -102,5 +103,5 @@ class DivergedError(RuntimeError):
         where = f"last good checkpoint: {checkpoint}" if checkpoint else "no checkpoint was written (pass checkpoint=FOLDER)"
         super().__init__(
             f"{what} at step {step} (epoch {epoch}); the largest gradient before it was in "
-            f"'{layer}' (norm {grad_norm:.3g}); {where}; try a lower learning rate, clip=1.0 or weaker penalties"
+            f"'{layer}' (norm {grad_norm:.3g}); {where}; try a lower learning rate, Tuning(clip=1.0) or weaker penalties"
         )

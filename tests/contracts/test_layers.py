@@ -230,7 +230,7 @@ def test_factorize_then_merge_reproduces_the_dense_output(case: Case, scheme: An
 
 @every_layer
 def test_cut_then_merge_equals_the_cut_model(case: Case, scheme: Any) -> None:
-    exact = sp.prune(low_of(case, scheme), sp.Fixed(2))
+    exact = sp.prune(low_of(case, scheme), sp.budget.Fixed(2))
     assert {factors.size for _, factors in named_factors(exact)} == {(2, 2) if scheme == "tucker" else 2}
     for dtype in DTYPES:
         cut = copy.deepcopy(exact).to(dtype)
@@ -312,10 +312,10 @@ def test_weights_are_the_dense_weights(case: Case, scheme: Any) -> None:
 def test_the_input_model_is_untouched(case: Case, scheme: Any) -> None:
     dense = dense_of(case, torch.float32)
     low = sp.factorize(dense, scheme, EVERYTHING)
-    cut = sp.prune(low, sp.Fixed(1))
+    cut = sp.prune(low, sp.budget.Fixed(1))
     for model, verb in (
         (dense, lambda m: sp.factorize(m, scheme, EVERYTHING, rank=1)),
-        (low, lambda m: sp.prune(m, sp.Fixed(2))),
+        (low, lambda m: sp.prune(m, sp.budget.Fixed(2))),
         (cut, sp.merge),
     ):
         before, printed = {key: value.numpy().tobytes() for key, value in model.state_dict().items()}, repr(model)
@@ -464,7 +464,7 @@ def test_hooks_training_mode_and_frozen_parameters_survive(case: Case, scheme: A
     dense.register_forward_pre_hook(lambda module, arguments: seen.append("before"))
     dense.register_forward_hook(lambda module, arguments, output: seen.append("after"))
     low = sp.factorize(dense, scheme, EVERYTHING, rank=None if training else 1)
-    for model in (low, sp.merge(low)) if training else (low, sp.prune(low, sp.Fixed(1)), sp.merge(low)):
+    for model in (low, sp.merge(low)) if training else (low, sp.prune(low, sp.budget.Fixed(1)), sp.merge(low)):
         assert {module.training for module in model.modules()} == {training}
         assert {parameter.requires_grad for parameter in model.parameters()} == {training}
         seen.clear()

@@ -27,22 +27,19 @@ class Steps(Step):
         heard: whether `lesson` was called since `begin`.
     """
 
-    def __init__(
-        self, owner: str, penalties: Sequence[Penalty], rank_schedule: Any = None, courses: Sequence[Any] = (), lessons: Sequence[Any] = ()
-    ) -> None:
+    def __init__(self, owner: str, penalties: Sequence[Penalty], courses: Sequence[Any] = (), lessons: Sequence[Any] = ()) -> None:
         """Name everything, see `Step`.
 
         Args:
             owner: whose settings these are, for errors.
             penalties: each is called on the model and returns what it adds.
-            rank_schedule: one more course.
             courses: see `Step`.
             lessons: see `Step`; those that mix batches need `fit`.
 
         Raises:
             SettingError: for something that is none of these.
         """
-        super().__init__(owner, penalties, [*courses, *([] if rank_schedule is None else [rank_schedule])], lessons)
+        super().__init__(owner, penalties, courses, lessons)
         for name, lesson in self.lessons.items():
             if getattr(lesson, "mix", 0):
                 raise SettingError(owner, "lessons", got=name, rule="ones with mix=0: this loop prepares its own batches")
@@ -71,8 +68,8 @@ class Steps(Step):
         """
         if self.courses and processes > 1:
             hint = "cut with prune between two runs: each process would have to choose the same ranks and exchange its parameters"
-            rule = f"None with {processes} processes"
-            raise SettingError(self.owner, "rank_schedule", got=", ".join(self.courses), rule=rule, hint=hint)
+            rule = f"empty with {processes} processes"
+            raise SettingError(self.owner, "courses", got=", ".join(self.courses), rule=rule, hint=hint)
         for name, factors in named_factors(model):
             if not is_whole(factors):
                 hint = "a penalty would see only a part of it: train with DDP or with spectrim.fit"

@@ -22,6 +22,7 @@ from spectrim.layers.forwards import renew
 from spectrim.layers.linear import FactorizedConv1D, FactorizedLinear
 from spectrim.layers.own import check_kind
 from spectrim.layers.recurrent import FactorizedGRU, FactorizedLSTM
+from spectrim.layers.sharded import gathered
 from spectrim.layers.site import Site, factor_name, factors_in, named_factors, named_layers, sites
 from spectrim.layers.weights import OneWeight
 
@@ -51,6 +52,7 @@ __all__ = [
     "Site",
     "factor_name",
     "factors_in",
+    "gathered",
     "has_matrix",
     "is_factorized",
     "kind_of",

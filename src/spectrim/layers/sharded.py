@@ -10,7 +10,7 @@ from spectrim.checks import check
 from spectrim.errors import LayerError
 from spectrim.forms.form import Form
 from spectrim.forms.form import whole as whole
-from spectrim.layers import renew
+from spectrim.layers.forwards import renew
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_hooks", "_state_dict_pre_hooks")
 

@@ -32,7 +32,7 @@ from spectrim.locks import locked
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import first_batch, first_examples, inputs_of, one_example
 from spectrim.metrics.measurement import Measurement, measure, measure_together
-from spectrim.pipeline.components import _made, _scheduler, make, make_loss, seed_everything
+from spectrim.pipeline.components import _made, make, make_loss, seed_everything
 from spectrim.pipeline.data import Data, Source, replayed
 from spectrim.pipeline.folders import MANIFEST, RECIPE, finish
 from spectrim.pipeline.parsing import plain
@@ -48,7 +48,7 @@ from spectrim.surgery.recalibrate import recalibrate
 from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import decide
 from spectrim.training.checkpoint import random_state, restore_random_state
-from spectrim.training.data import count_batches
+from spectrim.training.data import count_batches, length_of
 from spectrim.training.distillation import Distillation
 from spectrim.training.fit import fit
 
@@ -227,20 +227,15 @@ class Run:
     def _fit(self, model: nn.Module, phase: Phase, folder: Path, teacher: nn.Module | None) -> dict[str, list[dict[str, Any]]]:
         """Run one phase and return its history as plain data."""
         data = self.fresh()
-        optimizer = make(phase.optimizer, "optimizer", [p for p in model.parameters() if p.requires_grad])
-        scheduler = None
-        if phase.scheduler is not None and phase.epochs:
-            steps = phase.epochs * (-(-count_batches(data.train, "run") // phase.accumulate) if phase.scheduler_steps == "batch" else 1)
-            scheduler = _scheduler(phase.scheduler, optimizer, steps)
-        penalties = [make(penalty, "penalties") for penalty in phase.penalties]
-        distill = Distillation(copy.deepcopy(teacher), **asdict(phase.distill)) if phase.distill and teacher is not None else None
-        schedule = make(phase.rank_schedule, "rank_schedule") if phase.rank_schedule is not None else None
+        lessons = [Distillation(copy.deepcopy(teacher), **asdict(phase.distill))] if phase.distill and teacher is not None else []
         train = replayed(data.train, data.val, self.console.print)
+        tuning = phase.tuning(self.recipe)
+        if phase.scheduler is not None and phase.scheduler_steps == "batch" and length_of(data.train, "run") is None:
+            tuning = replace(tuning, steps_per_epoch=count_batches(data.train, "run"))
         history = fit(
-            model, train, self.loss, optimizer, phase.epochs, rank_schedule=schedule,
-            penalties=penalties, eval_data=data.val, scheduler=scheduler, scheduler_steps=phase.scheduler_steps, distill=distill,
-            precision=self.recipe.precision, accumulate=phase.accumulate, clip=phase.clip, compiled=self.recipe.compiled, checkpoint=folder,
-            progress=self.progress,
+            model, train, self.loss, epochs=phase.epochs, tuning=tuning,
+            penalties=[make(penalty, "penalties") for penalty in phase.penalties], eval_data=data.val,
+            courses=[make(course, "courses") for course in phase.courses], lessons=lessons, checkpoint=folder, progress=self.progress,
         )  # fmt: skip
         return history.to_dict()
 

@@ -84,7 +84,7 @@ class Checkpoint:
             raise FormatError(
                 self.path, f"is not a readable checkpoint ({type(error).__name__})", hint="delete it to start again"
             ) from error
-        again = "delete the checkpoint or pass resume=False to start again"
+        again = "delete the checkpoint to start again"
         own = self.parts["model"].state_dict()
         smaller = self._smaller(weights) if self.resizes else {}
         for name, factors in smaller.items():

@@ -44,7 +44,7 @@ class Step:
                 raise SettingError(owner, "penalties", got=penalty, rule="a list of penalties, such as [Orthogonality(1.0)]")
         for lesson in lessons:
             if isinstance(lesson, type) or not isinstance(lesson, Lesson):
-                raise SettingError(owner, "distill or lessons", got=lesson, rule="a lesson, such as Distillation(teacher)")
+                raise SettingError(owner, "lessons", got=lesson, rule="a lesson, such as Distillation(teacher)")
         made = [as_course(course, owner) for course in courses]
         names = unique_names([name_of(each) for each in (*penalties, *made, *lessons)])
         first, second = len(penalties), len(penalties) + len(made)
