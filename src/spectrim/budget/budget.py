@@ -32,7 +32,7 @@ class BudgetError(SettingError):
         SpectrimError.__init__(self, f"Budget: {problem}")
 
 
-def as_budget(budget: "Budget | float | Mapping[str, Any]", verb: str) -> "Budget":
+def as_budget(budget: "Budget | float | Mapping[str, Any] | None", verb: str) -> "Budget":
     """Return a budget as people write it: a `Budget`, a fraction of the multiply-accumulates, or a dict of a budget's fields.
 
     Args:
@@ -50,7 +50,7 @@ def as_budget(budget: "Budget | float | Mapping[str, Any]", verb: str) -> "Budge
     if isinstance(budget, Budget):
         return budget
     if not isinstance(budget, Mapping):
-        return Budget(macs=float(budget))
+        return Budget(macs=float(budget or 0.0))
     names = [field.name for field in fields(Budget)]
     if unknown := [name for name in budget if name not in names]:
         raise SettingError(verb, "budget", got=dict(budget), rule=f"a dict with the keys {names}", hint=f"{unknown[0]!r} is none of them")

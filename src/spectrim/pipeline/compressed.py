@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from spectrim.forms.form import Size
 from spectrim.layers import named_factors
 from spectrim.metrics.measurement import Measurement, compare_table
 from spectrim.surgery.coverage import Coverage
@@ -44,9 +45,9 @@ class Compressed:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def ranks(self) -> dict[str, int]:
+    def ranks(self) -> dict[str, Size]:
         """The rank of each factorized weight; `prune` takes it."""
-        return {name: factors.rank for name, factors in named_factors(self.low)}
+        return {name: factors.size for name, factors in named_factors(self.low)}
 
     @property
     def report(self) -> dict[str, Any]:
@@ -70,13 +71,17 @@ class Compressed:
 
     def stages(self) -> str:
         """Return one line for each stage that was scored, kept or not, how the cut was made, and the distillation."""
+        relative = self.settings.get("measure") == "RelativeDistance"
+
+        def told(name: str, value: float) -> str:
+            return f"{100 * value:.2g} % of the output's variance lost" if relative and name == "loss" else f"{name} {value:.4g}"
 
         def line(stage: str, found: Mapping[str, float], end: str = "") -> str:
-            return f"{stage:14}" + ", ".join(f"{name} {value:.4g}" for name, value in found.items()) + end
+            return f"{stage:14}" + ", ".join(told(name, value) for name, value in found.items()) + end
 
         lines = [line(stage, found) for stage, found in self.scores.items()]
         lines += [line(stage, found, " (not kept: the loss is not lower)") for stage, found in self.dropped.items()]
-        told = {"weight": "logits", "features": "intermediate features"}
-        by = [way for name, way in told.items() if (self.teacher or {}).get(name)]
+        ways = {"weight": "logits", "features": "intermediate features"}
+        by = [way for name, way in ways.items() if (self.teacher or {}).get(name)]
         taught = [f"distilled from the dense network: {' and '.join(by)}"] if by else []
         return "\n".join([f"cut: {self.cut}", *self.notes, *taught, *lines])

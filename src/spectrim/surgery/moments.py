@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import LayerError
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers.uses import first_argument
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.gram import Metric, MomentSum, ProjectedMetric, gram, precise
@@ -105,7 +105,7 @@ class Sums:
         absorbing: those whose mean is taken out.
     """
 
-    def __init__(self, names: Mapping[Factors, str], absorbing: Collection[str]) -> None:
+    def __init__(self, names: Mapping[Form, str], absorbing: Collection[str]) -> None:
         self.names, self.absorbing = names, absorbing
         self.totals: dict[str, Tensor] = {}
         self.inputs: dict[str, MomentSum] = {}
@@ -153,7 +153,7 @@ class Sums:
             add_gram(self.outputs, name, rows)
             self.positions[name] += rows.shape[-2]
 
-    def add_slopes(self, held: Mapping[str, Factors], total: Tensor) -> None:
+    def add_slopes(self, held: Mapping[str, Form], total: Tensor) -> None:
         """Differentiate the sum of the examples' losses."""
         if not total.requires_grad:
             return
@@ -164,7 +164,7 @@ class Sums:
             if grad is not None:
                 self.slopes[name] = self.slopes.get(name, torch.zeros_like(grad, dtype=torch.float64)) + grad
 
-    def result(self, held: Mapping[str, Factors], examples: int) -> Calibration:
+    def result(self, held: Mapping[str, Form], examples: int) -> Calibration:
         """Return the means."""
         inputs = {name: self.inputs[name].second() for name in held if name in self.inputs}
         outputs = {name: self.outputs[name] for name in held if name in self.outputs}
@@ -190,7 +190,7 @@ class Sums:
         )
 
 
-def _blocked(moment: Tensor, factors: Factors) -> Tensor:
+def _blocked(moment: Tensor, factors: Form) -> Tensor:
     return moment if factors.lead else moment[0]
 
 
@@ -200,9 +200,9 @@ def add_gram(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
     sums[name] = sums[name].add_(found) if name in sums else found
 
 
-def _basis(factors: Factors) -> Tensor | None:
+def _basis(factors: Any) -> Tensor | None:
     """Return the right singular vectors ``(blocks, rank, in)`` of a weight with many more inputs than that; None for any other."""
-    if factors.shape[1] < PROJECTED or 2 * factors.rank > factors.shape[1]:
+    if not factors.is_matrix or factors.shape[1] < PROJECTED or 2 * factors.rank > factors.shape[1]:
         return None
-    Vh = factors.svd()[2]
+    Vh: Tensor = factors.svd()[2]
     return Vh if factors.lead else Vh[None]

@@ -1,7 +1,7 @@
 """Distortion as the loss that a cut adds to second order."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from spectrim.budget.distortion.energy import spectral_energy
 from spectrim.errors import LayerError, SettingError
-from spectrim.forms.derived import first_order_rises
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers import named_factors
-from spectrim.linalg.spectral import tail_energy
 from spectrim.surgery.decompositions import Decompositions
 from spectrim.surgery.moments import Calibration
 
@@ -72,16 +70,15 @@ class LossSensitivity:
             else _of_all(decomposed, {n: self._first(n, f) for n, f in named_factors(model)})
         )
 
-    def _first(self, name: str, factors: Factors) -> Tensor | None:
+    def _first(self, name: str, factors: Form) -> Tensor | None:
         self.calibration.metrics(name, factors.shape)  # that it is of this model
         if name not in self.calibration.slopes:
             return None
         slopes = self.calibration.slopes[name]
-        if slopes.shape != (*factors.lead, factors.rank):
-            raise LayerError(
-                name, f"holds {factors.rank} singular values, its slopes are for {slopes.shape[-1]}", hint="calibrate this model"
-            )
-        return first_order_rises(factors, slopes)
+        if slopes.shape != factors.slope_parameters()[0].shape:
+            known = slopes.shape[-1] if factors.is_matrix else tuple(slopes.shape)
+            raise LayerError(name, f"holds {factors.size} singular values, its slopes are for {known}", hint="calibrate this model")
+        return factors.first_order_rises(slopes)
 
 
 def loss_sensitivity(decomposed: Decompositions) -> dict[str, Tensor]:
@@ -91,8 +88,8 @@ def loss_sensitivity(decomposed: Decompositions) -> dict[str, Tensor]:
         SettingError: when the gradients consist of rounding errors.
     """
     names = [name for name in decomposed.factors if decomposed.has(name, "loss")]
-    _check_gradients(decomposed, names)
-    return _of_all(decomposed, {name: tail_energy(decomposed.spectrum(name, "loss")) / 2 for name in names})
+    check_gradients(decomposed)
+    return _of_all(decomposed, {name: decomposed.tail(name, "loss") / 2 for name in names})
 
 
 def _of_all(decomposed: Decompositions, found: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
@@ -103,10 +100,10 @@ def _of_all(decomposed: Decompositions, found: Mapping[str, Tensor | None]) -> d
     return {name: known.get(name, typical * relative[name]) for name in relative}
 
 
-def _check_gradients(decomposed: Decompositions, names: Sequence[str]) -> None:
+def check_gradients(decomposed: Decompositions) -> None:
     """Raise a SettingError when no weight has gradients at its outputs that are more than rounding of these outputs."""
     shares = []
-    for name in names:
+    for name in (name for name in decomposed.factors if decomposed.has(name, "loss")):
         factors, calibration = decomposed.factors[name], decomposed.calibration
         assert calibration is not None
         squares = float(calibration.outputs[name].diagonal(dim1=-2, dim2=-1).sum())
