@@ -52,9 +52,10 @@ def prepared(seed: int = 0) -> tuple[nn.Module, nn.Module, list[Any]]:
     return dense, sp.prune(sp.factorize(dense, where=EVERYTHING), {"blocks.0.up": 4, "blocks.1.down": 3, "head": 3}), data
 
 
-def errors(network: nn.Module, dense: nn.Module, data: list[Any]) -> float:
+def errors(network: nn.Module, dense: nn.Module, data: list[Any], logits: bool) -> float:
     with torch.no_grad():
-        return sum(float((network.eval()(x) - dense(x)).square().sum()) for x, _ in data)
+        pairs = [(network.eval()(x), dense(x)) for x, _ in data]
+        return sum(float(divergence(out, wanted) if logits else (out - wanted).square().sum()) for out, wanted in pairs)
 
 
 def test_blocks_are_found_or_named() -> None:
@@ -75,7 +76,7 @@ def test_the_network_comes_nearer_and_nothing_else_changes(settings: Reconstruct
     assert torch.equal(torch.get_rng_state(), before[2])
     assert [one.kept for one in told] == [one.after < one.before for one in told]
     assert any(one.kept for one in told)
-    assert errors(made, dense, data) < 0.97 * errors(cut, dense, data)
+    assert errors(made, dense, data, settings.logits) < 0.97 * errors(cut, dense, data, settings.logits)
     assert {name: form.rank for name, form in named_factors(made)} == {name: form.rank for name, form in named_factors(cut)}
     assert torch.equal(made.get_buffer("blocks.0.norm.running_mean"), cut.get_buffer("blocks.0.norm.running_mean"))
     for _, form in named_factors(made):
