@@ -13,9 +13,13 @@ class RankError(SpectrimError):
         layer 'layer3.0.conv1' (64 x 576): rank must be in [1, 64], got 80
     """
 
-    def __init__(self, layer: str, *, got: object, out: int, in_: int, held: int | None = None) -> None:
+    def __init__(self, layer: str, *, got: object, out: int, in_: int, held: int | tuple[int, ...] | None = None) -> None:
         full = min(out, in_)
         least = f"[1, {full}]" if held in (None, full) else f"[1, {held}] ({held} of {full} singular values are left)"
+        if isinstance(held, tuple):
+            least = f"a number of at least 1, or one for each axis up to {held}"
+            super().__init__(f"layer '{layer}' ({out} x {in_}): size must be {least}, got {got!r}")
+            return
         super().__init__(f"layer '{layer}' ({out} x {in_}): rank must be in {least}, got {got!r}")
 
 

@@ -30,7 +30,10 @@ LONG = 300
 
 LONG_FILES = {
     "files.py": (333, "to be split: atomic writes, and JSON with digests"),
-    "forms/svd.py": (309, "all that reads or writes U, S and Vh as such"),
+    "forms/form.py": (380, "the contract of a form: one method each for sizes, prices, cuts, training and storage"),
+    "forms/svd.py": (370, "all that reads or writes U, S and Vh as such"),
+    "forms/tucker.py": (350, "all that reads or writes the core and the bases of a Tucker form"),
+    "layers/conv.py": (310, "convolutions of every dimension and form, and the rows that their weights meet"),
     "pipeline/run.py": (360, "to be split: stages and baselines"),
     "runtimes/formats.py": (356, "one writer and one reader for each format"),
     "runtimes/int8.py": (538, "to be split: the quantizer, the sensitivity and the evaluation of exported files"),

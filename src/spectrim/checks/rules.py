@@ -100,7 +100,8 @@ def _ranks(verb: str, name: str, value: Any) -> None:
     """Accept a whole number, a mapping or a rank rule; the numbers in it are checked with the layers' sizes."""
     if isinstance(value, Mapping):
         for key, rank in value.items():
-            if isinstance(rank, bool | Tensor) or not isinstance(rank, SupportsIndex):
+            several = isinstance(rank, tuple) and all(isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in rank)
+            if not several and (isinstance(rank, bool | Tensor) or not isinstance(rank, SupportsIndex)):
                 raise fail(verb, f"{name}[{key!r}]", rank, "an integer of at least 1")
         return
     if callable(value) and not isinstance(value, type):

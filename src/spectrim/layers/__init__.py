@@ -5,7 +5,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from spectrim.errors import LayerError
-from spectrim.forms.svd import Factors
+from spectrim.forms import Factors, Form
 from spectrim.layers.attention import FactorizedMultiheadAttention, plain_attention
 from spectrim.layers.base import FactorizedLayer
 from spectrim.layers.conv import (
@@ -46,6 +46,7 @@ __all__ = [
     "KINDS",
     "FactorizedLayer",
     "Factors",
+    "Form",
     "OneWeight",
     "Share",
     "Site",

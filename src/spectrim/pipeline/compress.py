@@ -12,6 +12,7 @@ from spectrim.budget.allocate import check_floor
 from spectrim.budget.budget import Budget, as_budget
 from spectrim.budget.ladder import ladder
 from spectrim.budget.promise import counted, recounted
+from spectrim.budget.schemes import at_budget
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
@@ -84,7 +85,8 @@ def compress(
         batch_dims: states the batch axes of the inputs instead: one axis for all tensors, or a dict or list by argument, where None
             stands for what all examples share.
         eval_data: the validation split, for the scores at each stage and the choice of ``cut="auto"``.
-        scheme: how convolution kernels are folded, see `factorize`.
+        scheme: how convolution kernels are folded, see `factorize`. ``auto`` chooses for each convolution together with all ranks, at the
+            budget (`spectrim.budget.schemes`); with `calibration` or `latency`, which are of one set of schemes, as `factorize` does.
         writing: how `merge` writes what is cut, ``pair`` or ``interpolative``, see `factorize`.
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
@@ -161,6 +163,8 @@ def compress(
         )
         same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
         prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True)
+        if scheme == "auto" and latency is None and calibration is None:
+            low, prices = at_budget(low, budget, inputs, prices, model)
         check_floor(low, budget, prices)
         judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
         cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims)

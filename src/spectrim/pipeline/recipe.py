@@ -97,7 +97,7 @@ class Cut:
     Args:
         rule: a rank rule.
         budget: what the whole network keeps; ranks by the knapsack over the distortion of the cut method.
-        ranks: ``{layer: rank}``.
+        ranks: ``{layer: rank}``, or ``{layer: [outputs, inputs]}`` for a Tucker form.
         cut: ``plain`` keeps the largest singular values of each weight, ``whitened`` what changes its output least on training examples,
             ``sensitive`` what changes the loss least, ``mixed`` as whitened with ranks by both energies.
         correct: refit each layer to its output before the cut by least squares on training examples.
@@ -107,7 +107,7 @@ class Cut:
 
     rule: Component | None = None
     budget: Budget | None = None
-    ranks: dict[str, int] | None = None
+    ranks: dict[str, int | list[int]] | None = None
     cut: Literal["plain", "whitened", "sensitive", "mixed"] = "plain"
     correct: bool = False
     examples: int = 1024
@@ -208,7 +208,7 @@ def _check(recipe: Recipe, cut: bool) -> None:
         if value < least:
             raise RecipeError(key, f"got {value}", allowed=f">= {least}")
     for name, rank in (recipe.prune.ranks or {}).items():
-        if rank < 1:
+        if min(rank if isinstance(rank, list) else [rank], default=0) < 1:
             raise RecipeError(f"prune.ranks.{name}", f"got {rank}", allowed=">= 1")
     for key, phase in phases(recipe):
         if phase.epochs < 0:

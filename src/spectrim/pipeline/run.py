@@ -26,6 +26,7 @@ from spectrim.budget.cut_to import cut_to, has_norms, renew_statistics
 from spectrim.budget.ways import WAYS
 from spectrim.errors import FormatError, RecipeError
 from spectrim.files import make_folder, read_json, write_json, write_text
+from spectrim.forms.form import Size
 from spectrim.layers import factor_name, kind_of, named_factors
 from spectrim.locks import locked
 from spectrim.metrics.evaluate import evaluate
@@ -326,9 +327,9 @@ class Run:
         return evaluate(model, self.fresh().val, self.loss)
 
 
-def ranks(model: nn.Module) -> dict[str, int]:
+def ranks(model: nn.Module) -> dict[str, Size]:
     """Return the rank of each factorized weight."""
-    return {name: factors.rank for name, factors in named_factors(model)}
+    return {name: factors.size for name, factors in named_factors(model)}
 
 
 def environment() -> dict[str, Any]:
