@@ -184,7 +184,7 @@ def result_data(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any
 def _split(result: Mapping[str, Any]) -> str:
     """Return what accuracy and loss were measured on, in words."""
     if "split" in result:
-        return f"{result['split']} split"
+        return "calibration set, of training examples" if result["split"] == "calibration" else f"{result['split']} split"
     return "validation split (where compress had none: the calibration set)" if "scores" in result else "test split"
 
 
