@@ -63,8 +63,14 @@ class Measurement:
 
     def scored(self, scores: Scores) -> "Measurement":
         """Return this measurement with the scores of `evaluate`, and how sure they are, in place of its scores."""
-        more = {"targets": scores.targets, "chance": scores.chance, "loss_error": scores.loss_error}
-        return dataclasses.replace(self, loss=scores["loss"], accuracy=scores.get("accuracy"), **more)
+        return dataclasses.replace(
+            self,
+            loss=scores["loss"],
+            accuracy=scores.get("accuracy"),
+            targets=scores.targets,
+            chance=scores.chance,
+            loss_error=scores.loss_error,
+        )
 
     def summary(self) -> str:
         """Return a table of what was measured, as text."""

@@ -68,9 +68,11 @@ def verdict(
         >>> dense = Measurement(1000, 900, 4000, accuracy=0.9, targets=100, latency_s=2e-3, latency_iqr_s=1e-5, batch=1, threads=1)
         >>> final = Measurement(400, 300, 1600, accuracy=0.88, targets=100, latency_s=1e-3, latency_iqr_s=1e-5, batch=1, threads=1)
         >>> found = verdict(dense, final)
-        >>> print(found.size, found.speed, found.quality, sep="\\n")
+        >>> print(found.size)
         2.50x smaller (4,000 to 1,600 B)
+        >>> print(found.speed)
         2.00x faster here (2.000 to 1.000 ms, batch 1, 1 thread)
+        >>> print(found.quality)
         Accuracy level (90.00 to 88.00 %, within the standard error of 3.2 points on the validation split)
     """
     speed, slower = _speed(dense, final)
@@ -78,9 +80,8 @@ def verdict(
     warnings = []
     chance = _at_chance(dense)
     if chance:
-        warnings.append(
-            f"the dense network is at chance ({100 * (dense.accuracy or 0):.1f} %; a constant answer gives {100 * (dense.chance or 0):.1f} %)"
-        )
+        reached, constant = (f"{100 * (value or 0):.1f} %" for value in (dense.accuracy, dense.chance))
+        warnings.append(f"the dense network is at chance ({reached}; a constant answer gives {constant})")
     if slower:
         why = ": its recurrent layers run step by step, outside torch's fused kernel" if loops else ""
         warnings.append(f"slower than the dense network here{why}")

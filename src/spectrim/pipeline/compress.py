@@ -24,6 +24,7 @@ from spectrim.metrics.verdict import worse_than
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.cutter import Cutter
 from spectrim.pipeline.judge import Judge, scores_of_measurement
+from spectrim.pipeline.search import searching
 from spectrim.pipeline.steps import LOGGER, steps
 from spectrim.pipeline.store import Store, Told, identity_of
 from spectrim.pipeline.teaching import MEMORIZED, TEACHING, teacher_for, why_untaught, with_hint_layers
@@ -44,6 +45,7 @@ from spectrim.training.history import History
 
 @outside_inference_mode
 @naming
+@searching
 def compress(
     model: nn.Module,
     data: Iterable[Any],
@@ -83,6 +85,8 @@ def compress(
         data: the training split, batches ``(inputs, target)``, iterable more than once.
         loss: ``(output, target) -> scalar``, a mean over examples.
         budget: what the whole network may keep: a `Budget`, a fraction of the multiply-accumulates, or a dict of `Budget`'s fields.
+            With ``max_drop`` or ``max_loss_rise`` the smallest network that is at most so much worse on `eval_data`, by bisection over
+            budgets: five calls with budgets of limits alone, each in a folder inside `folder`.
         epochs: passes over `data`, >= 0; 0 for calibration only.
         example_inputs: one batch for costs and latency; the first example of `data` when omitted. That is cut along axes whose sizes agree
             with the target's or among the inputs, and tried in the network.
@@ -118,8 +122,8 @@ def compress(
         folder: for the cut network, checkpoints, the final network and ``result.json``; an interrupted call resumes there. None for none.
         progress: whether to show progress, on stderr: the name of each step.
 
-    With epochs, a network that ends worse than its cut (a lower accuracy, or a higher loss at a level one, beyond the standard errors) is not
-    kept; the cut is.
+    With epochs, a network that ends worse than its cut is not kept, and the cut is: a lower accuracy, or a higher loss at a level one,
+    beyond the standard errors.
 
     Returns:
         The networks, their measurements side by side, and the choices made.
@@ -184,7 +188,8 @@ def compress(
         judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
         cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims, step)
         step("scoring the dense network")
-        scores, history, told = {"dense": judge.dense}, History(), Told()
+        scores: dict[str, dict[str, float]] = {"dense": judge.dense}
+        history, told = History(), Told()
         teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
         able, untaught = teacher_for(model, known, loss, level=judge.dense_on_known["loss"]) if chosen else None, ""
         if able is not None:

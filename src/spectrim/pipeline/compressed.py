@@ -34,6 +34,7 @@ class Compressed:
         dropped: scores of the stages that were tried and not kept, because the loss was not lower.
         notes: cut methods that were not tried, and why.
         split: what scores are on: ``validation`` (the data given as `eval_data`) or ``calibration`` (training examples).
+        tried: with a budget that has ``max_drop`` or ``max_loss_rise``: each budget that was tried, its scores, and whether it was allowed.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Compressed:
     dropped: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     split: str = "calibration"
+    tried: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def verdict(self) -> Verdict:
@@ -83,6 +85,7 @@ class Compressed:
             "dropped": self.dropped,
             "notes": self.notes,
             "split": self.split,
+            "tried": self.tried,
             "verdict": self.verdict.to_dict(),
         }
         return measured | rest | {"coverage": [vars(line) for line in self.coverage]}
@@ -103,4 +106,9 @@ class Compressed:
         told = {"weight": "logits", "features": "intermediate features"}
         by = [way for name, way in told.items() if (self.teacher or {}).get(name)]
         taught = [f"distilled from the dense network: {' and '.join(by)}"] if by else []
-        return "\n".join([f"cut: {self.cut}", *self.notes, *taught, *lines])
+        searched = [
+            f"tried {', '.join(f'{name}={value:.4g}' for name, value in one['budget'].items())}: {one['words']}"
+            + (": allowed" if one["kept"] else ": not allowed")
+            for one in self.tried
+        ]
+        return "\n".join([*searched, f"cut: {self.cut}", *self.notes, *taught, *lines])

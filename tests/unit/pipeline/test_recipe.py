@@ -185,7 +185,7 @@ def changed(*changes: str) -> recipes.Recipe:
         ("prune={}", "'prune': has none of rule, budget, ranks; allowed: exactly one"),
         ("prune.budget.macs=0.4", "'prune': has rule and budget of rule, budget, ranks; allowed: exactly one"),
         ("prune={budget: {macs: 40}}", "'prune.budget': Budget: macs must be the fraction kept, in (0, 1], got 40.0"),
-        ("prune={budget: {}}", "'prune.budget': Budget: one of macs, params, size, latency, size_bytes, latency_s must be given"),
+        ("prune={budget: {}}", "'prune.budget': Budget: one of macs, params, size, latency, size_bytes, latency_s, max_drop, max_loss_rise must be given"),
         (
             "prune={budget: {latency: 0.5}}",
             "'prune.budget.latency': needs a latency table, which a recipe does not make; allowed: macs, params",
@@ -540,6 +540,16 @@ def test_ranks_and_budgets_are_what_the_recipe_says(folder: Path) -> None:
     assert result["stages"]["3-prune"]["val"] != result["stages"]["3-prune"]["val_cut"], "statistics of BatchNorm were renewed"
     with pytest.raises(SettingError, match=r"macs must be at least 0\.\d+ for this network, got 0.01"):
         Run(changed("prune={budget: {macs: 0.01}}"), folder / "small", progress=False).run()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_recipe_cuts_as_far_as_a_loss_may_rise(folder: Path) -> None:
+    recipe = changed("prune={budget: {macs: 0.9, max_loss_rise: 0.02}}", "finetune.epochs=0", "truncated=null")
+    stages = Run(recipe, folder / "search", progress=False).run()["stages"]
+    tried = stages["3-prune"]["tried"]
+    assert stages["3-prune"]["val_cut"]["loss"] <= 1.02 * stages["2-train"]["val"]["loss"]
+    assert {one["kept"] for one in tried} == {True, False}
+    assert all(one["budget"]["macs"] <= 0.9 for one in tried)
 
 
 @pytest.mark.usefixtures("quick")
