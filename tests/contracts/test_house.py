@@ -101,6 +101,20 @@ def test_public_names_at_the_top_exist_and_are_no_more_than_today() -> None:
     assert all(hasattr(spectrim, name) for name in spectrim.__all__)
 
 
+def test_names_are_imported_from_where_type_checkers_find_them() -> None:
+    tree = ast.parse(FILES["__init__.py"])
+    seen = {
+        alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names if node.level == 0
+    }
+    public = {name: module for name, module in seen.items() if str(module).startswith("spectrim.")}
+    assert {name: f"spectrim.{module}" for name, module in spectrim._MODULES.items()} == public
+    assert sorted(public) == sorted(spectrim.__all__)
+    assert spectrim.penalties.L1 is spectrim.L1
+    assert "compress" in dir(spectrim)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = spectrim.nothing
+
+
 def branches_on_a_class(text: str) -> list[str]:
     """Return conditions that compare with a public class: ``... if method is sp.L1 else ...``, ``if method in (sp.L1, ...)``."""
     conditions: list[ast.expr] = []

@@ -40,6 +40,12 @@ class Verdict:
         """Return the fields as plain data for JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Verdict":
+        """Return the verdict that `to_dict` described; a TypeError for other fields."""
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else str(value) for name, value in fields.items()}
+        return cls(**values)
+
 
 def verdict(
     dense: Measurement,
@@ -47,7 +53,7 @@ def verdict(
     *,
     loops: bool = False,
     trained: bool = False,
-    cut_kept: bool = False,
+    cut: str = "",
     split: str = "validation split",
 ) -> Verdict:
     """Compare a network with the dense one it was made from.
@@ -61,7 +67,7 @@ def verdict(
         final: of the smaller network, timed beside it.
         loops: whether the smaller network has recurrent layers that left torch's fused kernel.
         trained: whether it was fine-tuned.
-        cut_kept: whether fine-tuning ended worse than the cut, which was kept.
+        cut: ``better`` where fine-tuning ended worse than the cut, ``kept`` where the cut was kept for that reason.
         split: what accuracy and loss were measured on.
 
     Examples:
@@ -87,10 +93,10 @@ def verdict(
         warnings.append(f"slower than the dense network here{why}")
     if final.size_bytes > dense.size_bytes:
         warnings.append("larger than the dense network")
-    if cut_kept:
-        warnings.append("fine-tuning ended worse than the cut, and the cut was kept")
+    if cut:
+        warnings.append("fine-tuning ended worse than the cut" + (", and the cut was kept" if cut == "kept" else ""))
     told = _next(
-        chance=chance, slower=slower, level_speed=speed.startswith("Speed"), loops=loops, worse=worse, trained=trained, kept=cut_kept
+        chance=chance, slower=slower, level_speed=speed.startswith("Speed"), loops=loops, worse=worse, trained=trained, lost=bool(cut)
     )
     return Verdict(_size(dense, final), speed, quality, told, tuple(warnings))
 
@@ -145,18 +151,21 @@ def _quality(dense: Measurement, final: Measurement, split: str) -> tuple[str, b
     return f"{name} {shown}{unit} {more if change > 0 else less} ({texts}{beyond})", change < 0
 
 
-def worse_than(found: Measurement, before: Mapping[str, float]) -> bool:
-    """Return whether a network's accuracy is lower than another's, or its loss higher at a level accuracy; beyond the standard errors.
+def worse_than(found: Measurement, before: Mapping[str, float], *, by: Mapping[str, float] | None = None) -> bool:
+    """Return whether a network's accuracy is lower than another's, or its loss higher at a level one; beyond the standard errors.
 
     Args:
         found: the measurement of the network.
-        before: ``loss``, and ``accuracy`` where there is one, of the other network on the same data.
+        before: ``loss``, and ``accuracy`` where there is one, of the other network.
+        by: the scores of the network on the data of `before`, where those of the measurement are on other data.
     """
-    if found.accuracy is not None and "accuracy" in before:
-        change, error = found.accuracy - before["accuracy"], accuracy_error(found) or 0.0
-        if abs(change) > error:
+    scores = {"loss": found.loss, "accuracy": found.accuracy} if by is None else by
+    accuracy, loss = scores.get("accuracy"), scores.get("loss")
+    if accuracy is not None and "accuracy" in before:
+        change = accuracy - before["accuracy"]
+        if abs(change) > (accuracy_error(found) or 0.0):
             return change < 0
-    return found.loss is not None and found.loss > before["loss"] + (found.loss_error or 0.0)
+    return loss is not None and loss > before["loss"] + (found.loss_error or 0.0)
 
 
 def _at_chance(dense: Measurement) -> bool:
@@ -174,7 +183,7 @@ def _next(**told: bool) -> str:
         return f"leave the recurrent layers out with where=, or {by_clock}"
     if told["slower"]:
         return by_clock
-    if told["kept"]:
+    if told["lost"]:
         return "a lower learning rate or more data for fine-tuning"
     if told["worse"]:
         more = "more epochs" if told["trained"] else "fine-tuning (epochs=)"

@@ -63,8 +63,8 @@ class Compressed:
             measured: ``dense`` and ``final``.
             split: what accuracy and loss were measured on, in words.
         """
-        trained, kept = bool(self.history.epochs), "fine-tuned" in self.dropped
-        return verdict(measured["dense"], measured["final"], loops=has_loops(self.model), trained=trained, cut_kept=kept, split=split)
+        trained, cut = bool(self.history.epochs), "kept" if "fine-tuned" in self.dropped else ""
+        return verdict(measured["dense"], measured["final"], loops=has_loops(self.model), trained=trained, cut=cut, split=split)
 
     @property
     def ranks(self) -> dict[str, int]:

@@ -36,6 +36,7 @@ from spectrim.pipeline.folders import MANIFEST, RECIPE, finish
 from spectrim.pipeline.parsing import plain
 from spectrim.pipeline.recipe import Phase, Recipe, phases
 from spectrim.pipeline.search import smallest, unit_of
+from spectrim.pipeline.verdicts import verdict_of_run
 from spectrim.storage.save import load, save
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.correct import correct
@@ -134,11 +135,8 @@ class Run:
         self.digest = _digest([after_merge, [plain(recipe.truncated), plain(recipe.continued)], recipe.latency_threads])
         measured = self._measured(models, tuned)
         result: dict[str, Any] = {name: entry.to_dict() for name, entry in measured.items()}
-        result |= {
-            "stages": self.numbers,
-            "recipe": plain(recipe),
-            "environment": environment(),
-        }
+        verdict = verdict_of_run(measured, final, self.numbers).to_dict()
+        result |= {"stages": self.numbers, "recipe": plain(recipe), "environment": environment(), "verdict": verdict}
         finish(self.out, "run", result, coverage(tuned, recipe.factorize.layers()))
         return result
 

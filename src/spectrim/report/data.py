@@ -13,6 +13,7 @@ from spectrim.budget.plan_table import Plan, WeightPlan
 from spectrim.errors import FormatError
 from spectrim.files import check_digest, read_json
 from spectrim.metrics.measurement import Measurement
+from spectrim.metrics.verdict import Verdict
 
 CHOICES = 600_000
 """Most numbers of distortion in a page, about 3 MB; above it, ranks go in steps."""
@@ -174,11 +175,19 @@ def result_data(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any
         "recipe": "",
         "environment": result.get("environment", {}),
         "split": _split(result),
+        "verdict": _verdict(result),
+        "tried": [dict(one) for one in result.get("tried") or []],
         "measured": {LABELS.get(name, name): entry for name, entry in result.items() if isinstance(entry, dict) and "size_bytes" in entry},
         "stages": [*(_stage(name, numbers) for name, numbers in stages.items()), *_compress_stages(result)],
         "ranks": _ranks(result, stages),
         "spectra": _spectra(stages),
     }
+
+
+def _verdict(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the verdict as plain data, checked."""
+    found = result.get("verdict")
+    return None if found is None else Verdict.from_dict(found).to_dict()
 
 
 def _split(result: Mapping[str, Any]) -> str:

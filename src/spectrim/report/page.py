@@ -12,6 +12,7 @@ from spectrim.checks import check
 from spectrim.errors import FormatError
 from spectrim.files import make_folder, read_json, write_text
 from spectrim.metrics.measurement import compare_table
+from spectrim.metrics.verdict import Verdict
 from spectrim.report.data import measurements, plan_data, result_data, run_data
 from spectrim.report.shortfalls import shortfalls
 
@@ -151,6 +152,8 @@ def _text(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
             parts.append("\n".join(["Ranks:", *(f"  {name}: {rank}" for name, rank in run["ranks"].items())]))
     if plan is not None:
         parts.append(str(plan))
+    if run is not None and run["verdict"]:
+        parts.append(str(Verdict.from_dict(run["verdict"])))
     return "\n\n".join(part for part in parts if part)
 
 

@@ -93,6 +93,7 @@ def test_worse_is_a_lower_accuracy_or_a_higher_loss_at_a_level_one() -> None:
     assert worse_than(replace(DENSE, accuracy=0.899, loss=0.4), before)
     assert not worse_than(replace(DENSE, loss=0.31, loss_error=0.02), before)
     assert worse_than(replace(DENSE, accuracy=None, loss=0.31), {"loss": 0.3})
+    assert worse_than(DENSE, before, by={"accuracy": 0.8, "loss": 0.2})
 
 
 def test_scores_say_how_sure_they_are() -> None:
