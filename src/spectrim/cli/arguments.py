@@ -7,7 +7,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from spectrim.runtimes.suffixes import SUFFIXES
+from spectrim.tables import SUFFIXES
 
 SHORT = {
     "run": "run a recipe stage by stage: train, cut, fine-tune, merge, measure",

@@ -25,10 +25,10 @@ from spectrim.report import text_report, write_report
 from spectrim.runtimes.export import export
 from spectrim.runtimes.formats import _format_of
 from spectrim.runtimes.int8 import quantize
-from spectrim.runtimes.suffixes import SUFFIXES
 from spectrim.storage.save import load
 from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import factorize
+from spectrim.tables import SUFFIXES
 
 
 def measure_(args: Namespace) -> None:
@@ -67,10 +67,7 @@ def plan_(args: Namespace) -> None:
     held = _contents(args.target)
     model, recipe = _network(args, held, "dense")
     if held is None and recipe.dense.epochs:
-        note(
-            args,
-            f"the recipe trains its dense network first; planned is the untrained one. spectrim run {args.target}, then plan its folder",
-        )
+        note(f"the recipe trains its dense network first; planned is the untrained one. spectrim run {args.target}, then plan its folder")
     data, where = make_data(recipe), recipe.factorize.layers()
     scheme, inputs, table = recipe.factorize.scheme, one_example(data.val), None
     if args.latency:

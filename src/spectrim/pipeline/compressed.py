@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from spectrim.forms.form import Size
 from spectrim.layers import named_factors
 from spectrim.metrics.measurement import Measurement, compare_table
 from spectrim.metrics.verdict import Verdict, has_loops, verdict
@@ -67,9 +68,9 @@ class Compressed:
         return verdict(measured["dense"], measured["final"], loops=has_loops(self.model), trained=trained, cut=cut, split=split)
 
     @property
-    def ranks(self) -> dict[str, int]:
+    def ranks(self) -> dict[str, Size]:
         """The rank of each factorized weight; `prune` takes it."""
-        return {name: factors.rank for name, factors in named_factors(self.low)}
+        return {name: factors.size for name, factors in named_factors(self.low)}
 
     @property
     def report(self) -> dict[str, Any]:

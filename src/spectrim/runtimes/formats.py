@@ -20,8 +20,8 @@ from spectrim.metrics.calls import call_model
 from spectrim.runtimes.blame import _blame, _Place, _root, first_line, layer_of
 from spectrim.runtimes.onnx_digest import seal, verify
 from spectrim.runtimes.quiet import _quiet, _quiet_stderr, quietly
-from spectrim.runtimes.suffixes import SUFFIXES, Format
 from spectrim.runtimes.tensors import _arguments, _tensors
+from spectrim.tables import SUFFIXES, Format
 
 TITLES = {"pt2": "torch.export", "onnx": "ONNX", "executorch": "ExecuTorch", "openvino": "OpenVINO"}
 

@@ -19,8 +19,8 @@ from spectrim.errors import ExportError
 from spectrim.metrics.calls import call_model
 from spectrim.runtimes.blame import _blame, _Place, _place_in, first_line
 from spectrim.runtimes.formats import _Names
-from spectrim.runtimes.suffixes import Format
 from spectrim.runtimes.tensors import _arguments, _tensors
+from spectrim.tables import Format
 
 # The content of a file
 
