@@ -116,7 +116,7 @@ def test_names_are_imported_from_where_type_checkers_find_them() -> None:
     public = {name: module for name, module in seen.items() if str(module).startswith("spectrim.")}
     assert {name: f"spectrim.{module}" for name, module in spectrim._MODULES.items()} == public
     assert sorted(public) == sorted(spectrim.__all__)
-    assert spectrim.penalties.L1 is spectrim.L1
+    assert spectrim.penalties.Hoyer is spectrim.Hoyer
     assert "compress" in dir(spectrim)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = spectrim.nothing

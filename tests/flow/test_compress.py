@@ -456,7 +456,7 @@ def test_fine_tuning_that_ends_worse_than_the_cut_is_not_kept(caplog: pytest.Log
 
     settings = {"eval_data": data, "cut": "whitened", "distill": None, "progress": False}
     plain = sp.compress(model, data, loss, 0.7, **settings)  # type: ignore[arg-type]
-    made = sp.compress(model, data, loss, 0.7, 1, optimizer=destroy, **settings)  # type: ignore[arg-type]
+    made = sp.compress(model, data, loss, 0.7, 1, tuning=sp.Tuning(optimizer=destroy), **settings)  # type: ignore[arg-type]
     assert "fine-tuned" in made.dropped
     assert made.dropped["fine-tuned"]["loss"] > made.scores["final"]["loss"]
     assert made.scores["final"] == pytest.approx(plain.scores[list(plain.scores)[-1]])

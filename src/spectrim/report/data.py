@@ -27,6 +27,15 @@ KNOWN = ("loss", "mean_rank", "learning_rate", "examples_per_s", "seconds")
 
 HINT = "the same command writes it again"
 
+WORDS = {
+    "rank": "number of singular values that a layer holds; full rank is `min(out, in)`",
+    "spectrum": "the singular values, descending",
+    "energy": "sum of squared singular values; `keep` is the fraction kept, in (0, 1]",
+    "break-even rank": "the largest rank at which two operations cost fewer MACs than the dense one",
+    "MACs": "multiply-accumulates for one example; FLOPs are twice that",
+}
+"""Words of the page, as the glossary has them."""
+
 LABELS = {"final": "low-rank", "truncated": "truncated SVD", "continued": "dense, trained on"}
 
 
