@@ -132,12 +132,33 @@ class Lesson(Protocol):
         """Return the loss to train on instead of ``seen.loss``, a scalar; to add something: ``seen.loss + something``."""
 
 
+@dataclass(frozen=True)
+class Bits:
+    """What a tensor takes in a plain format, without entropy coding.
+
+    Attributes:
+        data: bits of values, with their scales.
+        index: bits of positions.
+    """
+
+    data: int
+    index: int
+
+    @property
+    def total(self) -> int:
+        """Bits of values and positions."""
+        return self.data + self.index
+
+
 @runtime_checkable
 class Projection(Protocol):
     """Maps a tensor to the nearest tensor of a set (in the Frobenius norm)."""
 
     def __call__(self, tensor: Tensor, /) -> Tensor:
-        """Return a tensor of the same shape and dtype that lies in the set."""
+        """Return a tensor of the same shape and dtype that lies in the set: a new one, which shares no memory with the given one."""
+
+    def stored_bits(self, tensor: Tensor, /) -> Bits:
+        """Return the stored bits of a member of the set."""
 
 
 @runtime_checkable
