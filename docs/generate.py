@@ -18,6 +18,7 @@ TABLES = [
     ("Rank rules", "spectrim.budget.rules", protocols.RankRule),
     ("Distortion", "spectrim.budget.distortion", protocols.Importance),
     ("Courses", "spectrim.training.methods", protocols.Course),
+    ("Projections", "spectrim.projections", protocols.Projection),
 ]
 """Heading, module with ``METHODS`` and ``LAWS``, and contract, in the order of the pages."""
 
@@ -35,6 +36,7 @@ FURTHER = {
         "spectrim.runtimes.int8.evaluate_exported",
     ],
     "Training": [
+        "spectrim.protocols.Bits",
         "spectrim.training.history.History",
         "spectrim.training.fit.EpochCallback",
         "spectrim.protocols.Change",
@@ -101,6 +103,13 @@ def blocks(paths: Iterable[str]) -> list[str]:
     return [f"::: {path}" for path in paths]
 
 
+def path_of(method: type, module: str) -> str:
+    """Return the name by which a method is documented: at the top, in the room of its table, or in its own module."""
+    homes = ("spectrim", module)
+    home = next((home for home in homes if method.__name__ in getattr(importlib.import_module(home), "__all__", ())), method.__module__)
+    return f"{home}.{method.__name__}"
+
+
 def reference() -> str:
     """Return the reference: verbs in the order of the pipeline, values, the tables of methods, layers, and what is further down."""
     names = public()
@@ -111,7 +120,7 @@ def reference() -> str:
     for heading, module, contract in TABLES:
         lines += ["", f"## {heading}", "", summary(contract), ""]
         for method in classes(methods_of(module)):
-            lines.append(f"- [`{method.__name__}`][spectrim.{method.__name__}]: {summary(method)}")
+            lines.append(f"- [`{method.__name__}`][{path_of(method, module)}]: {summary(method)}")
     lines += ["", "## Kinds of layers", "", "What each of them takes is in [supported layers](supported-layers.md).", ""]
     lines += [f"- `{kind.__name__}`: {summary(kind)}" for kind in KINDS]
     for heading, paths in FURTHER.items():
@@ -119,11 +128,11 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def entry(method: type, rows: Sequence[Row[Any]]) -> list[str]:
+def entry(method: type, rows: Sequence[Row[Any]], module: str) -> list[str]:
     """Return the lines of one method: its sentence, its card, and the laws of its rows."""
     card = rows[0].card
     laws = ", ".join(f"*{law}*" for law in sorted(set().union(*(row.laws for row in rows))))
-    line = f"- [`{method.__name__}`][spectrim.{method.__name__}]: {summary(method)}"
+    line = f"- [`{method.__name__}`][{path_of(method, module)}]: {summary(method)}"
     return [line, f"  Card: [{title(card)}]({card}.md)." + (f" Laws: {laws}." if laws else "")]
 
 
@@ -135,7 +144,7 @@ def index() -> str:
     for heading, module, contract in TABLES:
         lines += ["", f"## {heading}", "", summary(contract), ""]
         for method, rows in classes(methods_of(module)).items():
-            lines += entry(method, rows)
+            lines += entry(method, rows, module)
         if laws := importlib.import_module(module).LAWS:
             lines += ["", "Laws:", "", *(f"- *{law}*: {meaning}." for law, meaning in laws.items())]
     return "\n".join(lines) + "\n"

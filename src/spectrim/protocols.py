@@ -63,6 +63,10 @@ class Course(Protocol):
     A function of its arguments and its memory alone, so that a run can be stopped and resumed: all state for the next step is in the
     memory, a dict of tensors and plain data (numbers, strings, None; lists, tuples and dicts of them) that checkpoints keep. A course that
     adds a penalty may set ``penalizes = True``: its column is then in the log from the first epoch on.
+
+    One that holds entries of weights may have ``free(memory) -> {name of a parameter: boolean tensor}``: gradients and the optimizer's
+    moments of all other entries are then set to zero at each step (`after` has to put the weights back). One that has ``noted(memory) ->
+    {name: number}`` adds to the log of an epoch.
     """
 
     def start(self, model: nn.Module, inputs: Any, steps: int, /) -> dict[str, Any]:

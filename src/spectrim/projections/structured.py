@@ -92,6 +92,10 @@ class Structured:
         kept = largest(scores, count_of(self.keep, scores.numel())).reshape(tiles.shape[:2])
         return put_together(torch.where(kept[..., None, None], tiles, 0), tensor.shape)
 
+    def things(self, tensor: Tensor) -> int:
+        """Return of how many things `keep` is a count or a fraction: rows, columns or blocks."""
+        return int(self._tiles(torch.empty(tensor.shape, device="meta")).shape[:2].numel())
+
     def stored(self, tensor: Tensor) -> tuple[int, int]:
         """Return how many values of a member are stored (all of a row, column or block that is not zero), and the bits of positions."""
         kept = self._tiles(tensor).ne(0).any(-1).any(-1)
@@ -148,6 +152,10 @@ class Tiles:
         scores = norms(tiles, (self._across,))
         kept = largest(scores, count_of(self.keep, scores.shape[-1])).unsqueeze(self._across)
         return put_together(torch.where(kept, tiles, 0), tensor.shape)
+
+    def things(self, tensor: Tensor) -> int:
+        """Return of how many things `keep` is a count or a fraction: rows or columns of a tile."""
+        return self.rows if self.along == "rows" else self.columns
 
     def _kept(self, tensor: Tensor) -> Bool[Tensor, "down across lines"]:
         return cut_up(as_matrix(tensor), self.rows, self.columns).ne(0).any(self._across)

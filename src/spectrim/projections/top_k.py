@@ -39,6 +39,10 @@ class TopK:
         flat = tensor.flatten()
         return torch.where(largest(flat.abs(), count_of(self.keep, flat.numel())), flat, 0).reshape(tensor.shape)
 
+    def things(self, tensor: Tensor) -> int:
+        """Return of how many things `keep` is a count or a fraction: entries."""
+        return tensor.numel()
+
     def stored(self, tensor: Tensor) -> tuple[int, int]:
         """Return how many values of a member are stored, and the bits of their positions."""
         return int(tensor.count_nonzero()), position_bits(tensor != 0)

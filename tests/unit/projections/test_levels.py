@@ -15,7 +15,7 @@ def test_steps_by_hand() -> None:
     assert Levels(2)(torch.tensor([3.0, -5.0, 0.5])).tolist() == [4, -4, 0]
     assert Levels(1, zero=False)(torch.tensor([3.0, -5.0, 1.0])).tolist() == [3, -3, 3]
     assert Levels(1, kind="affine", zero=False)(torch.tensor([3.0, 5.0, 9.0, 0.0])).tolist() == [4, 4, 9, 0]
-    assert Levels(1, kind="affine")(torch.tensor([3.0, 5.0, 10.0, -1.0])).tolist() == [6, 6, 6, 0]
+    assert Levels(1, kind="affine")(torch.tensor([3.0, 5.0, 10.0, -1.0])).tolist() == [0, 7.5, 7.5, 0], "22.5 against 27 for 6"
     assert PowersOfTwo(2, zero=False)(torch.tensor([1.0, -2.2, 2.1])).tolist() == pytest.approx([9.6 / 9, -19.2 / 9, 19.2 / 9])
     assert LevelTable((-1.0, 0.5, 2.0))(torch.tensor([-0.25, -0.26, 1.24, 9.0])).tolist() == [0.5, -1.0, 0.5, 2.0]
     assert LevelTable((-1.0, 0.5, 2.0))(torch.tensor([0.0])).tolist() == [0.0]
