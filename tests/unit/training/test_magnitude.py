@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim.errors import SettingError
+from spectrim.integrations.steps import Steps
 from spectrim.projections import Levels, Structured, Tiles, TopK
 from spectrim.training.magnitude import Gradual, Hold, OneShot
 
@@ -124,6 +125,22 @@ def test_a_resumed_run_ends_with_the_same_bits(course: Any, tmp_path: Path) -> N
         with pytest.raises(InterruptedError):
             train(tmp_path, until)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), train(tmp_path).parameters(), strict=True))
+
+
+def test_other_loops_hold_weights_and_moments_too() -> None:
+    """The loop of Lightning and of the ``Trainer``: `advance`, the optimizer's step, `finish`."""
+    model, steps = network(), Steps("mine", [], courses=[OneShot({"*": TopK(9)}, at=0.2)])
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    steps.begin(model, 1, 0)
+    for step, (x, y) in enumerate(batches()):
+        steps.advance(model, x, optimizer, step, 10)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        steps.finish(model)
+    for p in (model[0].weight, model[2].weight):
+        assert int(p.count_nonzero()) == 9
+        assert int(optimizer.state[p]["exp_avg"].count_nonzero()) <= 9
 
 
 def test_hold_takes_only_weights_with_zeros_and_copies_nothing_else() -> None:
