@@ -27,8 +27,7 @@ from micro.harness import environment
 from spectrim import zoo
 from spectrim.files import write_text
 from spectrim.projections import Levels, Then, TopK, entropy_bits
-from spectrim.training.admm import ADMM
-from spectrim.training.magnitude import Gradual, OneShot
+from spectrim.training import ADMM, Gradual, OneShot
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "pruning"
@@ -115,7 +114,8 @@ def train(model: nn.Module, data: Any, name: str, epochs: int, constant: float, 
     optimizer = torch.optim.Adam(model.parameters(), TRAINING["peak"])
     factor, steps = rate(constant), epochs * len(data.train)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / steps))
-    parts = {"scheduler": scheduler, "scheduler_steps": "batch", "courses": courses, "lessons": lessons, "checkpoint": RUNS / name}
+    tuning = sp.Tuning(scheduler=scheduler, scheduler_steps="batch")
+    parts = {"tuning": tuning, "courses": courses, "lessons": lessons, "checkpoint": RUNS / name}
     start = time.process_time()
     history = sp.fit(model, data.train, nn.CrossEntropyLoss(), optimizer, epochs, progress=False, callbacks=[say(name)], **parts)
     return history, time.process_time() - start

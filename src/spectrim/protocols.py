@@ -23,6 +23,10 @@ class RankRule(Protocol):
         """Return an integer in ``[1, len(singular_values)]`` from a 1-D tensor of non-negative values, in any order."""
 
 
+Sizes = RankRule | Mapping[str, SupportsIndex | tuple[int, ...]]
+"""What to cut to: a rule for every weight, or by name a rank; of a Tucker form the ranks of outputs and inputs."""
+
+
 @runtime_checkable
 class Importance(Protocol):
     """Measures the distortion of each truncated weight, in one unit for all weights, so that distortions can be added."""
@@ -30,8 +34,8 @@ class Importance(Protocol):
     def __call__(self, model: nn.Module, /) -> Mapping[str, Tensor]:
         """Return, by the names of `named_factors`, float64 ``(rank + 1,)``.
 
-        Entry ``r`` is the distortion of keeping the best ``r`` singular values: not negative, never rising with ``r``, zero where all are
-        kept.
+        Entry ``r`` is the distortion of keeping the best ``r`` singular values, or the ``r``-th size of a form that has several ranks: not
+        negative, never rising with ``r``, zero where all are kept.
         """
 
 
@@ -39,7 +43,7 @@ class Importance(Protocol):
 class RankSchedule(Protocol):
     """Cuts ranks while a network trains: the shortest way to write a `Course`, a function."""
 
-    def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int, /) -> RankRule | Mapping[str, SupportsIndex] | None:
+    def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int, /) -> Sizes | None:
         """Return the ranks to cut to before step `step` of `steps` (a function of these and the model alone), or None for no cut."""
 
 
@@ -52,7 +56,7 @@ class Change:
         penalty: added to the loss of this step alone; None for nothing.
     """
 
-    ranks: RankRule | Mapping[str, SupportsIndex] | None = None
+    ranks: Sizes | None = None
     penalty: Penalty | None = None
 
 

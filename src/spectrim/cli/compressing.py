@@ -25,6 +25,7 @@ from spectrim.pipeline.run import STAGE, Run
 from spectrim.report import PLAN, write_report
 from spectrim.storage.save import load
 from spectrim.surgery.factorize import factorize
+from spectrim.training.tuning import Tuning
 
 LIMITS = ("macs", "params", "size", "size_bytes", "latency", "latency_s")
 
@@ -116,7 +117,8 @@ def _compressed(job: Run, budget: Budget, args: Namespace) -> tuple[Compressed, 
     made = compress(
         dense, data.train, job.loss, budget, args.epochs, example_inputs=job.example, eval_data=data.val,
         scheme=recipe.factorize.scheme, where=recipe.factorize.layers(), cut=args.cut, squeeze=args.squeeze, examples=args.examples,
-        precision=recipe.precision, compiled=recipe.compiled, latency=table, folder=job.out / "compress", progress=not args.quiet,
+        tuning=Tuning(precision=recipe.precision, compiled=recipe.compiled), latency=table, folder=job.out / "compress",
+        progress=not args.quiet,
     )  # fmt: skip
     job.begin("measure")
     tested = {name: evaluate(model, job.data.test, job.loss) for name, model in (("dense", dense), ("final", made.model))}

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from spectrim.checks import check, unwrapped
 from spectrim.errors import FormatError, SettingError
+from spectrim.forms.form import Size, ranks_in
 from spectrim.layers import named_factors
 from spectrim.metrics.batch import BatchDims, stated
 from spectrim.metrics.clock import compare_latency
@@ -25,7 +26,7 @@ class Measurement:
         params: numbers in the parameters, tied ones once.
         macs: multiply-accumulates for one example.
         size_bytes: bytes of the state dict: parameters and persistent buffers, shared ones once.
-        ranks: rank of each factorized weight.
+        ranks: rank of each factorized weight; of a Tucker form the ranks of outputs and inputs.
         accuracy: fraction in [0, 1] of correct predictions.
         loss: mean over targets.
         latency_s: median time of one call, in seconds.
@@ -47,7 +48,7 @@ class Measurement:
     params: int
     macs: int | None
     size_bytes: int
-    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    ranks: dict[str, Size] = dataclasses.field(default_factory=dict)
     accuracy: float | None = None
     loss: float | None = None
     latency_s: float | None = None
@@ -140,7 +141,7 @@ def measure(
     return Measurement(
         params=sum(tensor.numel() for tensor in _distinct(model.parameters())),
         size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in _distinct(tree_leaves(model.state_dict()))),
-        ranks={name: factors.rank for name, factors in named_factors(model)},
+        ranks={name: factors.size for name, factors in named_factors(model)},
         **fields,
     )
 
@@ -212,7 +213,7 @@ def compare_table(measurements: Mapping[str, Measurement]) -> str:
 
 def _texts(m: Measurement) -> dict[str, str]:
     """Return each figure with its unit; an empty string for what was not measured."""
-    ranks = list(m.ranks.values())
+    ranks = ranks_in(m.ranks.values())
     mib = f" ({m.size_bytes / 2**20:.1f} MiB)" if m.size_bytes >= 2**19 else ""
     return {
         "accuracy": "" if m.accuracy is None else f"{100 * m.accuracy:.2f} %",
@@ -220,7 +221,7 @@ def _texts(m: Measurement) -> dict[str, str]:
         "parameters": f"{m.params:,}",
         "MACs": "" if m.macs is None else f"{m.macs:,}",
         "size": f"{m.size_bytes:,} B{mib}",
-        "ranks": f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f} ({len(ranks)})" if ranks else "",
+        "ranks": f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f} ({len(m.ranks)})" if ranks else "",
         "latency": "" if m.latency_s is None else f"{1e3 * m.latency_s:,.3f} ms",
         "latency IQR": "" if m.latency_iqr_s is None else f"{1e3 * m.latency_iqr_s:,.3f} ms",
         "timed with": "" if m.batch is None else f"batch {m.batch}, {m.threads} thread{'' if m.threads == 1 else 's'}",

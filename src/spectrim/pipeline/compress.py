@@ -1,18 +1,18 @@
 """All verbs in order, in one call: `compress`."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import nn
-from torch.optim import Optimizer
 
 from spectrim.budget.allocate import check_floor
 from spectrim.budget.budget import Budget, as_budget
 from spectrim.budget.ladder import ladder
 from spectrim.budget.promise import counted, recounted
+from spectrim.budget.schemes import at_budget
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
@@ -35,8 +35,10 @@ from spectrim.surgery.moments import Calibration
 from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import layer_filter
 from spectrim.training.distillation import Distillation, Loss
-from spectrim.training.fit import Precision
+from spectrim.training.fit import DEFAULT
 from spectrim.training.history import History
+from spectrim.training.stopping import Best
+from spectrim.training.tuning import Schedule, Tuning
 
 
 @outside_inference_mode
@@ -58,11 +60,8 @@ def compress(
     importance: Importance | None = None,
     squeeze: float = 0.0,
     distill: Distillation | Literal["auto"] | None = "auto",
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+    tuning: Tuning = DEFAULT,
     penalties: Sequence[Penalty] = (),
-    clip: float | None = None,
-    precision: Precision = "no",
-    compiled: bool = False,
     examples: int = 1024,
     calibration: Calibration | None = None,
     latency: Latencies | None = None,
@@ -86,7 +85,8 @@ def compress(
         batch_dims: states the batch axes of the inputs instead: one axis for all tensors, or a dict or list by argument, where None
             stands for what all examples share.
         eval_data: the validation split, for the scores at each stage and the choice of ``cut="auto"``.
-        scheme: how convolution kernels are folded, see `factorize`.
+        scheme: how convolution kernels are folded, see `factorize`. ``auto`` chooses for each convolution together with all ranks, at the
+            budget (`spectrim.budget.schemes`); with `calibration` or `latency`, which are of one set of schemes, as `factorize` does.
         writing: how `merge` writes what is cut, ``pair`` or ``interpolative``, see `factorize`.
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
@@ -102,13 +102,10 @@ def compress(
             (temperature 2, half of the loss), intermediate features for the first half of the steps; where the dense network has memorized
             the examples (a loss below 0.05) logits alone (temperature 4, 0.7 of the loss). With `squeeze` distillation begins with the
             first epoch, however small the gap. None for never.
-        optimizer: makes an optimizer from parameters; Adam with rate 0.001 when omitted. Its rate rises for a fifth of the steps and
-            falls along a cosine to zero.
+        tuning: optimizer, schedule, clipping, precision and the rest of how to fine-tune, see `Tuning`. The schedule is one for all epochs,
+            by default `one_cycle`: the optimizer's rate rises for a fifth of the steps and falls along a cosine to zero.
         penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`. Without any, and without
             `squeeze`, the factors of large weights are fine-tuned as `balance_` leaves them, and orthonormal again in the end.
-        clip: largest norm of the gradient, see `fit`.
-        precision: of fine-tuning, see `fit`.
-        compiled: fine-tune through `torch.compile`, see `fit`.
         examples: number of training examples in the calibration set, >= 1.
         calibration: made before by `calibrate` of ``factorize(model, scheme, where)``, so that several budgets share it.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
@@ -135,10 +132,11 @@ def compress(
         True
     """
     check("compress", model=model, data=data, loss=loss, epochs=epochs, example_inputs=example_inputs, eval_data=eval_data, where=where)
-    check("compress", squeeze=squeeze, factory=optimizer, penalties=penalties, clip=clip, examples=examples, latency=latency)
+    check("compress", squeeze=squeeze, tuning=tuning, penalties=penalties, examples=examples, latency=latency)
     model, budget, epochs, examples = unwrapped(model), as_budget(budget, "compress"), index(epochs), index(examples)
     where = layer_filter(where, model, "compress")
     _check(model, cut, distill)
+    _check_tuning(tuning, eval_data is not None)
     inputs = one_example(data, model, dims=batch_dims, owner="compress") if example_inputs is None else example_inputs
     batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
     known = first_examples(data, examples, dims=batch_dims)
@@ -159,13 +157,14 @@ def compress(
             if distill == "auto"
             else distill,
             penalties=[repr(penalty) for penalty in penalties],
-            clip=clip,
-            precision=precision,
+            **tuning.settings,
             examples=examples,
-            **identity_of(model, low, data, known, inputs, loss, optimizer, latency, calibration) if folder is not None else {},
+            **identity_of(model, low, data, known, inputs, loss, tuning.optimizer, latency, calibration) if folder is not None else {},
         )
         same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
         prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True)
+        if scheme == "auto" and latency is None and calibration is None:
+            low, prices = at_budget(low, budget, inputs, prices, model)
         check_floor(low, budget, prices)
         judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
         cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims)
@@ -176,7 +175,7 @@ def compress(
             teacher = with_hint_layers(able, low, known[0])
         elif chosen:
             untaught = why_untaught(model, known[0])
-        tuner = Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
+        tuner = Tuner(data, loss, epochs, tuning, teacher, eval_data, store, progress)
         training = round(epochs * squeeze)
         if training:
             history = squeezed(low, tuner, cutter, training, penalties, scores, told)
@@ -216,3 +215,12 @@ def _check(model: nn.Module, cut: str, distill: Any) -> None:
         raise SettingError("compress", "cut", got=cut, rule=f"one of {', '.join(get_args(Cut))}")
     if not (distill is None or distill == "auto" or isinstance(distill, Distillation)):
         raise SettingError("compress", "distill", got=distill, rule="'auto', a Distillation, or None")
+
+
+def _check_tuning(tuning: Tuning, judged: bool) -> None:
+    """Raise a SettingError for what only `fit` takes: a schedule of an optimizer that `compress` does not have."""
+    if isinstance(tuning.scheduler, Schedule):
+        rule = "a function (optimizer, steps) -> schedule"
+        raise SettingError("compress", "scheduler", got=tuning.scheduler, rule=rule, hint="the optimizer is made inside")
+    if tuning.keep_best:
+        Best(tuning.keep_best, judged)

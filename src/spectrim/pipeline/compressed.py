@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from spectrim.forms.form import Size
 from spectrim.layers import named_factors
 from spectrim.metrics.measurement import Measurement, compare_table
 from spectrim.surgery.coverage import Coverage
@@ -44,9 +45,9 @@ class Compressed:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def ranks(self) -> dict[str, int]:
+    def ranks(self) -> dict[str, Size]:
         """The rank of each factorized weight; `prune` takes it."""
-        return {name: factors.rank for name, factors in named_factors(self.low)}
+        return {name: factors.size for name, factors in named_factors(self.low)}
 
     @property
     def report(self) -> dict[str, Any]:

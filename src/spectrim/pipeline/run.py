@@ -26,12 +26,13 @@ from spectrim.budget.cut_to import cut_to, has_norms, renew_statistics
 from spectrim.budget.ways import WAYS
 from spectrim.errors import FormatError, RecipeError
 from spectrim.files import make_folder, read_json, write_json, write_text
+from spectrim.forms.form import Size
 from spectrim.layers import factor_name, kind_of, named_factors
 from spectrim.locks import locked
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import first_batch, first_examples, inputs_of, one_example
 from spectrim.metrics.measurement import Measurement, measure, measure_together
-from spectrim.pipeline.components import _made, _scheduler, make, make_loss, seed_everything
+from spectrim.pipeline.components import _made, make, make_loss, seed_everything
 from spectrim.pipeline.data import Data, Source, replayed
 from spectrim.pipeline.folders import MANIFEST, RECIPE, finish
 from spectrim.pipeline.parsing import plain
@@ -47,7 +48,7 @@ from spectrim.surgery.recalibrate import recalibrate
 from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import decide
 from spectrim.training.checkpoint import random_state, restore_random_state
-from spectrim.training.data import count_batches
+from spectrim.training.data import count_batches, length_of
 from spectrim.training.distillation import Distillation
 from spectrim.training.fit import fit
 
@@ -226,20 +227,15 @@ class Run:
     def _fit(self, model: nn.Module, phase: Phase, folder: Path, teacher: nn.Module | None) -> dict[str, list[dict[str, Any]]]:
         """Run one phase and return its history as plain data."""
         data = self.fresh()
-        optimizer = make(phase.optimizer, "optimizer", [p for p in model.parameters() if p.requires_grad])
-        scheduler = None
-        if phase.scheduler is not None and phase.epochs:
-            steps = phase.epochs * (-(-count_batches(data.train, "run") // phase.accumulate) if phase.scheduler_steps == "batch" else 1)
-            scheduler = _scheduler(phase.scheduler, optimizer, steps)
-        penalties = [make(penalty, "penalties") for penalty in phase.penalties]
-        distill = Distillation(copy.deepcopy(teacher), **asdict(phase.distill)) if phase.distill and teacher is not None else None
-        schedule = make(phase.rank_schedule, "rank_schedule") if phase.rank_schedule is not None else None
+        lessons = [Distillation(copy.deepcopy(teacher), **asdict(phase.distill))] if phase.distill and teacher is not None else []
         train = replayed(data.train, data.val, self.console.print)
+        tuning = phase.tuning(self.recipe)
+        if phase.scheduler is not None and phase.scheduler_steps == "batch" and length_of(data.train, "run") is None:
+            tuning = replace(tuning, steps_per_epoch=count_batches(data.train, "run"))
         history = fit(
-            model, train, self.loss, optimizer, phase.epochs, rank_schedule=schedule,
-            penalties=penalties, eval_data=data.val, scheduler=scheduler, scheduler_steps=phase.scheduler_steps, distill=distill,
-            precision=self.recipe.precision, accumulate=phase.accumulate, clip=phase.clip, compiled=self.recipe.compiled, checkpoint=folder,
-            progress=self.progress,
+            model, train, self.loss, epochs=phase.epochs, tuning=tuning,
+            penalties=[make(penalty, "penalties") for penalty in phase.penalties], eval_data=data.val,
+            courses=[make(course, "courses") for course in phase.courses], lessons=lessons, checkpoint=folder, progress=self.progress,
         )  # fmt: skip
         return history.to_dict()
 
@@ -331,9 +327,9 @@ class Run:
         return evaluate(model, self.fresh().val, self.loss)
 
 
-def ranks(model: nn.Module) -> dict[str, int]:
+def ranks(model: nn.Module) -> dict[str, Size]:
     """Return the rank of each factorized weight."""
-    return {name: factors.rank for name, factors in named_factors(model)}
+    return {name: factors.size for name, factors in named_factors(model)}
 
 
 def environment() -> dict[str, Any]:

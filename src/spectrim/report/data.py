@@ -12,6 +12,7 @@ import numpy as np
 from spectrim.budget.plan_table import Plan, WeightPlan
 from spectrim.errors import FormatError
 from spectrim.files import check_digest, read_json
+from spectrim.forms.form import rung_of
 from spectrim.metrics.measurement import Measurement
 
 CHOICES = 600_000
@@ -80,6 +81,7 @@ def _weight(weight: WeightPlan, methods: Sequence[str], step: int) -> dict[str, 
         "breakEven": weight.break_even,
         "bytes": weight.element_bytes,
         "ranks": _runs(ranks),
+        "sizes": None if weight.sizes is None else [weight.sizes[rank - 1] for rank in ranks],
         "distortions": distortions,
         "macs": _costs(weight.macs, ranks),
         "params": _costs(weight.params, ranks),
@@ -234,15 +236,15 @@ def _course(phase: Mapping[str, Any]) -> dict[str, Any]:
     names = lines[-1]["ranks"] if lines else {}
     return {
         "epochs": [missing + place + 1 for place in places],
-        "ranks": {name: [lines[place]["ranks"][name] for place in places] for name in names},
+        "ranks": {name: [rung_of(lines[place]["ranks"][name]) for place in places] for name in names},
         "defects": {name: [float(f"{lines[place]['defects'][name]:.3g}") for place in places] for name in names},
     }
 
 
 def _ranks(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     final = result.get("final") or {}
-    found: dict[str, int] = final.get("ranks") or next((numbers["ranks"] for numbers in stages.values() if "ranks" in numbers), {})
-    return dict(found)
+    found: dict[str, Any] = final.get("ranks") or next((numbers["ranks"] for numbers in stages.values() if "ranks" in numbers), {})
+    return {name: rung_of(size) for name, size in found.items()}
 
 
 def _spectra(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, list[list[float | int]]]:

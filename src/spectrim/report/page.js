@@ -193,7 +193,7 @@ function smallest(kind, pins = {}) {
 
 // The mapping that `prune` and the recipe's `prune.ranks` take. Names in JSON's quotes, which are YAML's: "0" is no number there.
 function yaml(picks) {
-  const lines = PLAN.weights.map((weight, index) => `    ${JSON.stringify(weight.name)}: ${weight.ranks[picks[index]]}`);
+  const lines = PLAN.weights.map((weight, index) => `    ${JSON.stringify(weight.name)}: ${JSON.stringify(sizeOf(weight, picks[index]))}`);
   return `prune:\n  ranks:\n${lines.join("\n")}\n`;
 }
 
@@ -407,6 +407,11 @@ function pin(weight, place) {
   onPin();
 }
 
+// What a weight is cut to: a rank, or the ranks of outputs and inputs of a Tucker form, whose choices are numbered.
+function sizeOf(weight, place) {
+  return weight.sizes ? weight.sizes[place] : weight.ranks[place];
+}
+
 function rankRows(parent) {
   const made = add(parent, "table", { class: "ranks" });
   const head = add(add(made, "thead"), "tr");
@@ -446,7 +451,8 @@ function rankRow(body, weight) {
     row.dataset.rank = rank;
     box.checked = pinned;
     full.setAttribute("aria-pressed", String(state.pins[weight.name] === last));
-    form.textContent = rank > weight.breakEven ? "one dense layer" : "two layers";
+    const layers = weight.sizes ? `three layers, ${sizeOf(weight, place).join(" x ")}` : "two layers";
+    form.textContent = rank > weight.breakEven ? "one dense layer" : layers;
     macs.textContent = `${brief(weight.macs[place])} (${percent(weight.macs[place] / weight.dense.macs || 0, 0)})`;
     params.textContent = `${brief(weight.params[place])} (${percent(weight.params[place] / weight.dense.params || 0, 0)})`;
     energy.textContent = weight.distortions.SpectralEnergy ? percent(1 - weight.distortions.SpectralEnergy[place], 2) : "";

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from spectrim.errors import SettingError
+from spectrim.forms.form import Size
 from spectrim.protocols import Change, Course, Lesson, Penalty, Seen
 from spectrim.training.course import as_course, cut_ranks, name_of
 from spectrim.training.distillation import outputs_of
@@ -44,7 +45,7 @@ class Step:
                 raise SettingError(owner, "penalties", got=penalty, rule="a list of penalties, such as [Orthogonality(1.0)]")
         for lesson in lessons:
             if isinstance(lesson, type) or not isinstance(lesson, Lesson):
-                raise SettingError(owner, "distill or lessons", got=lesson, rule="a lesson, such as Distillation(teacher)")
+                raise SettingError(owner, "lessons", got=lesson, rule="a lesson, such as Distillation(teacher)")
         made = [as_course(course, owner) for course in courses]
         names = unique_names([name_of(each) for each in (*penalties, *made, *lessons)])
         first, second = len(penalties), len(penalties) + len(made)
@@ -73,7 +74,7 @@ class Step:
         """Names of what `added` returns, in its order: penalties, then courses that penalize."""
         return [*self.penalties, *self._columns]
 
-    def before(self, model: nn.Module, inputs: Any, optimizer: Optimizer, step: int, steps: int) -> dict[str, int] | None:
+    def before(self, model: nn.Module, inputs: Any, optimizer: Optimizer, step: int, steps: int) -> dict[str, Size] | None:
         """Apply the changes of every course before an optimizer step, and cut; the optimizer's moments are cut along.
 
         Args:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim.errors import LayerError, SettingError
+from spectrim.layers import named_factors
 from spectrim.projections import Levels, RankAtMost, Structured, Then, TopK
 from spectrim.training.admm import ADMM, Pull
 from spectrim.training.magnitude import Hold
@@ -172,7 +173,7 @@ def test_singular_values_are_pruned_by_admm() -> None:
     course = ADMM({"*.S": TopK(3)}, rho=0.5, most=100.0, end=0.8, residual=0.2)
     sp.fit(low, batches(), nn.MSELoss(), torch.optim.Adam(low.parameters(), 0.05), 20, courses=[course], progress=False)
     cut = sp.prune(low, sp.Energy(1.0))
-    assert {factors.rank for _, factors in sp.named_factors(cut)} == {3}
+    assert {factors.rank for _, factors in named_factors(cut)} == {3}
 
 
 def test_patterns_choose_weights_and_wrong_ones_are_refused() -> None:

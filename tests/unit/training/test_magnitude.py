@@ -42,7 +42,7 @@ def test_pruned_weights_stay_zero_through_a_hundred_steps(kind: str, course: Any
     sp.fit(model, batches(), nn.MSELoss(), optimizer, 1, courses=[course], progress=False)
     holes = {name: p == 0 for name, p in model.named_parameters() if p.dim() > 1}
     dense_bias = model[0].bias.clone()
-    sp.fit(model, batches(), nn.MSELoss(), optimizer, 10, courses=[Hold()], clip=0.1, progress=False)
+    sp.fit(model, batches(), nn.MSELoss(), optimizer, 10, courses=[Hold()], tuning=sp.Tuning(clip=0.1), progress=False)
     for name, p in model.named_parameters():
         if name in holes:
             assert int(p.count_nonzero()) == 9
@@ -61,7 +61,7 @@ def test_the_clipped_norm_is_that_of_the_free_entries() -> None:
     before = model.weight.clone()
     batch = (torch.randn(8, 6), 100 + torch.randn(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), 1.0)
-    sp.fit(model, [batch], nn.MSELoss(), optimizer, 1, courses=[Hold()], clip=0.25, progress=False)
+    sp.fit(model, [batch], nn.MSELoss(), optimizer, 1, courses=[Hold()], tuning=sp.Tuning(clip=0.25), progress=False)
     assert float((model.weight - before).detach().abs().sum()) == pytest.approx(0.25, rel=1e-5)
 
 
