@@ -18,6 +18,8 @@ HELP = {
     "report": "Write the HTML page of a run's folder or of a plan; it needs no server and no network, and nothing is imported or called.",
     "export": "Write the network of a recipe, or the final one of a folder, for another runtime; its outputs are compared before "
     "the file is kept. Calls the code named by the recipe, or by the recipe in the folder.",
+    "pack": "Write the final network of a folder as one coded file, and say how many bytes it takes. Nothing is imported or called.",
+    "unpack": "Write the tensors of a coded file as safetensors. Nothing is imported or called.",
 }
 
 
@@ -106,4 +108,16 @@ def parser() -> ArgumentParser:
     sub.add_argument("--threads", type=PositiveInt, default=1, help="CPU threads of the latency measurement")
     sub.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
     commands.add_subcommand("export", sub)
+
+    sub = ArgumentParser(description=HELP["pack"])
+    sub.add_argument("target", type=str, help="the folder of a run (its final network), or one that save() wrote")
+    sub.add_argument("--out", type=str, help="the file (default: model.spz in the folder)")
+    sub.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
+    commands.add_subcommand("pack", sub)
+
+    sub = ArgumentParser(description=HELP["unpack"])
+    sub.add_argument("target", type=str, help="a file that pack wrote")
+    sub.add_argument("--out", type=str, help="a safetensors file (default: beside the coded one)")
+    sub.add_argument("--json", action="store_true", help="print one line of JSON and nothing else")
+    commands.add_subcommand("unpack", sub)
     return top
