@@ -36,7 +36,8 @@ class Scales:
         for axis, offsets in enumerate(self.offsets):
             if offsets is not None:
                 total = total + _along(offsets, axis)
-        return np.clip(total, 0, CLASSES - 1).astype(np.uint8).ravel()
+        contexts: np.ndarray = np.clip(total, 0, CLASSES - 1).astype(np.uint8).ravel()
+        return contexts
 
 
 def sides(shape: tuple[int, ...]) -> tuple[int, int, int]:
