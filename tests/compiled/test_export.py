@@ -16,7 +16,7 @@ from spectrim.plain.chain import PlainPair
 from spectrim.plain.recurrent import PlainRecurrent
 from spectrim.runtimes import run_exported
 from spectrim.runtimes.export import Exported, export
-from spectrim.runtimes.formats import SUFFIXES
+from spectrim.tables import SUFFIXES
 
 PACKAGES = {".pt2": (), ".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pte": ("executorch",), ".xml": ("openvino", "onnx", "onnxscript")}
 

@@ -104,6 +104,20 @@ def test_public_names_at_the_top_exist_and_are_no_more_than_today() -> None:
     assert all(hasattr(spectrim, name) for name in spectrim.__all__)
 
 
+def test_names_are_imported_from_where_type_checkers_find_them() -> None:
+    tree = ast.parse(FILES["__init__.py"])
+    seen = {
+        alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names if node.level == 0
+    }
+    public = {name: module for name, module in seen.items() if str(module).startswith("spectrim.")}
+    assert {name: f"spectrim.{module}" for name, module in spectrim._MODULES.items()} == public
+    assert sorted(public) == sorted(spectrim.__all__)
+    assert spectrim.penalties.Hoyer is spectrim.Hoyer
+    assert "compress" in dir(spectrim)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = spectrim.nothing
+
+
 def test_rooms_export_what_exists_and_no_function_hides_a_module() -> None:
     """``spectrim.budget.plan`` is a module, so the room does not export the function of that name."""
     for init in sorted(SOURCE.glob("*/**/__init__.py")):

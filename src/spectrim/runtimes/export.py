@@ -23,7 +23,7 @@ from spectrim.metrics.inputs import batch_size_of
 from spectrim.metrics.table import markdown_table
 from spectrim.runtimes.blame import first_line
 from spectrim.runtimes.finite import check_finite
-from spectrim.runtimes.formats import TITLES, Format, Runner, _format_of, _require
+from spectrim.runtimes.formats import TITLES, Runner, _format_of, _require
 from spectrim.runtimes.quiet import _quiet
 from spectrim.runtimes.readers import open_exported
 from spectrim.runtimes.tensors import compare_outputs
@@ -31,6 +31,7 @@ from spectrim.runtimes.trace import _outputs, _trace
 from spectrim.runtimes.writers import _OTHER, _WRITERS, _onnx_node
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.merge import merge
+from spectrim.tables import Format
 
 TOLERANCE = 1e-4
 """Largest difference allowed in float32, as a fraction of the output's largest magnitude: other kernels add in another order."""

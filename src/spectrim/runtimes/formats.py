@@ -5,18 +5,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
 from spectrim.errors import SettingError
 from spectrim.runtimes.quiet import quietly
-
-Format = Literal["pt2", "onnx", "executorch", "openvino"]
-
-
-SUFFIXES: dict[str, Format] = {".pt2": "pt2", ".onnx": "onnx", ".pte": "executorch", ".xml": "openvino"}
-
+from spectrim.tables import SUFFIXES, Format
 
 TITLES = {"pt2": "torch.export", "onnx": "ONNX", "executorch": "ExecuTorch", "openvino": "OpenVINO"}
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from spectrim.errors import FormatError, SettingError
 from spectrim.metrics.calls import call_model
 from spectrim.runtimes.blame import first_line
-from spectrim.runtimes.formats import INPUT_NAMES, TITLES, Format, Runner, _executorch, _format_of, _require
+from spectrim.runtimes.formats import INPUT_NAMES, TITLES, Runner, _executorch, _format_of, _require
 from spectrim.runtimes.onnx_digest import verify
 from spectrim.runtimes.quiet import _quiet, _quiet_stderr
 from spectrim.runtimes.tensors import _arguments, _tensors
+from spectrim.tables import Format
 
 
 def run_exported(path: str | Path, inputs: Any) -> Any:

@@ -15,9 +15,10 @@ from torch.export import ExportedProgram
 
 from spectrim.errors import ExportError
 from spectrim.runtimes.blame import _blame, _Place, _root, first_line, layer_of
-from spectrim.runtimes.formats import INPUT_NAMES, Format, _executorch, _Names
+from spectrim.runtimes.formats import INPUT_NAMES, _executorch, _Names
 from spectrim.runtimes.onnx_digest import seal
 from spectrim.runtimes.quiet import quietly
+from spectrim.tables import Format
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from spectrim.pipeline.recipe import read_recipe
 from spectrim.pipeline.run import make_model
 from spectrim.runtimes import run_exported
 from spectrim.runtimes.export import export
-from spectrim.runtimes.formats import SUFFIXES
 from spectrim.runtimes.tensors import compare_outputs
+from spectrim.tables import SUFFIXES
 
 MODULE = """
 import torch
