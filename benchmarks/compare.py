@@ -30,36 +30,20 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from run import git_state
-from spectrim import (
-    L1,
-    Budget,
-    Distillation,
-    Energy,
-    FrobeniusDecay,
-    Hoyer,
-    Orthogonality,
-    PolarHoyer,
-    balance_,
-    evaluate,
-    factorize,
-    fit,
-    load,
-    match,
-    measure,
-    merge,
-    named_factors,
-    prune,
-    save,
-)
+from spectrim import Budget, Distillation, Energy, Hoyer, Orthogonality, evaluate, factorize, fit, load, match, measure, merge, prune, save
 from spectrim.budget.cut_to import cut_to
 from spectrim.budget.ways import WAYS
 from spectrim.files import write_text
+from spectrim.layers import named_factors
 from spectrim.metrics.inputs import one_example
 from spectrim.metrics.macs import count_macs
+from spectrim.penalties import L1, FrobeniusDecay, PolarHoyer
 from spectrim.pipeline.components import make, make_loss, seed_everything
 from spectrim.pipeline.run import environment
+from spectrim.surgery import balance_
 from spectrim.surgery.select import head_of
-from spectrim.training.fit import Precision
+from spectrim.training.prepared import Precision
+from spectrim.training.tuning import Tuning
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -91,15 +75,19 @@ class Task:
     limits: list[str] = field(default_factory=lambda: ["macs"])
     scheme: str = "auto"
     where: list[str] | None = None
-    clip: float | None = None
+    clip: float | None = Tuning.clip
     distill: dict[str, Any] = field(default_factory=lambda: {"temperature": 4.0, "weight": 0.7, "dim": -1})
     dense: dict[str, Any] | None = None
     calibration: int = 1024
     recalibration: int = 4096
     threads: int = 1
-    compiled: bool = False
-    precision: Precision = "no"
+    compiled: bool = Tuning.compiled
+    precision: Precision = Tuning.precision
     note: str = ""
+
+    def tuning(self, scheduler: Any = None) -> Tuning:
+        """Return how every method trains, by a schedule that it brings."""
+        return Tuning(scheduler=scheduler, scheduler_steps="batch", clip=self.clip, compiled=self.compiled, precision=self.precision)
 
     def runs(self, methods: Sequence[str], budgets: Sequence[float] | None, seeds: Sequence[int] | None) -> list[tuple[int, float, str]]:
         """Return the runs of some methods, seed by seed; budgets and seeds are the method's own, or the task's, when not given."""
@@ -234,11 +222,11 @@ class Job:
             balance_(model)
         peak, steps = self.knobs.get("peak", self.task.peak), epochs * len(self.data.train)
         optimizer, scheduler = trainer(self.task, model, peak, steps)
-        teacher = Distillation(copy.deepcopy(self.dense), **self.task.distill) if self.method.endswith("_distilled") else None
+        taught = self.method.endswith("_distilled")
+        lessons = [Distillation(copy.deepcopy(self.dense), **self.task.distill)] if taught else []
         history = fit(
-            model, self.data.train, self.loss, optimizer, epochs, penalties=penalties, scheduler=scheduler,
-            scheduler_steps="batch", distill=teacher, clip=self.task.clip, compiled=self.task.compiled,
-            precision=self.task.precision, checkpoint=self.folder / name, first_epoch=first, progress=False,
+            model, self.data.train, self.loss, optimizer, epochs, penalties=penalties, lessons=lessons,
+            tuning=self.task.tuning(scheduler), checkpoint=self.folder / name, first_epoch=first, progress=False,
         )  # fmt: skip
         self.log += history.epochs
         return model
@@ -334,10 +322,10 @@ def ours(job: Job) -> nn.Module:
         job.dense, job.data.train, job.loss, job.limits, job.epochs, example_inputs=job.example, eval_data=job.data.val,
         scheme=job.task.scheme, where=None if job.task.where is None else match(*job.task.where),
         distill=distill,
-        optimizer=lambda parameters: make(job.task.optimizer, "optimizer", list(parameters), lr=peak),
+        tuning=replace(job.task.tuning(), optimizer=lambda parameters: make(job.task.optimizer, "optimizer", list(parameters), lr=peak)),
         examples=job.task.calibration, folder=job.folder, progress=False, squeeze=knobs.get("squeeze", 0.0),
         cut=knobs.get("cut", "auto"),
-        penalties=penalties, clip=job.task.clip, compiled=job.task.compiled, precision=job.task.precision,
+        penalties=penalties,
     )  # fmt: skip
     job.notes |= {"cut": made.cut, "teacher": made.teacher}
     job.log += made.history.epochs
@@ -441,8 +429,8 @@ class Start:
                 own = dict(self.task.dense)
                 epochs, peak = own.pop("epochs"), own.pop("peak")
                 optimizer, scheduler = trainer(self.task, model.to(DEVICE), peak, epochs * len(data.train), **own)
-                fit(model, data.train, self.loss, optimizer, epochs, scheduler=scheduler, scheduler_steps="batch", clip=self.task.clip,
-                    compiled=self.task.compiled, precision=self.task.precision, checkpoint=folder / "training", progress=False)  # fmt: skip
+                tuning = self.task.tuning(scheduler)
+                fit(model, data.train, self.loss, optimizer, epochs, tuning=tuning, checkpoint=folder / "training", progress=False)
                 save(model, folder)
                 (folder / "done").touch()
             return load(folder, model)

@@ -64,7 +64,7 @@ def run(mode: str, name: str, dtype: torch.dtype, ramp: bool) -> dict[str, Any]:
                 fully_shard(layer, mesh=mesh)
         fully_shard(low, mesh=mesh)
     data = zoo.digits(batch_size=BATCH)
-    schedule = sp.Ramp(sp.Budget(macs=0.5), end=0.5, cuts=3) if ramp else None
+    schedule = sp.Ramp(sp.Budget(macs=0.5), end=0.5, cuts=3)
     history = sp.fit(
         low,
         batches(data.train, dtype, processes),
@@ -73,7 +73,7 @@ def run(mode: str, name: str, dtype: torch.dtype, ramp: bool) -> dict[str, Any]:
         EPOCHS,
         penalties=[sp.Orthogonality(1.0), sp.Hoyer(0.02)],
         eval_data=[(x.to(dtype), y) for x, y in data.val],
-        rank_schedule=schedule,
+        courses=[schedule] if ramp else [],
         progress=False,
     )
     keys = ("loss", "Orthogonality", "Hoyer", "eval_loss", "eval_accuracy")

@@ -151,7 +151,7 @@ def networks(name: str, network: Network, train: Any, data: Any, folder: Path) -
         sp.fit(dense, train, network.loss, optimizer, network.dense_epochs, checkpoint=folder / "dense", progress=False)
     made = compress(
         dense, train, network.loss, sp.Budget(macs=network.budget), network.epochs, eval_data=data.val, scheme=network.scheme,
-        optimizer=network.optimizer, clip=network.clip, folder=folder / "low", progress=False,
+        tuning=sp.Tuning(network.optimizer, clip=network.clip), folder=folder / "low", progress=False,
     )  # fmt: skip
     return dense.eval(), made.model.eval(), {key: made.measured[key].macs or 0 for key in ("dense", "final")}
 

@@ -18,25 +18,42 @@ TABLES = [
     ("Rank rules", "spectrim.budget.rules", protocols.RankRule),
     ("Distortion", "spectrim.budget.distortion", protocols.Importance),
     ("Courses", "spectrim.training.methods", protocols.Course),
+    ("Projections", "spectrim.projections", protocols.Projection),
 ]
 """Heading, module with ``METHODS`` and ``LAWS``, and contract, in the order of the pages."""
 
-VERBS = ["compress", "plan", "factorize", "coverage", "match", "fit", "calibrate", "allocate"]
-VERBS += ["prune", "prune_", "prune_optimizer_state", "correct", "recalibrate", "balance_", "merge", "same_function", "evaluate", "measure"]
-VERBS += ["compare_latency", "compare_table", "latency_table", "choose_execution", "export", "quantize", "save", "load", "write_report"]
+VERBS = ["compress", "plan", "factorize", "coverage", "match", "fit", "calibrate", "allocate", "prune", "prune_", "correct", "recalibrate"]
+VERBS += ["merge", "same_function", "evaluate", "measure", "compare_latency", "latency_table", "export", "quantize", "save", "load"]
 """Functions in the order of the pipeline; others follow by name."""
 
 FURTHER = {
+    "Budgets and distortion": [
+        "spectrim.budget.Plan",
+        "spectrim.budget.LatencyTable",
+        "spectrim.budget.distortion.compare_importances",
+    ],
+    "Weights and optimizers": [
+        "spectrim.layers.named_factors",
+        "spectrim.layers.gathered",
+        "spectrim.surgery.balance_",
+        "spectrim.surgery.prune_optimizer_state",
+        "spectrim.training.choose_execution",
+    ],
     "Results of the verbs": [
-        "spectrim.pipeline.compressed.Compressed",
+        "spectrim.metrics.Measurement",
+        "spectrim.metrics.compare_table",
+        "spectrim.pipeline.Compressed",
         "spectrim.runtimes.export.Exported",
-        "spectrim.runtimes.formats.run_exported",
-        "spectrim.runtimes.int8.sensitivity",
-        "spectrim.runtimes.int8.evaluate_exported",
+        "spectrim.runtimes.run_exported",
+        "spectrim.runtimes.Int8",
+        "spectrim.runtimes.sensitivity",
+        "spectrim.runtimes.evaluate_exported",
     ],
     "Training": [
-        "spectrim.training.history.History",
-        "spectrim.training.fit.EpochCallback",
+        "spectrim.training.History",
+        "spectrim.training.EpochCallback",
+        "spectrim.training.tuning.one_cycle",
+        "spectrim.protocols.Bits",
         "spectrim.protocols.Change",
         "spectrim.protocols.Lesson",
         "spectrim.protocols.Seen",
@@ -49,6 +66,7 @@ FURTHER = {
         "spectrim.plain.chain.PlainPair",
     ],
     "In other training loops": [
+        "spectrim.integrations.tracking.Tracking",
         "spectrim.integrations.transformers.LowRankTrainer",
         "spectrim.integrations.transformers.SpectrimMixin",
         "spectrim.integrations.transformers.SpectrimCallback",
@@ -90,6 +108,14 @@ def title(card: str) -> str:
     return (DOCS / "methods" / f"{card}.md").read_text(encoding="utf-8").partition("# ")[2].partition("\n")[0]
 
 
+def path_of(method: type, module: str) -> str:
+    """Return where users import a method from: the top, or the room of its table."""
+    if method.__name__ in spectrim.__all__:
+        return f"spectrim.{method.__name__}"
+    room = module if hasattr(importlib.import_module(module), "__path__") else module.rpartition(".")[0]
+    return f"{room}.{method.__name__}"
+
+
 def public() -> dict[str, Any]:
     """Return the public names without those that a table of methods holds."""
     tabled = {row.method for _, module, _ in TABLES for row in methods_of(module)}
@@ -111,7 +137,7 @@ def reference() -> str:
     for heading, module, contract in TABLES:
         lines += ["", f"## {heading}", "", summary(contract), ""]
         for method in classes(methods_of(module)):
-            lines.append(f"- [`{method.__name__}`][spectrim.{method.__name__}]: {summary(method)}")
+            lines.append(f"- [`{method.__name__}`][{path_of(method, module)}]: {summary(method)}")
     lines += ["", "## Kinds of layers", "", "What each of them takes is in [supported layers](supported-layers.md).", ""]
     lines += [f"- `{kind.__name__}`: {summary(kind)}" for kind in KINDS]
     for heading, paths in FURTHER.items():
@@ -119,11 +145,11 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def entry(method: type, rows: Sequence[Row[Any]]) -> list[str]:
+def entry(method: type, module: str, rows: Sequence[Row[Any]]) -> list[str]:
     """Return the lines of one method: its sentence, its card, and the laws of its rows."""
     card = rows[0].card
     laws = ", ".join(f"*{law}*" for law in sorted(set().union(*(row.laws for row in rows))))
-    line = f"- [`{method.__name__}`][spectrim.{method.__name__}]: {summary(method)}"
+    line = f"- [`{method.__name__}`][{path_of(method, module)}]: {summary(method)}"
     return [line, f"  Card: [{title(card)}]({card}.md)." + (f" Laws: {laws}." if laws else "")]
 
 
@@ -135,7 +161,7 @@ def index() -> str:
     for heading, module, contract in TABLES:
         lines += ["", f"## {heading}", "", summary(contract), ""]
         for method, rows in classes(methods_of(module)).items():
-            lines += entry(method, rows)
+            lines += entry(method, module, rows)
         if laws := importlib.import_module(module).LAWS:
             lines += ["", "Laws:", "", *(f"- *{law}*: {meaning}." for law, meaning in laws.items())]
     return "\n".join(lines) + "\n"

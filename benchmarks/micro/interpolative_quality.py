@@ -101,7 +101,7 @@ def cuts(data: Any, dense: nn.Module) -> tuple[nn.Module, Any, dict[str, Tensor]
     """Factorize the linear layers of the blocks and calibrate them; return factors, moments, relative errors by rank, and sizes."""
     low = sp.factorize(dense, where=lambda name, module: isinstance(module, nn.Linear) and name.startswith("layers"))
     known = sp.calibrate(low, data.train, examples=EXAMPLES)
-    return low, known, dict(sp.WhitenedEnergy(known)(low)), {name: factors.shape for name, factors in named_factors(low)}
+    return low, known, dict(sp.budget.distortion.WhitenedEnergy(known)(low)), {name: factors.shape for name, factors in named_factors(low)}
 
 
 def calibration_only() -> None:

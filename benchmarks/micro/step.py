@@ -69,13 +69,13 @@ def variants(case: Case, dtype: torch.dtype | None, compiled: bool) -> dict[str,
         x = x.contiguous(memory_format=torch.channels_last)
     ours = [sp.Orthogonality(1.0), sp.Hoyer(0.01)]
     steps = {"dense": step_of(copy.deepcopy(dense), x, [], dtype)}
-    steps["PolarHoyer"] = step_of(copy.deepcopy(dense), x, [sp.PolarHoyer(0.01)], dtype)
+    steps["PolarHoyer"] = step_of(copy.deepcopy(dense), x, [sp.penalties.PolarHoyer(0.01)], dtype)
     if compiled:
         own = copy.deepcopy(dense)
         steps["dense, compiled"] = step_of(own, x, [], dtype, torch.compile(own))
     full = sp.factorize(dense, case.scheme)
     for fraction in RANKS:
-        low = sp.prune(full, sp.Fraction(fraction)) if fraction < 1 else full
+        low = sp.prune(full, sp.budget.Fraction(fraction)) if fraction < 1 else full
         steps[f"factored {fraction}"] = step_of(always(low, False), x, [layer_by_layer], dtype)
         if fraction == 1:
             steps["composed 1.0"] = step_of(always(low, True), x, ours, dtype)
@@ -84,7 +84,7 @@ def variants(case: Case, dtype: torch.dtype | None, compiled: bool) -> dict[str,
         steps[f"auto {fraction}"] = step_of(copy.deepcopy(low), x, ours, dtype)
         timed = copy.deepcopy(low)
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            sp.choose_execution(timed, x)
+            sp.training.choose_execution(timed, x)
         steps[f"measured {fraction}"] = step_of(timed, x, ours, dtype)
         if compiled and fraction != 0.5:
             own = copy.deepcopy(low)

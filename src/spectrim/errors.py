@@ -13,9 +13,13 @@ class RankError(SpectrimError):
         layer 'layer3.0.conv1' (64 x 576): rank must be in [1, 64], got 80
     """
 
-    def __init__(self, layer: str, *, got: object, out: int, in_: int, held: int | None = None) -> None:
+    def __init__(self, layer: str, *, got: object, out: int, in_: int, held: int | tuple[int, ...] | None = None) -> None:
         full = min(out, in_)
         least = f"[1, {full}]" if held in (None, full) else f"[1, {held}] ({held} of {full} singular values are left)"
+        if isinstance(held, tuple):
+            least = f"a number of at least 1, or one for each axis up to {held}"
+            super().__init__(f"layer '{layer}' ({out} x {in_}): size must be {least}, got {got!r}")
+            return
         super().__init__(f"layer '{layer}' ({out} x {in_}): rank must be in {least}, got {got!r}")
 
 
@@ -28,6 +32,7 @@ class SettingError(SpectrimError):
     """
 
     def __init__(self, owner: str, field: str, *, got: object, rule: str, hint: str = "") -> None:
+        self.field, self.got, self.rule = field, got, rule
         super().__init__(f"{owner}: {field} must be {rule}, got {got!r}" + (f"; {hint}" if hint else ""))
 
 
@@ -98,5 +103,5 @@ class DivergedError(RuntimeError):
         where = f"last good checkpoint: {checkpoint}" if checkpoint else "no checkpoint was written (pass checkpoint=FOLDER)"
         super().__init__(
             f"{what} at step {step} (epoch {epoch}); the largest gradient before it was in "
-            f"'{layer}' (norm {grad_norm:.3g}); {where}; try a lower learning rate, clip=1.0 or weaker penalties"
+            f"'{layer}' (norm {grad_norm:.3g}); {where}; try a lower learning rate, Tuning(clip=1.0) or weaker penalties"
         )

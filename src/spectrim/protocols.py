@@ -23,6 +23,10 @@ class RankRule(Protocol):
         """Return an integer in ``[1, len(singular_values)]`` from a 1-D tensor of non-negative values, in any order."""
 
 
+Sizes = RankRule | Mapping[str, SupportsIndex | tuple[int, ...]]
+"""What to cut to: a rule for every weight, or by name a rank; of a Tucker form the ranks of outputs and inputs."""
+
+
 @runtime_checkable
 class Importance(Protocol):
     """Measures the distortion of each truncated weight, in one unit for all weights, so that distortions can be added."""
@@ -30,8 +34,8 @@ class Importance(Protocol):
     def __call__(self, model: nn.Module, /) -> Mapping[str, Tensor]:
         """Return, by the names of `named_factors`, float64 ``(rank + 1,)``.
 
-        Entry ``r`` is the distortion of keeping the best ``r`` singular values: not negative, never rising with ``r``, zero where all are
-        kept.
+        Entry ``r`` is the distortion of keeping the best ``r`` singular values, or the ``r``-th size of a form that has several ranks: not
+        negative, never rising with ``r``, zero where all are kept.
         """
 
 
@@ -39,7 +43,7 @@ class Importance(Protocol):
 class RankSchedule(Protocol):
     """Cuts ranks while a network trains: the shortest way to write a `Course`, a function."""
 
-    def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int, /) -> RankRule | Mapping[str, SupportsIndex] | None:
+    def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int, /) -> Sizes | None:
         """Return the ranks to cut to before step `step` of `steps` (a function of these and the model alone), or None for no cut."""
 
 
@@ -52,7 +56,7 @@ class Change:
         penalty: added to the loss of this step alone; None for nothing.
     """
 
-    ranks: RankRule | Mapping[str, SupportsIndex] | None = None
+    ranks: Sizes | None = None
     penalty: Penalty | None = None
 
 
@@ -63,6 +67,10 @@ class Course(Protocol):
     A function of its arguments and its memory alone, so that a run can be stopped and resumed: all state for the next step is in the
     memory, a dict of tensors and plain data (numbers, strings, None; lists, tuples and dicts of them) that checkpoints keep. A course that
     adds a penalty may set ``penalizes = True``: its column is then in the log from the first epoch on.
+
+    One that holds entries of weights may have ``free(memory) -> {name of a parameter: boolean tensor}``: gradients and the optimizer's
+    moments of all other entries are then set to zero at each step (`after` has to put the weights back). One that has ``noted(memory) ->
+    {name: number}`` adds to the log of an epoch.
     """
 
     def start(self, model: nn.Module, inputs: Any, steps: int, /) -> dict[str, Any]:
@@ -132,12 +140,33 @@ class Lesson(Protocol):
         """Return the loss to train on instead of ``seen.loss``, a scalar; to add something: ``seen.loss + something``."""
 
 
+@dataclass(frozen=True)
+class Bits:
+    """What a tensor takes in a plain format, without entropy coding.
+
+    Attributes:
+        data: bits of values, with their scales.
+        index: bits of positions.
+    """
+
+    data: int
+    index: int
+
+    @property
+    def total(self) -> int:
+        """Bits of values and positions."""
+        return self.data + self.index
+
+
 @runtime_checkable
 class Projection(Protocol):
     """Maps a tensor to the nearest tensor of a set (in the Frobenius norm)."""
 
     def __call__(self, tensor: Tensor, /) -> Tensor:
-        """Return a tensor of the same shape and dtype that lies in the set."""
+        """Return a tensor of the same shape and dtype that lies in the set: a new one, which shares no memory with the given one."""
+
+    def stored_bits(self, tensor: Tensor, /) -> Bits:
+        """Return the stored bits of a member of the set."""
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ The jaxtyping hook does not go through `torch.compile(fullgraph=True)`; this fil
 """
 
 import os
+from functools import partial
 from typing import Any
 
 import pytest
@@ -117,8 +118,8 @@ def test_training_through_a_compiler_ends_where_it_ends_without() -> None:
     dense, made, frames = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 3)), [], []
     for compiled in (False, True):
         torch._dynamo.utils.counters.clear()
-        settings: dict[str, Any] = {"where": lambda name, module: True, "compiled": compiled, "progress": False}
-        settings["optimizer"] = lambda parameters: torch.optim.SGD(parameters, 0.1)
+        settings: dict[str, Any] = {"where": lambda name, module: True, "progress": False}
+        settings["tuning"] = sp.Tuning(optimizer=partial(torch.optim.SGD, lr=0.1), compiled=compiled)
         settings["distill"] = sp.Distillation(dense, features=1.0)  # what layers put out is read within the compiled networks
         made.append(sp.compress(dense, data, nn.CrossEntropyLoss(), sp.Budget(macs=0.7), 2, **settings))
         frames.append(torch._dynamo.utils.counters["frames"]["ok"])

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import spectrim as sp
+from spectrim.budget.distortion import SpectralEnergy, compare_importances
 from spectrim.errors import SpectrimError
 
 LOSS = nn.CrossEntropyLoss()
@@ -62,6 +63,10 @@ def plan(*, model: Any = None, inputs: Any = X, data: Any = None, loss: Any = No
     return sp.plan(net() if model is None else model, inputs, data, loss, **rest)
 
 
+def scheduled() -> sp.Tuning:
+    return sp.Tuning(scheduler=torch.optim.lr_scheduler.StepLR(adam(net()), 1))
+
+
 MODELS = (nn.Sequential, net().state_dict(), "model.pt", None, 3)
 SETS = (SET, [], (b for b in DATA), [(X, Y, X)], X, (X, Y), [(X.numpy(), Y.numpy())], 3, None, "data", {"x": X}, iter(DATA))
 ONCE = (SET, [], [(X, Y, X)], X, (X, Y), [(X.numpy(), Y.numpy())], 3, None, "data", {"x": X})
@@ -86,9 +91,8 @@ TABLE: dict[str, dict[str, tuple[Verb, tuple[Any, ...]]]] = {
     "fit": {
         **{name: (fit, tuple({name: v} for v in values)) for name, values in {
             "model": MODELS[:3], "data": SETS, "loss": (*LOSSES, None), "optimizer": (torch.optim.Adam, "adam", 3, adam),
-            "epochs": WHOLE, "accumulate": COUNTS, "clip": (0, -1.0, "1", float("nan")), "first_epoch": WHOLE[:4],
+            "epochs": WHOLE, "first_epoch": WHOLE[:4], "tuning": (sp.Tuning, {"clip": 1.0}, 3, None),
             "penalties": (sp.Hoyer(0.1), [sp.Hoyer], ["hoyer"], 3, None), "eval_data": (SET, [], X, "val"),
-            "scheduler": (torch.optim.lr_scheduler.StepLR, "cosine", 3), "scheduler_steps": ("batches", 3),
         }.items()},
     },
     "calibrate": {
@@ -103,7 +107,7 @@ TABLE: dict[str, dict[str, tuple[Verb, tuple[Any, ...]]]] = {
         "budget": (lambda v: sp.allocate(low(), v, X), BUDGETS),
         "inputs": (lambda v: sp.allocate(low(), 0.8, v), (*INPUTS, None)),
         "multiple": (lambda v: sp.allocate(low(), 0.8, X, multiple=v), COUNTS),
-        "latency": (lambda v: sp.allocate(low(), 0.8, X, latency=v), (sp.LatencyTable, 3, "table")),
+        "latency": (lambda v: sp.allocate(low(), 0.8, X, latency=v), (sp.budget.LatencyTable, 3, "table")),
     },
     "prune": {
         "model": (lambda v: sp.prune(v, sp.Energy(0.9)), MODELS),
@@ -166,17 +170,17 @@ TABLE: dict[str, dict[str, tuple[Verb, tuple[Any, ...]]]] = {
         "tolerance": (lambda v: sp.same_function(net(), net(), X, tolerance=v), (0, -1.0, "1", float("nan"))),
     },
     "prune_optimizer_state": {
-        "optimizer": (lambda v: sp.prune_optimizer_state(v, low(), low()), (torch.optim.Adam, "adam", 3, None)),
-        "old": (lambda v: sp.prune_optimizer_state(adam(net()), v, low()), MODELS),
-        "new": (lambda v: sp.prune_optimizer_state(adam(net()), low(), v), MODELS),
+        "optimizer": (lambda v: sp.surgery.prune_optimizer_state(v, low(), low()), (torch.optim.Adam, "adam", 3, None)),
+        "old": (lambda v: sp.surgery.prune_optimizer_state(adam(net()), v, low()), MODELS),
+        "new": (lambda v: sp.surgery.prune_optimizer_state(adam(net()), low(), v), MODELS),
     },
     "compare_importances": {
-        "model": (lambda v: sp.compare_importances(v, {"a": sp.SpectralEnergy()}, {"0": 1}), MODELS),
-        "importances": (lambda v: sp.compare_importances(low(), v, {"0": 1}), (sp.SpectralEnergy(), {"a": 3}, {"a": sp.SpectralEnergy})),
-        "ranks": (lambda v: sp.compare_importances(low(), {"a": sp.SpectralEnergy()}, v), (*RANKS, {"0": 2.5})),
+        "model": (lambda v: compare_importances(v, {"a": SpectralEnergy()}, {"0": 1}), MODELS),
+        "importances": (lambda v: compare_importances(low(), v, {"0": 1}), (SpectralEnergy(), {"a": 3}, {"a": SpectralEnergy})),
+        "ranks": (lambda v: compare_importances(low(), {"a": SpectralEnergy()}, v), (*RANKS, {"0": 2.5})),
     },
-    "compare_table": {"measurements": (sp.compare_table, (None, [1], {"a": 3}, net()))},
-    "gathered": {"model": (sp.gathered, MODELS)},
+    "compare_table": {"measurements": (sp.metrics.compare_table, (None, [1], {"a": 3}, net()))},
+    "gathered": {"model": (sp.layers.gathered, MODELS)},
     "coverage": {
         "model": (sp.coverage, (*MODELS, scripted())),
         "where": (partial(sp.coverage, net()), tuple({"where": v} for v in WHERES)),
@@ -196,7 +200,7 @@ TABLE: dict[str, dict[str, tuple[Verb, tuple[Any, ...]]]] = {
             "model": (*MODELS[:3], scripted(), low()), "data": SETS, "loss": (*LOSSES, None), "budget": BUDGETS, "epochs": WHOLE,
             "examples": COUNTS,
             "where": (*WHERES, "fc"), "eval_data": (SET, [], X), "squeeze": (1, -0.1, "half", None), "example_inputs": INPUTS,
-            "optimizer": (adam(net()), "adam", 3), "penalties": (sp.Hoyer(0.1), [sp.Hoyer], None), "clip": (0, "1"),
+            "penalties": (sp.Hoyer(0.1), [sp.Hoyer], None), "tuning": (sp.Tuning, {"clip": 1.0}, torch.optim.Adam, scheduled(), None),
             "batch_dims": (7, [5], {"no such": 0}),
         }.items()},
         "dtypes": (lambda v: compress(data=v), ([(X, Y.float())], [(X, Y[:2])], [(X.double(), Y)])),
@@ -208,11 +212,11 @@ TABLE: dict[str, dict[str, tuple[Verb, tuple[Any, ...]]]] = {
         "margin": (lambda v: sp.latency_table(low(), X, margin=v), (1, -0.1, "x", None)),
     },
     "write_report": {"source": (sp.write_report, (None, 3, net(), {})), "path": (lambda v: sp.write_report("plan.json", v), (3, ""))},
-    "balance_": {"model": (sp.balance_, MODELS), "above": (lambda v: sp.balance_(low(), v), WHOLE)},
+    "balance_": {"model": (sp.surgery.balance_, MODELS), "above": (lambda v: sp.surgery.balance_(low(), v), WHOLE)},
     "choose_execution": {
-        "model": (lambda v: sp.choose_execution(v, X), MODELS),
-        "inputs": (lambda v: sp.choose_execution(low(), v), (*INPUTS, None)),
-        "min_time": (lambda v: sp.choose_execution(low(), X, min_time=v), (0, -1, "1")),
+        "model": (lambda v: sp.training.choose_execution(v, X), MODELS),
+        "inputs": (lambda v: sp.training.choose_execution(low(), v), (*INPUTS, None)),
+        "min_time": (lambda v: sp.training.choose_execution(low(), X, min_time=v), (0, -1, "1")),
     },
 }  # fmt: skip
 
@@ -229,9 +233,12 @@ def outcome(call: Callable[[], Any]) -> str:
 
 
 def test_the_table_has_every_public_function() -> None:
-    """All but `named_factors`, a generator, which does nothing before it is read."""
+    """Those at the top, and those of the rooms that are called on a model like them."""
     functions = {name for name in sp.__all__ if not isinstance(getattr(sp, name), type)}
-    assert set(TABLE) == functions - {"named_factors"}
+    rooms = (sp.budget.distortion, sp.layers, sp.metrics, sp.surgery, sp.training)
+    others = set(TABLE) - functions
+    assert functions <= set(TABLE)
+    assert others == {name for name in others if any(name in room.__all__ for room in rooms)}
 
 
 @pytest.mark.parametrize(("verb", "argument"), [(verb, argument) for verb, rows in TABLE.items() for argument in rows])
@@ -246,7 +253,7 @@ def test_wrong_values_are_refused_by_name(verb: str, argument: str, tmp_path: Pa
 
 
 def test_whole_numbers_of_numpy_and_other_forms_are_taken() -> None:
-    history = fit(epochs=np.int64(1), accumulate=np.int32(1))
+    history = fit(epochs=np.int64(1), tuning=sp.Tuning(accumulate=np.int32(1)))
     assert len(history.epochs) == 1
     assert sp.factorize(net(), rank=np.int64(2))[0].rank == 2
     assert sp.calibrate(low(), DATA, examples=np.int64(2)).examples == 4
@@ -258,7 +265,7 @@ def test_whole_numbers_of_numpy_and_other_forms_are_taken() -> None:
 
 @pytest.mark.parametrize("where", ["0", ["0"], "[0]", ("0",), {"0"}, lambda name, module: name == "0", sp.match("0")])
 def test_where_takes_names_globs_lists_and_predicates(where: Any) -> None:
-    assert [name for name, _ in sp.named_factors(sp.factorize(net(), where=where))] == ["0"]
+    assert [name for name, _ in sp.layers.named_factors(sp.factorize(net(), where=where))] == ["0"]
     assert [line.name for line in sp.coverage(net(), where) if line.reason == "can be factorized"] == ["0"]
     if where == "0":
         assert list(compress(budget=0.9, where=where).ranks) == ["0"]

@@ -127,7 +127,7 @@ def test_is_the_same_twice(row: Method) -> None:
 @every_method
 def test_after_a_cut_the_distortions_that_are_left_are_for_the_present_rank(row: Method) -> None:
     low, data = case()
-    cut = sp.prune(low, sp.Fixed(2))
+    cut = sp.prune(low, sp.budget.Fixed(2))
     distortions = make(row, cut, data)(cut)
     assert all(distortions[name].shape == (factors.rank + 1,) for name, factors in named_factors(cut))
 

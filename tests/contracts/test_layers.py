@@ -230,8 +230,8 @@ def test_factorize_then_merge_reproduces_the_dense_output(case: Case, scheme: An
 
 @every_layer
 def test_cut_then_merge_equals_the_cut_model(case: Case, scheme: Any) -> None:
-    exact = sp.prune(low_of(case, scheme), sp.Fixed(2))
-    assert {factors.rank for _, factors in named_factors(exact)} == {2}
+    exact = sp.prune(low_of(case, scheme), sp.budget.Fixed(2))
+    assert {factors.size for _, factors in named_factors(exact)} == {(2, 2) if scheme == "tucker" else 2}
     for dtype in DTYPES:
         cut = copy.deepcopy(exact).to(dtype)
         merged = sp.merge(cut)
@@ -283,6 +283,12 @@ def test_gradients_follow_from_the_dense_gradient(case: Case, scheme: Any) -> No
         loss.backward()
     for name, factors in low.named_factors():
         G = low.fold(dense, name, dense.get_parameter(name).grad, low.scheme)
+        if not factors.is_matrix:
+            parts = [part.detach().requires_grad_() for part in factors.parameters()]
+            (factors.composed(*parts) * G.flatten(1)).sum().backward()
+            for mine, theirs in zip(factors.parameters(), parts, strict=True):
+                torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-9, atol=1e-9)
+            continue
         U, S, Vh = factors.U.detach(), factors.S.detach(), factors.Vh.detach()
         torch.testing.assert_close(factors.U.grad, G @ Vh.mT * S.unsqueeze(-2), rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(factors.S.grad, (U.mT @ G @ Vh.mT).diagonal(dim1=-2, dim2=-1), rtol=1e-9, atol=1e-9)
@@ -306,10 +312,10 @@ def test_weights_are_the_dense_weights(case: Case, scheme: Any) -> None:
 def test_the_input_model_is_untouched(case: Case, scheme: Any) -> None:
     dense = dense_of(case, torch.float32)
     low = sp.factorize(dense, scheme, EVERYTHING)
-    cut = sp.prune(low, sp.Fixed(1))
+    cut = sp.prune(low, sp.budget.Fixed(1))
     for model, verb in (
         (dense, lambda m: sp.factorize(m, scheme, EVERYTHING, rank=1)),
-        (low, lambda m: sp.prune(m, sp.Fixed(2))),
+        (low, lambda m: sp.prune(m, sp.budget.Fixed(2))),
         (cut, sp.merge),
     ):
         before, printed = {key: value.numpy().tobytes() for key, value in model.state_dict().items()}, repr(model)
@@ -325,6 +331,8 @@ def test_error_of_a_cut_equals_the_discarded_energy(case: Case, scheme: Any) -> 
     """Eckart and Young, 1936."""
     dense, low = dense_of(case), low_of(case, scheme)
     for name, factors in low.named_factors():
+        if not factors.is_matrix:
+            continue
         matrix = low.fold(dense, name, getattr(dense, name).detach(), scheme)
         tail = linalg.tail_energy(linalg.pooled_spectrum(torch.linalg.svdvals(matrix)))
         for rank in sorted({1, 2, factors.rank - 1} - {factors.rank}):
@@ -339,6 +347,30 @@ def test_error_of_a_cut_equals_the_discarded_energy(case: Case, scheme: Any) -> 
                 torch.testing.assert_close(tail[rank], each, rtol=1e-9, atol=1e-15)
 
 
+@every_layer
+def test_distortion_of_a_rung_is_what_its_cut_loses(case: Case, scheme: Any) -> None:
+    """Along its path every form gets larger and nearer; cutting to a rung loses its distortion, or less where it is improved further."""
+    dense, low = dense_of(case), low_of(case, scheme)
+    for name, factors in low.named_factors():
+        weight = low.fold(dense, name, getattr(dense, name).detach(), scheme)
+        tail, sizes = factors.tail(), [factors.size_of(rung) for rung in range(1, factors.rank + 1)]
+        assert len(tail) == factors.rank + 1
+        assert bool((tail.diff() <= 0).all())
+        torch.testing.assert_close(tail[0], weight.square().sum(), rtol=1e-9, atol=1e-12)
+        counts = [factors.count(size) for size in sizes]
+        assert counts == sorted(set(counts))
+        assert sizes[-1] == factors.size == factors.full_size
+        for rung, size in enumerate(sizes, 1):
+            cut = factors.cut_to(size)
+            assert cut.size == size
+            assert cut.rank == factors.rung_of(size) == rung
+            assert factors.blocks * factors.count(size) == sum(part.numel() for part in cut.chain())
+            lost = (cut.matrix().detach() - weight).square().sum()
+            assert float(lost) <= float(tail[rung]) * (1 + 1e-9) + 1e-15
+            if factors.is_matrix:
+                torch.testing.assert_close(lost, tail[rung], rtol=1e-9, atol=1e-15)
+
+
 def flops(call: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False) as counter:
         call()
@@ -350,7 +382,7 @@ def flops(call: Callable[[], Any]) -> int:
 def test_work_is_what_torch_counts_and_the_cheaper_execution_runs(case: Case, scheme: Any, rank: int | None) -> None:
     dense, low, arguments = dense_of(case), low_of(case, scheme, rank), call_of(case)
     shape, factors = arguments[0].shape, low.factors_of("weight")
-    compose = factors.blocks * factors.shape[0] * factors.shape[1] * low.rank
+    compose = factors.compose_macs
     assert flops(lambda: dense(*arguments)) == 2 * low.work(dense, "weight", scheme, None, shape)
     counts = []
     for composes in (True, False):
@@ -359,7 +391,7 @@ def test_work_is_what_torch_counts_and_the_cheaper_execution_runs(case: Case, sc
             counts.append(flops(lambda: low(*arguments)))
     assert counts[0] == 2 * (low.work(low, "weight", scheme, None, shape) + compose)
     if not getattr(low, "scale_grad_by_freq", False):  # composes always
-        assert counts[1] == 2 * low.work(low, "weight", scheme, low.rank, shape)
+        assert counts[1] == 2 * low.work(low, "weight", scheme, factors.size, shape)
     assert flops(lambda: low(*arguments)) == counts[0 if counts[0] <= (1 + TRAFFIC) * counts[1] else 1]
 
 
@@ -380,7 +412,8 @@ def test_break_even_is_the_last_rank_that_pays(case: Case, scheme: Any) -> None:
     low = low_of(case, scheme)
     for name, factors in low.named_factors():
         limit = low.break_even(name)
-        cost = [low.work(low, name, scheme, rank, None) + low.overhead(name) for rank in range(1, factors.full_rank + 1)]
+        sizes = [factors.size_of(rung) for rung in range(1, factors.full_rank + 1)]
+        cost = [low.work(low, name, scheme, size, None) + low.overhead(name) for size in sizes]
         assert [c < low.work(low, name, scheme, None, None) for c in cost] == [rank <= limit for rank in range(1, factors.full_rank + 1)]
 
 
@@ -431,7 +464,7 @@ def test_hooks_training_mode_and_frozen_parameters_survive(case: Case, scheme: A
     dense.register_forward_pre_hook(lambda module, arguments: seen.append("before"))
     dense.register_forward_hook(lambda module, arguments, output: seen.append("after"))
     low = sp.factorize(dense, scheme, EVERYTHING, rank=None if training else 1)
-    for model in (low, sp.merge(low)) if training else (low, sp.prune(low, sp.Fixed(1)), sp.merge(low)):
+    for model in (low, sp.merge(low)) if training else (low, sp.prune(low, sp.budget.Fixed(1)), sp.merge(low)):
         assert {module.training for module in model.modules()} == {training}
         assert {parameter.requires_grad for parameter in model.parameters()} == {training}
         seen.clear()
@@ -546,7 +579,7 @@ def test_an_axis_belongs_to_the_operation_that_has_its_taps(dense: Any, first: d
     """A single tap belongs where it makes fewer positions: first in a plain convolution, second in a transposed one."""
     kind = kind_of(dense)
     assert kind is not None
-    assert kind.schemes(dense) == tuple(first)
+    assert kind.schemes(dense) == (*first, *(["tucker"] if len(first) > 1 and dense.groups == 1 else []))
     for scheme, expected in first.items():
         one, two = sp.merge(sp.factorize(dense, scheme, EVERYTHING, rank=1))
         assert f"{one.kernel_size}/{one.stride}" == expected

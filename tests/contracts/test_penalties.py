@@ -396,7 +396,7 @@ def test_dense_value_and_gradient_are_as_accurate_as_stated(row: Row[Penalty], c
 
 def test_small_singular_values_are_pushed_less_never_wrongly() -> None:
     W = conditioned(20, 30, 1e7)
-    value, gradient = value_and_gradient(sp.NuclearNorm(1.0), linear(W))
+    value, gradient = value_and_gradient(sp.penalties.NuclearNorm(1.0), linear(W))
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     pushes = (U.T @ gradient @ Vh.T).diagonal()
     assert float(pushes.max()) <= 1 + 1e-8

@@ -113,14 +113,14 @@ def test_energy_of_a_spectrum_of_zeros() -> None:
 @thorough
 @given(rank=counts, full=st.integers(1, 40))
 def test_fixed_by_its_definition(rank: int, full: int) -> None:
-    assert sp.Fixed(rank)(torch.rand(full)) == min(rank, full)
+    assert sp.budget.Fixed(rank)(torch.rand(full)) == min(rank, full)
 
 
 @thorough
 @given(share=st.fractions(min_value=0, max_value=1, max_denominator=1000), full=st.integers(1, 2000))
 def test_fraction_by_its_definition(share: Exact, full: int) -> None:
     if share > 0:
-        assert sp.Fraction(float(share))(torch.zeros(full)) == math.ceil(share * full)
+        assert sp.budget.Fraction(float(share))(torch.zeros(full)) == math.ceil(share * full)
 
 
 def born(method: type, **knobs: object) -> object:

@@ -109,32 +109,38 @@ def outcome(history: Any, model: nn.Module) -> dict[str, Any]:
     return line(history) | {"weights": dict(plain.state_dict()), "output": output}
 
 
-PENALTIES = [sp.Orthogonality(0.5), sp.Hoyer(0.02), sp.FrobeniusDecay(1e-3)]
+PENALTIES = [sp.Orthogonality(0.5), sp.Hoyer(0.02), sp.penalties.FrobeniusDecay(1e-3)]
 
 
 def mlp(folder: Path, sharded: bool) -> dict[str, Any]:
     """Everything at once: shuffled data, a clipped gradient, a schedule, penalties."""
-    history, model, _ = train("mlp", sharded, penalties=PENALTIES, clip=0.5)
+    history, model, _ = train("mlp", sharded, penalties=PENALTIES, tuning=sp.Tuning(clip=0.5))
     return outcome(history, model)
 
 
 def conv(folder: Path, sharded: bool) -> dict[str, Any]:
     """Blocks of a grouped convolution, accumulated steps, penalties of composed weights."""
-    penalties = [sp.Orthogonality(0.5), sp.PolarHoyer(0.01), sp.NuclearNorm(0.001), sp.L1(0.01), TailEnergy({"3": 1}, {"3": 0.1})]
-    history, model, _ = train("conv", sharded, penalties=penalties, accumulate=2)
+    penalties = [
+        sp.Orthogonality(0.5),
+        sp.penalties.PolarHoyer(0.01),
+        sp.penalties.NuclearNorm(0.001),
+        sp.penalties.L1(0.01),
+        TailEnergy({"3": 1}, {"3": 0.1}),
+    ]
+    history, model, _ = train("conv", sharded, penalties=penalties, tuning=sp.Tuning(accumulate=2))
     return outcome(history, model)
 
 
 def ramp(folder: Path, sharded: bool) -> dict[str, Any]:
     """Ranks are cut while training goes on."""
     schedule = sp.Ramp(sp.Budget(macs=0.5), begin=0.2, end=0.7, cuts=2)
-    history, model, _ = train("mlp", sharded, penalties=PENALTIES, rank_schedule=schedule)
+    history, model, _ = train("mlp", sharded, penalties=PENALTIES, courses=[schedule])
     return outcome(history, model)
 
 
 def squeeze(folder: Path, sharded: bool) -> dict[str, Any]:
     """A schedule that is a penalty too."""
-    history, model, _ = train("mlp", sharded, penalties=PENALTIES, rank_schedule=sp.Squeeze(sp.Budget(macs=0.5), end=0.6, updates=3))
+    history, model, _ = train("mlp", sharded, penalties=PENALTIES, courses=[sp.Squeeze(sp.Budget(macs=0.5), end=0.6, updates=3)])
     return outcome(history, model)
 
 
@@ -261,10 +267,10 @@ def refused(folder: Path, sharded: bool) -> dict[str, Any]:
     """What a sharded model cannot do, said before anything has changed."""
     found: dict[str, Any] = {}
     attempts: dict[str, Callable[[], Any]] = {
-        "schedule": lambda: train("mlp", True, rank_schedule=sp.Ramp(0.9)),
-        "measured": lambda: train("mlp", True, execution="measured"),
-        "prune": lambda: sp.prune(shard(net("mlp")), sp.Fraction(0.5)),
-        "prune_": lambda: sp.prune_(shard(net("mlp")), sp.Fraction(0.5)),
+        "schedule": lambda: train("mlp", True, courses=[sp.Ramp(0.9)]),
+        "measured": lambda: train("mlp", True, tuning=sp.Tuning(execution="measured")),
+        "prune": lambda: sp.prune(shard(net("mlp")), sp.budget.Fraction(0.5)),
+        "prune_": lambda: sp.prune_(shard(net("mlp")), sp.budget.Fraction(0.5)),
         "save": lambda: sp.save(shard(net("mlp")), folder / "saved"),
         "plugin": train_with_a_plugin_that_is_left_aside,
         "factors": train_with_factors_apart,
@@ -324,7 +330,7 @@ def accelerated(folder: Path, sharded: bool) -> dict[str, Any]:
         with pytest.raises(SettingError, match="by size it would take factors out of their layers"):
             fit(model, loader(), LOSS, optimizer, 1, **options)
         accelerator.state.fsdp_plugin = by_kind
-    history = fit(model, loader(), LOSS, optimizer, 1, accumulate=2, clip=0.5, **options)
+    history = fit(model, loader(), LOSS, optimizer, 1, tuning=sp.Tuning(accumulate=2, clip=0.5), **options)
     assert has_shards(model) is sharded
     again = fit(model, loader(), LOSS, optimizer, 1, **options)
     if sharded:
@@ -336,7 +342,7 @@ def accelerated(folder: Path, sharded: bool) -> dict[str, Any]:
 def cut_between(folder: Path, sharded: bool) -> dict[str, Any]:
     """Sharded training, a cut of the gathered model, sharded training again."""
     _, model, _ = train("mlp", sharded, 1, penalties=PENALTIES)
-    cut = sp.prune(gathered(model), sp.Fraction(0.5))
+    cut = sp.prune(gathered(model), sp.budget.Fraction(0.5))
     saved = sp.save(cut, folder / f"cut.{processes()}.{sharded}.{torch.distributed.get_rank() if processes() > 1 else 0}")
     if sharded:
         cut = shard(cut)

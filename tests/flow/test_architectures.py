@@ -84,7 +84,7 @@ def test_a_head_and_its_embedding_share_their_factors(name: str) -> None:
     assert tied
     low = sp.factorize(dense, where=EVERYTHING)
     torch.testing.assert_close(zoo.run(low, inputs), zoo.run(dense, inputs), rtol=1e-4, atol=1e-5)  # as above
-    cut = sp.prune(low, sp.Fixed(7))
+    cut = sp.prune(low, sp.budget.Fixed(7))
     merged = sp.merge(cut)
     torch.testing.assert_close(zoo.run(merged, inputs), zoo.run(cut, inputs), rtol=1e-4, atol=1e-5)  # as above
     for group in tied:
@@ -102,7 +102,7 @@ def test_a_head_and_its_embedding_share_their_factors(name: str) -> None:
 def test_shared_layers_of_albert_are_factorized_once() -> None:
     dense, _ = zoo.build("albert")
     low = sp.factorize(dense)
-    names = [name for name, _ in sp.named_factors(low)]
+    names = [name for name, _ in sp.layers.named_factors(low)]
     assert len([name for name in names if name.endswith("ffn")]) == 1
     assert dense.config.num_hidden_layers == 2
 

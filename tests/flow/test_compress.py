@@ -200,7 +200,8 @@ def test_layers_that_cannot_be_compared_do_not_teach() -> None:
 
 def test_squeezing_first_makes_the_cut_nearly_free(trained: tuple[nn.Module, Any]) -> None:
     at_once = made(trained, cut="plain")
-    squeezed = made(trained, epochs=6, squeeze=0.8, optimizer=lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9))
+    tuning = sp.Tuning(optimizer=lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9))
+    squeezed = made(trained, epochs=6, squeeze=0.8, tuning=tuning)
     assert squeezed.cut == "squeezed"
     assert squeezed.measured["final"].macs <= 0.4 * squeezed.measured["dense"].macs  # type: ignore[operator]
     lost = squeezed.scores["recalibrated"]["loss"] - squeezed.scores["squeezed"]["loss"]
@@ -213,14 +214,14 @@ def test_squeezing_empties_the_tails_that_are_cut(trained: tuple[nn.Module, Any]
     schedules, run = [], module.fit  # type: ignore[attr-defined]
 
     def spy(*arguments: Any, **settings: Any) -> Any:
-        schedules.append(settings["rank_schedule"])
+        schedules.append(settings["courses"])
         return run(*arguments, **settings)
 
     monkeypatch.setattr(module, "fit", spy)
-    importance = sp.NormalizedEnergy(torch.zeros(1, 1, 8, 8))
+    importance = sp.budget.distortion.NormalizedEnergy(torch.zeros(1, 1, 8, 8))
     made(trained, epochs=2, squeeze=0.5, importance=importance)
-    assert schedules[0].importance is importance  # that of the cut
-    assert schedules[1] is None
+    assert schedules[0][0].importance is importance  # that of the cut
+    assert not schedules[1]
 
 
 class Stops:
@@ -284,7 +285,8 @@ def test_whatever_changes_the_result_belongs_to_the_folder(tmp_path: Path) -> No
         ({"model": other}, "weights"),
         ({"data": changed_data}, "data"),
         ({"where": sp.match("*")}, "where"),
-        ({"optimizer": lambda parameters: torch.optim.SGD(parameters, 0.1)}, "optimizer"),
+        ({"tuning": sp.Tuning(lambda parameters: torch.optim.SGD(parameters, 0.1))}, "optimizer"),
+        ({"tuning": sp.Tuning(clip=1.0)}, "clip"),
         ({"budget": {"macs": 0.9}}, "budget"),
     ):
         with pytest.raises(FormatError, match=f"another {name}"):
@@ -428,15 +430,49 @@ def test_large_weights_are_balanced_while_they_are_fine_tuned_and_orthonormal_ag
     seen: list[list[str]] = []
 
     def noted(network: nn.Module) -> list[str]:
-        seen.append(sp.balance_(network))
+        seen.append(sp.surgery.balance_(network))
         return seen[-1]
 
     monkeypatch.setattr(sys.modules["spectrim.surgery.balance"], "balance_", noted)
     call: dict[str, Any] = {"budget": sp.Budget(params=0.7), "epochs": 1, "where": sp.match("*"), "progress": False, "distill": None}
     made = compress(model, data, LOSS, **call)
     assert seen == [["0"]]
-    factors = dict(sp.named_factors(made.low))["0"]
+    factors = dict(sp.layers.named_factors(made.low))["0"]
     assert torch.allclose(factors.U.mT @ factors.U, torch.eye(factors.rank), atol=1e-5)
     assert torch.allclose(made.model(data[0][0]), made.low(data[0][0]), atol=1e-5)
     compress(model, data, LOSS, penalties=[sp.Orthogonality()], **call)
     assert len(seen) == 1  # a penalty on the factors wants them as they are
+
+
+def test_fine_tuning_that_ends_worse_than_the_cut_is_not_kept(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    x, y = torch.randn(256, 16), torch.randint(4, (256,))
+    data, loss = [(x, y)], nn.CrossEntropyLoss()
+    sp.fit(model, data, loss, torch.optim.Adam(model.parameters(), 0.01), 60, progress=False)
+
+    def destroy(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=100.0)
+
+    settings = {"eval_data": data, "cut": "whitened", "distill": None, "progress": False}
+    plain = sp.compress(model, data, loss, 0.7, **settings)  # type: ignore[arg-type]
+    made = sp.compress(model, data, loss, 0.7, 1, tuning=sp.Tuning(optimizer=destroy), **settings)  # type: ignore[arg-type]
+    assert "fine-tuned" in made.dropped
+    assert made.dropped["fine-tuned"]["loss"] > made.scores["final"]["loss"]
+    assert made.scores["final"] == pytest.approx(plain.scores[list(plain.scores)[-1]])
+    torch.testing.assert_close(made.model(x), plain.model(x))
+    assert any("fine-tuning ended worse" in warning for warning in made.verdict.warnings)
+    assert "fine-tuning ended worse" in caplog.text
+    assert made.summary().splitlines()[-1] == str(made.verdict)
+    assert "not kept: worse than the cut" in made.stages()
+    assert made.report["split"] == "validation"
+
+
+def test_every_step_is_named_from_the_first_second(capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), [(torch.randn(32, 16), torch.randint(4, (32,)))]
+    sp.compress(model, data, nn.CrossEntropyLoss(), 0.7, 1)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("compress ")]
+    assert told[0] == "compress 1/11: reading the calibration set"
+    assert told[-1] == "compress 11/11: merging and measuring"
+    assert [int(line.split()[1].split("/")[0]) for line in told] == sorted(int(line.split()[1].split("/")[0]) for line in told)
+    assert any("fine-tuning" in line for line in told)

@@ -66,7 +66,7 @@ def test_two_processes_train_what_one_does(folder: Path, tmp_path: Path, name: s
 
 def test_penalties_are_in_the_gradient_once(folder: Path, tmp_path: Path) -> None:
     """The comparison above would not see a penalty that is too weak to matter: without it the weights differ."""
-    (first, _), (history, model, _) = of(folder, "ddp_mlp"), worker.train("mlp", False, clip=0.5)
+    (first, _), (history, model, _) = of(folder, "ddp_mlp"), worker.train("mlp", False, tuning=sp.Tuning(clip=0.5))
     plain = dict(model.state_dict())
     assert max(float((plain[name] - weight).abs().max()) for name, weight in first["weights"].items()) > 1e-3
     assert first["epochs"][0].keys() - history.last.keys() == {"Orthogonality", "Hoyer", "FrobeniusDecay"}

@@ -55,8 +55,8 @@ def main(folder):
         print(epoch, digest(model), flush=True)
 
     penalties = [sp.Orthogonality(), sp.Hoyer(0.01)]
-    sp.fit(model, data, nn.CrossEntropyLoss(), optimizer, EPOCHS, penalties=penalties, scheduler=scheduler, eval_data=data,
-           checkpoint=folder, callbacks=[after], progress=False)
+    sp.fit(model, data, nn.CrossEntropyLoss(), optimizer, EPOCHS, penalties=penalties, eval_data=data,
+           tuning=sp.Tuning(scheduler=scheduler), checkpoint=folder, callbacks=[after], progress=False)
 """
 
 

@@ -85,7 +85,7 @@ def test_a_ladder_is_what_counting_says_at_every_rank(name: str) -> None:
     make, inputs, scheme = CASES[name]
     low, x = sp.factorize(make(), scheme, EVERYTHING), inputs()
     costs = ladder(low, x).unit("macs")
-    full = {weight: factors.rank for weight, factors in sp.named_factors(low)}
+    full = {weight: factors.rank for weight, factors in sp.layers.named_factors(low)}
     assert costs.whole == count_macs(sp.merge(low), x)
     for weight, rank in full.items():
         for cut in {1, 2, rank // 4, rank - 1}:

@@ -115,7 +115,9 @@ def test_merged_recurrent_layers_are_traced_by_jit_and_fx(kind: Any, settings: d
 
 @pytest.mark.parametrize("cut", ["auto", "plain", "whitened", "sensitive", "mixed"])
 def test_a_frozen_network_is_compressed_without_epochs(cut: Any, tmp_path: Path) -> None:
-    made = sp.compress(net().requires_grad_(False), DATA, LOSS, 0.6, cut=cut, folder=tmp_path, optimizer=torch.optim.Adam, progress=False)
+    made = sp.compress(
+        net().requires_grad_(False), DATA, LOSS, 0.6, cut=cut, folder=tmp_path, tuning=sp.Tuning(optimizer=torch.optim.Adam), progress=False
+    )
     assert made.measured["final"].macs <= 0.6 * made.measured["dense"].macs
     assert not any(parameter.requires_grad for parameter in made.model.parameters())
 
@@ -134,7 +136,7 @@ def test_verbs_give_trainable_networks_in_inference_mode_and_of_inference_tensor
         low = sp.factorize(model, where=["0", "2"])
         sp.fit(low, DATA, LOSS, torch.optim.Adam(low.parameters()), 1, progress=False)
         found = sp.calibrate(low, DATA, LOSS)
-        cut = sp.correct(sp.prune(low, sp.Fixed(4), calibration=found), low, DATA)
+        cut = sp.correct(sp.prune(low, sp.budget.Fixed(4), calibration=found), low, DATA)
         made = sp.compress(model, DATA, LOSS, 0.6, epochs=1, progress=False)
         sp.plan(model, DATA[0][0], DATA, LOSS, budgets=[0.6])
         merged = sp.merge(cut)

@@ -41,7 +41,7 @@ def test_singular_values() -> None:
 
 
 def test_error_of_rank_one() -> None:
-    cut = sp.prune(sp.factorize(linear(W)), sp.Fixed(1))
+    cut = sp.prune(sp.factorize(linear(W)), sp.budget.Fixed(1))
     # 1.8652621023877185 ** 2 = 3.4792027106
     assert float((cut.weight.detach() - W).square().sum()) == pytest.approx(1.8652621023877185**2, **EXACT)
 
@@ -55,7 +55,7 @@ def test_composed_weight() -> None:
 def test_true_singular_values_of_the_product() -> None:
     # np.linalg.svd(U @ np.diag(S) @ Vh, compute_uv=False)
     assert svd_of_product(U, S, VH)[1].tolist() == pytest.approx([2.0643535304499623, 0.8879439742003854], **EXACT)
-    assert sp.prune(by_hand(), sp.Fixed(2)).S.tolist() == pytest.approx([2.0643535304499623, 0.8879439742003854], **EXACT)
+    assert sp.prune(by_hand(), sp.budget.Fixed(2)).S.tolist() == pytest.approx([2.0643535304499623, 0.8879439742003854], **EXACT)
 
 
 def test_penalties() -> None:
@@ -65,8 +65,8 @@ def test_penalties() -> None:
     assert float(sp.Orthogonality(2.0)(low)) == pytest.approx(0.6725, **EXACT)
     # (2 + 1) / sqrt(4 + 1) - 1;  3**2 / 5 - 1;  2 + 1
     assert float(sp.Hoyer(1.0)(low)) == pytest.approx(0.3416407864998738, **EXACT)
-    assert float(sp.HoyerSquare(1.0)(low)) == pytest.approx(0.8, **EXACT)
-    assert float(sp.L1(0.1)(low)) == pytest.approx(0.3, **EXACT)
+    assert float(sp.penalties.HoyerSquare(1.0)(low)) == pytest.approx(0.8, **EXACT)
+    assert float(sp.penalties.L1(0.1)(low)) == pytest.approx(0.3, **EXACT)
 
 
 def test_both_folds_of_a_kernel() -> None:
@@ -83,8 +83,8 @@ def test_rank_rules() -> None:
     # energies 9, 4, 1 of 14: 9/14 = 0.643, 13/14 = 0.929
     spectrum = torch.tensor([3.0, 2.0, 1.0])
     assert [sp.Energy(keep)(spectrum) for keep in (0.64, 0.65, 0.92, 0.93, 1.0)] == [1, 2, 2, 3, 3]
-    assert [sp.Fraction(share)(spectrum) for share in (0.1, 0.34, 0.67, 1.0)] == [1, 2, 3, 3]
-    assert [sp.Fixed(rank)(spectrum) for rank in (1, 3, 9)] == [1, 3, 3]
+    assert [sp.budget.Fraction(share)(spectrum) for share in (0.1, 0.34, 0.67, 1.0)] == [1, 2, 3, 3]
+    assert [sp.budget.Fixed(rank)(spectrum) for rank in (1, 3, 9)] == [1, 3, 3]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ LOSS = nn.CrossEntropyLoss()
 def network() -> nn.Module:
     torch.default_generator.manual_seed(3)
     model = sp.factorize(nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3)), where=lambda name, module: True)
-    for _, factors in sp.named_factors(model):  # away from orthonormal factors, where the gradient of that penalty is zero
+    for _, factors in sp.layers.named_factors(model):  # away from orthonormal factors, where the gradient of that penalty is zero
         with torch.no_grad():
             factors.U.add_(0.05 * torch.randn_like(factors.U))
     return model
@@ -135,9 +135,9 @@ def test_each_step_has_every_penalty_once(accumulate: int, tmp_path: Path) -> No
 )
 def test_it_trains_like_fit(schedule: Any, accumulate: int, tmp_path: Path) -> None:
     other, module = network(), Net(torch.optim.Adam, 0.01)
-    settings = {"penalties": PENALTIES, "rank_schedule": schedule, "accumulate": accumulate, "progress": False}
+    settings = {"penalties": PENALTIES, "courses": [schedule], "tuning": sp.Tuning(accumulate=accumulate), "progress": False}
     fitted = sp.fit(other, list(points()), LOSS, torch.optim.Adam(other.parameters(), 0.01), 2, **settings)
-    callback = SpectrimCallback(PENALTIES, schedule)
+    callback = SpectrimCallback(PENALTIES, courses=[schedule])
     trainer(tmp_path, [callback], accumulate_grad_batches=accumulate, max_epochs=2).fit(module, points())
     ranks = [{f"model.{name}": rank for name, rank in cut["ranks"].items()} for cut in fitted.cuts]
     assert [(cut["step"], cut["ranks"]) for cut in callback.cuts] == [(cut["step"], r) for cut, r in zip(fitted.cuts, ranks, strict=True)]
@@ -150,8 +150,8 @@ def test_it_trains_like_fit(schedule: Any, accumulate: int, tmp_path: Path) -> N
 def test_courses_and_lessons_train_like_fit(accumulate: int, tmp_path: Path) -> None:
     teacher = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
     other, module = network(), Student(torch.optim.Adam, 0.01)
-    lesson = {prefix: sp.Distillation(teacher, 2.0, 0.6) for prefix in ("", "model.")}
-    settings = {"penalties": PENALTIES, "courses": [Shrink()], "accumulate": accumulate, "progress": False}
+    lesson = {prefix: sp.Distillation(teacher, temperature=2.0, weight=0.6) for prefix in ("", "model.")}
+    settings = {"penalties": PENALTIES, "courses": [Shrink()], "tuning": sp.Tuning(accumulate=accumulate), "progress": False}
     fitted = sp.fit(other, list(points()), LOSS, torch.optim.Adam(other.parameters(), 0.01), 2, lessons=[lesson[""]], **settings)
     callback = SpectrimCallback(PENALTIES, courses=[Shrink()], lessons=[lesson["model."]])
     run = trainer(tmp_path, [callback], accumulate_grad_batches=accumulate, max_epochs=2)
@@ -229,7 +229,9 @@ def test_half_precision_penalises_in_full(tmp_path: Path) -> None:
 def test_a_run_resumes_through_cuts(schedule: Any, tmp_path: Path) -> None:
     def run(**settings: Any) -> Any:
         saver = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-        return trainer(tmp_path, [SpectrimCallback(PENALTIES, schedule), saver], max_epochs=4, enable_checkpointing=True, **settings)
+        return trainer(
+            tmp_path, [SpectrimCallback(PENALTIES, courses=[schedule]), saver], max_epochs=4, enable_checkpointing=True, **settings
+        )
 
     whole = Net(torch.optim.Adam, 0.01)
     first = run()
@@ -247,13 +249,13 @@ def test_a_run_resumes_through_cuts(schedule: Any, tmp_path: Path) -> None:
 
 def test_an_earlier_checkpoint_may_be_larger(tmp_path: Path) -> None:
     saver = pl.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    callback = SpectrimCallback(rank_schedule=sp.Ramp(0.5, cuts=1, end=0.6))
+    callback = SpectrimCallback(courses=[sp.Ramp(0.5, cuts=1, end=0.6)])
     run = trainer(tmp_path, [callback, saver], max_epochs=2, enable_checkpointing=True)
     module = Net()
     run.fit(module, points())
     assert callback.cuts[0]["ranks"]["model.0"] < 10
     run.validate(module, points(), ckpt_path=tmp_path / "epoch=0.ckpt", verbose=False, weights_only=True)
-    assert {name: factors.rank for name, factors in sp.named_factors(module)} == {"model.0": 10, "model.2": 3}
+    assert {name: factors.rank for name, factors in sp.layers.named_factors(module)} == {"model.0": 10, "model.2": 3}
     assert not module._load_state_dict_pre_hooks  # nothing lingers
 
 
@@ -265,11 +267,11 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
 
     ramp = sp.Ramp(0.5)
     module = Manual()
-    with pytest.raises(SettingError, match="rank_schedule must be None with manual optimization"):
-        trainer(tmp_path, [SpectrimCallback(rank_schedule=ramp)]).fit(module, points())
+    with pytest.raises(SettingError, match="courses must be empty with manual optimization"):
+        trainer(tmp_path, [SpectrimCallback(courses=[ramp])]).fit(module, points())
     assert not module._load_state_dict_pre_hooks
     with pytest.raises(SettingError, match=r"number of steps is not known.*max_steps"):
-        trainer(tmp_path, [SpectrimCallback(rank_schedule=ramp)], max_epochs=-1).fit(Net(), points())
+        trainer(tmp_path, [SpectrimCallback(courses=[ramp])], max_epochs=-1).fit(Net(), points())
     with pytest.raises(SettingError, match="callbacks must be one"):
         trainer(tmp_path, [SpectrimCallback(), type("Other", (SpectrimCallback,), {})()]).fit(Net(), points())
 
@@ -313,7 +315,7 @@ def test_pytorch_lightning_is_as_good(tmp_path: Path, monkeypatch: pytest.Monkey
     net = kind()
     net.model, net.make = network(), lambda: torch.optim.SGD(net.parameters(), 0.1)
     monkeypatch.setitem(kind.training_step.__globals__, "penalty", module.penalty)
-    callback = module.SpectrimCallback([sp.Hoyer(0.1)], sp.Ramp(0.5, cuts=1))
+    callback = module.SpectrimCallback([sp.Hoyer(0.1)], courses=[sp.Ramp(0.5, cuts=1)])
     run = trainer(tmp_path, [callback], older)
     run.fit(net, points())
     assert [cut["step"] for cut in callback.cuts] == [3]

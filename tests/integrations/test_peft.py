@@ -64,7 +64,7 @@ def test_merged_adapters_go_through_the_verbs() -> None:
     expected = logits(model)
     low = sp.factorize(model.merge_and_unload())
     torch.testing.assert_close(logits(low), expected)
-    cut = sp.prune(low, sp.Fixed(3))
+    cut = sp.prune(low, sp.budget.Fixed(3))
     assert {factors.rank for _, factors in named_factors(cut)} == {3}
     torch.testing.assert_close(logits(sp.merge(cut)), logits(cut))
 

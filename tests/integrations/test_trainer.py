@@ -52,7 +52,7 @@ def language_model(where: Any = None, **settings: Any) -> nn.Module:
 
 def disturbed(model: nn.Module) -> nn.Module:
     """Away from orthonormal factors, where the gradient of that penalty is zero."""
-    for _, factors in sp.named_factors(model):
+    for _, factors in sp.layers.named_factors(model):
         with torch.no_grad():
             factors.U.add_(0.05 * torch.randn_like(factors.U))
     return model
@@ -200,11 +200,11 @@ def test_it_trains_like_fit(case: str, accumulate: int, tmp_path: Path) -> None:
         torch.optim.SGD(other.parameters(), 0.05, momentum=0.9),
         epochs=1,
         penalties=PENALTIES,
-        rank_schedule=schedule,
-        accumulate=accumulate,
+        courses=[schedule],
+        tuning=sp.Tuning(accumulate=accumulate),
         progress=False,
     )
-    callback = SpectrimCallback(PENALTIES, schedule)
+    callback = SpectrimCallback(PENALTIES, courses=[schedule])
     optimizer = torch.optim.SGD(mine.parameters(), 0.05, momentum=0.9)
     run = trainer(mine, data, tmp_path, callback, optimizer=optimizer, gradient_accumulation_steps=accumulate, max_steps=steps)
     run.train()
@@ -219,9 +219,9 @@ def test_squeeze_trains_like_fit(tmp_path: Path) -> None:
     squeeze = sp.Squeeze(sp.Budget(params=0.5), begin=0.0, end=0.8)
     other, mine = classifier(), classifier()
     pairs = [(batch, batch["labels"]) for batch in batches(data, 4)]
-    settings = {"penalties": PENALTIES, "rank_schedule": squeeze, "progress": False}
+    settings = {"penalties": PENALTIES, "courses": [squeeze], "progress": False}
     fitted = sp.fit(other, pairs, lambda output, _: output["loss"], torch.optim.Adam(other.parameters(), 0.01), 2, **settings)
-    callback = SpectrimCallback(PENALTIES, squeeze)
+    callback = SpectrimCallback(PENALTIES, courses=[squeeze])
     run = trainer(mine, data, tmp_path, callback, optimizer=torch.optim.Adam(mine.parameters(), 0.01), max_steps=12, logging_steps=6)
     run.args.logging_strategy = "steps"
     run.train()
@@ -236,10 +236,16 @@ def test_courses_and_lessons_train_like_fit(case: str, accumulate: int, tmp_path
     make, data = CASES[case]
     torch.manual_seed(7)
     other, mine, teacher = make(), make(), disturbed(make())
-    names = [name for name, _ in sp.named_factors(other)][:1]
-    lesson = sp.Distillation(teacher, 2.0, 0.6, features=0.5, layers=tuple(names))
+    names = [name for name, _ in sp.layers.named_factors(other)][:1]
+    lesson = sp.Distillation(teacher, temperature=2.0, weight=0.6, features=0.5, layers=tuple(names))
     pairs = [(batch, batch["labels"]) for batch in batches(data, 4)]
-    settings = {"penalties": PENALTIES, "courses": [Shrink()], "lessons": [lesson], "accumulate": accumulate, "progress": False}
+    settings = {
+        "penalties": PENALTIES,
+        "courses": [Shrink()],
+        "lessons": [lesson],
+        "tuning": sp.Tuning(accumulate=accumulate),
+        "progress": False,
+    }
     fitted = sp.fit(other, pairs, lambda output, _: output["loss"], torch.optim.SGD(other.parameters(), 0.05), 1, **settings)
     callback = SpectrimCallback(PENALTIES, courses=[Shrink()], lessons=[lesson])
     optimizer, steps = torch.optim.SGD(mine.parameters(), 0.05), len(pairs) // accumulate
@@ -355,7 +361,7 @@ def test_a_loss_function_of_ones_own(tmp_path: Path) -> None:
 
 def resumable(make: Callable[[], nn.Module], data: Any, folder: Path, schedule: Any, **settings: Any) -> Any:
     saving = {"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "linear", "max_steps": 6, "save_strategy": "steps"}
-    return trainer(make(), data, folder, SpectrimCallback(PENALTIES, schedule), **{**saving, "save_steps": 1, **settings})
+    return trainer(make(), data, folder, SpectrimCallback(PENALTIES, courses=[schedule]), **{**saving, "save_steps": 1, **settings})
 
 
 RESUMED = [("the Trainer averages", sp.Ramp(0.7, cuts=2, end=0.7)), ("the model averages", sp.Squeeze(sp.Budget(params=0.5), end=0.7))]
@@ -394,7 +400,7 @@ def test_the_best_model_may_be_larger(tmp_path: Path) -> None:
     run.train()
     assert run._spectrim.cuts[0]["step"] == 2
     assert run.state.best_global_step == 1  # nothing was learned, and cutting cost accuracy
-    assert {factors.rank for _, factors in sp.named_factors(run.model)} == {10, 3}
+    assert {factors.rank for _, factors in sp.layers.named_factors(run.model)} == {10, 3}
     assert run.evaluate()["eval_loss"] == pytest.approx(run.state.best_metric)
     held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for p in run.model.parameters()}
@@ -404,7 +410,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
     found = []
     for settings in ({}, {"gradient_checkpointing": True}):
         model = language_model()
-        callback = SpectrimCallback(PENALTIES, sp.Ramp(0.8, cuts=1, end=0.5))
+        callback = SpectrimCallback(PENALTIES, courses=[sp.Ramp(0.8, cuts=1, end=0.5)])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # transformers renames the argument
             trainer(model, texts(), tmp_path, callback, max_steps=3, learning_rate=0.01, **settings).train()
@@ -438,19 +444,19 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="callbacks must be one"):
         run.train()
     with pytest.raises(LayerError, match="no factorized layer"):
-        trainer(Classifier(), points(), tmp_path, SpectrimCallback(rank_schedule=sp.Ramp(0.5)), max_steps=20).train()
+        trainer(Classifier(), points(), tmp_path, SpectrimCallback(courses=[sp.Ramp(0.5)]), max_steps=20).train()
 
 
 def test_several_processes_may_penalise_but_not_cut() -> None:
-    callback = SpectrimCallback(PENALTIES, sp.Ramp(0.5))
-    with pytest.raises(SettingError, match="rank_schedule must be None with 2 processes"):
+    callback = SpectrimCallback(PENALTIES, courses=[sp.Ramp(0.5)])
+    with pytest.raises(SettingError, match="courses must be empty with 2 processes"):
         callback.steps.begin(classifier(), 2, 0)
     SpectrimCallback(PENALTIES).steps.begin(classifier(), 2, 0)
 
 
 def test_sharded_factors_are_refused() -> None:
     model = classifier()
-    _, factors = next(iter(sp.named_factors(model)))
+    _, factors = next(iter(sp.layers.named_factors(model)))
     factors.U = nn.Parameter(torch.empty(0))  # as sharding leaves them outside of forward
     with pytest.raises(LayerError, match="sharded"):
         SpectrimCallback(PENALTIES).steps.begin(model, 2, 0)

@@ -15,7 +15,7 @@ from spectrim.budget.knapsack import _knapsack, _Limit, _limit
 from spectrim.budget.ladder import Ladder, ladder
 from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form, Size
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance, Latencies
 
@@ -29,7 +29,7 @@ def allocate(
     latency: Latencies | None = None,
     multiple: int | None = None,
     prices: Ladder | None = None,
-) -> dict[str, int]:
+) -> dict[str, Size]:
     """Return the rank of each factorized weight that adds the least distortion within a budget.
 
     The multiple-choice knapsack ``min sum_l distortion_l(r_l)`` subject to ``sum_l cost_l(r_l) <= budget - fixed`` for each limit of the
@@ -51,7 +51,7 @@ def allocate(
             None.
 
     Returns:
-        ``{name: rank}`` for `prune`.
+        ``{name: rank}`` for `prune`; of a Tucker form the ranks of outputs and inputs.
 
     Raises:
         LayerError: when nothing is factorized, or for invalid distortions, see
@@ -80,8 +80,8 @@ def allocate(
 
 
 def allocated(
-    held: Mapping[str, Factors], budget: Budget, prices: Ladder, distortions: Mapping[str, Tensor], multiple: int | None
-) -> dict[str, int]:
+    held: Mapping[str, Form], budget: Budget, prices: Ladder, distortions: Mapping[str, Tensor], multiple: int | None
+) -> dict[str, Size]:
     """Solve the knapsack of `allocate`, from what is computed already.
 
     Args:
@@ -95,7 +95,7 @@ def allocated(
     limits = limits_of(budget, prices, choices)
     typical = float(torch.stack([entry[0] for entry in distortions.values()]).mean())
     picked = _knapsack([distortions[name][ranks] for name, ranks in choices.items()], limits, typical)
-    return {name: ranks[index] for (name, ranks), index in zip(choices.items(), picked, strict=True)}
+    return {name: held[name].size_of(ranks[index]) for (name, ranks), index in zip(choices.items(), picked, strict=True)}
 
 
 def check_floor(model: nn.Module, budget: Budget, prices: Ladder) -> None:
@@ -109,8 +109,8 @@ def check_floor(model: nn.Module, budget: Budget, prices: Ladder) -> None:
     limits_of(budget, prices, choices_of(dict(named_factors(model)), budget, prices, None))
 
 
-def choices_of(held: Mapping[str, Factors], budget: Budget, prices: Ladder, multiple: int | None) -> dict[str, list[int]]:
-    """Return the ranks to choose from for each weight: those that cost less than the present one in a limited unit, and that one."""
+def choices_of(held: Mapping[str, Form], budget: Budget, prices: Ladder, multiple: int | None) -> dict[str, list[int]]:
+    """Return the rungs to choose from for each weight: those that cost less than the present one in a limited unit, and that one."""
     tables = [prices.unit((FRACTIONS | ABSOLUTE)[name]).weights for name in budget.limits]
     choices = {}
     for name, factors in held.items():

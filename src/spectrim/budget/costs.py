@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers import FactorizedLayer, Site, named_factors, sites
 from spectrim.layers.uses import Call, Work
 from spectrim.layers.watching import calls_for, runs_factors
@@ -71,7 +71,7 @@ def costs_of(model: nn.Module, used: Sequence["Call"], inputs: Any, latency: Lat
     for call in used:
         work[call.layer, call.weight].append(call.macs)
     limits, batch = break_evens(model, latency), batch_size_of(inputs, model=model, unknown=1)
-    users: dict[Factors, list[_User]] = defaultdict(list)
+    users: dict[Form, list[_User]] = defaultdict(list)
     for site in sites(model):
         users[site.factors].append(_User(site, limits[site.name], work.get((site.layer, site.key), [])))
     return {name: _costs(factors, users[factors], batch, latency) for name, factors in named_factors(model)}
@@ -112,7 +112,7 @@ class _User:
         return rank if rank is not None and rank <= self.limit else None
 
 
-def _costs(factors: Factors, users: Sequence[_User], batch: int, latency: Latencies | None) -> RankCosts:
+def _costs(factors: Form, users: Sequence[_User], batch: int, latency: Latencies | None) -> RankCosts:
     def macs(rank: int | None) -> float:
         return sum(call(user.written(rank)) for user in users for call in user.calls) / batch
 

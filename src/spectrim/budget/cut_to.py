@@ -11,6 +11,7 @@ from spectrim.budget.budget import Budget
 from spectrim.budget.distortion.base import distortions_of
 from spectrim.budget.ladder import Ladder, ladder
 from spectrim.budget.ways import Way
+from spectrim.forms.form import Size
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance, Latencies, RankRule
 from spectrim.surgery.correct import correct_
@@ -40,7 +41,7 @@ class CutNetwork:
 
     way: str
     state: State
-    ranks: Mapping[str, int]
+    ranks: Mapping[str, Size]
     scores: Mapping[str, Scores]
     dropped: Mapping[str, Scores] = field(default_factory=dict)
 
@@ -96,19 +97,23 @@ class Workbench:
             self._distortions[way.name] = way.distortion(self.network, self.decomposed, self.inputs)
         return self._distortions[way.name]
 
-    def ranks(self, target: Budget | RankRule | Mapping[str, int], way: Way, importance: Importance | None = None) -> dict[str, int]:
+    def ranks(self, target: Budget | RankRule | Mapping[str, Size], way: Way, importance: Importance | None = None) -> dict[str, Size]:
         """Return the rank of each weight: allocated to a budget, or by a rule on the spectrum in the way's metric, or as given."""
         self.restore()
         if isinstance(target, Budget):
             by = importance or (lambda model: self.distortions(way))
             return allocated(self.decomposed.factors, target, self.prices, distortions_of(self.network, by), None)
-        chosen = {}
+        chosen: dict[str, Size] = {}
         for name, factors in named_factors(self.network):
-            choose = chooser(target, name, factors.shape, factors.rank)
-            chosen[name] = choose(self.decomposed.spectrum(name, way.metric))
+            if isinstance(target, Mapping):
+                chosen[name] = factors.checked(name, target.get(name, factors.size))
+            elif factors.is_matrix:
+                chosen[name] = chooser(target, name, factors.shape)(self.decomposed.spectrum(name, way.metric))
+            else:
+                chosen[name] = factors.cut(chooser(target, name, factors.shape)).size
         return chosen
 
-    def cut(self, ranks: Mapping[str, int], way: Way) -> None:
+    def cut(self, ranks: Mapping[str, Size], way: Way) -> None:
         """Cut the whole network, in place."""
         self.restore()
         self._cut = True
@@ -116,7 +121,7 @@ class Workbench:
 
     def cut_to(
         self,
-        target: Budget | RankRule | Mapping[str, int],
+        target: Budget | RankRule | Mapping[str, Size],
         way: Way,
         score: Callable[[nn.Module], Scores],
         *,
@@ -157,7 +162,7 @@ class Workbench:
 
 def cut_to(
     model: nn.Module,
-    target: Budget | RankRule | Mapping[str, int],
+    target: Budget | RankRule | Mapping[str, Size],
     way: Way,
     inputs: Any,
     score: Callable[[nn.Module], Scores],

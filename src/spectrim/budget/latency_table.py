@@ -18,7 +18,7 @@ from spectrim.budget.timing import Backend, _example, _forms, _Operation, _shape
 from spectrim.budget.whole_network import time_network
 from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError, SettingError
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers import FactorizedLayer, factor_name, named_layers, sites
 from spectrim.layers.uses import Call
 
@@ -136,8 +136,10 @@ def _grid(most: int, step: int, points: int) -> tuple[int, ...]:
     return tuple(sorted({step * round(n) for n in np.geomspace(1, steps, min(points, steps))}))
 
 
-def _most(own: Sequence[Call], factors: Factors) -> int:
+def _most(own: Sequence[Call], factors: Form) -> int:
     """Return the largest rank at which two operations take fewer multiply-accumulates than the dense one, over all calls."""
+    if not factors.is_matrix:
+        return 0
     dense, single = (sum(call.macs(rank) for call in own) for rank in (None, 1))
     return min(factors.full_rank, math.ceil(dense / single) - 1) if single else 0
 

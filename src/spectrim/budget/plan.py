@@ -19,9 +19,11 @@ from spectrim.budget.cut_to import Workbench
 from spectrim.budget.ladder import Ladder, UnitCost, ladder
 from spectrim.budget.plan_table import BudgetPlan, Plan, SkippedLayer, Totals, WeightPlan
 from spectrim.budget.promise import cut_totals, recounted
+from spectrim.budget.schemes import at_budget
 from spectrim.budget.ways import WAYS, Way
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.errors import SettingError
+from spectrim.forms.form import rung_of
 from spectrim.layers import named_factors
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.calls import call_model, evaluating
@@ -79,7 +81,7 @@ def plan(
             change of the layers' outputs, with `loss` too by the loss; without it by the weights alone.
         loss: called as ``loss(output, target)``, gives the mean over targets.
         budgets: fractions of the multiply-accumulates kept, in (0, 1], `Budget` values, or dicts of their fields.
-        scheme: as for `factorize`; of no effect on a factorized model.
+        scheme: as for `factorize`, where ``auto`` chooses at the middle budget, as `compress` does; of no effect on a factorized model.
         writing: as for `factorize`; of no effect on a factorized model.
         where: as for `factorize`, and for the reasons of what is skipped.
         latency: a `LatencyTable` of the factorized model; adds predicted seconds, and decides what is split.
@@ -121,6 +123,8 @@ def plan(
         same_function(dense, held, inputs, names=("dense", "factorized"))
     prices = ladder(held, inputs, latency, dense_model=dense, check=True, own=True)
     _check_inputs(prices, latency)
+    if dense is not None and scheme == "auto" and latency is None and calibration is None and wanted:
+        held, prices = at_budget(held, wanted[len(wanted) // 2], inputs, prices, dense)
     judge = _Judge.of(held, inputs, data if eval_data is None else eval_data, loss, examples)
     if calibration is None and data is not None:
         calibration = calibrate(held, data, loss, examples=examples, progress=progress)
@@ -220,7 +224,7 @@ def _row(bench: Workbench, budget: Budget, way: Way, *, judge: _Judge) -> Budget
     except SettingError as error:
         return BudgetPlan(budget.limits, problem=str(error))
     bench.cut(ranks, way)
-    totals = cut_totals(bench.network, ranks, bench.prices)
+    totals = cut_totals(bench.decomposed.factors, ranks, bench.prices)
     if bench.prices.corrected:  # where formulas were wrong once, every network is counted
         totals = recounted("plan", budget, bench.network, bench.inputs, bench.prices)
     return BudgetPlan(budget.limits, ranks, _judged(totals, judge.judged(bench.network)))
@@ -234,7 +238,7 @@ def _predicted(row: BudgetPlan, weights: Sequence[WeightPlan], fixed: Totals) ->
     """Add the seconds that the latency table predicts."""
     if row.totals is None or fixed.latency_s is None:
         return row
-    seconds = fixed.latency_s + sum(weight.seconds[row.ranks[weight.name] - 1] for weight in weights if weight.seconds is not None)
+    seconds = fixed.latency_s + sum(weight.seconds[weight.rung_of(row.ranks[weight.name]) - 1] for weight in weights if weight.seconds)
     return replace(row, totals=replace(row.totals, latency_s=seconds))
 
 
@@ -257,9 +261,10 @@ def _weights(bench: Workbench, lines: Iterable[LayerCoverage], distortions: Mapp
                 cost.dense_macs,
                 cost.dense_params,
                 cost.dense_seconds,
-                int(line.break_even or 0),
+                rung_of(line.break_even or 0),
                 factors.dtype.itemsize,
                 bench.latency.multiple(name) if bench.latency else 1,
+                None if factors.is_matrix else factors.path(),
             )
         )
     return tuple(found)
@@ -285,12 +290,11 @@ def _totals(costs: Mapping[str, UnitCost], judged: Mapping[str, float]) -> tuple
 
 
 def _settings(model: nn.Module, inputs: Any, latency: Latencies | None, *, examples: int | None) -> dict[str, Any]:
-    names = ("spectrim", "torch")
     table = {name: getattr(latency, name) for name in ("backend", "threads", "machine") if hasattr(latency, name)}
     return {
         "model": type(model).__name__,
         "batch": batch_size_of(inputs, model=model, unknown=1),
         "examples": examples,
         "latency": json.loads(json.dumps(table, default=dict)) if latency else None,
-        "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("spectrim", "torch")} | {"python": platform.python_version()},
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 from spectrim.errors import FormatError
 from spectrim.files import read_json, write_json
+from spectrim.forms.form import Size, ranks_in, rung_of, shown
 from spectrim.metrics.table import markdown_table
 
 FORMAT = 1
@@ -33,6 +34,7 @@ class WeightPlan:
         break_even: the largest rank at which two operations cost less than one dense operation.
         element_bytes: of one stored number.
         multiple: ranks are multiples of it.
+        sizes: the size at each rung, for a form with several ranks; None where a rung is a rank.
     """
 
     name: str
@@ -51,6 +53,15 @@ class WeightPlan:
     break_even: int
     element_bytes: int
     multiple: int = 1
+    sizes: tuple[tuple[int, ...], ...] | None = None
+
+    def rung_of(self, size: Size) -> int:
+        """Return the rung of a size."""
+        return rung_of(size)
+
+    def shown(self, rung: int) -> str:
+        """Return the size of a rung as text."""
+        return str(rung) if self.sizes is None or not rung else shown(self.sizes[rung - 1])
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,7 @@ class BudgetPlan:
     """
 
     budget: Mapping[str, float]
-    ranks: Mapping[str, int] = field(default_factory=dict)
+    ranks: Mapping[str, Size] = field(default_factory=dict)
     totals: Totals | None = None
     problem: str = ""
 
@@ -192,11 +203,14 @@ def _weight_from(entry: Mapping[str, Any]) -> WeightPlan:
     names = ("shape", "spectrum", "macs", "params")
     seconds = None if entry["seconds"] is None else tuple(entry["seconds"])
     distortions = {name: tuple(values) for name, values in entry["distortions"].items()}
-    return WeightPlan(**{**entry, **{name: tuple(entry[name]) for name in names}, "seconds": seconds, "distortions": distortions})
+    sizes = entry.get("sizes") and tuple(tuple(size) for size in entry["sizes"])
+    more = {"seconds": seconds, "distortions": distortions, "sizes": sizes}
+    return WeightPlan(**{**entry, **{name: tuple(entry[name]) for name in names}, **more})
 
 
 def _budget_from(entry: Mapping[str, Any]) -> BudgetPlan:
-    return BudgetPlan(**{**entry, "totals": None if entry["totals"] is None else Totals(**entry["totals"])})
+    ranks = {name: tuple(size) if isinstance(size, list) else size for name, size in entry["ranks"].items()}
+    return BudgetPlan(**{**entry, "ranks": ranks, "totals": None if entry["totals"] is None else Totals(**entry["totals"])})
 
 
 # Texts
@@ -231,7 +245,7 @@ def _budget_table(found: Plan) -> str:
     return "\n".join([f"ranks by {found.importance}; right after the cut, without training", table, *problems])
 
 
-def _cells(name: str, totals: Totals, dense: Totals, ranks: Mapping[str, int]) -> list[str]:
+def _cells(name: str, totals: Totals, dense: Totals, ranks: Mapping[str, Size]) -> list[str]:
     def part(value: int, whole: int) -> str:
         return f"{value:,.0f} ({100 * value / whole:.1f} %)" if whole else f"{value:,.0f}"
 
@@ -244,7 +258,7 @@ def _cells(name: str, totals: Totals, dense: Totals, ranks: Mapping[str, int]) -
         "" if totals.output_error is None else f"{100 * totals.output_error:.2f} %",
         "" if totals.loss is None else f"{totals.loss:.4f}",
         "" if totals.accuracy is None else f"{100 * totals.accuracy:.2f} %",
-        f"{min(ranks.values())} to {max(ranks.values())}" if ranks else "",
+        f"{min(ranks_in(ranks.values()))} to {max(ranks_in(ranks.values()))}" if ranks else "",
     ]
 
 
@@ -254,9 +268,10 @@ def _layer_table(found: Plan) -> str:
     rows = []
     for weight in found.weights:
         blocks = f"{weight.blocks} x " if weight.blocks > 1 else ""
-        ranks = [row.ranks[weight.name] for row in met]
-        cells = ["dense" if rank > weight.break_even else str(rank) for rank in ranks]
+        sizes = [row.ranks[weight.name] for row in met]
+        cells = ["dense" if weight.rung_of(size) > weight.break_even else shown(size) for size in sizes]
         matrix = f"{blocks}{weight.shape[0]} x {weight.shape[1]}"
-        rows.append([weight.name or "(model)", weight.kind, weight.scheme, matrix, str(len(weight.macs)), str(weight.break_even), *cells])
+        limits = [weight.shown(len(weight.macs)), weight.shown(weight.break_even)]
+        rows.append([weight.name or "(model)", weight.kind, weight.scheme, matrix, *limits, *cells])
     skipped = [f"{layer.name or '(model)'} ({layer.kind}) stays dense: {layer.reason}" for layer in found.skipped]
     return "\n".join([markdown_table(rows, titles), *skipped])

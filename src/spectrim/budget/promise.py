@@ -10,15 +10,23 @@ from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget, BudgetError
 from spectrim.budget.ladder import Ladder
 from spectrim.budget.plan_table import Totals
 from spectrim.errors import SpectrimError
+from spectrim.forms.form import Form, Size
 from spectrim.metrics.macs import count_macs
 from spectrim.metrics.measurement import measure
 from spectrim.surgery.merge import merge
 
 
-def cut_totals(model: nn.Module, ranks: Mapping[str, int], prices: Ladder) -> Totals:
-    """Return what the merged network costs by its ladder."""
+def cut_totals(held: Mapping[str, Form], ranks: Mapping[str, Size], prices: Ladder) -> Totals:
+    """Return what the merged network costs by its ladder.
+
+    Args:
+        held: the weights before the cut, which know the rung of a size.
+        ranks: the size of each weight.
+        prices: the ladder of the network before the cut.
+    """
+    rungs = {name: held[name].rung_of(size) for name, size in ranks.items()}
     counts = {
-        name: unit.fixed + sum(unit.weights[weight][rank - 1] for weight, rank in ranks.items())
+        name: unit.fixed + sum(unit.weights[weight][rung - 1] for weight, rung in rungs.items())
         for name, unit in prices.units.items()
         if name != "latency"
     }

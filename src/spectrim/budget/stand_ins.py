@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers import named_factors, named_layers
 from spectrim.protocols import Latencies
 from spectrim.surgery.coverage import break_evens
@@ -88,7 +88,7 @@ def dense(model: nn.Module) -> nn.Module:
     return made
 
 
-def _with(model: nn.Module, factors: Mapping[int, Factors]) -> nn.Module:
+def _with(model: nn.Module, factors: Mapping[int, Form]) -> nn.Module:
     """Return a copy of the model that shares its tensors, with other factors in place of those with these ids."""
     memo: dict[int, Any] = {}
     for module in model.modules():

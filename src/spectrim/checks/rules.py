@@ -100,7 +100,8 @@ def _ranks(verb: str, name: str, value: Any) -> None:
     """Accept a whole number, a mapping or a rank rule; the numbers in it are checked with the layers' sizes."""
     if isinstance(value, Mapping):
         for key, rank in value.items():
-            if isinstance(rank, bool | Tensor) or not isinstance(rank, SupportsIndex):
+            several = isinstance(rank, tuple) and all(isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in rank)
+            if not several and (isinstance(rank, bool | Tensor) or not isinstance(rank, SupportsIndex)):
                 raise fail(verb, f"{name}[{key!r}]", rank, "an integer of at least 1")
         return
     if callable(value) and not isinstance(value, type):
@@ -132,9 +133,16 @@ def _penalties(verb: str, name: str, value: Any) -> None:
             raise fail(verb, name, penalty, rule, f"{penalty.__name__}()" if isinstance(penalty, type) else "")
 
 
-def _scheduler(verb: str, name: str, value: Any) -> None:
-    if isinstance(value, type) or not hasattr(value, "step"):
-        raise fail(verb, name, value, "a torch learning-rate schedule of the optimizer", "make the instance: StepLR(optimizer, 10)")
+def _schedule(verb: str, name: str, value: Any) -> None:
+    """Accept a function that makes a schedule, or a schedule."""
+    if isinstance(value, type) or not (callable(value) or hasattr(value, "step")):
+        rule = "a function (optimizer, steps) -> schedule, or a torch learning-rate schedule"
+        raise fail(verb, name, value, rule, "lambda optimizer, steps: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)")
+
+
+def _tuning(verb: str, name: str, value: Any) -> None:
+    if isinstance(value, type) or not (hasattr(value, "accumulate") and hasattr(value, "schedule_of")):
+        raise fail(verb, name, value, "a Tuning", "for example Tuning(clip=1.0)")
 
 
 def _calibration(verb: str, name: str, value: Any) -> None:
@@ -211,7 +219,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("rank", "ranks"), _ranks),
     **dict.fromkeys(("path", "folder", "checkpoint"), _path),
     **dict.fromkeys(("epochs", "first_epoch", "above"), _integer(0)),
-    **dict.fromkeys(("examples", "accumulate", "threads", "repeats", "multiple", "batch_size", "max_batch"), _integer(1)),
+    **dict.fromkeys(
+        ("examples", "accumulate", "steps_per_epoch", "threads", "repeats", "multiple", "batch_size", "max_batch"), _integer(1)
+    ),
     **dict.fromkeys(("clip", "min_time", "time_box", "tolerance"), _number("above 0", lambda value: value > 0)),
     **dict.fromkeys(("squeeze", "margin"), _number("in [0, 1)", lambda value: 0 <= value < 1)),
     "models": _models,
@@ -222,7 +232,8 @@ RULES: dict[str, Rule] = {
     "loss": _loss,
     "optimizer": _optimizer,
     "factory": _factory,
-    "scheduler": _scheduler,
+    "schedule": _schedule,
+    "tuning": _tuning,
     "penalties": _penalties,
     "budget": _budget,
     "budgets": _budgets,
@@ -234,12 +245,14 @@ RULES: dict[str, Rule] = {
     "cut_ranks": _cut_ranks,
     "measurements": _measurements,
     "scheduler_steps": _choice("epoch", "batch"),
+    "precision": _choice("no", "bf16", "fp16"),
+    "execution": _choice("macs", "measured"),
 }
 """By the name of the argument: what it must be."""
 
 NONE_ALLOWED = {
-    *("where", "keep", "eval_data", "example_inputs", "clip", "latency", "calibration", "scheduler", "rank", "multiple", "tolerance"),
-    *("batch_size", "checkpoint", "factory", "eval_batches"),
+    *("where", "keep", "eval_data", "example_inputs", "clip", "latency", "calibration", "schedule", "rank", "multiple", "tolerance"),
+    *("batch_size", "checkpoint", "factory", "eval_batches", "steps_per_epoch"),
 }
 """Arguments for which None is a value in every verb."""
 
@@ -253,5 +266,6 @@ FIELDS = {
     "batches_again": "data",
     "eval_batches": "eval_data",
     "factory": "optimizer",
+    "schedule": "scheduler",
 }
 """Names in messages, where rules differ between verbs for arguments of one name."""

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from spectrim.forms.form import Form
 from spectrim.forms.svd import Factors
 
 
-def followed(average: Factors, new: Factors) -> Factors:
+def followed(average: Form, new: Form) -> Form:
     """Cut an average of factors to the rank of `new`, in the coordinates of `new`, so that the two can be averaged further.
 
     What is kept is the best approximation of the average's own weight, so that a cut that discards nothing does not change it. Of all
@@ -16,12 +17,25 @@ def followed(average: Factors, new: Factors) -> Factors:
         average: before the cut, of any rank >= that of `new`.
         new: factors after the cut.
     """
-    cut = average.cut(lambda spectrum: new.rank)
+    if not isinstance(average, Factors) or not isinstance(new, Factors):
+        return _turned(average, new)
+    cut = average.cut_to(new.size)
     parts = zip(*(_blocks(factors) for factors in (cut, new)), strict=True)
     aligned = [torch.stack(tensors) for tensors in zip(*(_aligned(*pair) for pair in parts), strict=True)]
     if cut.S.dim() == 1:
         aligned = [tensor[0] for tensor in aligned]
     return Factors(*aligned, dtype=average.dtype, requires_grad=average.S.requires_grad)
+
+
+def _turned(average: Form, new: Form) -> Form:
+    """Take the average's parts into the coordinates of `new`, where a cut leaves them."""
+    turns, parts = average.turns(new), []
+    for name, part in average.named_parameters(recurse=False):
+        moved = part.detach().double()
+        for axis, turn in turns[name].items():
+            moved = torch.tensordot(moved, turn, dims=([axis], [0])).movedim(-1, axis)
+        parts.append(moved)
+    return new.like(*parts)
 
 
 def _blocks(factors: Factors) -> list[tuple[Tensor, Tensor, Tensor]]:

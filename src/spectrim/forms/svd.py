@@ -1,6 +1,6 @@
-"""The only holder of U, S and Vh."""
+"""`Factors`: one weight as `U diag(S) Vh`, or as several equal blocks of it; the only holder of U, S and Vh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,27 +10,40 @@ from torch import Tensor, nn
 from spectrim import linalg
 from spectrim.errors import LayerError
 from spectrim.forms.compose import Compose
+from spectrim.forms.form import LOST, Form, Size, fitted, one_rank, stored, whole
 
 OVERFLOW = "load a sound checkpoint, or leave the layer out with where="
 
 
 def _overflow(name: str, weight: Tensor) -> LayerError:
-    problem = (
-        f"its singular values are not finite in {_stored(weight.dtype)}: its weights go up to {float(weight.detach().abs().max()):.3g}"
-    )
+    problem = f"its singular values are not finite in {stored(weight.dtype)}: its weights go up to {float(weight.detach().abs().max()):.3g}"
     return LayerError(name or "weight", problem, hint=OVERFLOW)
 
 
-def _stored(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the factors of a weight."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def tail_share(S: Tensor, rank: int) -> Tensor:
+    """Return the fraction of the energy in all but the `rank` largest ``|S|`` of each block, a scalar in [0, 1]; 0 for a spectrum of zeros.
+
+    The total energy is treated as a constant. Values are scaled by the largest first, so that squares neither underflow nor overflow. If
+    the largest is so small that the gradient would overflow, all are treated as zeros.
+
+    Examples:
+        >>> tail_share(torch.tensor([3.0, -1.0, 0.0]), 1)
+        tensor(0.1000)
+    """
+    S = whole(S).to(torch.promote_types(S.dtype, torch.float32))
+    with torch.no_grad():
+        size = S.abs()
+        largest = size.max()
+        zero = largest < torch.finfo(S.dtype).tiny * S.numel()
+        scale = torch.where(zero, 1.0, largest)
+        order = size.argsort(dim=-1, descending=True, stable=True)
+        cut = torch.ones_like(size).scatter_(-1, order[..., :rank], 0.0)
+        weight = torch.where(zero, 0.0, cut / torch.where(zero, 1.0, (size / scale).square().sum()))
+    return (weight * (S / scale).square()).sum()
 
 
-class Factors(nn.Module):
+class Factors(Form):
     """One weight as ``U diag(S) Vh``; several equal blocks for a grouped convolution.
-
-    A half-precision weight keeps its factors in float32: orthonormal columns cannot be held in half precision, and a product of
-    three rounded factors is no longer the weight. What leaves this class (`matrix`, `pair`) has the weight's own dtype.
 
     Attributes:
         U: ``(out, rank)``, or ``(blocks, out, rank)``.
@@ -55,19 +68,12 @@ class Factors(nn.Module):
             requires_grad: False for a frozen layer.
             exact: whether these are a singular value decomposition, values descending: nothing is decomposed again until they change.
         """
-        super().__init__()
-        dtype = dtype or U.dtype
-        stored = _stored(dtype)
-        for name, tensor in (("U", U), ("S", S), ("Vh", Vh)):
-            own = tensor.detach().to(stored).clone(memory_format=torch.contiguous_format)  # a slice would keep its whole storage
-            self.register_parameter(name, nn.Parameter(own, requires_grad=requires_grad))
-        self.register_buffer("_dtype", torch.empty(0, dtype=dtype, device=U.device), persistent=False)
-        self._decomposed: tuple[float, ...] | None = self._fingerprint() if exact else None
+        super().__init__({"U": U, "S": S, "Vh": Vh}, dtype=dtype or U.dtype, requires_grad=requires_grad)
+        self._decomposed = self._fingerprint() if exact else None
 
     U: nn.Parameter
     S: nn.Parameter
     Vh: nn.Parameter
-    _dtype: Tensor
 
     @classmethod
     def of(
@@ -101,26 +107,17 @@ class Factors(nn.Module):
         return made
 
     @classmethod
-    def empty(cls, weight: Tensor, matrix: Float[Tensor, "*blocks out in_"], rank: int) -> "Factors":
+    def full_size_of(cls, folded: Tensor) -> int:
+        """Return the full rank of a folded weight."""
+        return min(folded.shape[-2:])
+
+    @classmethod
+    def empty(cls, weight: Tensor, matrix: Float[Tensor, "*blocks out in_"], size: Size) -> "Factors":
         """Zero factors of the right shapes, for loading a checkpoint into; no decomposition is computed."""
         *blocks, out, in_ = matrix.shape
-        zeros = [torch.zeros(*blocks, *shape, device=weight.device) for shape in ((out, rank), (rank,), (rank, in_))]
+        assert isinstance(size, int)
+        zeros = [torch.zeros(*blocks, *shape, device=weight.device) for shape in ((out, size), (size,), (size, in_))]
         return cls(*zeros, dtype=weight.dtype, requires_grad=weight.requires_grad)
-
-    @torch.no_grad()
-    def _fingerprint(self) -> tuple[float, ...] | None:
-        """Numbers that change with any entry, however it was written (through ``.data`` too, which torch's version counters do not see)."""
-        if self.U.is_meta or hasattr(self.U, "full_tensor"):  # no values, or shards of them
-            return None
-        return tuple(
-            float(flat @ torch.linspace(0.5, 1.5, flat.numel(), dtype=torch.float64, device=flat.device))
-            for flat in (parameter.double().flatten() for parameter in (self.U, self.S, self.Vh))
-        )
-
-    @property
-    def exact(self) -> bool:
-        """Whether the factors are a singular value decomposition, as they were made; False after a step, a load or a change by hand."""
-        return self._decomposed is not None and self._decomposed == self._fingerprint()
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the singular value decomposition of the weight in float64, values descending; nothing is computed where it is at hand."""
@@ -133,10 +130,15 @@ class Factors(nn.Module):
         """Return the true singular values, descending, in float64; blocks pooled: ``(rank,)``."""
         return linalg.pooled_spectrum(self.S if self.exact else self.svd()[1])
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of the weight; follows ``.to()``, ``.half()`` and friends."""
-        return self._dtype.dtype
+    def spectra(self) -> tuple[Tensor, ...]:
+        """Return the `spectrum`: an SVD is cut along one axis."""
+        return (self.spectrum(),)
+
+    def tail(self, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+        """Return the energy behind each rank, see `linalg.tail_energy`."""
+        if left is None and right is None:
+            return linalg.tail_energy(self.spectrum())
+        return linalg.tail_energy(linalg.pooled_spectrum(linalg.weighted_svd(*self.svd(), left, right)[1]))
 
     @property
     def rank(self) -> int:
@@ -144,9 +146,28 @@ class Factors(nn.Module):
         return self.S.shape[-1]
 
     @property
+    def full_size(self) -> int:
+        """``min(out, in)``."""
+        return min(self.shape)
+
+    def checked(self, name: str, size: Any) -> int:
+        """Return a rank in ``[1, rank]``; raise a RankError for another."""
+        return one_rank(self, name, size)
+
+    def count(self, size: Size) -> int:
+        """``rank (out + in)``."""
+        assert isinstance(size, int)
+        return size * sum(self.shape)
+
+    @property
     def shape(self) -> tuple[int, int]:
         """``(out, in)`` of one block."""
         return self.U.shape[-2], self.Vh.shape[-1]
+
+    @property
+    def folded_shape(self) -> tuple[int, ...]:
+        """``(out, in)`` or ``(blocks, out, in)``."""
+        return (*self.lead, *self.shape)
 
     @property
     def blocks(self) -> int:
@@ -154,9 +175,9 @@ class Factors(nn.Module):
         return self.S[..., 0].numel()
 
     @property
-    def full_rank(self) -> int:
-        """``min(out, in)``."""
-        return min(self.shape)
+    def lead(self) -> tuple[int, ...]:
+        """Leading axes of each factor: ``(blocks,)`` for a grouped convolution, else none."""
+        return tuple(self.S.shape[:-1])
 
     @property
     def compose_macs(self) -> int:
@@ -164,19 +185,32 @@ class Factors(nn.Module):
         out, in_ = self.shape
         return self.blocks * out * in_ * self.rank
 
-    def matrix(self) -> Tensor:
-        """Compose ``U diag(S) Vh``: ``(out, in)`` or ``(blocks, out, in)``, in the weight's dtype."""
-        return self.product().to(self.dtype)
-
     def product(self) -> Tensor:
         """Compose the matrix in the dtype that is computed in: that of autocast where it is on, else the weight's."""
         product: Tensor = Compose.apply(self.U, self.S, self.Vh)  # type: ignore[no-untyped-call]
         half = not product.is_meta and torch.is_autocast_enabled(product.device.type)
         return product if half else product.to(self.dtype)
 
+    @staticmethod
+    def composed(*parts: Tensor) -> Tensor:
+        """Return ``U diag(S) Vh`` in the dtype of the factors."""
+        U, S, Vh = parts
+        with torch.autocast(U.device.type, enabled=False):
+            return (U * S.unsqueeze(-2)) @ Vh
+
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return ``U diag(S)`` and ``Vh`` in the weight's dtype, to be applied one after the other."""
         return (self.U * self.S.unsqueeze(-2)).to(self.dtype), self.Vh.to(self.dtype)
+
+    def chain(self) -> tuple[Tensor, Tensor]:
+        """Return the `pair`, the right one first."""
+        left, right = self.pair()
+        return right, left
+
+    def written(self) -> tuple[Tensor, Tensor]:
+        """Return the halves of `balanced`, the right one first."""
+        left, right = self.balanced()
+        return right, left
 
     @torch.no_grad()
     def balanced(self) -> tuple[Tensor, Tensor]:
@@ -200,15 +234,13 @@ class Factors(nn.Module):
         Raises:
             LayerError: when the factors hold values that are not finite.
         """
-        for name, tensor in self.named_parameters(recurse=False):
-            if not torch.isfinite(tensor).all():
-                raise LayerError(name, "holds NaN or infinite values", hint="load the last good checkpoint")
+        self.refuse_not_finite()
         exact = self.exact
         U, S, Vh = (self.U, self.S, self.Vh) if exact else self.svd()
         if left is None and right is None:
             rank = choose(linalg.pooled_spectrum(S))
             if exact:
-                return self._cut_to(U, S, Vh, rank)
+                return self._leading(U, S, Vh, rank)
         else:
             X, values, Y = linalg.weighted_svd(U, S, Vh, left, right)
             rank = choose(linalg.pooled_spectrum(values))
@@ -216,30 +248,20 @@ class Factors(nn.Module):
                 U, S, Vh = linalg.svd_of_product(X[..., :rank], torch.ones_like(S[..., :rank]), Y[..., :rank, :])
         overlap = self.U.double().mT @ U.double()
         signs = torch.where(overlap.gather(-2, overlap.abs().argmax(-2, keepdim=True)) < 0, -1.0, 1.0)
-        return self._cut_to(U * signs, S, Vh * signs.mT, rank)
+        return self._leading(U * signs, S, Vh * signs.mT, rank)
 
-    def _cut_to(self, U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> "Factors":
+    def in_order(self) -> "Factors":
+        """Return the same weight with orthonormal columns and rows, values descending."""
+        return self.like(*self.svd(), exact=True)
+
+    def cut_to(self, size: Size, left: Tensor | None = None, right: Tensor | None = None) -> "Factors":
+        """Cut to a rank, see `cut`."""
+        rank = self.checked("", size)
+        return self.cut(lambda spectrum: rank, left, right)
+
+    def _leading(self, U: Tensor, S: Tensor, Vh: Tensor, rank: int) -> "Factors":
         """Return new factors of the leading values of a decomposition, trained as these are."""
         return self.like(U[..., :rank], S[..., :rank], Vh[..., :rank, :], exact=True)
-
-    def become(self, other: "Factors") -> None:
-        """Take over the parameters of other factors of the same weight, in place."""
-        self.U, self.S, self.Vh, self._decomposed = other.U, other.S, other.Vh, other._decomposed
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the factors."""
-        return self.U.device
-
-    @property
-    def trained(self) -> bool:
-        """Whether the singular values are trained."""
-        return self.S.requires_grad
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """Leading axes of each factor: ``(blocks,)`` for a grouped convolution, else none."""
-        return tuple(self.S.shape[:-1])
 
     @property
     def sizes(self) -> tuple[torch.Size, torch.Size]:
@@ -259,22 +281,60 @@ class Factors(nn.Module):
         """Return the parameters whose gradients are the slopes of a calibration: the singular values."""
         return [self.S]
 
-    @torch.no_grad()
-    def set_(self, U: Tensor, S: Tensor, Vh: Tensor) -> None:
-        """Write other values into the factors, in place; shapes may differ by axes of length one."""
-        for parameter, value in zip((self.U, self.S, self.Vh), (U, S, Vh), strict=True):
-            parameter.copy_(value.reshape(parameter.shape))
+    def sides(self) -> tuple[Tensor, Tensor]:
+        """Return ``U`` and ``Vh^T``: columns are singular vectors."""
+        return self.U, self.Vh.mT
 
-    def like(self, U: Tensor, S: Tensor, Vh: Tensor, *, exact: bool = False) -> "Factors":
-        """Return new factors with the dtype, training mode and `requires_grad` of these; arguments as for `Factors`."""
-        made = type(self)(U, S, Vh, dtype=self.dtype, exact=exact)
-        for new, old in zip(made.parameters(), self.parameters(), strict=True):
-            new.requires_grad_(old.requires_grad)
-        return made.train(self.training)
+    def values(self) -> tuple[Tensor, ...]:
+        """Return the singular values as they are held, signed."""
+        return (self.S,)
 
-    def copied(self) -> "Factors":
-        """Return a copy, which can be changed while this stays."""
-        return self.like(self.U, self.S, self.Vh)
+    def tail_share(self, size: Size) -> Tensor:
+        """Return the share of the energy in all but the largest ``|S|`` of each block, see `tail_share`."""
+        assert isinstance(size, int)
+        return tail_share(self.S, size)
+
+    def first_order_rises(self, slopes: Tensor) -> Tensor:
+        """Return ``sum_{k>r} |S_k dL/dS_k|`` for each rank ``r`` from 0 on, blocks added up, in float64.
+
+        Values are ordered as a cut orders them, up to the angles between factors that are not orthonormal.
+
+        Args:
+            slopes: ``dL/dS``, one for each value held.
+        """
+        U, S, Vh = self.U.detach(), self.S.detach(), self.Vh.detach()
+        size = S.abs() * U.norm(dim=-2) * Vh.norm(dim=-1)
+        rises = (slopes.to(S) * S).abs().double().gather(-1, size.argsort(dim=-1)).cumsum(-1)  # of the least ones, the least first
+        rises = rises.flatten(0, -2).sum(0) if S.dim() > 1 else rises
+        return torch.cat([rises.new_zeros(1), rises]).flip(0)
+
+    def turns(self, new: Form) -> dict[str, dict[int, Tensor]]:
+        """Return ``P = U_old^T U_new`` for ``U``, ``Q = Vh_old Vh_new^T`` for ``Vh``, and their entries' products for ``S``."""
+        assert isinstance(new, Factors)
+        (U, _, Vh), (U_new, _, Vh_new) = self.parts(), new.parts()
+        P, Q = U.mT @ U_new, Vh @ Vh_new.mT
+        return {"U": {-1: P}, "S": {-1: P * Q}, "Vh": {-2: Q}}
+
+    def truncated_parts(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return factors of the present shapes whose singular values behind the `rank` largest are zero."""
+        U, S, Vh = linalg.svd_of_product(self.U.detach(), self.S.detach(), self.Vh.detach())
+        S[..., rank:] = 0
+        return U, S, Vh
+
+    def parts_of(self, weight: Tensor) -> dict[str, Tensor] | None:
+        """Return the SVD of a dense weight at the present rank; None where values beyond rounding would be lost."""
+        U, S, Vh = linalg.svd(weight)
+        r = self.rank
+        if r < S.shape[-1] and float(S[..., r:].max()) > LOST * float(S.max()):
+            return None
+        return {"U": U[..., :r].to(self.U), "S": S[..., :r].to(self.S), "Vh": Vh[..., :r, :].to(self.Vh)}
+
+    def size_of_parts(self, stored: Mapping[str, Any]) -> int | None:
+        """Return the rank of stored factors; None where they are none of this weight."""
+        S = stored.get("S")
+        if not isinstance(S, Tensor) or S.dim() != len(self.lead) + 1 or not 1 <= S.shape[-1] <= self.full_size:
+            return None
+        return S.shape[-1]
 
     def first(self, rank: int, *, device: torch.device | str | None = None) -> "Factors":
         """Return copies of the first columns and rows as they are held, for their sizes; nothing is made exact.
@@ -286,21 +346,17 @@ class Factors(nn.Module):
         parts = (self.U[..., :rank], self.S[..., :rank], self.Vh[..., :rank, :])
         return self.like(*(part.detach().to(device or self.device) for part in parts))
 
+    def resized(self, size: Size) -> "Factors":
+        """Return the first columns and rows as they are held, or zeros beside them."""
+        rank = self.rung_of(size)
+        parts = ((self.U, -1), (self.S, -1), (self.Vh, -2))
+        return self.like(*(fitted(part.detach(), axis, rank) for part, axis in parts))
+
     def random(self, rank: int) -> "Factors":
         """Return random factors of this weight's shape and another rank, in float32 or the weight's dtype, to time what they do."""
         out, in_ = self.shape
         U, S, Vh = (torch.randn(*self.lead, *shape, device=self.device) for shape in ((out, rank), (rank,), (rank, in_)))
         return type(self)(U / out, S, Vh, dtype=self.dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Follow ``.to()``, ``.half()`` and friends, but keep U, S and Vh in float32 at least."""
-
-        def keep(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            narrow = tensor is not self._dtype and moved.dtype.itemsize < 4
-            return tensor.to(moved.device, torch.float32) if narrow else moved
-
-        return super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Shape, rank and dtype for the module's printout."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from spectrim.forms.form import Size, shown
 from spectrim.metrics.measurement import Measurement, compare_table
 from spectrim.pipeline.compressed import Compressed
 from spectrim.plain.chain import PlainPair
@@ -70,7 +71,7 @@ def _example(name: str, kind: str, own_class: bool) -> str:
     return "\n".join(["```python", *code, "```", "", why])
 
 
-def _layers(model: nn.Module, lines: Sequence[LayerCoverage], ranks: Mapping[str, int] | None) -> list[str]:
+def _layers(model: nn.Module, lines: Sequence[LayerCoverage], ranks: Mapping[str, Size] | None) -> list[str]:
     """Return the sections about low-rank and dense layers."""
     rows, inside = _rows(model, lines, ranks)
     skipped: dict[str, list[str]] = defaultdict(list)
@@ -89,7 +90,7 @@ def _layers(model: nn.Module, lines: Sequence[LayerCoverage], ranks: Mapping[str
     return parts
 
 
-def _rows(model: nn.Module, lines: Sequence[LayerCoverage], ranks: Mapping[str, int] | None) -> tuple[list[Row], list[str]]:
+def _rows(model: nn.Module, lines: Sequence[LayerCoverage], ranks: Mapping[str, Size] | None) -> tuple[list[Row], list[str]]:
     """Return name, shape, rank and form of each low-rank weight, and the names of what holds them."""
     pairs = [(name, module) for name, module in model.named_modules() if isinstance(module, PlainPair)]
     known = [line for line in lines if line.factorized and line.shape is not None]
@@ -98,9 +99,14 @@ def _rows(model: nn.Module, lines: Sequence[LayerCoverage], ranks: Mapping[str, 
     return [(name, _size(pair.weight.shape), str(_rank(pair)), "two layers") for name, pair in pairs], [name for name, _ in pairs]
 
 
-def _known(line: LayerCoverage, ranks: Mapping[str, int]) -> Row:
+def _known(line: LayerCoverage, ranks: Mapping[str, Size]) -> Row:
     assert line.shape is not None
-    return (line.name, _size(line.shape, line.blocks), f"{ranks.get(line.name, line.rank)} of {min(line.shape)}", line.reason)
+    return (
+        line.name,
+        _size(line.shape, line.blocks),
+        f"{shown(ranks.get(line.name, line.rank or 0))} of {shown(line.full or min(line.shape))}",
+        line.reason,
+    )
 
 
 def _rank(pair: Any) -> int:

@@ -42,7 +42,6 @@ class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]
 
     Args:
         penalties: each is called on the module and returns what it adds to the loss of an optimizer step.
-        rank_schedule: one more course.
         inputs: from a batch of the data, what the module's ``forward`` takes (a tensor, a tuple of arguments or a dict of keyword
             arguments), for the costs of a course; of a pair ``(inputs, target)`` the first when omitted.
         courses: change training step by step, for example `Ramp` and `Squeeze`, see `fit`. With automatic optimization, one process and a
@@ -57,19 +56,18 @@ class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]
 
     Examples:
         >>> from spectrim import Hoyer, Orthogonality, Ramp
-        >>> callback = SpectrimCallback(penalties=[Orthogonality(1.0), Hoyer(0.05)], rank_schedule=Ramp(0.9))
+        >>> callback = SpectrimCallback(penalties=[Orthogonality(1.0), Hoyer(0.05)], courses=[Ramp(0.9)])
     """
 
     def __init__(
         self,
         penalties: Sequence[Penalty] = (),
-        rank_schedule: Course | RankSchedule | None = None,
         inputs: Callable[[Any], Any] = inputs_of,
         courses: Sequence[Course | RankSchedule] = (),
         lessons: Sequence[Lesson] = (),
     ) -> None:
         super().__init__()
-        self.steps = Steps("SpectrimCallback", penalties, rank_schedule, courses, lessons)
+        self.steps = Steps("SpectrimCallback", penalties, courses, lessons)
         self.inputs = inputs
         self.total, self.step, self.batch = 0, 0, 0
         self.warned = False
@@ -107,10 +105,10 @@ class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]
         got = ", ".join(self.steps.courses)
         if not pl_module.automatic_optimization:
             hint = "only your code knows when a step begins: call prune_(self, ranks, optimizer) yourself"
-            raise SettingError("SpectrimCallback", "rank_schedule", got=got, rule="None with manual optimization", hint=hint)
+            raise SettingError("SpectrimCallback", "courses", got=got, rule="empty with manual optimization", hint=hint)
         if not known:
-            rule = "None where the number of steps is not known"
-            raise SettingError("SpectrimCallback", "rank_schedule", got=got, rule=rule, hint="give the Trainer max_steps")
+            rule = "empty where the number of steps is not known"
+            raise SettingError("SpectrimCallback", "courses", got=got, rule=rule, hint="give the Trainer max_steps")
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Cut what is due, before the first batch of an optimizer step."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import FormatError, LayerError
 from spectrim.files import make_folder, sweep, temporary_beside
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.integrations.card import model_card
 from spectrim.layers import factors_in
 from spectrim.locks import locked, writing_to
@@ -184,7 +184,7 @@ def _dtypes(model: nn.Module) -> Iterator[tuple[str, torch.dtype, int]]:
         if name in merged:
             inside.update(id(part) for part in module.modules())
             yield name, next(module.parameters()).dtype, sum(p.numel() for p in module.parameters())
-        if id(module) in inside or isinstance(module, Factors):
+        if id(module) in inside or isinstance(module, Form):
             continue
         own: Iterable[tuple[str, Any]] = [*_own_tensors(module), *factors_in(module)]
         for key, tensor in own:
@@ -199,19 +199,19 @@ def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, tensor) for name, tensor in named if tensor.is_floating_point()]
 
 
-def _stored(model: nn.Module) -> Iterator[Tensor | Factors]:
+def _stored(model: nn.Module) -> Iterator[Tensor | Form]:
     """Yield every tensor with a dtype that is saved."""
     for module in model.modules():
-        if isinstance(module, Factors):
+        if isinstance(module, Form):
             yield module
         else:
             yield from (tensor for _, tensor in _own_tensors(module))
 
 
-def _cast(parts: Iterable[Tensor | Factors], dtype: torch.dtype) -> None:
+def _cast(parts: Iterable[Tensor | Form], dtype: torch.dtype) -> None:
     """Change dtypes in place; factors keep U, S and Vh in float32 at least."""
     for part in parts:
-        if isinstance(part, Factors):
+        if isinstance(part, Form):
             part.to(dtype)
         else:
             part.data = part.data.to(dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spectrim.errors import LayerError, SettingError
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form, Size
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import is_whole
 from spectrim.protocols import Penalty
@@ -27,28 +27,26 @@ class Steps(Step):
         heard: whether `lesson` was called since `begin`.
     """
 
-    def __init__(
-        self, owner: str, penalties: Sequence[Penalty], rank_schedule: Any = None, courses: Sequence[Any] = (), lessons: Sequence[Any] = ()
-    ) -> None:
+    def __init__(self, owner: str, penalties: Sequence[Penalty], courses: Sequence[Any] = (), lessons: Sequence[Any] = ()) -> None:
         """Name everything, see `Step`.
 
         Args:
             owner: whose settings these are, for errors.
             penalties: each is called on the model and returns what it adds.
-            rank_schedule: one more course.
             courses: see `Step`.
             lessons: see `Step`; those that mix batches need `fit`.
 
         Raises:
             SettingError: for something that is none of these.
         """
-        super().__init__(owner, penalties, [*courses, *([] if rank_schedule is None else [rank_schedule])], lessons)
+        super().__init__(owner, penalties, courses, lessons)
         for name, lesson in self.lessons.items():
             if getattr(lesson, "mix", 0):
                 raise SettingError(owner, "lessons", got=name, rule="ones with mix=0: this loop prepares its own batches")
         self.owner, self.stack = owner, ExitStack()
         self.cuts: list[dict[str, Any]] = []
         self.at: tuple[int, int] | None = None
+        self.trained_by: Optimizer | None = None
         self.called = self.heard = False
         self._reset()
 
@@ -71,8 +69,8 @@ class Steps(Step):
         """
         if self.courses and processes > 1:
             hint = "cut with prune between two runs: each process would have to choose the same ranks and exchange its parameters"
-            rule = f"None with {processes} processes"
-            raise SettingError(self.owner, "rank_schedule", got=", ".join(self.courses), rule=rule, hint=hint)
+            rule = f"empty with {processes} processes"
+            raise SettingError(self.owner, "courses", got=", ".join(self.courses), rule=rule, hint=hint)
         for name, factors in named_factors(model):
             if not is_whole(factors):
                 hint = "a penalty would see only a part of it: train with DDP or with spectrim.fit"
@@ -101,7 +99,7 @@ class Steps(Step):
             step: number of finished optimizer steps.
             steps: of the whole training.
         """
-        self.at = step, steps
+        self.at, self.trained_by = (step, steps), optimizer
         ranks = self.before(model, inputs, optimizer, step, steps)
         if ranks is not None:
             self.cuts.append({"step": step, "ranks": ranks})
@@ -109,8 +107,8 @@ class Steps(Step):
     def finish(self, model: nn.Module) -> None:
         """Do what courses want after the optimizer step that `advance` began."""
         if self.at is not None:
-            self.after(model, *self.at)
-            self.at = None
+            self.after(model, *self.at, self.trained_by)
+            self.at = self.trained_by = None
 
     def penalty(self, model: nn.Module, share: float, device: torch.device) -> Tensor:
         """Return the sum of the penalties, in the factors' own precision whatever autocast says, and note each.
@@ -173,14 +171,14 @@ def second_names(model: nn.Module) -> set[str]:
     """Return the names in the state dict of tied factors, all but the first of each."""
     first, again = set[int](), set[str]()
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, Factors):
+        if isinstance(module, Form):
             if id(module) in first:
                 again.update(f"{name}.{part}" for part in module.state_dict())
             first.add(id(module))
     return again
 
 
-def match_ranks(model: nn.Module, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> dict[str, int]:
+def match_ranks(model: nn.Module, state: Mapping[str, Any], optimizer: Optimizer | None = None) -> dict[str, Size]:
     """Give each factorized weight the rank that it has in a state dict, so that the state can be loaded.
 
     A smaller rank keeps the first columns and rows, a larger one is filled up with zeros. Their optimizer state is dropped.
@@ -204,36 +202,23 @@ def match_ranks(model: nn.Module, state: Mapping[str, Any], optimizer: Optimizer
         >>> low.load_state_dict(cut.state_dict())
         <All keys matched successfully>
     """
-    changed: dict[str, int] = {}
-    exchanged: dict[int, nn.Parameter] = {}
+    changed: dict[str, Size] = {}
+    exchanged: dict[int, Any] = {}
     for name, factors in model.named_modules(remove_duplicate=False):  # a tied weight may be stored under any of its names
-        stored = state.get(f"{name}.S".removeprefix("."))
-        if not isinstance(factors, Factors) or not isinstance(stored, Tensor) or stored.dim() != len(factors.lead) + 1:
+        if not isinstance(factors, Form):
             continue
-        rank = stored.shape[-1]
-        if rank == factors.rank or not 1 <= rank <= factors.full_rank:
+        size = factors.size_of_parts({part: state.get(f"{name}.{part}".removeprefix(".")) for part in factors._parameters})
+        if size is None or size == factors.size:
             continue  # load_state_dict refuses a wrong one
-        for part, axis in (("U", -1), ("S", -1), ("Vh", -2)):
-            old = getattr(factors, part)
-            new = nn.Parameter(_resized(old.detach(), axis, rank), requires_grad=old.requires_grad)
-            setattr(factors, part, new)
-            exchanged[id(old)] = new
-        changed[name] = rank
+        old = dict(factors._parameters)
+        factors.become(factors.resized(size))
+        exchanged |= {id(parameter): factors._parameters[part] for part, parameter in old.items()}
+        changed[name] = size
     for group in optimizer.param_groups if optimizer is not None else ():
         for parameter in (old for old in group["params"] if id(old) in exchanged):
             optimizer.state.pop(parameter, None)  # type: ignore[union-attr]
         group["params"] = [exchanged.get(id(old), old) for old in group["params"]]
     return changed
-
-
-def _resized(tensor: Tensor, axis: int, size: int) -> Tensor:
-    """Return the first `size` entries along an axis, zeros where there are fewer."""
-    kept = min(size, tensor.shape[axis])
-    shape = list(tensor.shape)
-    shape[axis] = size
-    new = tensor.new_zeros(shape)
-    new.narrow(axis, 0, kept).copy_(tensor.narrow(axis, 0, kept))
-    return new
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from spectrim.errors import SettingError
+from spectrim.forms.form import ranks_in
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import whole_values
 
@@ -62,11 +63,11 @@ class Tracking:
             metrics: the epoch's line of the log.
             model: factorized or dense.
         """
-        ranks = {f"rank/{name}": factors.rank for name, factors in named_factors(model)}
+        ranks = {f"rank/{name}": sum(held := ranks_in([form.size])) / len(held) for name, form in named_factors(model)}
         self.accelerator.log({**metrics, **ranks}, step=epoch)
         writers = [tracker.tracker for tracker in self.accelerator.trackers if tracker.name == "tensorboard"]
         for name, factors in named_factors(model):
-            spectrum = whole_values(factors).abs().flatten().to("cpu", torch.float64)  # every process gathers
+            spectrum = whole_values(factors)[0].abs().flatten().to("cpu", torch.float64)  # every process gathers
             for writer in writers if self.accelerator.is_main_process else ():
                 writer.add_histogram(f"spectrum/{name}", spectrum, epoch)
         for writer in writers if self.accelerator.is_main_process else ():

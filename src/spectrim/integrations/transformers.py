@@ -34,7 +34,6 @@ class SpectrimCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     Args:
         penalties: each is called on the model and returns what it adds to the loss of an optimizer step.
-        rank_schedule: one more course.
         courses: change training step by step, for example `Ramp` and `Squeeze`, see `fit`. Not with several processes.
         lessons: change the loss, for example `Distillation`, see `fit`. They see the model's whole output, and the batch's ``labels`` as
             target. They need the number of steps where they change with it.
@@ -47,17 +46,16 @@ class SpectrimCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     Examples:
         >>> from spectrim import Hoyer, Orthogonality, Ramp
-        >>> callback = SpectrimCallback(penalties=[Orthogonality(1.0), Hoyer(0.05)], rank_schedule=Ramp(0.9))
+        >>> callback = SpectrimCallback(penalties=[Orthogonality(1.0), Hoyer(0.05)], courses=[Ramp(0.9)])
     """
 
     def __init__(
         self,
         penalties: Sequence[Penalty] = (),
-        rank_schedule: Course | RankSchedule | None = None,
         courses: Sequence[Course | RankSchedule] = (),
         lessons: Sequence[Lesson] = (),
     ) -> None:
-        self.steps = Steps("SpectrimCallback", penalties, rank_schedule, courses, lessons)
+        self.steps = Steps("SpectrimCallback", penalties, courses, lessons)
         self.due = False
         self.warned = False
 

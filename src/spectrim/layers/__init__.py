@@ -5,7 +5,7 @@ from typing import Any, TypeGuard
 from torch import nn
 
 from spectrim.errors import LayerError
-from spectrim.forms.svd import Factors
+from spectrim.forms import Factors, Form
 from spectrim.layers.attention import FactorizedMultiheadAttention, plain_attention
 from spectrim.layers.base import FactorizedLayer
 from spectrim.layers.conv import (
@@ -22,6 +22,7 @@ from spectrim.layers.forwards import renew
 from spectrim.layers.linear import FactorizedConv1D, FactorizedLinear
 from spectrim.layers.own import check_kind
 from spectrim.layers.recurrent import FactorizedGRU, FactorizedLSTM
+from spectrim.layers.sharded import gathered
 from spectrim.layers.site import Site, factor_name, factors_in, named_factors, named_layers, sites
 from spectrim.layers.weights import OneWeight
 
@@ -45,11 +46,13 @@ __all__ = [
     "KINDS",
     "FactorizedLayer",
     "Factors",
+    "Form",
     "OneWeight",
     "Share",
     "Site",
     "factor_name",
     "factors_in",
+    "gathered",
     "has_matrix",
     "is_factorized",
     "kind_of",

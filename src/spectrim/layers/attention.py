@@ -138,7 +138,8 @@ def observed_attention(attention: Any) -> nn.Module:
     plain: Any = plain_attention(attention, [*held, *(["out_proj.weight"] if factorized_out else [])])
     if factorized_out:
         plain.out_proj = attention.out_proj
-    for name, factors in held.items():
+    for name in held:
+        factors = attention.factors_of(name)
         part = name.removesuffix("_weight")
         setattr(plain, part, linear_of(factors, getattr(plain, part)[1].bias))
     return plain  # type: ignore[no-any-return]

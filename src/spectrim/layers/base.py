@@ -1,6 +1,7 @@
 """What every factorized layer answers: what a weight costs, how it runs, what is written, and how it is timed."""
 
 import math
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, ClassVar
@@ -8,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers.exchanged import ExchangedLayer, Share
 from spectrim.layers.forwards import renew
 from spectrim.layers.uses import Call, Features, call_on, first_argument
@@ -31,13 +32,13 @@ LEAST_GAIN = 0.05
 """Share of the pair's cost, ``r / (m + n)``, that the interpolative writing has to save: its two parts are concatenated."""
 
 
-def share_nothing(factors: Factors, part: str, tensor: Tensor) -> nn.Parameter:
+def share_nothing(factors: Form, part: str, tensor: Tensor) -> nn.Parameter:
     """Make a parameter of its own for each tensor: a `Share`."""
     return nn.Parameter(tensor.detach())
 
 
 class FactorizedLayer(ExchangedLayer):
-    """Base of the factorized layers: a dense torch layer whose weights are composed from `Factors`.
+    """Base of the factorized layers: a dense torch layer whose weights are composed from a `Form`.
 
     A sub-class names one kind of layer and adds `weights`, `fold`, `work` and `split`. An adopted layer stays the same object and an
     instance of its original class: its class is exchanged in place for one derived from both. Attributes, hooks, buffers and further
@@ -48,14 +49,14 @@ class FactorizedLayer(ExchangedLayer):
     """Whether the layer looks rows of its weight up, instead of multiplying with it."""
 
     @classmethod
-    def work(cls, module: Any, name: str, scheme: Fold, rank: int | None, shape: Sequence[int] | None) -> float:
+    def work(cls, module: Any, name: str, scheme: Fold, size: Any, shape: Sequence[int] | None) -> float:
         """Multiply-accumulates of applying one weight to an input of `shape` (the batch included).
 
         Args:
             module: the layer, dense or factorized: its sizes are read.
             name: which weight.
             scheme: how it is folded.
-            rank: two operations of this rank; None for the dense operation.
+            size: two operations of this rank, or as many as the scheme's form has; None for the dense operation.
             shape: the whole input; None for the cost per output position of a large input, up to a factor common to all ranks.
         """
         raise NotImplementedError
@@ -77,10 +78,11 @@ class FactorizedLayer(ExchangedLayer):
         return able and rank < factors.full_rank and rank >= LEAST_GAIN * sum(factors.shape)
 
     def written_work(self, name: str, rank: int | None, shape: Sequence[int] | None) -> float:
-        """Multiply-accumulates of what `merge` writes at `rank`, or of the dense operation; as `work`."""
+        """Multiply-accumulates of what `merge` writes at the rung `rank`, or of the dense operation; as `work`."""
         if rank is not None and self.interpolates(name, rank):
             return self.interpolated_work(self, self.scheme, rank, shape)
-        return self.work(self, name, self.scheme, rank, shape)
+        size = None if rank is None else self.factors_of(name).size_of(rank)
+        return self.work(self, name, self.scheme, size, shape)
 
     def calls_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Call]:
         """Yield the uses of the layer's weights in one call."""
@@ -103,10 +105,10 @@ class FactorizedLayer(ExchangedLayer):
             rank: None for the dense form.
             site: the weight's name in the model, for tensors that are not shared.
         """
-        out, in_ = self.factors_of(name).shape
+        factors = self.factors_of(name)
         if rank is None:
-            return {"dense": out * in_}
-        return {site: rank * (out + in_ - rank if self.interpolates(name, rank) else out + in_)}
+            return {"dense": math.prod(factors.folded_shape) // factors.blocks}
+        return {site: factors.count(factors.size_of(rank)) - (rank**2 if self.interpolates(name, rank) else 0)}
 
     def why_untimed(self, name: str, eager: bool) -> str:
         """Return why multiply-accumulates decide about a weight, not seconds; empty where it is timed."""
@@ -139,8 +141,15 @@ class FactorizedLayer(ExchangedLayer):
         if self.writing == "interpolative" and self.interpolated_kind(self, self.scheme) is not None:
             dense, full = self.work(self, name, self.scheme, None, None), self.factors_of(name).full_rank
             return next((rank for rank in range(full - 1, 0, -1) if self.written_work(name, rank, None) < dense), 0)
+        if not self.factors_of(name).is_matrix:
+            return self._last_paying(name)
         dense, single = (self.work(self, name, self.scheme, rank, None) for rank in (None, 1))
         return max(0, min(self.factors_of(name).full_rank, math.ceil((dense - self.overhead(name)) / single) - 1))
+
+    def _last_paying(self, name: str) -> int:
+        """Return the last rung whose work is below that of the dense operation; 0 where there is none."""
+        dense, held = self.work(self, name, self.scheme, None, None), self.factors_of(name).rank
+        return bisect_left(range(1, held + 1), dense, key=lambda rank: self.written_work(name, rank, None))
 
     def pays(self, name: str) -> bool:
         """Whether two operations take fewer multiply-accumulates than the dense one at the present rank."""
@@ -157,7 +166,7 @@ class FactorizedLayer(ExchangedLayer):
             measured = self.execution.get((name, factors.rank, tuple(shape[1:])))
             if measured is not None:
                 return measured
-        dense, two = (self.work(self, name, self.scheme, rank, shape) for rank in (None, factors.rank))
+        dense, two = (self.work(self, name, self.scheme, size, shape) for size in (None, factors.size))
         return dense + factors.compose_macs <= (1 + TRAFFIC) * two
 
     def run_dense(self, name: str, shape: Sequence[int], operation: Callable[[Tensor], Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectrim import linalg
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers.exchanged import Share
 from spectrim.layers.geometry import (
     CHANNELS_LAST,
@@ -40,7 +41,7 @@ class FactorizedConv(OneWeight):
     channels_last: bool = False
 
     @classmethod
-    def adopt(cls, dense: Any, factors: Mapping[str, Factors], scheme: Fold) -> Any:
+    def adopt(cls, dense: Any, factors: Mapping[str, Form], scheme: Fold) -> Any:
         """Take over a dense convolution in place, the memory format of its kernel included."""
         channels_last = memory_format_of(dense.weight) is not torch.contiguous_format  # the format itself cannot be pickled
         layer = super().adopt(dense, factors, scheme)
@@ -56,8 +57,9 @@ class FactorizedConv(OneWeight):
 
     @classmethod
     def schemes(cls, module: Any) -> tuple[Fold, ...]:
-        """Those that differ: one for a kernel of one tap, two for one with taps along a single axis, three otherwise."""
-        return folds(module.kernel_size)
+        """Those that differ: one for a kernel of one tap, whose Tucker form is its SVD; else ``tucker`` too, unless there are groups."""
+        found = folds(module.kernel_size)
+        return (*found, "tucker") if len(found) > 1 and module.groups == 1 else found
 
     @classmethod
     def fold(cls, module: Any, name: str, weight: Tensor, scheme: Fold) -> Tensor:
@@ -72,12 +74,13 @@ class FactorizedConv(OneWeight):
         return linalg.from_matrix(matrix, (*lead, *module.kernel_size), scheme, module.groups, module.transposed)
 
     @classmethod
-    def work(cls, module: Any, name: str, scheme: Fold, rank: int | None, shape: Sequence[int] | None) -> float:
-        """Multiply-accumulates of one convolution, or of two of `rank`, see `chain_macs`."""
+    def work(cls, module: Any, name: str, scheme: Fold, size: Any, shape: Sequence[int] | None) -> float:
+        """Multiply-accumulates of one convolution, of two of a rank, or of three of Tucker's ranks, see `chain_macs`."""
         in_, out = module.in_channels, module.out_channels
-        if rank is None:
+        if size is None:
             return chain_macs(module, (0,) * len(module.kernel_size), (in_, out), shape)
-        return chain_macs(module, owners_of(module, scheme), (in_, module.groups * rank, out), shape)
+        inner = (size[1], size[0]) if scheme == "tucker" else (module.groups * size,)
+        return chain_macs(module, owners_of(module, scheme), (in_, *inner, out), shape)
 
     @classmethod
     def interpolated_kind(cls, module: Any, scheme: Fold) -> str | None:
@@ -92,22 +95,27 @@ class FactorizedConv(OneWeight):
         return chain_macs(module, owners_of(module, scheme), channels, shape)
 
     def _pieces(self) -> tuple[Piece, ...]:
-        """Return the geometry of the two operations."""
-        return chain(self, owners_of(self, self.scheme))
+        """Return the geometry of the operations."""
+        return chain(self, owners_of(self, self.scheme), 3 if self.scheme == "tucker" else 2)
 
-    def _kernels(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-        """Reshape the two factors to the kernels of the two operations, in the memory format that the dense kernel had."""
+    def _kernels(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Reshape the form's chain to the kernels of the operations, in the memory format that the dense kernel had."""
         module: Any = self
-        blocks, rank = self.factors_of("weight").blocks, self.rank
+        factors, pieces = self.factors_of("weight"), self._pieces()
+        if self.scheme == "tucker":
+            shaped = [part.reshape(*part.shape[:2], *piece.settings["kernel_size"]) for part, piece in zip(parts, pieces, strict=True)]
+            return tuple([self._laid_out_as(piece, kernel) for kernel, piece in zip(shaped, pieces, strict=True)])
+        blocks, rank, (right, left), (one, two) = factors.blocks, factors.rank, parts, pieces
         in_, out = module.in_channels // blocks, module.out_channels // blocks
-        one, two = self._pieces()
         first = right.reshape(blocks, rank, in_, *one.settings["kernel_size"])
         if math.prod(two.settings["kernel_size"]) > 1:  # else a view with transposed strides would pass for channels last
             left = left.reshape(blocks, out, -1, rank).mT
         second = left.reshape(blocks, out, rank, *two.settings["kernel_size"])
         kernels = ((kernel.transpose(1, 2) if piece.kind in TRANSPOSED else kernel) for kernel, piece in ((first, one), (second, two)))
-        first, second = (self.laid_out(kernel.flatten(0, 1)) for kernel in kernels)
-        return first, second
+        return tuple([self.laid_out(kernel.flatten(0, 1)) for kernel in kernels])
+
+    def _laid_out_as(self, piece: Piece, kernel: Tensor) -> Tensor:
+        return self.laid_out(kernel.transpose(0, 1) if piece.kind in TRANSPOSED else kernel)
 
     def forward(self, input: Tensor, *output: Any, **options: Any) -> Tensor:
         """Convolve ``(batch, in, size...)`` or ``(in, size...)``; a transposed convolution takes ``output_size`` too, as torch's does."""
@@ -123,9 +131,15 @@ class FactorizedConv(OneWeight):
                 return convolve(input, weight, module.bias, own, module.groups)
 
             return self.run_dense("weight", input.shape, dense_operation)
-        first, second = self._kernels(*self.factors_of("weight").pair())
-        one, two = self._pieces()
-        return convolve(convolve(input, first, None, one, module.groups), second, module.bias, two, module.groups)
+        pieces = self._pieces()
+        kernels = self._kernels(*self.factors_of("weight").chain())
+        for index, (kernel, piece) in enumerate(zip(kernels, pieces, strict=True)):
+            input = convolve(input, kernel, module.bias if index == len(pieces) - 1 else None, piece, module.groups)
+        return input
+
+    def why_untimed(self, name: str, eager: bool) -> str:
+        """A table times ranks, not pairs of them."""
+        return "a Tucker form has two ranks" if self.scheme == "tucker" else super().why_untimed(name, eager)
 
     def features_read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Features]:
         """The input's features are the weight's columns."""
@@ -145,7 +159,8 @@ class FactorizedConv(OneWeight):
         """
         module: Any = self
         kernel, after = module.kernel_size, output_shape[-len(module.kernel_size) :]
-        count, inside = len(kernel), leading(scheme or self.scheme, kernel)
+        scheme = scheme or self.scheme
+        count, inside = len(kernel), leading("input" if scheme == "tucker" else scheme, kernel)
         x = self._padded(x if x.dim() == count + 2 else x.unsqueeze(0))
         if count == inside == 2 and not module.transposed:
             yield from self._unfolded(x, self._part(after, module.in_channels))
@@ -177,7 +192,7 @@ class FactorizedConv(OneWeight):
         """
         module: Any = self
         kernel, before = module.kernel_size, input_shape[-len(module.kernel_size) :]
-        count, inside = len(kernel), leading(self.scheme, kernel)
+        count, inside = len(kernel), leading("channel" if self.scheme == "tucker" else self.scheme, kernel)
         y = y if y.dim() == count + 2 else y.unsqueeze(0)
         sides = [sum(pair) if module.padding_mode != "zeros" else 0 for pair in self._sides()]
         width = module.out_channels * math.prod(kernel[inside:])
@@ -232,25 +247,26 @@ class FactorizedConv(OneWeight):
         return weight.contiguous(memory_format=CHANNELS_LAST[weight.dim()] if self.channels_last else torch.contiguous_format)
 
     def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
-        """Two convolutions, in → groups * rank → out, the bias in the second, or two that hold channels and mix the others."""
+        """Convolutions in → groups * rank → out or in → s → r → out, the bias in the last; or two that hold channels and mix the others."""
         if "weight" not in paying:
             return None
         if (written := self.interpolated(share)) is not None:
             return written
         module: Any = self
-        factors = self.factors_of("weight")
-        kernels = self._kernels(*factors.balanced())
-        channels = (module.in_channels, factors.blocks * self.rank, module.out_channels)
+        factors: Any = self.factors_of("weight")
+        kernels = self._kernels(*factors.written())
+        inner = (factors.size[1], factors.size[0]) if self.scheme == "tucker" else (factors.blocks * factors.size,)
+        channels = (module.in_channels, *inner, module.out_channels)
         made: list[Any] = []
         for index, piece in enumerate(self._pieces()):
-            biased = index == 1 and module.bias is not None
+            biased = index == len(inner) and module.bias is not None
             common = {"groups": module.groups, "bias": biased, "padding_mode": piece.padding_mode, "device": "meta"}
             made.append(piece.kind(channels[index], channels[index + 1], **piece.settings, **common))
-            made[-1].weight = share(factors, ("first", "second")[index], kernels[index])
-        head, tail = made
+            made[-1].weight = share(factors, ("first", "second", "third")[index], kernels[index])
         if module.bias is not None:
-            tail.bias = module.bias
-        return PlainPair(head, tail)
+            made[-1].bias = module.bias
+        chained: nn.Module = reduce(lambda behind, before: PlainPair(before, behind), reversed(made))
+        return chained
 
 
 class FactorizedConv1d(FactorizedConv, nn.Conv1d):

@@ -1,22 +1,23 @@
 """What is exchanged in a layer: taking over a dense one in place, and giving it back."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 from torch import Tensor, nn
 
-from spectrim import linalg
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers.forwards import leads_to_forward_of, runs_forward_of
 from spectrim.linalg.fold import Fold
 from spectrim.plain.exchanged import class_of
 
-LOST = 1e-5
-"""Singular values of a dense weight that is loaded, relative to the largest, which a smaller rank may drop: rounding."""
+if TYPE_CHECKING:
+    from spectrim.forms.svd import Factors as Held  # the form that all kinds of layers know
+else:
+    Held = Form
 
 Writing = Literal["pair", "interpolative"]
 Self = TypeVar("Self", bound="ExchangedLayer")
-Share = Callable[[Factors, str, Tensor], nn.Parameter]
+Share = Callable[[Form, str, Tensor], nn.Parameter]
 
 
 STATE = ("scheme", "parameter_order", "execution", "channels_last", "writing")
@@ -92,7 +93,7 @@ class ExchangedLayer(nn.Module):
         return matrix
 
     @classmethod
-    def adopt(cls: type[Self], dense: nn.Module, factors: Mapping[str, Factors], scheme: Fold) -> Self:
+    def adopt(cls: type[Self], dense: nn.Module, factors: Mapping[str, Form], scheme: Fold) -> Self:
         """Take over a dense layer in place: all of it but its factorized weights, which `factors` replace. Returns the layer."""
         layer: Any = dense
         cls.forget(layer)
@@ -109,9 +110,9 @@ class ExchangedLayer(nn.Module):
     def forget(cls, module: nn.Module) -> None:
         """Drop what a dense layer keeps beside its parameters that refers to them, such as lists of weights."""
 
-    def factors_of(self, name: str) -> Factors:
-        """Return the factors of one weight."""
-        return cast(Factors, self.factors[name])
+    def factors_of(self, name: str) -> "Held":
+        """Return the form of one weight."""
+        return cast("Held", self.factors[name])
 
     def dense_weight(self, name: str) -> Tensor:
         """Compose one weight in torch's layout and the layer's dtype."""
@@ -149,25 +150,25 @@ class ExchangedLayer(nn.Module):
                 continue
             held = self.factors_of(name)
             matrix = self.fold(self, name, weight.detach(), self.scheme)
-            if matrix.shape[-2:] != held.shape:
-                rest[-1].append(f"size mismatch for {prefix}{name}: {tuple(weight.shape)} folds to {tuple(matrix.shape)}, not {held.shape}")
+            if tuple(matrix.shape) != held.folded_shape:
+                folds = f"{tuple(weight.shape)} folds to {tuple(matrix.shape)}, not {held.folded_shape}"
+                rest[-1].append(f"size mismatch for {prefix}{name}: {folds}")
                 continue
-            U, S, Vh = linalg.svd(matrix)
-            if held.rank < S.shape[-1] and float(S[..., held.rank :].max()) > LOST * float(S.max()):
+            parts = held.parts_of(matrix)
+            if parts is None:
                 problem = (
-                    f"a dense weight of a higher rank than the {held.rank} that this layer holds: load it into the network before prune"
+                    f"a dense weight of a higher rank than the {held.size} that this layer holds: load it into the network before prune"
                 )
                 rest[-1].append(f"{prefix}{name}: {problem}")
                 continue
             del state_dict[f"{prefix}{name}"]
-            r, base = held.rank, f"{prefix}factors.{name}."
-            state_dict |= {base + "U": U[..., :r].to(held.U), base + "S": S[..., :r].to(held.S), base + "Vh": Vh[..., :r, :].to(held.Vh)}
+            state_dict |= {f"{prefix}factors.{name}.{part}": tensor for part, tensor in parts.items()}
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def laid_out(self, weight: Tensor) -> Tensor:
         """Return a weight in the memory format that the dense layer had."""
         return weight.contiguous()
 
-    def named_factors(self) -> list[tuple[str, Factors]]:
+    def named_factors(self) -> list[tuple[str, Form]]:
         """Return ``(weight name, factors)`` of this layer."""
         return [(name, self.factors_of(name)) for name in self.factors]

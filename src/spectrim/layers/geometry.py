@@ -115,11 +115,13 @@ def _part(own: Mapping[str, Any], owners: tuple[int, ...], piece: int) -> dict[s
 
 
 def owners_of(module: Any, scheme: Fold) -> tuple[int, ...]:
-    """Return for each axis of a convolution which of two operations it belongs to, 0 or 1: the one that has its taps.
+    """Return for each axis of a convolution which of the operations it belongs to: the one that has its taps, the middle one of Tucker's.
 
     An axis of one tap belongs to the first operation, which then works at fewer positions where it has a stride; of a transposed
     convolution, whose stride makes more positions, to the second one.
     """
+    if scheme == "tucker":
+        return (1,) * len(module.kernel_size)
     count = leading(scheme, module.kernel_size)
     single = int(module.transposed)
     return tuple(int(axis >= count) if size > 1 else single for axis, size in enumerate(module.kernel_size))

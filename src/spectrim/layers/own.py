@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import LayerError
-from spectrim.forms.svd import Factors
+from spectrim.forms import FORMS, Form
 from spectrim.layers.base import FactorizedLayer
 from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.forwards import renew
@@ -42,11 +42,11 @@ def check_kind(kind: type[FactorizedLayer], layer: nn.Module, inputs: Sequence[A
             _check_forward(low, dense(*given), given, "at full rank")
             if isinstance(low, OneWeight) and not isinstance(low, FactorizedEmbedding) and scheme == "channel":
                 _check_rows(low, given)
-            cut: dict[str, Factors] = {name: full.cut(lambda spectrum: 1) for name, full in factors.items()}
+            cut: dict[str, Form] = {name: full.cut(lambda spectrum: 1) for name, full in factors.items()}
             one = kind.adopt(_again(dense), cut, scheme)
             expected = _check_forward(one, kind.adopt(_again(dense), cut, scheme).release(_parameter)(*given), given, "at rank 1")
             pair = one.split(_parameter, list(cut))
-            if not isinstance(pair, nn.Module) or any(isinstance(part, FactorizedLayer | Factors) for part in pair.modules()):
+            if not isinstance(pair, nn.Module) or any(isinstance(part, FactorizedLayer | Form) for part in pair.modules()):
                 raise LayerError(kind.__name__, f"split must return ordinary layers where all weights pay, got {type(pair).__name__}")
             _check_same(kind, pair.eval()(*given), expected, "what split returns at rank 1 does not compute what the layer does")
             if one.split(_parameter, ()) is not None:
@@ -68,25 +68,27 @@ def _shaken(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _factors(kind: type[FactorizedLayer], dense: nn.Module, name: str, scheme: Any) -> Factors:
+def _factors(kind: type[FactorizedLayer], dense: nn.Module, name: str, scheme: Any) -> Form:
     """Fold one weight, which `unfold` must give back, and decompose it."""
     weight = getattr(dense, name, None)
     if not isinstance(weight, nn.Parameter):
         raise LayerError(kind.__name__, f"'{name}' is not a parameter of the example", hint="name the weights in the method weights")
     matrix = kind.fold(dense, name, weight.detach(), scheme)
-    if matrix.dim() not in (2, 3):
+    if matrix.dim() not in (2, 3):  # in Tucker's scheme the third axis holds the taps
         raise LayerError(kind.__name__, f"fold must return (out, in) or (blocks, out, in), got {tuple(matrix.shape)}")
     back = kind.unfold(dense, name, matrix, scheme)
     if back.shape != weight.shape or not torch.equal(back, weight):
         problem = f"unfold is not the inverse of fold: '{name}' of {tuple(weight.shape)} comes back as {tuple(back.shape)}"
         raise LayerError(kind.__name__, problem if back.shape != weight.shape else f"{problem} with other values")
-    return Factors.of(weight, matrix)
+    return FORMS[scheme].of(weight, matrix)
 
 
 def _check_cost(kind: type[FactorizedLayer], dense: nn.Module, names: Sequence[str], scheme: Any, inputs: Sequence[Any]) -> None:
     shapes: list[Any] = [None, *(tuple(x.shape) for x in inputs[:1] if isinstance(x, Tensor))]
     for name in names:
         for shape in shapes:
+            if scheme == "tucker":
+                continue  # sizes are pairs there, and work is not proportional to them
             whole, one, two = (kind.work(dense, name, scheme, rank, shape) for rank in (None, 1, 2))
             if not (whole >= 0 and one > 0 and two == 2 * one):
                 problem = f"work on an input of {shape} is {whole} dense, {one} at rank 1 and {two} at rank 2"
@@ -134,5 +136,5 @@ def _tensors(output: Any) -> list[Tensor]:
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
-def _parameter(factors: Factors, part: str, tensor: Tensor) -> nn.Parameter:
+def _parameter(factors: Form, part: str, tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.detach().clone())

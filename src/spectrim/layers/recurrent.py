@@ -112,7 +112,9 @@ class FactorizedRecurrent(SeveralWeights):
         module: Any = self
         if not paying:
             return None
-        weights = {name: factors.balanced() if name in paying else factors.matrix().detach() for name, factors in self.named_factors()}
+        weights = {
+            name: self.factors_of(name).balanced() if name in paying else self.factors_of(name).matrix().detach() for name in self.factors
+        }
         weights |= {name: getattr(self, name).detach() for name in module._flat_weights_names if name.startswith("bias")}
         names = ("input_size", "hidden_size", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "proj_size")
         plain = PlainRecurrent(module.mode, weights=weights, **{name: getattr(self, name) for name in names})

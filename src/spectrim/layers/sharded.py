@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from spectrim.checks import check
 from spectrim.errors import LayerError
-from spectrim.forms.svd import Factors
-from spectrim.layers import renew
+from spectrim.forms.form import Form
+from spectrim.forms.form import whole as whole
+from spectrim.layers.forwards import renew
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_hooks", "_state_dict_pre_hooks")
 
@@ -30,7 +31,7 @@ def has_shards(model: nn.Module) -> bool:
 def refuse_sharded_factors(model: nn.Module) -> None:
     """Raise a LayerError where factors are a separate FSDP2 module: they have no forward pass that would gather them."""
     for name, module in model.named_modules():
-        if isinstance(module, Factors) and _is_fsdp(module):
+        if isinstance(module, Form) and _is_fsdp(module):
             raise LayerError(name, "is sharded by itself", hint="call fully_shard on the layer that holds it, or on the block around that")
 
 
@@ -41,28 +42,20 @@ def refuse_shards(model: nn.Module, verb: str) -> None:
         raise LayerError(type(model).__name__, "is sharded over processes", hint=hint)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor whole, gathered from all processes when it is sharded; gradients go back to the shards.
-
-    All processes have to call it together when it is sharded. Its gradient has to be the same on each of them.
-    """
-    shard: Any = tensor
-    return shard.full_tensor() if is_sharded(tensor) else tensor
+def is_whole(factors: Form) -> bool:
+    """Whether this process holds the whole parts of a weight: no shards of them, nor flat parameters in their place."""
+    side = next(factors.parameters())
+    return not is_sharded(side) and side.dim() >= 2 and side.numel() > 0
 
 
-def is_whole(factors: Factors) -> bool:
-    """Whether this process holds the whole factors of a weight: no shards of them, nor flat parameters in their place."""
-    return not is_sharded(factors.U) and factors.U.dim() >= 2 and factors.U.numel() > 0
+def whole_values(factors: Form) -> list[Tensor]:
+    """Return the values of `Form.values`, detached and whole."""
+    return [whole(values).detach() for values in factors.values()]
 
 
-def whole_values(factors: Factors) -> Tensor:
-    """Return the singular values as they are held, detached and whole."""
-    return whole(factors.S.detach())
-
-
-def whole_sides(factors: Factors) -> list[Tensor]:
-    """Return ``U`` and ``Vh^T``, detached and whole: columns are singular vectors."""
-    return [whole(factors.U.detach()), whole(factors.Vh.detach().mT)]
+def whole_sides(factors: Form) -> list[Tensor]:
+    """Return the sides of `Form.sides`, detached and whole: columns are singular vectors."""
+    return [whole(side.detach()) for side in factors.sides()]
 
 
 def shard_like(tensor: Tensor, pattern: Tensor) -> Tensor:

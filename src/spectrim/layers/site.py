@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers.base import FactorizedLayer
 
 
@@ -25,7 +25,7 @@ class Site:
     layer_name: str
     layer: FactorizedLayer
     key: str
-    factors: Factors
+    factors: Form
 
 
 def named_layers(model: nn.Module) -> Iterator[tuple[str, FactorizedLayer]]:
@@ -48,12 +48,12 @@ def sites(model: nn.Module) -> Iterator[Site]:
             yield Site(factor_name(name, key), name, layer, key, factors)
 
 
-def named_factors(model: nn.Module) -> Iterator[tuple[str, Factors]]:
+def named_factors(model: nn.Module) -> Iterator[tuple[str, Form]]:
     """Yield ``(name, factors)`` of every factorized weight, tied ones once, under the first name.
 
     The name is the layer's (``layer1.0.conv1``); layers with several weights add the weight's (``lstm.weight_ih_l0``).
     """
-    seen: set[Factors] = set()
+    seen: set[Form] = set()
     for site in sites(model):
         if site.factors not in seen:
             seen.add(site.factors)
@@ -65,6 +65,6 @@ def factor_name(layer: str, weight: str) -> str:
     return layer if weight == "weight" else f"{layer}.{weight}".removeprefix(".")
 
 
-def factors_in(module: nn.Module) -> list[tuple[str, Factors]]:
+def factors_in(module: nn.Module) -> list[tuple[str, Form]]:
     """Return ``(weight name, factors)`` of a factorized layer; none for any other module."""
     return module.named_factors() if isinstance(module, FactorizedLayer) else []

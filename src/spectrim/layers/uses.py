@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers.geometry import memory_format_of
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Features:
         axis: of the tensor along which the features lie.
     """
 
-    factors: Factors
+    factors: Form
     side: Side
     tensor: Tensor
     axis: int

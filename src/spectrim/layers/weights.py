@@ -45,7 +45,7 @@ class OneWeight(FactorizedLayer):
 
     def params_written(self, name: str, rank: int | None, site: str) -> dict[str, int]:
         """Two tensors, which layers with the same weight share."""
-        if rank is None or self.interpolates(name, rank):
+        if rank is None or not self.factors_of(name).is_matrix or self.interpolates(name, rank):
             return super().params_written(name, rank, site)
         out, in_ = self.factors_of(name).shape
         return {"left": rank * out, "right, transposed" if self.looks_up else "right": rank * in_}
@@ -84,10 +84,10 @@ class OneWeight(FactorizedLayer):
         if torch.compiler.is_compiling():
             return self.dense_weight("weight")
         factors = self.factors_of("weight")
-        folded = torch.empty(factors.U.shape[:-1] + factors.Vh.shape[-1:], device="meta")
+        folded = torch.empty(factors.folded_shape, device="meta")
         shape = self.unfold(self, "weight", folded, self.scheme).shape
         trained = any(parameter.requires_grad for parameter in factors.parameters())
-        return Composed(self._get_name(), lambda: self.dense_weight("weight"), shape, factors.dtype, factors.U.device, trained)
+        return Composed(self._get_name(), lambda: self.dense_weight("weight"), shape, factors.dtype, factors.device, trained)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Mathematics on tensors: folding kernels into matrices, singular value decompositions, polar factors."""
 
-from spectrim.linalg.fold import Fold, from_matrix, to_matrix
+from spectrim.linalg.fold import Fold, from_matrix, leading, to_matrix
 from spectrim.linalg.polar import polar_factor, polar_schedule
 from spectrim.linalg.spectral import (
     orthogonality_defect,
@@ -18,6 +18,7 @@ from spectrim.linalg.spectral import (
 __all__ = [
     "Fold",
     "from_matrix",
+    "leading",
     "orthogonality_defect",
     "polar_factor",
     "polar_schedule",

@@ -8,8 +8,12 @@ from torch import Tensor
 
 from spectrim.errors import SettingError
 
-Fold = Literal["channel", "spatial", "input"]
-"""``channel``: all taps on the input side; ``spatial``: those of the first axis that has some; ``input``: none."""
+Fold = Literal["channel", "spatial", "input", "tucker"]
+"""``channel``: all taps on the input side; ``spatial``: those of the first axis that has some; ``input``: none; ``tucker``: on no side."""
+
+
+MATRICES: tuple[Fold, ...] = ("channel", "spatial", "input")
+"""Folds that give a matrix."""
 
 
 FOLDS: tuple[Fold, ...] = get_args(Fold)
@@ -32,7 +36,7 @@ def leading(fold: Fold, kernel: Sequence[int]) -> int:
         >>> [leading(fold, (1, 3, 3)) for fold in ("channel", "spatial", "input")]
         [3, 2, 0]
     """
-    if fold not in FOLDS:
+    if fold not in MATRICES:
         raise SettingError("fold", "scheme", got=fold, rule="'channel', 'spatial' or 'input'")
     if fold == "spatial":
         return next((axis + 1 for axis, size in enumerate(kernel) if size > 1), len(kernel))
@@ -46,7 +50,7 @@ def folds(kernel: Sequence[int]) -> tuple[Fold, ...]:
         >>> folds((3, 3)), folds((64, 1)), folds((1, 1))
         (('channel', 'spatial', 'input'), ('channel', 'input'), ('channel',))
     """
-    sizes = {fold: math.prod(kernel[: leading(fold, kernel)]) for fold in FOLDS}
+    sizes = {fold: math.prod(kernel[: leading(fold, kernel)]) for fold in MATRICES}
     first = list(sizes.values())
     return tuple(fold for index, (fold, size) in enumerate(sizes.items()) if size not in first[:index])
 
@@ -55,7 +59,7 @@ def to_matrix(weight: Tensor, fold: Fold = "channel", groups: int = 1, transpose
     """Fold a weight into a matrix ``(out * taps, in * taps)``: each axis of the kernel is on one of the two sides, see `leading`.
 
     ``channel``: ``(out, in*k...)``; ``spatial``: ``(out*kw, in*kh)`` of a 2-D kernel, ``(out*kh*kw, in*kt)`` of a 3-D one; ``input``:
-    ``(out*k..., in)``. With groups, one matrix per block.
+    ``(out*k..., in)``. With groups, one matrix per block. ``tucker`` is no matrix: ``(out, in, taps)``, of one group.
 
     Args:
         weight: ``(out, in/groups, k...)``, or ``(in, out/groups, k...)`` when `transposed`; any number of kernel axes.
@@ -77,6 +81,8 @@ def to_matrix(weight: Tensor, fold: Fold = "channel", groups: int = 1, transpose
 
     Source: Yang et al., arXiv 2004.09031, section 3.1 (``channel`` and ``spatial``); ``input`` is the mirror image of ``channel``.
     """
+    if fold == "tucker":
+        return (weight.transpose(0, 1) if transposed else weight).flatten(2)
     first, second = _taps(fold, weight.shape[2:])
     blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     if transposed:
@@ -99,6 +105,9 @@ def from_matrix(matrix: Tensor, shape: Sequence[int], fold: Fold = "channel", gr
     Raises:
         SettingError: for an unknown fold.
     """
+    if fold == "tucker":
+        kernels = matrix.reshape(*matrix.shape[:2], *shape[2:])
+        return kernels.transpose(0, 1) if transposed else kernels
     lead, inner, *kernel = shape
     out, in_ = (inner, lead // groups) if transposed else (lead // groups, inner)
     first, second = _taps(fold, kernel)

@@ -89,7 +89,7 @@ def svd_of_product(
     return left @ core_U, core_S, core_Vh @ right.mT
 
 
-def _metric_root(vectors: Tensor, metric: Tensor | None, floor: float) -> tuple[Tensor, Tensor]:
+def metric_root(vectors: Tensor, metric: Tensor | None, floor: float) -> tuple[Tensor, Tensor]:
     """Return ``R`` with ``R^T R = V^T M V`` for orthonormal columns ``V``, and its inverse; no eigenvalue is below `floor` of the largest.
 
     For a metric of zeros the identity is used.
@@ -142,8 +142,8 @@ def weighted_svd(
     Deviation: eigenvalues of the core instead of a Cholesky factor of the whole metric.
     """
     U, S, Vh = U.double(), S.double(), Vh.double()
-    A, inverse = _metric_root(U, left, LEFT_FLOOR)
-    B, _ = _metric_root(Vh.mT, right, RIGHT_FLOOR)
+    A, inverse = metric_root(U, left, LEFT_FLOOR)
+    B, _ = metric_root(Vh.mT, right, RIGHT_FLOOR)
     weighted = A * S.unsqueeze(-2)
     W, values, _ = torch.linalg.svd(weighted @ B.mT)
     return U @ (inverse @ W), values, (W.mT @ weighted) @ Vh

@@ -9,10 +9,11 @@ from torch.utils._pytree import tree_leaves
 
 from spectrim.checks import check, unwrapped
 from spectrim.errors import FormatError, SettingError
+from spectrim.forms.form import Size, ranks_in
 from spectrim.layers import named_factors
 from spectrim.metrics.batch import BatchDims, stated
 from spectrim.metrics.clock import compare_latency
-from spectrim.metrics.evaluate import evaluate
+from spectrim.metrics.evaluate import Scores, evaluate
 from spectrim.metrics.macs import count_macs
 from spectrim.metrics.table import markdown_table
 
@@ -25,13 +26,16 @@ class Measurement:
         params: numbers in the parameters, tied ones once.
         macs: multiply-accumulates for one example.
         size_bytes: bytes of the state dict: parameters and persistent buffers, shared ones once.
-        ranks: rank of each factorized weight.
+        ranks: rank of each factorized weight; of a Tucker form the ranks of outputs and inputs.
         accuracy: fraction in [0, 1] of correct predictions.
         loss: mean over targets.
         latency_s: median time of one call, in seconds.
         latency_iqr_s: its interquartile range, in seconds.
         batch: examples in the call that was timed.
         threads: CPU threads it was timed with.
+        targets: number of class labels that the accuracy is a mean over.
+        chance: accuracy of the most frequent label as a constant answer.
+        loss_error: standard error of the loss, from its spread over batches.
 
     Examples:
         >>> m = Measurement(params=270_256, macs=40_813_184, size_bytes=1_081_024, accuracy=0.9173)
@@ -47,13 +51,27 @@ class Measurement:
     params: int
     macs: int | None
     size_bytes: int
-    ranks: dict[str, int] = dataclasses.field(default_factory=dict)
+    ranks: dict[str, Size] = dataclasses.field(default_factory=dict)
     accuracy: float | None = None
     loss: float | None = None
     latency_s: float | None = None
     latency_iqr_s: float | None = None
     batch: int | None = None
     threads: int | None = None
+    targets: int | None = None
+    chance: float | None = None
+    loss_error: float | None = None
+
+    def scored(self, scores: Scores) -> "Measurement":
+        """Return this measurement with the scores of `evaluate`, and how sure they are, in place of its scores."""
+        return dataclasses.replace(
+            self,
+            loss=scores["loss"],
+            accuracy=scores.get("accuracy"),
+            targets=scores.targets,
+            chance=scores.chance,
+            loss_error=scores.loss_error,
+        )
 
     def summary(self) -> str:
         """Return a table of what was measured, as text."""
@@ -129,20 +147,22 @@ def measure(
             raise SettingError("measure", "batch_size", got=batch_size, rule=rule)
         batch_size = size
     fields: dict[str, Any] = {"macs": None}
+    scores: Scores | None = None
     if inputs is not None:
         fields["macs"] = count_macs(model, inputs, batch_size=batch_size)
         if latency:
             timed = compare_latency({"model": model}, inputs, threads=threads, batch_size=batch_size)["model"]
             fields |= {"latency_s": timed.median_s, "latency_iqr_s": timed.iqr_s, "batch": timed.batch, "threads": timed.threads}
     if data is not None and loss is not None:
-        fields |= evaluate(model, data, loss, batch_dims=batch_dims)
+        scores = evaluate(model, data, loss, batch_dims=batch_dims)
     model = unwrapped(model)
-    return Measurement(
+    found = Measurement(
         params=sum(tensor.numel() for tensor in _distinct(model.parameters())),
         size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in _distinct(tree_leaves(model.state_dict()))),
-        ranks={name: factors.rank for name, factors in named_factors(model)},
+        ranks={name: factors.size for name, factors in named_factors(model)},
         **fields,
     )
+    return found if scores is None else found.scored(scores)
 
 
 def measure_together(
@@ -212,7 +232,7 @@ def compare_table(measurements: Mapping[str, Measurement]) -> str:
 
 def _texts(m: Measurement) -> dict[str, str]:
     """Return each figure with its unit; an empty string for what was not measured."""
-    ranks = list(m.ranks.values())
+    ranks = ranks_in(m.ranks.values())
     mib = f" ({m.size_bytes / 2**20:.1f} MiB)" if m.size_bytes >= 2**19 else ""
     return {
         "accuracy": "" if m.accuracy is None else f"{100 * m.accuracy:.2f} %",
@@ -220,7 +240,7 @@ def _texts(m: Measurement) -> dict[str, str]:
         "parameters": f"{m.params:,}",
         "MACs": "" if m.macs is None else f"{m.macs:,}",
         "size": f"{m.size_bytes:,} B{mib}",
-        "ranks": f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f} ({len(ranks)})" if ranks else "",
+        "ranks": f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f} ({len(m.ranks)})" if ranks else "",
         "latency": "" if m.latency_s is None else f"{1e3 * m.latency_s:,.3f} ms",
         "latency IQR": "" if m.latency_iqr_s is None else f"{1e3 * m.latency_iqr_s:,.3f} ms",
         "timed with": "" if m.batch is None else f"batch {m.batch}, {m.threads} thread{'' if m.threads == 1 else 's'}",

@@ -27,6 +27,8 @@ def groups_of(model: nn.Module) -> list[list[Factors]]:
     """Group the factors of equal shape, dtype and device; a group has at most `STACKED` elements. Each sharded one is a group."""
     groups: dict[tuple[object, ...], list[Factors]] = {}
     for _, factors in named_factors(model):
+        if not isinstance(factors, Factors):
+            continue
         key = (id(factors),) if is_sharded(factors.S) else (factors.U.shape[-2:], factors.Vh.shape[-2:], factors.U.dtype, factors.U.device)
         groups.setdefault(key, []).append(factors)
     chunks: list[list[Factors]] = []
@@ -67,7 +69,8 @@ class FrobeniusDecay:
 
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the weighted penalty of all factorized layers, a scalar."""
-        return self.weight * total(model, [self._of(group) for group in groups_of(model)])
+        others = [form.half_squared_norm() for _, form in named_factors(model) if not form.is_matrix]
+        return self.weight * total(model, [*(self._of(group) for group in groups_of(model)), *others])
 
     def _of(self, group: Sequence[Factors]) -> Tensor:
         if is_sharded(group[0].S):

@@ -85,13 +85,7 @@ def weights_of(model: nn.Module, where: LayerFilter | None, scheme: Fold) -> Ite
         for _, factors in layer.named_factors() if where is None or where(name, layer) else ():
             if id(factors) not in seen:
                 seen.add(id(factors))
-                yield (factors.U, factors.S, factors.Vh), composed
-
-
-def composed(U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
-    """Return ``U diag(S) Vh`` in the dtype of the factors."""
-    with torch.autocast(U.device.type, enabled=False):
-        return (U * S.unsqueeze(-2)) @ Vh
+                yield tuple(factors.parameters(recurse=False)), factors.composed
 
 
 def over_weights(model: nn.Module, measure: Measure, where: LayerFilter | None, scheme: Fold, steps: int) -> Tensor:

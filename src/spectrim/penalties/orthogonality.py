@@ -93,7 +93,7 @@ class Orthogonality:
 
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the weighted penalty of all factorized layers, a scalar."""
-        matrices = [matrix for _, factors in named_factors(model) for matrix in (factors.U, factors.Vh.mT)]
+        matrices = [matrix for _, factors in named_factors(model) for matrix in factors.sides()]
         groups = batches(matrix for matrix in matrices if not is_sharded(matrix))
         terms = [defect_of(group) if self.sample is None else sampled_defect_of(group, self.sample) for group in groups]
         return self.weight * total(model, [*terms, *(self._of_shards(matrix) for matrix in matrices if is_sharded(matrix))])

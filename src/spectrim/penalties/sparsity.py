@@ -14,7 +14,7 @@ from spectrim.penalties.sums import batches, check_weight, stack, total
 
 def over_spectra(model: nn.Module, measure: Callable[[Tensor], Tensor]) -> Tensor:
     """Sum a measure, ``(blocks, rank) -> (blocks,)``, of every spectrum; those of equal rank together."""
-    groups = batches((whole(factors.S) for _, factors in named_factors(model)), axes=1)
+    groups = batches((whole(values) for _, factors in named_factors(model) for values in factors.values()), axes=1)
     return total(model, [measure(stack(group, axes=1).abs()).sum() for group in groups])
 
 

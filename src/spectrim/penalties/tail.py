@@ -7,53 +7,32 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import SettingError
-from spectrim.layers import Factors, named_factors
-from spectrim.layers.sharded import whole
+from spectrim.forms.form import Form, Size
+from spectrim.layers import named_factors
 from spectrim.penalties.sums import total
 from spectrim.surgery.ranks import check_names
 
 
-def tail_share(S: Tensor, rank: int) -> Tensor:
-    """Return the fraction of the energy in all but the `rank` largest ``|S|`` of each block, a scalar in [0, 1]; 0 for a spectrum of zeros.
-
-    The total energy is treated as a constant. Values are scaled by the largest first, so that squares neither underflow nor overflow. If
-    the largest is so small that the gradient would overflow, all are treated as zeros.
-
-    Examples:
-        >>> tail_share(torch.tensor([3.0, -1.0, 0.0]), 1)
-        tensor(0.1000)
-    """
-    S = whole(S).to(torch.promote_types(S.dtype, torch.float32))
-    with torch.no_grad():
-        size = S.abs()
-        largest = size.max()
-        zero = largest < torch.finfo(S.dtype).tiny * S.numel()
-        scale = torch.where(zero, 1.0, largest)
-        order = size.argsort(dim=-1, descending=True, stable=True)
-        cut = torch.ones_like(size).scatter_(-1, order[..., :rank], 0.0)
-        weight = torch.where(zero, 0.0, cut / torch.where(zero, 1.0, (size / scale).square().sum()))
-    return (weight * (S / scale).square()).sum()
-
-
-def tail_share_of(factors: Factors, rank: int) -> Tensor:
-    """Return `tail_share` of one weight."""
-    return tail_share(factors.S, rank)
-
-
 @torch.no_grad()
-def tail_shares(model: nn.Module, ranks: Mapping[str, int]) -> dict[str, float]:
-    """Return `tail_share` of each named weight that holds more singular values than its rank.
+def tail_shares(model: nn.Module, ranks: Mapping[str, Size]) -> dict[str, float]:
+    """Return `Form.tail_share` of each named weight that is larger than the size given.
 
     Args:
         model: factorized.
         ranks: by the names of `coverage`.
     """
-    found = {name: tail_share(f.S, ranks[name]) for name, f in named_factors(model) if name in ranks and f.rank > ranks[name]}
+    found = {name: f.tail_share(ranks[name]) for name, f in larger(model, ranks)}
     if not found:
         return {}
     device = next(iter(found.values())).device
     shares = torch.stack([share.double().to(device) for share in found.values()]).tolist()  # one transfer for all
     return dict(zip(found, shares, strict=True))
+
+
+def larger(model: nn.Module, ranks: Mapping[str, Size]) -> list[tuple[str, Form]]:
+    """Return the weights, by name, that hold more than the size given."""
+    held = [(name, factors) for name, factors in named_factors(model) if name in ranks]
+    return [(name, factors) for name, factors in held if factors.rung_of(ranks[name]) < factors.rank]
 
 
 @dataclass(frozen=True)
@@ -84,7 +63,7 @@ class TailEnergy:
     Source: ours.
     """
 
-    ranks: Mapping[str, int]
+    ranks: Mapping[str, Size]
     strengths: Mapping[str, float]
 
     def __post_init__(self) -> None:
@@ -93,8 +72,8 @@ class TailEnergy:
                 "TailEnergy", "strengths", got=sorted(self.strengths), rule=f"for the weights in ranks, {sorted(self.ranks)}"
             )
         for name, rank in self.ranks.items():
-            if isinstance(rank, bool) or rank < 1:
-                raise SettingError("TailEnergy", f"ranks['{name}']", got=rank, rule="an integer >= 1")
+            if isinstance(rank, bool) or min(rank if isinstance(rank, tuple) else (rank,)) < 1:
+                raise SettingError("TailEnergy", f"ranks['{name}']", got=rank, rule="an integer >= 1, or one for each axis of a size")
         for name, strength in self.strengths.items():
             if not 0 <= strength < float("inf"):
                 raise SettingError("TailEnergy", f"strengths['{name}']", got=strength, rule="a finite number >= 0")
@@ -102,5 +81,5 @@ class TailEnergy:
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the weighted penalty of all named weights, a scalar."""
         check_names(model, self.ranks)
-        held = [(name, factors) for name, factors in named_factors(model) if factors.rank > self.ranks.get(name, factors.rank)]
-        return total(model, [self.strengths[name] * tail_share(factors.S, self.ranks[name]) for name, factors in held])
+        held = larger(model, self.ranks)
+        return total(model, [self.strengths[name] * factors.tail_share(self.ranks[name]) for name, factors in held])

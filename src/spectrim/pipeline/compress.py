@@ -1,27 +1,31 @@
 """All verbs in order, in one call: `compress`."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import nn
-from torch.optim import Optimizer
 
 from spectrim.budget.allocate import check_floor
 from spectrim.budget.budget import Budget, as_budget
 from spectrim.budget.ladder import ladder
 from spectrim.budget.promise import counted, recounted
+from spectrim.budget.schemes import at_budget
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
+from spectrim.metrics.measurement import Measurement
+from spectrim.metrics.verdict import worse_than
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.cutter import Cutter
 from spectrim.pipeline.judge import Judge, scores_of_measurement
+from spectrim.pipeline.search import searching
+from spectrim.pipeline.steps import LOGGER, steps
 from spectrim.pipeline.store import Store, Told, identity_of
 from spectrim.pipeline.teaching import MEMORIZED, TEACHING, teacher_for, why_untaught, with_hint_layers
 from spectrim.pipeline.tuner import Tuner, squeezed
@@ -35,12 +39,15 @@ from spectrim.surgery.moments import Calibration
 from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import layer_filter
 from spectrim.training.distillation import Distillation, Loss
-from spectrim.training.fit import Precision
+from spectrim.training.fit import DEFAULT
 from spectrim.training.history import History
+from spectrim.training.stopping import Best
+from spectrim.training.tuning import Schedule, Tuning
 
 
 @outside_inference_mode
 @naming
+@searching
 def compress(
     model: nn.Module,
     data: Iterable[Any],
@@ -58,11 +65,8 @@ def compress(
     importance: Importance | None = None,
     squeeze: float = 0.0,
     distill: Distillation | Literal["auto"] | None = "auto",
-    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+    tuning: Tuning = DEFAULT,
     penalties: Sequence[Penalty] = (),
-    clip: float | None = None,
-    precision: Precision = "no",
-    compiled: bool = False,
     examples: int = 1024,
     calibration: Calibration | None = None,
     latency: Latencies | None = None,
@@ -80,13 +84,16 @@ def compress(
         data: the training split, batches ``(inputs, target)``, iterable more than once.
         loss: ``(output, target) -> scalar``, a mean over examples.
         budget: what the whole network may keep: a `Budget`, a fraction of the multiply-accumulates, or a dict of `Budget`'s fields.
+            With ``max_drop`` or ``max_loss_rise`` the smallest network that is at most so much worse on `eval_data`, by bisection over
+            budgets: five calls with budgets of limits alone, each in a folder inside `folder`.
         epochs: passes over `data`, >= 0; 0 for calibration only.
         example_inputs: one batch for costs and latency; the first example of `data` when omitted. That is cut along axes whose sizes agree
             with the target's or among the inputs, and tried in the network.
         batch_dims: states the batch axes of the inputs instead: one axis for all tensors, or a dict or list by argument, where None
             stands for what all examples share.
         eval_data: the validation split, for the scores at each stage and the choice of ``cut="auto"``.
-        scheme: how convolution kernels are folded, see `factorize`.
+        scheme: how convolution kernels are folded, see `factorize`. ``auto`` chooses for each convolution together with all ranks, at the
+            budget (`spectrim.budget.schemes`); with `calibration` or `latency`, which are of one set of schemes, as `factorize` does.
         writing: how `merge` writes what is cut, ``pair`` or ``interpolative``, see `factorize`.
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
@@ -102,18 +109,18 @@ def compress(
             (temperature 2, half of the loss), intermediate features for the first half of the steps; where the dense network has memorized
             the examples (a loss below 0.05) logits alone (temperature 4, 0.7 of the loss). With `squeeze` distillation begins with the
             first epoch, however small the gap. None for never.
-        optimizer: makes an optimizer from parameters; Adam with rate 0.001 when omitted. Its rate rises for a fifth of the steps and
-            falls along a cosine to zero.
+        tuning: optimizer, schedule, clipping, precision and the rest of how to fine-tune, see `Tuning`. The schedule is one for all epochs,
+            by default `one_cycle`: the optimizer's rate rises for a fifth of the steps and falls along a cosine to zero.
         penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`. Without any, and without
             `squeeze`, the factors of large weights are fine-tuned as `balance_` leaves them, and orthonormal again in the end.
-        clip: largest norm of the gradient, see `fit`.
-        precision: of fine-tuning, see `fit`.
-        compiled: fine-tune through `torch.compile`, see `fit`.
         examples: number of training examples in the calibration set, >= 1.
         calibration: made before by `calibrate` of ``factorize(model, scheme, where)``, so that several budgets share it.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
         folder: for the cut network, checkpoints, the final network and ``result.json``; an interrupted call resumes there. None for none.
-        progress: whether to show progress, on stderr.
+        progress: whether to show progress, on stderr: the name of each step.
+
+    With epochs, a network that ends worse than its cut is not kept, and the cut is: a lower accuracy, or a higher loss at a level one,
+    beyond the standard errors.
 
     Returns:
         The networks, their measurements side by side, and the choices made.
@@ -135,16 +142,24 @@ def compress(
         True
     """
     check("compress", model=model, data=data, loss=loss, epochs=epochs, example_inputs=example_inputs, eval_data=eval_data, where=where)
-    check("compress", squeeze=squeeze, factory=optimizer, penalties=penalties, clip=clip, examples=examples, latency=latency)
+    check("compress", squeeze=squeeze, tuning=tuning, penalties=penalties, examples=examples, latency=latency)
     model, budget, epochs, examples = unwrapped(model), as_budget(budget, "compress"), index(epochs), index(examples)
     where = layer_filter(where, model, "compress")
     _check(model, cut, distill)
-    inputs = one_example(data, model, dims=batch_dims, owner="compress") if example_inputs is None else example_inputs
-    batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
-    known = first_examples(data, examples, dims=batch_dims)
-    low = factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
-    store = Store(None if folder is None else Path(folder))
-    with store.held():
+    _check_tuning(tuning, eval_data is not None)
+    ways = 1 if cut != "auto" else 4 if epochs else 3
+    with (
+        steps("compress", 6 + ways + (round(epochs * squeeze) > 0) + (epochs > round(epochs * squeeze)), progress) as step,
+        ExitStack() as held,
+    ):
+        step("reading the calibration set")
+        inputs = one_example(data, model, dims=batch_dims, owner="compress") if example_inputs is None else example_inputs
+        batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
+        known = first_examples(data, examples, dims=batch_dims)
+        step("factorizing", has_bar=True)
+        low = factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
+        store = Store(None if folder is None else Path(folder))
+        held.enter_context(store.held())
         store.claim(
             budget=repr(budget),
             epochs=epochs,
@@ -159,26 +174,31 @@ def compress(
             if distill == "auto"
             else distill,
             penalties=[repr(penalty) for penalty in penalties],
-            clip=clip,
-            precision=precision,
+            **tuning.settings,
             examples=examples,
-            **identity_of(model, low, data, known, inputs, loss, optimizer, latency, calibration) if folder is not None else {},
+            **identity_of(model, low, data, known, inputs, loss, tuning.optimizer, latency, calibration) if folder is not None else {},
         )
+        step("comparing outputs and pricing ranks")
         same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
         prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True)
+        if scheme == "auto" and latency is None and calibration is None:
+            low, prices = at_budget(low, budget, inputs, prices, model)
         check_floor(low, budget, prices)
         judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
-        cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims)
-        scores, history, told = {"dense": judge.dense}, History(), Told()
+        cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims, step)
+        step("scoring the dense network")
+        scores: dict[str, dict[str, float]] = {"dense": judge.dense}
+        history, told = History(), Told()
         teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
         able, untaught = teacher_for(model, known, loss, level=judge.dense_on_known["loss"]) if chosen else None, ""
         if able is not None:
             teacher = with_hint_layers(able, low, known[0])
         elif chosen:
             untaught = why_untaught(model, known[0])
-        tuner = Tuner(data, loss, epochs, optimizer, teacher, eval_data, clip, precision, compiled, store, progress)
+        tuner = Tuner(data, loss, epochs, tuning, teacher, eval_data, store, progress)
         training = round(epochs * squeeze)
         if training:
+            step("training toward the budget", has_bar=True)
             history = squeezed(low, tuner, cutter, training, penalties, scores, told)
         else:
             low, told, found = store.cut(model, lambda: cutter.cut(low, cut, epochs > 0))
@@ -188,23 +208,40 @@ def compress(
             tuner.start(low)
         if prices.corrected:
             recounted("compress", budget, low, inputs, prices)
-        if epochs > training:
+        before = (
+            (list(scores.values())[-1], {name: value.clone() for name, value in low.state_dict().items()}) if epochs > training else None
+        )
+        if before is not None:
+            step("fine-tuning", has_bar=True)
             with nullcontext() if training or penalties else balanced(low):
                 rest = tuner.run(low, epochs - training, penalties, "finetune")
             history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
-        low.eval()
-        final = merge(low, latency=latency)
-        same_function(low, final, inputs_of(known[0]), names=("cut", "merged"))
-        measured = judge.measured(final, inputs)
+        step("merging and measuring")
+        final, measured = _finished(low, judge, inputs, latency)
+        if before is not None and worse_than(measured["final"], before[0]):
+            told.dropped["fine-tuned"] = scores_of_measurement(measured["final"])
+            low.load_state_dict(before[1])
+            final, measured = _finished(low, judge, inputs, latency)
         counted("compress", budget, final, measured["final"].macs, prices)
-        if epochs > training:
+        if before is not None:
             scores["final"] = scores_of_measurement(measured["final"])
         taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
         lines = coverage(low, where, inputs=inputs, latency=latency)
         notes = [*told.notes, *([untaught] if untaught else [])]
-        made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes)
+        split = "calibration" if eval_data is None else "validation"
+        made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes, split)
         store.finish(made)
+    for warning in made.verdict.warnings:
+        LOGGER.warning("compress: %s", warning)
     return made
+
+
+def _finished(low: nn.Module, judge: Judge, inputs: Any, latency: Latencies | None) -> tuple[nn.Module, dict[str, Measurement]]:
+    """Merge the network, compare its outputs and measure it beside the dense one."""
+    low.eval()
+    final = merge(low, latency=latency)
+    same_function(low, final, inputs_of(judge.known[0]), names=("cut", "merged"))
+    return final, judge.measured(final, inputs)
 
 
 def _check(model: nn.Module, cut: str, distill: Any) -> None:
@@ -216,3 +253,12 @@ def _check(model: nn.Module, cut: str, distill: Any) -> None:
         raise SettingError("compress", "cut", got=cut, rule=f"one of {', '.join(get_args(Cut))}")
     if not (distill is None or distill == "auto" or isinstance(distill, Distillation)):
         raise SettingError("compress", "distill", got=distill, rule="'auto', a Distillation, or None")
+
+
+def _check_tuning(tuning: Tuning, judged: bool) -> None:
+    """Raise a SettingError for what only `fit` takes: a schedule of an optimizer that `compress` does not have."""
+    if isinstance(tuning.scheduler, Schedule):
+        rule = "a function (optimizer, steps) -> schedule"
+        raise SettingError("compress", "scheduler", got=tuning.scheduler, rule=rule, hint="the optimizer is made inside")
+    if tuning.keep_best:
+        Best(tuning.keep_best, judged)

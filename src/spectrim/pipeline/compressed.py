@@ -6,10 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from spectrim.forms.form import Size
 from spectrim.layers import named_factors
 from spectrim.metrics.measurement import Measurement, compare_table
+from spectrim.metrics.verdict import Verdict, has_loops, verdict
 from spectrim.surgery.coverage import Coverage
 from spectrim.training.history import History
+
+SPLITS = {"validation": "validation split", "calibration": "calibration set"}
+"""What scores are on, in words."""
 
 
 @dataclass
@@ -29,6 +34,8 @@ class Compressed:
         settings: the arguments, as plain data.
         dropped: scores of the stages that were tried and not kept, because the loss was not lower.
         notes: cut methods that were not tried, and why.
+        split: what scores are on: ``validation`` (the data given as `eval_data`) or ``calibration`` (training examples).
+        tried: with a budget that has ``max_drop`` or ``max_loss_rise``: each budget that was tried, its scores, and whether it was allowed.
     """
 
     model: nn.Module
@@ -42,11 +49,28 @@ class Compressed:
     settings: dict[str, Any] = field(default_factory=dict)
     dropped: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    split: str = "calibration"
+    tried: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def ranks(self) -> dict[str, int]:
+    def verdict(self) -> Verdict:
+        """Smaller, faster here, level in accuracy? And what to try next; in words."""
+        return self.verdict_on(self.measured, SPLITS[self.split])
+
+    def verdict_on(self, measured: Mapping[str, Measurement], split: str) -> Verdict:
+        """Return the verdict by other measurements of the two networks, as on the test split.
+
+        Args:
+            measured: ``dense`` and ``final``.
+            split: what accuracy and loss were measured on, in words.
+        """
+        trained, cut = bool(self.history.epochs), "kept" if "fine-tuned" in self.dropped else ""
+        return verdict(measured["dense"], measured["final"], loops=has_loops(self.model), trained=trained, cut=cut, split=split)
+
+    @property
+    def ranks(self) -> dict[str, Size]:
         """The rank of each factorized weight; `prune` takes it."""
-        return {name: factors.rank for name, factors in named_factors(self.low)}
+        return {name: factors.size for name, factors in named_factors(self.low)}
 
     @property
     def report(self) -> dict[str, Any]:
@@ -61,12 +85,15 @@ class Compressed:
             "settings": self.settings,
             "dropped": self.dropped,
             "notes": self.notes,
+            "split": self.split,
+            "tried": self.tried,
+            "verdict": self.verdict.to_dict(),
         }
         return measured | rest | {"coverage": [vars(line) for line in self.coverage]}
 
     def summary(self) -> str:
-        """Return a table of the dense and the low-rank network side by side."""
-        return compare_table({"dense": self.measured["dense"], "low-rank": self.measured["final"]})
+        """Return a table of the dense and the low-rank network side by side, and the verdict as its last line."""
+        return f"{compare_table({'dense': self.measured['dense'], 'low-rank': self.measured['final']})}\n{self.verdict}"
 
     def stages(self) -> str:
         """Return one line for each stage that was scored, kept or not, how the cut was made, and the distillation."""
@@ -75,8 +102,14 @@ class Compressed:
             return f"{stage:14}" + ", ".join(f"{name} {value:.4g}" for name, value in found.items()) + end
 
         lines = [line(stage, found) for stage, found in self.scores.items()]
-        lines += [line(stage, found, " (not kept: the loss is not lower)") for stage, found in self.dropped.items()]
+        why = {"fine-tuned": " (not kept: worse than the cut)"}
+        lines += [line(stage, found, why.get(stage, " (not kept: the loss is not lower)")) for stage, found in self.dropped.items()]
         told = {"weight": "logits", "features": "intermediate features"}
         by = [way for name, way in told.items() if (self.teacher or {}).get(name)]
         taught = [f"distilled from the dense network: {' and '.join(by)}"] if by else []
-        return "\n".join([f"cut: {self.cut}", *self.notes, *taught, *lines])
+        searched = [
+            f"tried {', '.join(f'{name}={value:.4g}' for name, value in one['budget'].items())}: {one['words']}"
+            + (": allowed" if one["kept"] else ": not allowed")
+            for one in self.tried
+        ]
+        return "\n".join([*searched, f"cut: {self.cut}", *self.notes, *taught, *lines])

@@ -1,5 +1,6 @@
 """The cut of `compress`: in the way asked for, or in the one that suits best."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +32,13 @@ class Cutter:
     prices: Ladder
     calibration: Calibration | None
     batch_dims: BatchDims | None = None
+    step: Callable[[str], None] = lambda title: None
 
     def cut(self, low: nn.Module, cut: Cut, trains: bool) -> Found:
         """Cut the network by the given method, or by the best one; return it, how, and its scores by stage."""
         calibration = self.calibration
         if calibration is None and (cut == "auto" or WAYS[cut].needs != "none"):
+            self.step("calibrating")
             calibration = calibrate(low, self.judge.known, self.judge.loss, examples=None, batch_dims=self.batch_dims)
         bench = Workbench(low, self.inputs, calibration, latency=self.prices.latency, prices=self.prices)
         notes: list[str] = []
@@ -65,6 +68,7 @@ class Cutter:
 
     def _made(self, bench: Workbench, kind: str) -> CutNetwork:
         way = WAYS[kind]
+        self.step(f"cutting: {kind}")
         if way.needs == "loss":
             bench.distortions(way)  # refuses a loss without gradients, also with other ranks
         return bench.cut_to(self.budget, way, self.judge, dense=self.judge.model, examples=self.judge.known, importance=self.importance)

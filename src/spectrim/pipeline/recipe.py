@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from operator import index
 from pathlib import Path
@@ -14,38 +14,17 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from spectrim.budget.budget import Budget
-from spectrim.errors import RecipeError
+from spectrim.errors import RecipeError, SettingError
 from spectrim.pipeline.components import STEPS, Component, _filled, _guard, _scheduler, make, make_loss
 from spectrim.pipeline.parsing import apply_change, parsed
 from spectrim.pipeline.reading import read_yaml
 from spectrim.protocols import LayerFilter
 from spectrim.surgery.factorize import Scheme
 from spectrim.surgery.select import match
-from spectrim.training.distillation import Distillation
-from spectrim.training.fit import Precision
-
-
-@dataclass
-class Teacher:
-    """Distillation from the dense network of the first stage.
-
-    Args:
-        temperature: > 0.
-        weight: the teacher's share of the loss, in [0, 1].
-        dim: the axis of the classes.
-        mix: >= 0; above 0 batches are mixed with themselves.
-        features: >= 0; above 0 layer outputs are distilled, too.
-        until: in [0, 1]; the share of the steps in which it is.
-        layers: their names; the factorized ones when omitted.
-    """
-
-    temperature: float = 4.0
-    weight: float = 0.7
-    dim: int = -1
-    mix: float = 0.0
-    features: float = 0.0
-    until: float = 1.0
-    layers: tuple[str, ...] | None = None
+from spectrim.training.course import as_course
+from spectrim.training.distillation import DistillationSettings
+from spectrim.training.prepared import Precision
+from spectrim.training.tuning import Tuning
 
 
 @dataclass
@@ -58,8 +37,8 @@ class Phase:
         scheduler: gets the optimizer as its first argument; ``total_steps`` and ``T_max`` are filled in when they are left out.
         scheduler_steps: whether the schedule advances each epoch or each batch.
         penalties: values that are called on the model.
-        distill: learn from the dense network too.
-        rank_schedule: cuts ranks in the course of this phase, for example `Ramp`; for the phases of a factorized network only.
+        distill: distillation from the dense network of the first stage.
+        courses: change training step by step, for example `Ramp`, which cuts ranks; for the phases of a factorized network only.
         accumulate: batches for one optimizer step.
         clip: largest norm of the gradient.
     """
@@ -67,12 +46,29 @@ class Phase:
     epochs: int = 0
     optimizer: Component = field(default_factory=lambda: {"class_path": "torch.optim.Adam", "init_args": {"lr": 0.001}})
     scheduler: Component | None = None
-    scheduler_steps: Literal["epoch", "batch"] = "epoch"
+    scheduler_steps: Literal["epoch", "batch"] = Tuning.scheduler_steps
     penalties: list[Component] = field(default_factory=list)
-    distill: Teacher | None = None
-    rank_schedule: Component | None = None
-    accumulate: int = 1
-    clip: float | None = None
+    distill: DistillationSettings | None = None
+    courses: list[Component] = field(default_factory=list)
+    accumulate: int = Tuning.accumulate
+    clip: float | None = Tuning.clip
+
+    def tuning(self, recipe: "Recipe") -> Tuning:
+        """Return how this phase trains, with what its recipe sets for all phases.
+
+        Args:
+            recipe: of the phase.
+        """
+        schedule = None if self.scheduler is None else partial(_scheduler, self.scheduler)
+        return Tuning(
+            optimizer=lambda parameters: make(self.optimizer, "optimizer", list(parameters)),
+            scheduler=schedule,
+            scheduler_steps=self.scheduler_steps,
+            accumulate=self.accumulate,
+            clip=self.clip,
+            precision=recipe.precision,
+            compiled=recipe.compiled,
+        )
 
 
 @dataclass
@@ -100,8 +96,9 @@ class Cut:
 
     Args:
         rule: a rank rule.
-        budget: what the whole network keeps; ranks by the knapsack over the distortion of the cut method.
-        ranks: ``{layer: rank}``.
+        budget: what the whole network keeps; ranks by the knapsack over the distortion of the cut method. With ``max_drop`` or
+            ``max_loss_rise``, the smallest cut that is at most so much worse on the validation split, before fine-tuning.
+        ranks: ``{layer: rank}``, or ``{layer: [outputs, inputs]}`` for a Tucker form.
         cut: ``plain`` keeps the largest singular values of each weight, ``whitened`` what changes its output least on training examples,
             ``sensitive`` what changes the loss least, ``mixed`` as whitened with ranks by both energies.
         correct: refit each layer to its output before the cut by least squares on training examples.
@@ -111,7 +108,7 @@ class Cut:
 
     rule: Component | None = None
     budget: Budget | None = None
-    ranks: dict[str, int] | None = None
+    ranks: dict[str, int | list[int]] | None = None
     cut: Literal["plain", "whitened", "sensitive", "mixed"] = "plain"
     correct: bool = False
     examples: int = 1024
@@ -144,8 +141,8 @@ class Recipe:
     data: Component
     loss: Component
     seed: int = 0
-    precision: Precision = "no"
-    compiled: bool = False
+    precision: Precision = Tuning.precision
+    compiled: bool = Tuning.compiled
     threads: int = 0
     latency_threads: int = 1
     dense: Phase = field(default_factory=Phase)
@@ -212,17 +209,15 @@ def _check(recipe: Recipe, cut: bool) -> None:
         if value < least:
             raise RecipeError(key, f"got {value}", allowed=f">= {least}")
     for name, rank in (recipe.prune.ranks or {}).items():
-        if rank < 1:
+        if min(rank if isinstance(rank, list) else [rank], default=0) < 1:
             raise RecipeError(f"prune.ranks.{name}", f"got {rank}", allowed=">= 1")
     for key, phase in phases(recipe):
         if phase.epochs < 0:
             raise RecipeError(f"{key}.epochs", f"got {phase.epochs}", allowed=">= 0")
-        if phase.accumulate < 1:
-            raise RecipeError(f"{key}.accumulate", f"got {phase.accumulate}", allowed=">= 1")
-        if phase.clip is not None and not phase.clip > 0:
-            raise RecipeError(f"{key}.clip", f"got {phase.clip}", allowed="> 0, or null for no clipping")
-        if phase.distill is not None:
-            _guard(f"{key}.distill", partial(Distillation, nn.Identity(), **asdict(phase.distill)))
+        try:
+            phase.tuning(recipe)
+        except SettingError as error:
+            raise RecipeError(f"{key}.{error.field}", f"got {error.got!r}", allowed=error.rule) from error
 
 
 def phases(recipe: Recipe) -> list[tuple[str, Phase]]:
@@ -259,12 +254,10 @@ def _complete(recipe: Recipe) -> Recipe:
             if not callable(value):
                 problem = f"{penalty['class_path']} gives a {type(value).__name__}"
                 raise RecipeError(f"{key}.penalties.{i}", problem, allowed="a penalty: model -> scalar tensor")
-        if phase.rank_schedule is not None:
-            if not key.startswith(("train", "finetune")):
-                raise RecipeError(f"{key}.rank_schedule", "given where nothing is left to cut", allowed="train and finetune phases")
-            phase.rank_schedule = _filled(phase.rank_schedule, f"{key}.rank_schedule")
-            schedule = _guard(f"{key}.rank_schedule", partial(make, phase.rank_schedule, f"{key}.rank_schedule"))
-            if not callable(schedule):
-                problem = f"{phase.rank_schedule['class_path']} gives a {type(schedule).__name__}"
-                raise RecipeError(f"{key}.rank_schedule", problem, allowed="a schedule: (model, inputs, step, steps) -> ranks or None")
+        if phase.courses and not key.startswith(("train", "finetune")):
+            raise RecipeError(f"{key}.courses", "given where nothing is left to cut", allowed="train and finetune phases")
+        phase.courses = [_filled(course, f"{key}.courses.{i}") for i, course in enumerate(phase.courses)]
+        for i, course in enumerate(phase.courses):
+            place = f"{key}.courses.{i}"
+            _guard(place, partial(as_course, _guard(place, partial(make, course, place)), "recipe"))
     return recipe

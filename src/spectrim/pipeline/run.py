@@ -3,14 +3,12 @@
 import copy
 import hashlib
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,20 @@ from spectrim.budget.cut_to import cut_to, has_norms, renew_statistics
 from spectrim.budget.ways import WAYS
 from spectrim.errors import FormatError, RecipeError
 from spectrim.files import make_folder, read_json, write_json, write_text
+from spectrim.forms.form import Size
 from spectrim.layers import factor_name, kind_of, named_factors
 from spectrim.locks import locked
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import first_batch, first_examples, inputs_of, one_example
 from spectrim.metrics.measurement import Measurement, measure, measure_together
-from spectrim.pipeline.components import _made, _scheduler, make, make_loss, seed_everything
+from spectrim.pipeline.components import _made, make, make_loss, seed_everything
 from spectrim.pipeline.data import Data, Source, replayed
+from spectrim.pipeline.environment import environment
 from spectrim.pipeline.folders import MANIFEST, RECIPE, finish
 from spectrim.pipeline.parsing import plain
 from spectrim.pipeline.recipe import Phase, Recipe, phases
+from spectrim.pipeline.search import smallest, unit_of
+from spectrim.pipeline.verdicts import verdict_of_run
 from spectrim.storage.save import load, save
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.correct import correct
@@ -47,7 +49,7 @@ from spectrim.surgery.recalibrate import recalibrate
 from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import decide
 from spectrim.training.checkpoint import random_state, restore_random_state
-from spectrim.training.data import count_batches
+from spectrim.training.data import count_batches, length_of
 from spectrim.training.distillation import Distillation
 from spectrim.training.fit import fit
 
@@ -134,11 +136,8 @@ class Run:
         self.digest = _digest([after_merge, [plain(recipe.truncated), plain(recipe.continued)], recipe.latency_threads])
         measured = self._measured(models, tuned)
         result: dict[str, Any] = {name: entry.to_dict() for name, entry in measured.items()}
-        result |= {
-            "stages": self.numbers,
-            "recipe": plain(recipe),
-            "environment": environment(),
-        }
+        verdict = verdict_of_run(measured, final, self.numbers).to_dict()
+        result |= {"stages": self.numbers, "recipe": plain(recipe), "environment": environment(), "verdict": verdict}
         finish(self.out, "run", result, coverage(tuned, recipe.factorize.layers()))
         return result
 
@@ -226,20 +225,15 @@ class Run:
     def _fit(self, model: nn.Module, phase: Phase, folder: Path, teacher: nn.Module | None) -> dict[str, list[dict[str, Any]]]:
         """Run one phase and return its history as plain data."""
         data = self.fresh()
-        optimizer = make(phase.optimizer, "optimizer", [p for p in model.parameters() if p.requires_grad])
-        scheduler = None
-        if phase.scheduler is not None and phase.epochs:
-            steps = phase.epochs * (-(-count_batches(data.train, "run") // phase.accumulate) if phase.scheduler_steps == "batch" else 1)
-            scheduler = _scheduler(phase.scheduler, optimizer, steps)
-        penalties = [make(penalty, "penalties") for penalty in phase.penalties]
-        distill = Distillation(copy.deepcopy(teacher), **asdict(phase.distill)) if phase.distill and teacher is not None else None
-        schedule = make(phase.rank_schedule, "rank_schedule") if phase.rank_schedule is not None else None
+        lessons = [Distillation(copy.deepcopy(teacher), **asdict(phase.distill))] if phase.distill and teacher is not None else []
         train = replayed(data.train, data.val, self.console.print)
+        tuning = phase.tuning(self.recipe)
+        if phase.scheduler is not None and phase.scheduler_steps == "batch" and length_of(data.train, "run") is None:
+            tuning = replace(tuning, steps_per_epoch=count_batches(data.train, "run"))
         history = fit(
-            model, train, self.loss, optimizer, phase.epochs, rank_schedule=schedule,
-            penalties=penalties, eval_data=data.val, scheduler=scheduler, scheduler_steps=phase.scheduler_steps, distill=distill,
-            precision=self.recipe.precision, accumulate=phase.accumulate, clip=phase.clip, compiled=self.recipe.compiled, checkpoint=folder,
-            progress=self.progress,
+            model, train, self.loss, epochs=phase.epochs, tuning=tuning,
+            penalties=[make(penalty, "penalties") for penalty in phase.penalties], eval_data=data.val,
+            courses=[make(course, "courses") for course in phase.courses], lessons=lessons, checkpoint=folder, progress=self.progress,
         )  # fmt: skip
         return history.to_dict()
 
@@ -259,12 +253,22 @@ class Run:
 
     def _cut(self, low: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         settings = self.recipe.prune
-        way = WAYS[settings.cut]
-        known = first_examples(self.fresh().train, settings.examples) if settings.correct or way.needs != "none" else []
-        moments = calibrate(low, known, self.loss, examples=None) if way.needs != "none" else None
         target: Any = settings.ranks if settings.budget is None else settings.budget
         if settings.rule is not None:
             target = make(settings.rule, "prune.rule")
+        if settings.budget is None or not settings.budget.drops:
+            return self._cut_to(low, target)
+        before, unit = self._validate(low), unit_of(settings.budget)
+        made, tried = smallest(
+            settings.budget, unit, partial(self._cut_to, low), lambda made: (before, made[1].get("val") or made[1]["val_cut"])
+        )
+        return made[0], made[1] | {"tried": tried}
+
+    def _cut_to(self, low: nn.Module, target: Any) -> tuple[nn.Module, dict[str, Any]]:
+        settings = self.recipe.prune
+        way = WAYS[settings.cut]
+        known = first_examples(self.fresh().train, settings.examples) if settings.correct or way.needs != "none" else []
+        moments = calibrate(low, known, self.loss, examples=None) if way.needs != "none" else None
         cut, told = cut_to(low, target, way, self.example, self._validate, calibration=moments)
         numbers: dict[str, Any] = {"ranks": dict(told.ranks), "val_cut": dict(told.last)}
         if settings.correct:
@@ -331,20 +335,9 @@ class Run:
         return evaluate(model, self.fresh().val, self.loss)
 
 
-def ranks(model: nn.Module) -> dict[str, int]:
+def ranks(model: nn.Module) -> dict[str, Size]:
     """Return the rank of each factorized weight."""
-    return {name: factors.rank for name, factors in named_factors(model)}
-
-
-def environment() -> dict[str, Any]:
-    """Return what a result depends on beside its settings."""
-    names = ("spectrim", "torch", "numpy", "accelerate")
-    return {
-        "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
+    return {name: factors.size for name, factors in named_factors(model)}
 
 
 def _digest(value: Any) -> str:

@@ -12,7 +12,9 @@ import numpy as np
 from spectrim.budget.plan_table import Plan, WeightPlan
 from spectrim.errors import FormatError
 from spectrim.files import check_digest, read_json
+from spectrim.forms.form import rung_of
 from spectrim.metrics.measurement import Measurement
+from spectrim.metrics.verdict import Verdict
 
 CHOICES = 600_000
 """Most numbers of distortion in a page, about 3 MB; above it, ranks go in steps."""
@@ -24,6 +26,15 @@ KNOWN = ("loss", "mean_rank", "learning_rate", "examples_per_s", "seconds")
 """What a line of the training log holds beside penalties and ``eval_*``."""
 
 HINT = "the same command writes it again"
+
+WORDS = {
+    "rank": "number of singular values that a layer holds; full rank is `min(out, in)`",
+    "spectrum": "the singular values, descending",
+    "energy": "sum of squared singular values; `keep` is the fraction kept, in (0, 1]",
+    "break-even rank": "the largest rank at which two operations cost fewer MACs than the dense one",
+    "MACs": "multiply-accumulates for one example; FLOPs are twice that",
+}
+"""Words of the page, as the glossary has them."""
 
 LABELS = {"final": "low-rank", "truncated": "truncated SVD", "continued": "dense, trained on"}
 
@@ -80,6 +91,7 @@ def _weight(weight: WeightPlan, methods: Sequence[str], step: int) -> dict[str, 
         "breakEven": weight.break_even,
         "bytes": weight.element_bytes,
         "ranks": _runs(ranks),
+        "sizes": None if weight.sizes is None else [weight.sizes[rank - 1] for rank in ranks],
         "distortions": distortions,
         "macs": _costs(weight.macs, ranks),
         "params": _costs(weight.params, ranks),
@@ -174,6 +186,8 @@ def result_data(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any
         "recipe": "",
         "environment": result.get("environment", {}),
         "split": _split(result),
+        "verdict": _verdict(result),
+        "tried": [dict(one) for one in result.get("tried") or []],
         "measured": {LABELS.get(name, name): entry for name, entry in result.items() if isinstance(entry, dict) and "size_bytes" in entry},
         "stages": [*(_stage(name, numbers) for name, numbers in stages.items()), *_compress_stages(result)],
         "ranks": _ranks(result, stages),
@@ -181,10 +195,16 @@ def result_data(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any
     }
 
 
+def _verdict(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the verdict as plain data, checked."""
+    found = result.get("verdict")
+    return None if found is None else Verdict.from_dict(found).to_dict()
+
+
 def _split(result: Mapping[str, Any]) -> str:
     """Return what accuracy and loss were measured on, in words."""
     if "split" in result:
-        return f"{result['split']} split"
+        return "calibration set, of training examples" if result["split"] == "calibration" else f"{result['split']} split"
     return "validation split (where compress had none: the calibration set)" if "scores" in result else "test split"
 
 
@@ -234,15 +254,15 @@ def _course(phase: Mapping[str, Any]) -> dict[str, Any]:
     names = lines[-1]["ranks"] if lines else {}
     return {
         "epochs": [missing + place + 1 for place in places],
-        "ranks": {name: [lines[place]["ranks"][name] for place in places] for name in names},
+        "ranks": {name: [rung_of(lines[place]["ranks"][name]) for place in places] for name in names},
         "defects": {name: [float(f"{lines[place]['defects'][name]:.3g}") for place in places] for name in names},
     }
 
 
 def _ranks(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
     final = result.get("final") or {}
-    found: dict[str, int] = final.get("ranks") or next((numbers["ranks"] for numbers in stages.values() if "ranks" in numbers), {})
-    return dict(found)
+    found: dict[str, Any] = final.get("ranks") or next((numbers["ranks"] for numbers in stages.values() if "ranks" in numbers), {})
+    return {name: rung_of(size) for name, size in found.items()}
 
 
 def _spectra(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, list[list[float | int]]]:

@@ -23,12 +23,13 @@ from spectrim.metrics.inputs import batch_size_of
 from spectrim.metrics.table import markdown_table
 from spectrim.runtimes.blame import first_line
 from spectrim.runtimes.finite import check_finite
-from spectrim.runtimes.formats import _OTHER, _WRITERS, TITLES, Format, Runner, _format_of, _onnx_node, _require, open_exported
+from spectrim.runtimes.formats import _OTHER, _WRITERS, TITLES, Runner, _format_of, _onnx_node, _require, open_exported
 from spectrim.runtimes.quiet import _quiet
 from spectrim.runtimes.tensors import compare_outputs
 from spectrim.runtimes.trace import _outputs, _trace
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.merge import merge
+from spectrim.tables import Format
 
 TOLERANCE = 1e-4
 """Largest difference allowed in float32, as a fraction of the output's largest magnitude: other kernels add in another order."""

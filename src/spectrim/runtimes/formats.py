@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,12 +21,7 @@ from spectrim.runtimes.blame import _blame, _Place, _root, first_line, layer_of
 from spectrim.runtimes.onnx_digest import seal, verify
 from spectrim.runtimes.quiet import _quiet, _quiet_stderr, quietly
 from spectrim.runtimes.tensors import _arguments, _tensors
-
-Format = Literal["pt2", "onnx", "executorch", "openvino"]
-
-
-SUFFIXES: dict[str, Format] = {".pt2": "pt2", ".onnx": "onnx", ".pte": "executorch", ".xml": "openvino"}
-
+from spectrim.tables import SUFFIXES, Format
 
 TITLES = {"pt2": "torch.export", "onnx": "ONNX", "executorch": "ExecuTorch", "openvino": "OpenVINO"}
 

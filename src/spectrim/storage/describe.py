@@ -84,8 +84,8 @@ def _listed(value: Any) -> Any:
 
 def describe(module: nn.Module) -> list[dict[str, Any]] | None:
     """Describe a module that only `merge` writes; None for any other."""
-    if isinstance(module, PlainPair) and all(type(layer) in SETTINGS for layer in module):
-        return [_settings(layer, SETTINGS[type(layer)]) | _bias(layer) for layer in module]
+    if isinstance(module, PlainPair) and all(type(layer) in SETTINGS for layer in layers_of(module)):
+        return [_settings(layer, SETTINGS[type(layer)]) | _bias(layer) for layer in layers_of(module)]
     if isinstance(module, PlainInterpolative):
         parts = [_settings(part, SETTINGS[type(part)]) | _bias(part) for part in (module.kept, module.mix)]
         pieces = {"start": module.start, "gather": module.gather is not None, "conv1d": hasattr(module, "nx")}
@@ -95,6 +95,11 @@ def describe(module: nn.Module) -> list[dict[str, Any]] | None:
     if isinstance(module, PlainAttention):
         return [_settings(module, (*ATTENTION, "given"))]
     return None
+
+
+def layers_of(pair: PlainPair) -> list[nn.Module]:
+    """Return the layers of a pair in order, those of a pair inside it too."""
+    return [layer for part in pair for layer in (layers_of(part) if isinstance(part, PlainPair) else [part])]
 
 
 def _settings(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
@@ -118,7 +123,10 @@ def construct(description: list[dict[str, Any]], conv1d: bool = False) -> Any:
         if entry["kind"] == "PlainAttention":
             settings |= {"bias": "in_proj_bias" in entry["given"], "add_bias_kv": "bias_k" in entry["given"]}
         layers.append(kinds[entry["kind"]](**settings))
-    return layers[0] if len(layers) == 1 else PlainPair(*layers, conv1d=conv1d)
+    *before, made = layers
+    for layer in reversed(before):
+        made = PlainPair(layer, made, conv1d=conv1d)
+    return made
 
 
 def interpolative(entry: Mapping[str, Any]) -> PlainInterpolative:

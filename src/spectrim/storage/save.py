@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import FormatError
-from spectrim.forms.svd import Factors
+from spectrim.forms import FORMS, Form, Size
 from spectrim.layers import kind_of, named_factors, named_layers
 from spectrim.layers.attention import become_attention
 from spectrim.layers.forwards import renew
 from spectrim.layers.geometry import CHANNELS_LAST, memory_format_of
 from spectrim.layers.sharded import refuse_shards
 from spectrim.layers.taking_over import become
+from spectrim.linalg.fold import MATRICES, Fold
 from spectrim.plain.attention import PlainAttention
 from spectrim.plain.chain import PlainPair
 from spectrim.plain.encoder import follow_layers
@@ -130,7 +131,7 @@ def plan_of(model: nn.Module) -> dict[str, Any]:
         "versions": {"spectrim": version("spectrim"), "torch": torch.__version__},
         "model": type(model).__name__,
         "factorized": factorized,
-        "ranks": {name: factors.rank for name, factors in named_factors(model)},
+        "ranks": {name: factors.size for name, factors in named_factors(model)},
         "merged": merged,
         "folded": _folded(model),
         "channels_last": [name for name, p in model.named_parameters() if memory_format_of(p) is not torch.contiguous_format],
@@ -154,12 +155,12 @@ def _rebuild(model: nn.Module, plan: Mapping[str, Any], path: Path) -> tuple[nn.
                 path, f"is of another architecture: layer '{name}' was a {entry['kind']}, the model has {found}", hint=_hint(plan)
             )
 
-    def make(name: str, weight: Tensor, matrix: Tensor) -> Factors:
-        rank = plan["ranks"].get(name)
-        if rank is None or rank > min(matrix.shape[-2:]):
+    def make(name: str, weight: Tensor, matrix: Tensor, scheme: Fold) -> Form:
+        rank = _size(plan["ranks"].get(name))
+        if rank is None or not _fits(rank, FORMS[scheme].full_size_of(matrix)):
             problem = f"is of another architecture: '{name}' has rank {rank} in the file, {tuple(matrix.shape)} in the model"
             raise FormatError(path, problem, hint=_hint(plan))
-        return Factors.empty(weight, matrix, rank)
+        return FORMS[scheme].empty(weight, matrix, rank)
 
     built = build(model, lambda name, module: plan["factorized"].get(name, {}).get("scheme"), make)
     targets = dict(built.named_modules())
@@ -205,6 +206,17 @@ def _rebuild(model: nn.Module, plan: Mapping[str, Any], path: Path) -> tuple[nn.
     return built, written
 
 
+def _size(stored: Any) -> Size | None:
+    """Return a size as JSON holds it: a number, or a list of them."""
+    return tuple(stored) if isinstance(stored, list) else stored
+
+
+def _fits(size: Size, full: Size) -> bool:
+    """Whether a size is at most the full one, along as many axes."""
+    mine, most = (given if isinstance(given, tuple) else (given,) for given in (size, full))
+    return len(mine) == len(most) and all(rank <= limit for rank, limit in zip(mine, most, strict=True))
+
+
 def _materialize(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Give what is on the meta device and in the file storage on the CPU, in place; ties stay."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -227,10 +239,10 @@ def _replayed(target: Any, description: list[dict[str, Any]]) -> nn.Module | Non
     if kind is None or kind.weights(target) != ("weight",) or not ("in_features" in last or "in_channels" in last):
         return None
     rank = last["in_features"] if "in_features" in last else last["in_channels"] // last["groups"]
-    for scheme in kind.schemes(target):
+    for scheme in (scheme for scheme in kind.schemes(target) if scheme in MATRICES):
         matrix = kind.fold(target, "weight", target.weight.detach(), scheme)
         if rank <= min(matrix.shape[-2:]):
-            factors = {"weight": Factors.empty(target.weight, matrix, rank)}
+            factors = {"weight": FORMS[scheme].empty(target.weight, matrix, rank)}
             made = kind.adopt(renew(target, type(target)), factors, scheme).split(lambda _, part, tensor: nn.Parameter(tensor), ("weight",))
             if made is not None and describe(made) == description:
                 return made

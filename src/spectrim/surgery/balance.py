@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spectrim.checks import check, unwrapped
-from spectrim.forms import derived
+from spectrim.forms import Factors, derived
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import refuse_shards
 from spectrim.surgery.prune import prune_
@@ -50,7 +50,7 @@ def balance_(model: nn.Module, above: int = 1024) -> list[str]:
     refuse_shards(model, "balance_")
     names = []
     for name, factors in named_factors(model):
-        if max(factors.shape) > above:
+        if isinstance(factors, Factors) and max(factors.shape) > above:
             derived.balance_(factors)
             names.append(name)
     return names
@@ -66,4 +66,4 @@ def balanced(model: nn.Module) -> Iterator[list[str]]:
     names = balance_(model)
     yield names
     if names:
-        prune_(model, {name: factors.rank for name, factors in named_factors(model) if name in names})
+        prune_(model, {name: factors.size for name, factors in named_factors(model) if name in names})

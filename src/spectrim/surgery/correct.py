@@ -49,6 +49,8 @@ def uncorrected(model: nn.Module) -> dict[str, str]:
             reasons[site.name] = "an embedding is a look-up"
         elif not isinstance(site.layer, OneWeight) or site.layer in inside:
             reasons[site.name] = "its inputs are inside a fused kernel"
+        elif not site.factors.is_matrix:
+            reasons[site.name] = "its form is no product of two matrices"
         elif users[site.factors] > 1:
             reasons[site.name] = "it is tied to another layer's"
         elif site.factors.shape[1] > WIDEST_INPUTS:

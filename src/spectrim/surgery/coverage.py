@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from spectrim.checks import check, unwrapped
+from spectrim.forms.form import Size, shown
 from spectrim.layers import Site, sites
 from spectrim.protocols import Latencies, Where
 from spectrim.surgery.head import call_order
@@ -36,13 +37,15 @@ class LayerCoverage:
     Attributes:
         name: the layer; with several weights, the layer and the weight.
         kind: class of the layer.
-        factorized: whether it holds U, S and Vh.
+        factorized: whether its weight is held in a form.
         reason: why it is dense; for a factorized one, what `merge` will write.
         scheme: how the kernel is folded, for factorized layers.
         shape: ``(out, in)`` of one block.
         blocks: groups of a convolution.
-        rank: the present rank.
-        break_even: the largest rank at which two operations cost less than the dense one, by measured seconds where a table was given.
+        rank: the present rank; of a Tucker form the ranks of outputs and inputs.
+        break_even: the largest rank at which two operations cost less than the dense one, by measured seconds where a table was given; of
+            a Tucker form the last size on its path.
+        full: the full rank.
     """
 
     name: str
@@ -52,8 +55,9 @@ class LayerCoverage:
     scheme: str | None = None
     shape: tuple[int, int] | None = None
     blocks: int = 1
-    rank: int | None = None
-    break_even: int | None = None
+    rank: Size | None = None
+    break_even: Size | None = None
+    full: Size | None = None
 
 
 class Coverage(tuple[LayerCoverage, ...]):
@@ -64,8 +68,8 @@ class Coverage(tuple[LayerCoverage, ...]):
         for line in self:
             if line.factorized and line.shape:
                 blocks = f"{line.blocks} x " if line.blocks > 1 else ""
-                full = min(line.shape)
-                cells = (line.scheme or "", f"{blocks}{line.shape[0]} x {line.shape[1]}", f"{line.rank} of {full}", str(line.break_even))
+                rank, full, limit = (shown(size) for size in (line.rank or 0, line.full or min(line.shape), line.break_even or 0))
+                cells = (line.scheme or "", f"{blocks}{line.shape[0]} x {line.shape[1]}", f"{rank} of {full}", limit)
             else:
                 cells = ("", "", "dense", "")
             table.add_row(line.name or "(model)", line.kind, *cells, line.reason)
@@ -110,11 +114,13 @@ def coverage(model: nn.Module, where: Where | None = None, *, inputs: Any = None
 
 def _factorized_line(site: Site, limit: int, latency: Latencies | None) -> LayerCoverage:
     factors = site.factors
+    most = limit if factors.is_matrix or not limit else factors.size_of(limit)
     if latency is not None:
         verdict = latency.verdict(site.name, factors.rank)
     elif factors.rank <= limit:
-        verdict = f"merges to two layers (rank {factors.rank} <= {limit})"
+        layers = "two" if factors.is_matrix else "three"
+        verdict = f"merges to {layers} layers (rank {shown(factors.size)} <= {shown(most)})"
     else:
-        verdict = f"merges to one dense layer (rank {factors.rank} > {limit})"
+        verdict = f"merges to one dense layer (rank {shown(factors.size)} > {shown(most)})"
     kind, scheme = site.layer.dense_kind.__name__, site.layer.scheme
-    return LayerCoverage(site.name, kind, True, verdict, scheme, factors.shape, factors.blocks, factors.rank, limit)
+    return LayerCoverage(site.name, kind, True, verdict, scheme, factors.shape, factors.blocks, factors.size, most, factors.full_size)

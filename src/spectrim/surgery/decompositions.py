@@ -1,14 +1,14 @@
 """`Decompositions`: every weight of a network decomposed once for each metric, for distortions and for cuts alike."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form, Size
 from spectrim.layers import named_factors
-from spectrim.linalg.spectral import pooled_spectrum, weighted_svd
+from spectrim.linalg.spectral import pooled_spectrum, tail_energy, weighted_svd
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.side_by_side import room
 
@@ -35,10 +35,13 @@ class Decompositions:
         self.calibration, self.keep = calibration, keep and self._fits()
         self._factors: dict[str, Parts] = {}
         self._parts: dict[tuple[str, Metric], Parts] = {}
+        self._tails: dict[tuple[str, Metric], Tensor] = {}
         self._values: dict[tuple[str, Metric], Tensor] = {}
 
     def spectrum(self, name: str, metric: Metric = "none") -> Tensor:
         """Return the singular values of one weight in a metric, descending, blocks pooled, in float64.
+
+        Of a form with several ranks: by rung, the root of the energy that it adds.
 
         Args:
             name: as in `named_factors`.
@@ -46,8 +49,22 @@ class Decompositions:
         """
         if (name, metric) not in self._values:
             plain = all(side is None for side in self._metrics(name, metric))
-            self._values[name, metric] = self.factors[name].spectrum() if plain else pooled_spectrum(self.parts(name, metric)[1])
+            form = self.factors[name]
+            if plain:
+                self._values[name, metric] = form.spectrum()
+            elif form.is_matrix:
+                self._values[name, metric] = pooled_spectrum(self.parts(name, metric)[1])
+            else:
+                self._values[name, metric] = (-self.tail(name, metric).diff()).clamp(min=0).sqrt()
         return self._values[name, metric]
+
+    def tail(self, name: str, metric: Metric = "none") -> Tensor:
+        """Return the squared error of one weight at every rung, from none at all on, in a metric: ``(rank + 1,)``, float64."""
+        if self.factors[name].is_matrix:
+            return tail_energy(self.spectrum(name, metric))
+        if (name, metric) not in self._tails:
+            self._tails[name, metric] = self.factors[name].tail(*self._metrics(name, metric))
+        return self._tails[name, metric]
 
     def has(self, name: str, metric: Metric) -> bool:
         """Return whether the calibration has this metric for one weight."""
@@ -69,17 +86,20 @@ class Decompositions:
             self._parts[key] = found
         return found
 
-    def cut(self, name: str, rank: int, metric: Metric = "none") -> Factors:
+    def cut(self, name: str, size: Size, metric: Metric = "none") -> Form:
         """Return the factors of one weight that are nearest in the metric; ``U`` is orthonormal, rows of ``Vh`` have length one.
 
         Rows of ``Vh`` are orthogonal without a metric only: `orthonormal` makes them so, and ``S`` the singular values.
 
         Args:
             name: as in `named_factors`.
-            rank: in ``[1, rank held]``.
+            size: at most the present one.
             metric: what counts.
         """
         held, (left, right) = self.factors[name], self._metrics(name, metric)
+        if not held.is_matrix:
+            return held.cut_to(size, left, right)
+        rank = held.rung_of(size)
         if rank == held.rank or (left is None and right is None):
             U, S, Vh = self._exact(name)
             return held.like(U[..., :rank], S[..., :rank], Vh[..., :rank, :], exact=True)
@@ -90,8 +110,8 @@ class Decompositions:
         """Return ``U, S, Vh`` of one weight, exact, in float64."""
         if name in self._factors:
             return self._factors[name]
-        f = self.factors[name]
-        found = f.svd()
+        f: Any = self.factors[name]
+        found: Parts = f.svd()
         if self.keep:
             self._factors[name] = found
         return found
@@ -119,11 +139,6 @@ def unit_rows(X: Tensor, Y: Tensor) -> Parts:
     rows = R @ Y.double()
     S = rows.norm(dim=-1)
     return Q, S, rows / S.unsqueeze(-1).clamp_min(torch.finfo(S.dtype).tiny)
-
-
-def orthonormal(factors: Factors) -> Factors:
-    """Return factors of the same weight with orthonormal columns and rows, values descending."""
-    return factors.like(*factors.svd(), exact=True)
 
 
 def without_loss(calibration: Calibration) -> Calibration:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from spectrim import linalg
 from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import LayerError, SettingError
-from spectrim.forms.svd import Factors
+from spectrim.forms import FORMS, Factors, Form
 from spectrim.layers import factor_name, kind_of, named_factors, named_layers, sites
 from spectrim.layers.exchanged import Writing
-from spectrim.linalg.fold import Fold
+from spectrim.linalg.fold import MATRICES, Fold
 from spectrim.linalg.spectral import OVERSAMPLE
 from spectrim.plain.encoder import follow_layers
 from spectrim.protocols import Where
@@ -27,7 +27,7 @@ from spectrim.surgery.head import call_order
 from spectrim.surgery.ranks import Ranks, check_names, chooser
 from spectrim.surgery.select import decide, layer_filter
 
-Scheme = Literal["auto", "channel", "spatial", "input"]
+Scheme = Literal["auto", "channel", "spatial", "input", "tucker"]
 
 
 Method = Literal["exact", "randomized", "auto"]
@@ -51,6 +51,7 @@ def pick_scheme(module: Any, scheme: Scheme) -> Fold:
     offered = kind.schemes(module)
     if scheme != "auto":
         return scheme if scheme in offered else offered[0]
+    offered = tuple(fold for fold in offered if fold in MATRICES)
     if len(offered) == 1 or module.weight.is_meta:
         return offered[0]
 
@@ -96,7 +97,8 @@ def factorize(
     Args:
         model: any module; it is left untouched.
         scheme: how convolution kernels are folded, see `linalg.to_matrix`: ``channel``, all taps first and then a 1x1; ``input``, a 1x1 and
-            then all taps; ``spatial``, the taps of one axis and then those of the others; or ``auto``, which takes for each layer the one
+            then all taps; ``spatial``, the taps of one axis and then those of the others; ``tucker``, a 1x1, all taps and a 1x1, with two
+            ranks (`spectrim.forms.Tucker2`); or ``auto``, which takes for each layer the one
             with the fewest MACs at 80 % of the spectral energy (``channel`` on the meta device). A layer without the asked scheme, as
             1x1 kernels and layers that are no convolutions, takes ``channel``.
         where: selects layers: a name, a glob, a list of these, or a predicate of name and module, see `match`; everything but the
@@ -135,7 +137,7 @@ def factorize(
     check("factorize", model=model, where=where, rank=rank, example_inputs=example_inputs)
     model = unwrapped(model)
     if scheme not in get_args(Scheme):
-        raise SettingError("factorize", "scheme", got=scheme, rule="'auto', 'channel', 'spatial' or 'input'")
+        raise SettingError("factorize", "scheme", got=scheme, rule="'auto', 'channel', 'spatial', 'input' or 'tucker'")
     if method not in ("exact", "randomized", "auto"):
         raise SettingError("factorize", "method", got=method, rule="'exact', 'randomized' or 'auto'")
     if writing not in ("pair", "interpolative"):
@@ -145,8 +147,10 @@ def factorize(
         rule = "a number or a mapping {layer: rank} with method='randomized'"
         raise SettingError("factorize", "rank", got=rank, rule=rule, hint="rules need the whole spectrum: method='exact'")
 
-    def of(name: str, weight: Tensor, matrix: Tensor) -> Factors:
+    def of(name: str, weight: Tensor, matrix: Tensor, scheme: Fold) -> Form:
         tick(name)
+        if scheme == "tucker":
+            return tucker(name, weight, matrix)
         shape = (matrix.shape[-2], matrix.shape[-1])
         choose = chooser(rank, name, shape, min(shape))
         if weight.is_meta:
@@ -156,6 +160,16 @@ def factorize(
         if not torch.isfinite(weight.detach()).all():
             raise LayerError(name, "its weight holds NaN or infinite values", hint="load an undamaged checkpoint")
         return Factors.of(weight, matrix, choose, decomposition(method, choose(matrix) if stated else None, min(shape)), name)
+
+    def tucker(name: str, weight: Tensor, folded: Tensor) -> Form:
+        if weight.is_meta:
+            raise SettingError("factorize", "scheme", got="tucker", rule="one of matrices on the meta device: sizes depend on values")
+        if not torch.isfinite(weight.detach()).all():
+            raise LayerError(name, "its weight holds NaN or infinite values", hint="load an undamaged checkpoint")
+        form = FORMS["tucker"].of(weight, folded, None, name=name)
+        if isinstance(rank, Mapping):
+            return form.cut_to(form.checked(name, rank.get(name, form.size)))
+        return form if rank is None else form.cut(chooser(rank, name, form.shape))
 
     order = None if example_inputs is None or where is not None else call_order(model, example_inputs)
     reasons = decide(model, layer_filter(where, model), order=order)
@@ -205,7 +219,9 @@ def _ticker(progress: bool, total: int) -> Iterator[Callable[[str], None]]:
         bar.stop()
 
 
-def build(model: nn.Module, choose: Callable[[str, nn.Module], Fold | None], make: Callable[[str, Tensor, Tensor], Factors]) -> nn.Module:
+def build(
+    model: nn.Module, choose: Callable[[str, nn.Module], Fold | None], make: Callable[[str, Tensor, Tensor, Fold], Form]
+) -> nn.Module:
     """Return a copy of `model` with chosen layers factorized: the one place where dense layers are exchanged.
 
     Weights that are exchanged are read from `model` and never copied. In the copy a layer stays the object that everything else refers to.
@@ -213,7 +229,7 @@ def build(model: nn.Module, choose: Callable[[str, nn.Module], Fold | None], mak
     Args:
         model: left untouched.
         choose: layer name, module → scheme, or None to leave the layer.
-        make: weight name, weight, folded matrix → factors; called once for tied weights.
+        make: weight name, weight, folded weight, scheme → its form; called once for tied weights.
     """
     schemes: dict[str, Fold] = {}
     chosen: dict[str, tuple[str, ...]] = {}
@@ -222,7 +238,7 @@ def build(model: nn.Module, choose: Callable[[str, nn.Module], Fold | None], mak
         if (kind := kind_of(module)) is not None and (scheme := choose(name, module)) is not None:
             schemes[name], chosen[name] = scheme, kind.weights(module)
     copied = copy_without(model, chosen)
-    made: dict[int, tuple[Fold, Factors]] = {}
+    made: dict[int, tuple[Fold, Form]] = {}
     for name in (name for name in chosen if name in copied.missing):
         kind, scheme, factors = kind_of(modules[name]), schemes[name], {}
         assert kind is not None
@@ -230,7 +246,7 @@ def build(model: nn.Module, choose: Callable[[str, nn.Module], Fold | None], mak
             weight: Tensor = getattr(modules[name], key)
             if id(weight) not in made:
                 matrix = kind.fold(modules[name], key, weight.detach(), scheme)
-                made[id(weight)] = scheme, make(factor_name(name, key), weight, matrix)
+                made[id(weight)] = scheme, make(factor_name(name, key), weight, matrix, scheme)
             scheme, factors[key] = made[id(weight)]
         kind.adopt(copied.layers[name], factors, scheme)
     follow_layers(copied.model)

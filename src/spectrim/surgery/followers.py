@@ -7,13 +7,13 @@ from torch import nn
 
 from spectrim.errors import LayerError
 from spectrim.forms.following import followed
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 
 WRAPPERS = 3
 """How many wrappers with a ``module`` (`AveragedModel`, `DataParallel`) are looked into."""
 
 
-def cuts_of(follower: nn.Module, cuts: Mapping[str, tuple[Factors, Factors]]) -> dict[str, tuple[Factors, Factors]]:
+def cuts_of(follower: nn.Module, cuts: Mapping[str, tuple[Form, Form]]) -> dict[str, tuple[Form, Form]]:
     """Return the present and the cut factors of a follower, by module name; nothing is changed.
 
     Args:
@@ -23,13 +23,13 @@ def cuts_of(follower: nn.Module, cuts: Mapping[str, tuple[Factors, Factors]]) ->
     Raises:
         LayerError: for factors that the follower has not, or has in another size.
     """
-    found: dict[str, tuple[Factors, Factors]] = {}
+    found: dict[str, tuple[Form, Form]] = {}
     modules = dict(follower.named_modules())
     for name, (old, new) in cuts.items():
         own = modules.get(name)
-        if not isinstance(own, Factors) or own.sizes != old.sizes:
-            got = f"factors of rank {own.rank}" if isinstance(own, Factors) else "no such factors"
-            hint = f"a follower must have the layers and ranks of the model: rank {old.rank} here; copy the factorized model and cut both"
+        if not isinstance(own, Form) or type(own) is not type(old) or (own.folded_shape, own.size) != (old.folded_shape, old.size):
+            got = f"factors of rank {own.size}" if isinstance(own, Form) else "no such factors"
+            hint = f"a follower must have the layers and ranks of the model: rank {old.size} here; copy the factorized model and cut both"
             raise LayerError(name, f"the follower {type(follower).__name__} has {got}", hint=hint)
         found[name] = own, followed(own, new)
     return found

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import LayerError
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers import is_factorized, named_layers, sites
 from spectrim.layers.attention import merge_attention_
 from spectrim.layers.taking_over import write_
@@ -50,9 +50,9 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
     """
     check("merge", model=model, latency=latency)
     clone = duplicate(unwrapped(model))
-    shared: dict[tuple[Factors, str, tuple[int, ...]], nn.Parameter] = {}
+    shared: dict[tuple[Form, str, tuple[int, ...]], nn.Parameter] = {}
 
-    def share(factors: Factors, part: str, tensor: Tensor) -> nn.Parameter:
+    def share(factors: Form, part: str, tensor: Tensor) -> nn.Parameter:
         key = (factors, part, tuple(tensor.shape))
         if key not in shared:
             shared[key] = nn.Parameter(tensor.detach(), requires_grad=factors.trained)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import LayerError
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers.uses import first_argument
 from spectrim.layers.weights import OneWeight
 
@@ -96,7 +96,7 @@ class Sums:
         absorbing: those whose mean is taken out.
     """
 
-    def __init__(self, names: Mapping[Factors, str], absorbing: Collection[str]) -> None:
+    def __init__(self, names: Mapping[Form, str], absorbing: Collection[str]) -> None:
         self.names, self.absorbing = names, absorbing
         self.totals: dict[str, Tensor] = {}
         self.rows: dict[str, int] = defaultdict(int)
@@ -141,7 +141,7 @@ class Sums:
             add_gram(self.outputs, name, rows)
             self.positions[name] += rows.shape[-2]
 
-    def add_slopes(self, held: Mapping[str, Factors], total: Tensor) -> None:
+    def add_slopes(self, held: Mapping[str, Form], total: Tensor) -> None:
         """Differentiate the sum of the examples' losses."""
         if not total.requires_grad:
             return
@@ -152,7 +152,7 @@ class Sums:
             if grad is not None:
                 self.slopes[name] = self.slopes.get(name, torch.zeros_like(grad, dtype=torch.float64)) + grad
 
-    def result(self, held: Mapping[str, Factors], examples: int) -> Calibration:
+    def result(self, held: Mapping[str, Form], examples: int) -> Calibration:
         """Return the means."""
         inputs, outputs = ({name: sums[name] for name in held if name in sums} for sums in (self.inputs, self.outputs))
         for name in held:
@@ -177,7 +177,7 @@ class Sums:
         )
 
 
-def _blocked(moment: Tensor, factors: Factors) -> Tensor:
+def _blocked(moment: Tensor, factors: Form) -> Tensor:
     return moment if factors.lead else moment[0]
 
 

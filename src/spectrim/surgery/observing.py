@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from spectrim.errors import SettingError
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers import factor_name, named_factors, named_layers
 from spectrim.layers.attention import make_observable_
 from spectrim.layers.weights import OneWeight
@@ -51,7 +51,7 @@ def absorbing(model: nn.Module) -> dict[str, OneWeight]:
     return {name: layer for name, layer in layers if absorbs(layer)}
 
 
-def observable(model: nn.Module) -> tuple[nn.Module, dict[str, Factors]]:
+def observable(model: nn.Module) -> tuple[nn.Module, dict[str, Form]]:
     """Return a copy in eval mode, in which every factorized weight but embeddings' is a layer that is called, and its factors by name.
 
     Its parameters want no gradients.

@@ -10,9 +10,8 @@ from torch.optim import LBFGS, Optimizer
 
 from spectrim.checks import check
 from spectrim.errors import LayerError
-from spectrim.forms.derived import rotations
 from spectrim.forms.following import followed
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 
 FIRST = ("exp_avg", "momentum_buffer", "grad_avg", "mu_product", "prev")
 """Optimizer states that are linear in gradients."""
@@ -51,8 +50,8 @@ def prune_optimizer_state(optimizer: Optimizer, old: nn.Module, new: nn.Module) 
     check("prune_optimizer_state", optimizer=optimizer, old=old, new=new)
     before, after = dict(old.named_parameters()), dict(new.named_parameters())
     _check_trained(optimizer, before, after)
-    modules = {name: module for name, module in new.named_modules() if isinstance(module, Factors)}
-    pairs = ((name, module, modules[name]) for name, module in old.named_modules() if isinstance(module, Factors) and name in modules)
+    modules = {name: module for name, module in new.named_modules() if isinstance(module, Form)}
+    pairs = ((name, module, modules[name]) for name, module in old.named_modules() if isinstance(module, Form) and name in modules)
     _move(optimizer, before, after, {name: (module, other) for name, module, other in pairs})
 
 
@@ -69,7 +68,7 @@ def _move(
     optimizer: Optimizer,
     before: Mapping[str, nn.Parameter],
     after: Mapping[str, nn.Parameter],
-    cuts: Mapping[str, tuple[Factors, Factors]],
+    cuts: Mapping[str, tuple[Form, Form]],
 ) -> None:
     """Exchange the optimizer's parameters by name and carry its state over.
 
@@ -79,7 +78,7 @@ def _move(
         after: parameters of the same names after it.
         cuts: factors before and after, by the name of their module; the old ones still hold their own tensors.
     """
-    maps = _rotations((name, *pair) for name, pair in cuts.items())
+    maps = _turns((name, *pair) for name, pair in cuts.items())
     averages = _averages(optimizer, cuts)
     names = {id(parameter): name for name, parameter in before.items()}
     dropped: dict[str, int] = {}
@@ -124,7 +123,7 @@ def _warn(optimizer: Optimizer, dropped: Mapping[str, int]) -> None:
     warnings.warn(message, UserWarning, stacklevel=2)
 
 
-def _averages(optimizer: Optimizer, cuts: Mapping[str, tuple[Factors, Factors]]) -> dict[tuple[str, str], Tensor]:
+def _averages(optimizer: Optimizer, cuts: Mapping[str, tuple[Form, Form]]) -> dict[tuple[str, str], Tensor]:
     """Return averages of factors after the cut, by the parameter's name and the key of the state."""
     found: dict[tuple[str, str], Tensor] = {}
     for name, (old, new) in cuts.items():
@@ -132,34 +131,30 @@ def _averages(optimizer: Optimizer, cuts: Mapping[str, tuple[Factors, Factors]])
         states = {part: optimizer.state.get(parameter, {}) for part, parameter in parts.items() if parameter is not None}
         for key in (key for key in AVERAGES if any(key in state for state in states.values())):
             held = {part: states[part].get(key, parts[part]) for part in states}
-            cut = followed(Factors(*(held[part] for part in ("U", "S", "Vh")), dtype=held["U"].dtype), new)
+            cut = followed(old.like(*held.values()), new)
             for part, like in held.items():
                 found[f"{name}.{part}".removeprefix("."), key] = getattr(cut, part).detach().to(like)
     return found
 
 
-def _rotations(pairs: Iterable[tuple[str, Factors, Factors]]) -> dict[str, tuple[str, Tensor, Tensor]]:
-    """Return for each factor parameter its role and the matrices ``P`` and ``Q``."""
-    maps: dict[str, tuple[str, Tensor, Tensor]] = {}
-    for name, old, new in pairs:
-        P, Q = rotations(old, new)
-        prefix = f"{name}." if name else ""
-        maps |= {f"{prefix}U": ("U", P, Q), f"{prefix}S": ("S", P, Q), f"{prefix}Vh": ("Vh", P, Q)}
-    return maps
+def _turns(pairs: Iterable[tuple[str, Form, Form]]) -> dict[str, dict[int, Tensor]]:
+    """Return for each parameter of a form the matrices that its moments are multiplied with, by axis."""
+    turned = ((name, old.turns(new)) for name, old, new in pairs)
+    return {f"{name}.{part}".removeprefix("."): axes for name, turns in turned for part, axes in turns.items()}
 
 
-def _carry(value: Tensor, key: str, new: Tensor, rotation: tuple[str, Tensor, Tensor]) -> Tensor:
+def _carry(value: Tensor, key: str, new: Tensor, turns: Mapping[int, Tensor]) -> Tensor:
     """Carry one entry of an optimizer's state, shaped like the old parameter, over to the new one."""
-    role, P, Q = rotation
     squared = key in SQUARED + MAGNITUDES
-    moment = value.double().square() if key in MAGNITUDES else value.double()
-    if role == "U":
-        moved = moment @ (P.square() if squared else P)
-    elif role == "Vh":
-        moved = (Q.square() if squared else Q).mT @ moment
-    else:
-        mix = (P * Q).square() if squared else P * Q
-        moved = (moment.unsqueeze(-2) @ mix).squeeze(-2)
+    moved = value.double().square() if key in MAGNITUDES else value.double()
+    for axis, matrix in turns.items():
+        turn = (matrix.square() if squared else matrix).to(moved.device)
+        if axis >= 0:
+            moved = torch.tensordot(moved, turn, dims=([axis], [0])).movedim(-1, axis)
+        elif axis == -2:
+            moved = turn.mT @ moved
+        else:
+            moved = moved @ turn if moved.dim() >= turn.dim() else (moved.unsqueeze(-2) @ turn).squeeze(-2)
     if key in MAGNITUDES:
         moved = moved.sqrt()
     return torch.as_tensor(moved, dtype=value.dtype, device=value.device).reshape(new.shape).contiguous()

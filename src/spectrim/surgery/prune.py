@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, SupportsIndex
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 
 from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import LayerError
+from spectrim.forms import Factors, Form
 from spectrim.forms.derived import product_with
-from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import refuse_shards
-from spectrim.protocols import RankRule
+from spectrim.protocols import Sizes
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.followers import cuts_of, inner_of
 from spectrim.surgery.moments import Calibration
@@ -24,7 +24,7 @@ from spectrim.surgery.ranks import check_names, chooser
 
 
 @outside_inference_mode
-def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], *, calibration: Calibration | None = None) -> nn.Module:
+def prune(model: nn.Module, ranks: Sizes, *, calibration: Calibration | None = None) -> nn.Module:
     """Return a copy of a factorized model whose factors are cut to smaller ranks; the tensors become smaller.
 
     Before cutting, every product ``U diag(S) Vh`` is re-orthogonalized exactly (QR of both factors, SVD of the core), so that what is
@@ -39,7 +39,8 @@ def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], *, ca
     Args:
         model: factorized; it is left untouched.
         ranks: a rank rule, applied to each weight's true singular values (with a calibration, to those of ``G^1/2 W A^1/2``), or a mapping
-            ``{name: rank}`` with the names of `coverage`; weights that it does not name keep their rank.
+            ``{name: rank}`` with the names of `coverage`; weights that it does not name keep their rank. A weight in a Tucker form takes
+            two ranks, ``(outputs, inputs)``; a rule is applied to the spectrum along each.
         calibration: what `calibrate` measured on this model.
 
     Returns:
@@ -76,7 +77,7 @@ def prune(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], *, ca
 @outside_inference_mode
 def prune_(
     model: nn.Module,
-    ranks: RankRule | Mapping[str, SupportsIndex],
+    ranks: Sizes,
     optimizer: Optimizer | None = None,
     *,
     calibration: Calibration | None = None,
@@ -122,31 +123,31 @@ def prune_(
         _move(optimizer, before, dict(model.named_parameters()), originals)
 
 
-def _cuts(
-    model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex], calibration: Calibration | None
-) -> dict[str, tuple[Factors, Factors]]:
+def _cuts(model: nn.Module, ranks: Sizes, calibration: Calibration | None) -> dict[str, tuple[Form, Form]]:
     """Return the present and the cut factors of each factorized weight, tied ones once, by the module's name; nothing is changed."""
     if next(named_factors(model), None) is None:
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
     if isinstance(ranks, Mapping):
         check_names(model, ranks)
     modules = {module: name for name, module in model.named_modules()}
-    cuts: dict[str, tuple[Factors, Factors]] = {}
+    cuts: dict[str, tuple[Form, Form]] = {}
     for name, factors in named_factors(model):
         cuts[modules[factors]] = factors, _cut(name, factors, ranks, calibration)
     return cuts
 
 
-def _cut(name: str, factors: Factors, ranks: RankRule | Mapping[str, SupportsIndex], calibration: Calibration | None) -> Factors:
+def _cut(name: str, factors: Form, ranks: Sizes, calibration: Calibration | None) -> Form:
     left, right = (None, None) if calibration is None else calibration.metrics(name, factors.shape)
     try:
-        return factors.cut(chooser(ranks, name, factors.shape, factors.rank), left, right)
+        if isinstance(ranks, Mapping):
+            return factors.cut_to(factors.checked(name, ranks.get(name, factors.size)), left, right)
+        return factors.cut(chooser(ranks, name, factors.shape), left, right)
     except LayerError as error:
         raise LayerError(name, str(error)) from None
 
 
 @torch.no_grad()
-def _shift_biases(model: nn.Module, cuts: Mapping[str, tuple[Factors, Factors]], calibration: Calibration | None) -> None:
+def _shift_biases(model: nn.Module, cuts: Mapping[str, tuple[Form, Form]], calibration: Calibration | None) -> None:
     """Let the biases absorb the change of each output's mean by the cuts that follow."""
     means = {} if calibration is None else calibration.means
     after = dict(cuts.values())
@@ -154,6 +155,6 @@ def _shift_biases(model: nn.Module, cuts: Mapping[str, tuple[Factors, Factors]],
         old, new = layer.factors_of("weight"), after[layer.factors_of("weight")]
         if name in means and new.rank < old.rank:
             mean = means[name].unsqueeze(-1)
-            before, now = (product_with(factors, mean) for factors in (old, new))
+            before, now = (product_with(cast(Factors, form), mean) for form in (old, new))
             bias: Any = layer.bias
             bias.add_((before - now).reshape(bias.shape).to(bias))

@@ -11,17 +11,17 @@ from spectrim.errors import LayerError, RankError
 from spectrim.layers import named_factors
 from spectrim.protocols import RankRule
 
-Ranks = SupportsIndex | RankRule | Mapping[str, SupportsIndex]
+Ranks = SupportsIndex | RankRule | Mapping[str, SupportsIndex | tuple[int, ...]]
 
 
-def chooser(ranks: Ranks | None, name: str, shape: tuple[int, int], held: int) -> Callable[[Tensor], int]:
-    """Return the function that chooses one weight's rank from its spectrum.
+def chooser(ranks: Ranks | None, name: str, shape: tuple[int, int], held: int | None = None) -> Callable[[Tensor], int]:
+    """Return the function that chooses one weight's rank from its spectrum, or that along one axis of its size.
 
     Args:
         ranks: a number (capped at the full rank), a rule, a mapping from names to ranks, or None to keep all.
         name: the weight's name, as `named_factors` gives it.
         shape: ``(out, in)``, for the message of an error.
-        held: number of singular values at hand.
+        held: number of singular values at hand; as many as the spectrum has when omitted.
 
     Raises:
         RankError: when the chosen rank is not an integer in ``[1, held]``.
@@ -29,22 +29,26 @@ def chooser(ranks: Ranks | None, name: str, shape: tuple[int, int], held: int) -
 
     def choose(spectrum: Tensor) -> int:
         rank: Any
+        most = spectrum.shape[-1] if held is None else held
         if ranks is None:
-            rank = held
+            rank = most
         elif isinstance(ranks, Mapping):
-            rank = ranks.get(name, held)
+            rank = ranks.get(name, most)
         elif isinstance(ranks, SupportsIndex):
-            rank = min(ranks if isinstance(ranks, bool) else index(ranks), held)
+            rank = min(ranks if isinstance(ranks, bool) else index(ranks), most)
         else:
             rank = ranks(spectrum)
-        if isinstance(rank, bool) or not isinstance(rank, SupportsIndex) or not 1 <= index(rank) <= held:
-            raise RankError(name, got=rank, out=shape[0], in_=shape[1], held=held)
+        return checked(rank, most)
+
+    def checked(rank: Any, most: int) -> int:
+        if isinstance(rank, bool) or not isinstance(rank, SupportsIndex) or not 1 <= index(rank) <= most:
+            raise RankError(name, got=rank, out=shape[0], in_=shape[1], held=most)
         return index(rank)
 
     return choose
 
 
-def check_names(model: nn.Module, ranks: Mapping[str, SupportsIndex]) -> None:
+def check_names(model: nn.Module, ranks: Mapping[str, Any]) -> None:
     """Raise a LayerError when a mapping names something that is not a factorized weight of `model`."""
     known = [name for name, _ in named_factors(model)]
     for name in ranks:

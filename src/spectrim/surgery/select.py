@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from spectrim.checks import check
 from spectrim.errors import SettingError
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers import KINDS, is_factorized, kind_of
 from spectrim.protocols import LayerFilter, Where
 from spectrim.surgery.exchange import HELD, held_elsewhere
@@ -166,7 +166,7 @@ def decide(
             holders[id(parameter)].append((name, key))
         if parametrize.is_parametrized(module):
             inside.update(id(part) for part in cast(nn.Module, module.parametrizations).modules())
-        if is_factorized(module) or isinstance(module, Factors) or id(module) in inside or not (parameters or is_parameterised(module)):
+        if is_factorized(module) or isinstance(module, Form) or id(module) in inside or not (parameters or is_parameterised(module)):
             continue
         reason = ADAPTED if id(module) in adapted else refusal(module)
         if reason is None and name == head:

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from spectrim.forms import Factors, Form, Size
 from spectrim.forms.derived import product_with
-from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors, named_layers, sites
-from spectrim.surgery.decompositions import Decompositions, Metric, orthonormal
+from spectrim.surgery.decompositions import Decompositions, Metric
 from spectrim.surgery.observing import absorbing
 
 
@@ -22,7 +23,7 @@ class State:
         tensors: values of the biases of factorized layers, and of all buffers.
     """
 
-    factors: Mapping[str, Factors]
+    factors: Mapping[str, Form]
     tensors: Mapping[str, Tensor]
 
 
@@ -49,14 +50,14 @@ def put(model: nn.Module, state: State) -> None:
             tensor.copy_(state.tensors[name])
 
 
-def exchange_factors(model: nn.Module, new: Mapping[str, Factors]) -> None:
+def exchange_factors(model: nn.Module, new: Mapping[str, Form]) -> None:
     """Replace the factors of a network wherever they are used; in place.
 
     Args:
         model: factorized.
         new: by the names of `named_factors`.
     """
-    replaced: dict[Factors, Factors | None] = {}
+    replaced: dict[Form, Form | None] = {}
     for site in list(sites(model)):
         own = replaced.setdefault(site.factors, new.get(site.name))
         if own is not None:
@@ -64,7 +65,7 @@ def exchange_factors(model: nn.Module, new: Mapping[str, Factors]) -> None:
 
 
 @torch.no_grad()
-def cut_(model: nn.Module, ranks: Mapping[str, int], decomposed: Decompositions, metric: Metric = "none") -> None:
+def cut_(model: nn.Module, ranks: Mapping[str, Size], decomposed: Decompositions, metric: Metric = "none") -> None:
     """Cut a network to ranks in place, as `prune` cuts a copy; biases absorb the mean where the calibration removed it.
 
     Args:
@@ -79,7 +80,7 @@ def cut_(model: nn.Module, ranks: Mapping[str, int], decomposed: Decompositions,
     for name, layer in absorbing(model).items() if means else ():
         if name in means and cut[name].rank < held[name].rank:
             mean = means[name].unsqueeze(-1)
-            before, now = (product_with(factors, mean) for factors in (held[name], cut[name]))
+            before, now = (product_with(cast(Factors, form), mean) for form in (held[name], cut[name]))
             bias = layer.bias
             assert isinstance(bias, Tensor)
             bias.add_((before - now).reshape(bias.shape).to(bias))
@@ -93,7 +94,7 @@ def copied(state: State) -> State:
 
 def orthonormalize_(model: nn.Module) -> None:
     """Give every weight orthonormal factors, values descending; the same function."""
-    exchange_factors(model, {name: orthonormal(factors) for name, factors in named_factors(model)})
+    exchange_factors(model, {name: factors.in_order() for name, factors in named_factors(model)})
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from spectrim.errors import FormatError
 from spectrim.files import sweep
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers import named_layers
 from spectrim.layers.sharded import has_shards, is_sharded, shard_like, whole
 from spectrim.training import processes
@@ -84,7 +84,7 @@ class Checkpoint:
             raise FormatError(
                 self.path, f"is not a readable checkpoint ({type(error).__name__})", hint="delete it to start again"
             ) from error
-        again = "delete the checkpoint or pass resume=False to start again"
+        again = "delete the checkpoint to start again"
         own = self.parts["model"].state_dict()
         smaller = self._smaller(weights) if self.resizes else {}
         for name, factors in smaller.items():
@@ -106,16 +106,18 @@ class Checkpoint:
             raise FormatError(self.path, f"does not fit this run ({error})", hint=again) from error
         return history
 
-    def _smaller(self, weights: dict[str, Any]) -> dict[str, Factors]:
+    def _smaller(self, weights: dict[str, Any]) -> dict[str, Form]:
         """Return factors of the ranks that a schedule had cut to, where they are smaller than the model's, by module."""
         found = {}
         for name, factors in self.parts["model"].named_modules():
-            stored = weights.get(f"{name}.S".removeprefix("."))
-            if isinstance(factors, Factors) and isinstance(stored, Tensor) and stored.dim() and stored.shape[-1] < factors.rank:
-                found[name] = factors.first(stored.shape[-1])
+            if not isinstance(factors, Form):
+                continue
+            size = factors.size_of_parts({part: weights.get(f"{name}.{part}".removeprefix(".")) for part in factors._parameters})
+            if size is not None and factors.rung_of(size) < factors.rank:
+                found[name] = factors.resized(size)
         return found
 
-    def _resize(self, sized: dict[str, Factors]) -> dict[str, Factors]:
+    def _resize(self, sized: dict[str, Form]) -> dict[str, Form]:
         """Give model and optimizer the parameters of these factors, with no state yet; return what they had."""
         model, optimizer, had = self.parts["model"], self.parts["optimizer"], {}
         exchanged: dict[int, Any] = {}

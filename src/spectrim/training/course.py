@@ -1,25 +1,25 @@
 """Courses at one step of training: the cut that one asks for, and functions that stand for a course."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from spectrim.errors import SettingError
+from spectrim.forms.form import Size
 from spectrim.layers import named_factors
-from spectrim.protocols import Change, Course, RankRule, RankSchedule
+from spectrim.protocols import Change, Course, RankSchedule, Sizes
 from spectrim.surgery.prune import prune_
 
 
-def cut_ranks(model: nn.Module, ranks: RankRule | Mapping[str, SupportsIndex] | None, optimizer: Optimizer) -> dict[str, int] | None:
+def cut_ranks(model: nn.Module, ranks: Sizes | None, optimizer: Optimizer) -> dict[str, Size] | None:
     """Cut to the ranks that a course returned, if any; return the ranks after it, or None where they are as before."""
     if ranks is None:
         return None
-    before = {name: factors.rank for name, factors in named_factors(model)}
+    before = {name: factors.size for name, factors in named_factors(model)}
     prune_(model, ranks, optimizer)
-    after = {name: factors.rank for name, factors in named_factors(model)}
+    after = {name: factors.size for name, factors in named_factors(model)}
     return after if after != before else None
 
 

@@ -24,8 +24,31 @@ IGNORED = -100
 """The target that torch's `cross_entropy` leaves out, and transformers give padding."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistillationSettings:
+    """The settings of a `Distillation`, which explains them: everything but the teacher."""
+
+    temperature: float = 4.0
+    weight: float = 0.7
+    dim: int = -1
+    mix: float = 0.0
+    features: float = 0.0
+    until: float = 1.0
+    layers: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mix", "features"):
+            if not getattr(self, name) >= 0:
+                raise SettingError("Distillation", name, got=getattr(self, name), rule=">= 0")
+        if not self.temperature > 0:
+            raise SettingError("Distillation", "temperature", got=self.temperature, rule="> 0")
+        for name in ("weight", "until"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingError("Distillation", name, got=getattr(self, name), rule="a fraction in [0, 1]")
+
+
 @dataclass(frozen=True)
-class Distillation:
+class Distillation(DistillationSettings):
     """Distillation: ``(1 - weight) * task + weight * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + features * hints``.
 
     `hints` is the sum over layers of ``mean((f - f_teacher)^2) / var(f_teacher)``, where ``f`` is the output of a layer of the student:
@@ -52,23 +75,6 @@ class Distillation:
     """
 
     teacher: nn.Module
-    temperature: float = 4.0
-    weight: float = 0.7
-    dim: int = -1
-    mix: float = 0.0
-    features: float = 0.0
-    until: float = 1.0
-    layers: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("mix", "features"):
-            if not getattr(self, name) >= 0:
-                raise SettingError("Distillation", name, got=getattr(self, name), rule=">= 0")
-        if not self.temperature > 0:
-            raise SettingError("Distillation", "temperature", got=self.temperature, rule="> 0")
-        for name in ("weight", "until"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise SettingError("Distillation", name, got=getattr(self, name), rule="a fraction in [0, 1]")
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from spectrim.checks import check, outside_inference_mode
 from spectrim.errors import SettingError
@@ -25,10 +25,9 @@ from spectrim.training.progress import _bar
 from spectrim.training.signals import ending_cleanly
 from spectrim.training.step import Step
 from spectrim.training.stopping import Best, check_plateau, plateau_value, wants_to_stop
+from spectrim.training.tuning import Tuning
 
-__all__ = ["EpochCallback", "Execution", "Precision", "fit"]
-
-Execution = Literal["macs", "measured"]
+DEFAULT = Tuning()
 
 
 @runtime_checkable
@@ -44,26 +43,15 @@ def fit(
     model: nn.Module,
     data: Iterable[Any],
     loss: Loss,
-    optimizer: Optimizer,
-    epochs: int,
+    optimizer: Optimizer | None = None,
+    epochs: int = 1,
     *,
+    tuning: Tuning = DEFAULT,
     penalties: Sequence[Penalty] = (),
     eval_data: Iterable[Any] | None = None,
-    scheduler: LRScheduler | ReduceLROnPlateau | None = None,
-    scheduler_steps: Literal["epoch", "batch"] = "epoch",
     courses: Sequence[Course | RankSchedule] = (),
     lessons: Sequence[Lesson] = (),
-    distill: Lesson | None = None,
-    precision: Precision = "no",
-    accumulate: int = 1,
-    clip: float | None = None,
-    rank_schedule: Course | RankSchedule | None = None,
-    execution: Execution = "macs",
-    compiled: bool = False,
-    steps_per_epoch: int | None = None,
-    keep_best: bool | str = False,
     checkpoint: str | Path | None = None,
-    resume: bool = True,
     first_epoch: int = 0,
     callbacks: Sequence[EpochCallback] = (),
     accelerator: Any = None,
@@ -87,38 +75,23 @@ def fit(
             that `n` processes with batches of `b` train on ``n * b`` examples. A `DataLoader` that accelerate prepared or that has a
             `DistributedSampler` is divided already. Where another number of batches comes than its length says, a warning names both.
         loss: ``(output, target) -> scalar``.
-        optimizer: over the model's parameters.
+        optimizer: over the model's parameters; None for the one that `tuning` makes.
         epochs: passes over the data in all, those before a resume included; >= 0.
+        tuning: schedule, clipping, precision and the rest of how to train, see `Tuning`.
         penalties: each is called on the model and returns what it adds.
         eval_data: the validation split, evaluated after each epoch, each batch by one process and once.
-        scheduler: a torch learning-rate schedule of `optimizer`. `ReduceLROnPlateau` looks at the number that `keep_best` names, else at
-            ``eval_loss`` (``eval_accuracy`` for ``mode="max"``), without `eval_data` at ``loss``.
-        scheduler_steps: whether the schedule advances each ``epoch`` or each ``batch`` (that is, each optimizer step).
         courses: change training step by step: `Ramp`, `Squeeze`, any `Course`, or a function ``(model, inputs, step, steps)`` that returns
             ranks to cut to, or None. Each is asked before each optimizer step; the optimizer's moments are cut along, later steps cost
             less. The penalty of a course has a separate column in the log. They need the number of steps. Not when sharded: cut
             `gathered` models between two calls.
         lessons: change the loss of the task, in this order, for example `Distillation`; ``loss`` in the log holds them, and what each
             changed has a separate column.
-        distill: a further lesson, see `Distillation`.
-        precision: ``no`` for float32, ``bf16`` or ``fp16`` for automatic mixed precision (with loss scaling for fp16).
-        accumulate: batches whose gradients are averaged for one optimizer step, >= 1; the last group of an epoch may be smaller.
-        clip: largest norm of the whole gradient; None for no clipping.
-        rank_schedule: a further course.
-        execution: whether layers compose their weight or run two operations by ``macs``, or by ``measured`` seconds (`choose_execution`, at
-            the start and after each cut; which form was faster may differ from run to run, and with it the rounding). Not when sharded.
-        compiled: run the training steps, the teacher's too, through `torch.compile`: the first step compiles, for a minute or more, and
-            numbers differ by rounding. Each size of batch, and each cut of a course, is compiled separately; what
-            torch had compiled before is compiled again when it is called again. Not when sharded.
-        steps_per_epoch: batches that make an epoch, in each process; for data without an end. None for all of `data`.
-        keep_best: end with the weights of the best epoch, by a number of its line in the log: True for ``eval_loss``, a name that ends on
-            ``loss`` or ``accuracy``, else ``"min NAME"`` or ``"max NAME"``. Epochs before the last cut do not count. Not when sharded.
         checkpoint: folder for ``checkpoint.pt``, written atomically after each epoch; None for none. Only one run may use it. All its
             processes need access. It holds whole tensors, sharded or not: a run may resume with another number of processes.
-        resume: continue from the checkpoint when there is one. A resumed run ends with the same bits on a CPU, as long as everything random
-            draws from the global generators of torch, numpy and Python, or from a generator that the data, their sampler or their data set
-            hold, or data have ``state_dict`` and ``load_state_dict``; each process has its own, so their number must not
-            change. Data that count their passes in some other way give a warning.
+            A call continues from the checkpoint when there is one; delete it to begin again. A resumed run ends with the same bits on a
+            CPU, as long as everything random draws from the global generators of torch, numpy and Python, or from a generator that the
+            data, their sampler or their data set hold, or data have ``state_dict`` and ``load_state_dict``; each process has its own, so
+            their number must not change. Data that count their passes in some other way give a warning.
         first_epoch: what ``set_epoch`` gets for the first epoch, >= 0: the number of those before, for a further call on the same data.
         callbacks: called after each epoch, in every process. One that returns True ends training after that epoch; a later call with the
             same `epochs` and checkpoint returns that end.
@@ -141,33 +114,32 @@ def fit(
         >>> len(history.epochs)
         2
     """
-    check("fit", model=model, data=data, loss=loss, optimizer=optimizer, epochs=epochs, penalties=penalties, eval_data=eval_data)
-    check("fit", scheduler=scheduler, scheduler_steps=scheduler_steps, accumulate=accumulate, clip=clip, first_epoch=first_epoch)
-    judged = eval_data is not None
-    _check(epochs, first_epoch, accumulate, clip, steps_per_epoch, execution, scheduler_steps)
-    best = Best(keep_best, judged) if keep_best else None
-    check_plateau(scheduler, scheduler_steps, judged, best)
-    courses = [*courses, *([] if rank_schedule is None else [rank_schedule])]
-    step = Step("fit", penalties, courses, [*lessons, *([] if distill is None else [distill])])
-    _check_length(step, length_of(data), steps_per_epoch)
-    if accelerator is not None and precision not in ("no", accelerator.mixed_precision):
-        raise SettingError("fit", "precision", got=precision, rule=f"{accelerator.mixed_precision!r}, that of your accelerator")
-    accelerator = accelerator or make_accelerator(precision)
-    optimizer = _own(optimizer, model)
+    check("fit", model=model, data=data, loss=loss, epochs=epochs, penalties=penalties, eval_data=eval_data)
+    check("fit", optional=("optimizer",), optimizer=optimizer)
+    check("fit", tuning=tuning, first_epoch=first_epoch)
+    judged, limit = eval_data is not None, tuning.steps_per_epoch
+    best = Best(tuning.keep_best, judged) if tuning.keep_best else None
+    check_plateau(tuning.scheduler, tuning.scheduler_steps, judged, best)
+    step = Step("fit", penalties, courses, lessons)
+    _check_length(step, length_of(data), limit)
+    accelerator = _accelerator(accelerator, tuning.precision)
+    optimizer = _own(optimizer, model, tuning)
     processes.shard(accelerator, model, optimizer)
     if has_shards(model):
-        _check_sharded(courses=courses, execution=execution, compiled=compiled, keep_best=keep_best)
+        _check_sharded(courses, tuning)
     generators, order = generators_of(data), Order(data)
     own_data = processes.share(accelerator, data)
     generators, several = generators or generators_of(data), accelerator.num_processes > 1
     step.agree, step.device = partial(processes.from_main, accelerator) if several else None, accelerator.device
-    position = Position(epochs, accumulate, steps_per_epoch or length_of(own_data))
+    position = Position(epochs, tuning.accumulate, limit or length_of(own_data))
+    scheduler = tuning.schedule_of(optimizer, epochs, position.length) if epochs else None
+    check_plateau(scheduler, tuning.scheduler_steps, judged, best)
     saver, history = None, History()
     if checkpoint is not None:
         parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "scaler": accelerator.scaler, "course": step}
         saver = Checkpoint(Path(checkpoint), generators, accelerator, **parts, position=position, best=best, data=order)
         saver.resizes = bool(courses)
-        history = saver.restore() if resume else history
+        history = saver.restore()
         history.stopped = history.stopped if _is_over(history, epochs) else None
         if 0 < len(history.epochs) < epochs and history.stopped is None:
             order.warn()
@@ -175,18 +147,18 @@ def fit(
     with (
         ending_cleanly(),
         training_mode(model) as train,
-        step.watching(model, accelerator.device, compiled),
-        prepared(accelerator, model, optimizer, compiled) as (ready, stepper),
+        step.watching(model, accelerator.device, tuning.compiled),
+        prepared(accelerator, model, optimizer, tuning.compiled) as (ready, stepper),
         _bar(accelerator, progress, position.length) as bar,
     ):
-        each_step = scheduler if scheduler_steps == "batch" else None
+        each_step = scheduler if tuning.scheduler_steps == "batch" else None
         parts_of_loop = (model, loss, optimizer, step, position, history, accelerator, ready, stepper, bar)
-        loop = Loop(*parts_of_loop, clip, each_step, execution == "measured", path)
+        loop = Loop(*parts_of_loop, tuning.clip, each_step, tuning.execution == "measured", path)
         while len(history.epochs) < epochs and history.stopped is None:
             epoch, cuts = len(history.epochs), len(history.cuts)
             announce(first_epoch + epoch, data, own_data)
             train()
-            line = loop.epoch(own_data, epoch, steps_per_epoch)
+            line = loop.epoch(own_data, epoch, limit)
             if eval_data is not None:
                 line |= _evaluated(accelerator, model, eval_data, loss)
             history.epochs.append(line)
@@ -198,7 +170,7 @@ def fit(
                 best.note(epoch + 1, line, model, len(history.cuts) > cuts)
             if isinstance(scheduler, ReduceLROnPlateau):
                 scheduler.step(plateau_value(scheduler, line, best))
-            elif scheduler is not None and scheduler_steps == "epoch":
+            elif scheduler is not None and tuning.scheduler_steps == "epoch":
                 scheduler.step()
             if saver is not None:
                 saver.write(history)
@@ -224,22 +196,15 @@ def _evaluated(accelerator: Any, model: nn.Module, data: Iterable[Any], loss: Lo
     return {f"eval_{name}": value for name, value in found.items()}
 
 
-def _check(
-    epochs: int, first_epoch: int, accumulate: int, clip: float | None, steps_per_epoch: int | None, execution: str, scheduler_steps: str
-) -> None:
-    """Raise a SettingError for a setting outside its range."""
-    least = {"epochs": (epochs, 0), "first_epoch": (first_epoch, 0), "accumulate": (accumulate, 1)}
-    for name, (value, lowest) in least.items():
-        if not value >= lowest:
-            raise SettingError("fit", name, got=value, rule=f">= {lowest}")
-    if clip is not None and not clip > 0:
-        raise SettingError("fit", "clip", got=clip, rule="> 0, or None")
-    if steps_per_epoch is not None and not steps_per_epoch >= 1:
-        raise SettingError("fit", "steps_per_epoch", got=steps_per_epoch, rule=">= 1, or None for all of the data")
-    if execution not in ("macs", "measured"):
-        raise SettingError("fit", "execution", got=execution, rule="'macs' or 'measured'")
-    if scheduler_steps not in ("epoch", "batch"):
-        raise SettingError("fit", "scheduler_steps", got=scheduler_steps, rule="'epoch' or 'batch'")
+def _accelerator(own: Any, precision: Precision) -> Any:
+    """Return the user's accelerator, or one of this precision.
+
+    Raises:
+        SettingError: for an accelerator of another precision.
+    """
+    if own is not None and precision not in ("no", own.mixed_precision):
+        raise SettingError("fit", "precision", got=precision, rule=f"{own.mixed_precision!r}, that of your accelerator")
+    return own or make_accelerator(precision)
 
 
 def _check_length(step: Step, length: int | None, steps_per_epoch: int | None) -> None:
@@ -247,31 +212,33 @@ def _check_length(step: Step, length: int | None, steps_per_epoch: int | None) -
     if length is None and steps_per_epoch is None:
         until = [name for name, lesson in step.lessons.items() if 0 < getattr(lesson, "until", 1.0) < 1]
         for name in (*step.courses, *until):
-            hint = "give steps_per_epoch, the number of batches"
+            hint = "give Tuning(steps_per_epoch=...), the number of batches"
             raise SettingError("fit", "data", got="data without one", rule=f"of a known length for {name}, which counts steps", hint=hint)
 
 
-def _check_sharded(**settings: Any) -> None:
+def _check_sharded(courses: Sequence[Any], tuning: Tuning) -> None:
     """Raise a SettingError for what a model that FSDP2 shards cannot have."""
-    if settings["courses"]:
+    if courses:
         hint = "FSDP2 keeps the shapes it was given: cut gathered(model) with prune between two calls of fit, and shard the result"
-        rule = "None for a model that FSDP2 shards"
-        raise SettingError("fit", "rank_schedule or courses", got=settings["courses"], rule=rule, hint=hint)
-    if settings["execution"] == "measured":
+        raise SettingError("fit", "courses", got=courses, rule="empty for a model that FSDP2 shards", hint=hint)
+    if tuning.execution == "measured":
         raise SettingError("fit", "execution", got="measured", rule="'macs' for a model that FSDP2 shards")
     for name in ("compiled", "keep_best"):
-        if settings[name]:
-            raise SettingError("fit", name, got=settings[name], rule="False for a model that FSDP2 shards")
+        if value := getattr(tuning, name):
+            raise SettingError("fit", name, got=value, rule="False for a model that FSDP2 shards")
 
 
-def _own(optimizer: Any, model: nn.Module) -> Optimizer:
-    """Return the torch optimizer inside accelerate's, or the optimizer itself.
+def _own(optimizer: Any, model: nn.Module, tuning: Tuning) -> Optimizer:
+    """Return the torch optimizer inside accelerate's, or the optimizer itself, or the one that `tuning` makes.
 
     Raises:
-        SettingError: for one that trains nothing of the model, or whose step needs a closure.
+        SettingError: for one that trains nothing of the model, or whose step needs a closure, or a second one.
     """
     from accelerate.optimizer import AcceleratedOptimizer
 
+    if optimizer is not None and tuning.optimizer is not None:
+        raise SettingError("fit", "optimizer", got=optimizer, rule="None where tuning names one", hint="give it once")
+    optimizer = tuning.optimizer_of(model) if optimizer is None else optimizer
     if not {id(p) for p in model.parameters()} & {id(p) for group in optimizer.param_groups for p in group["params"]}:
         hint = "make the optimizer after factorize, prune or load, or call prune_optimizer_state after prune"
         raise SettingError("fit", "optimizer", got="one that holds none of them", rule="over the parameters of this model", hint=hint)

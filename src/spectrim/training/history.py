@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from spectrim.forms.form import ranks_in
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import reshard, whole, whole_sides
 from spectrim.linalg.spectral import orthogonality_defect
@@ -47,7 +48,7 @@ class History:
 
 def mean_rank(model: nn.Module) -> float:
     """Return the mean rank over the factorized weights; 0 for a dense model."""
-    ranks = [factors.rank for _, factors in named_factors(model)]
+    ranks = ranks_in(factors.size for _, factors in named_factors(model))
     return sum(ranks) / len(ranks) if ranks else 0.0
 
 
@@ -57,7 +58,7 @@ def layer_lines(model: nn.Module) -> list[dict[str, Any]]:
     for name, factors in named_factors(model):
         sides = whole_sides(factors)
         sides = [side.cpu() if side.device.type == "mps" else side for side in sides]  # which has no float64
-        ranks[name], defects[name] = factors.rank, max(map(orthogonality_defect, sides))
+        ranks[name], defects[name] = factors.size, max(map(orthogonality_defect, sides))
     return [{"ranks": ranks, "defects": defects}] if ranks else []
 
 

@@ -1,8 +1,7 @@
 """`Ramp`: cuts along a ramp while a network trains."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, SupportsIndex
+from typing import Any
 
 from torch import nn
 
@@ -10,7 +9,7 @@ from spectrim.budget.allocate import allocate
 from spectrim.budget.budget import Budget
 from spectrim.budget.rules import Energy
 from spectrim.errors import SettingError
-from spectrim.protocols import Change, RankRule
+from spectrim.protocols import Change, Sizes
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Ramp:
             return self.target + (1 - self.target) * left
         return replace(self.target, **{name: value + (1 - value) * left for name, value in self.target.limits.items()})
 
-    def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int) -> RankRule | Mapping[str, SupportsIndex] | None:
+    def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int) -> Sizes | None:
         """Return the ranks to cut to before this step, or None.
 
         Args:

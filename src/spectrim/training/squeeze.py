@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, SupportsIndex
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,11 +12,12 @@ from spectrim.budget.allocate import allocate
 from spectrim.budget.budget import Budget
 from spectrim.budget.ladder import Ladder
 from spectrim.errors import SettingError
+from spectrim.forms.form import Size
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import whole_values
 from spectrim.penalties import TailEnergy, tail_shares
 from spectrim.penalties.sums import total
-from spectrim.penalties.tail import tail_share_of
+from spectrim.penalties.tail import larger
 from spectrim.protocols import Change, Importance, Latencies
 
 PULL, DAMPING = 15.0, 1.5
@@ -57,8 +58,8 @@ class SteeredTail(TailEnergy):
 
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the weighted penalty of all named weights that are behind their goal, a scalar."""
-        held = [(name, factors) for name, factors in named_factors(model) if factors.rank > self.ranks.get(name, factors.rank)]
-        return total(model, [self.strengths[name] * F.relu(tail_share_of(f, self.ranks[name]) - self.goals[name]) for name, f in held])
+        held = larger(model, self.ranks)
+        return total(model, [self.strengths[name] * F.relu(f.tail_share(self.ranks[name]) - self.goals[name]) for name, f in held])
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Squeeze:
         if not 0 < self.left < 1:
             raise SettingError("Squeeze", "left", got=self.left, rule="a share of the energy in (0, 1)")
 
-    def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int) -> Mapping[str, SupportsIndex] | None:
+    def __call__(self, model: nn.Module, inputs: Any, step: int, steps: int) -> Mapping[str, Size] | None:
         """Return the allocated ranks at the end, else None.
 
         Args:
@@ -187,7 +188,7 @@ class Squeeze:
         part, part_before = ((done * self.updates) // max(1, last - first) for done in (step - first, step - first - 1))
         return part != part_before
 
-    def _allocate(self, model: nn.Module, inputs: Any) -> dict[str, int]:
+    def _allocate(self, model: nn.Module, inputs: Any) -> dict[str, Size]:
         return allocate(model, self.budget, inputs, importance=self.importance, latency=self.latency, prices=self.prices)
 
     def _steer(self, tail: SteeredTail, model: nn.Module, remaining: int, span: int) -> SteeredTail:
@@ -210,7 +211,7 @@ class Squeeze:
         return SteeredTail({name: tail.ranks[name] for name in goals}, strengths, goals, lags)
 
 
-def _aim(tail: SteeredTail | None, model: nn.Module, ranks: Mapping[str, int]) -> SteeredTail:
+def _aim(tail: SteeredTail | None, model: nn.Module, ranks: Mapping[str, Size]) -> SteeredTail:
     """Return the penalty for newly allocated ranks: a weight whose rank is as before goes on, any other starts from its present value.
 
     A weight that had no tail before starts at the usual strength for its energy, the geometric mean of the others.
@@ -229,4 +230,4 @@ def _aim(tail: SteeredTail | None, model: nn.Module, ranks: Mapping[str, int]) -
 
 def _energies(model: nn.Module) -> dict[str, float]:
     """Return the sum of squared singular values of each weight, as the factors hold them; a weight of zeros has the least there is."""
-    return {name: max(SMALLEST_SHARE, float(whole_values(f).double().square().sum())) for name, f in named_factors(model)}
+    return {name: max(SMALLEST_SHARE, float(whole_values(f)[0].double().square().sum())) for name, f in named_factors(model)}

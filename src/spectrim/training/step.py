@@ -1,7 +1,7 @@
 """One training step, in any loop: courses before and after it, lessons and penalties in its loss."""
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,9 +11,11 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from spectrim.errors import SettingError
+from spectrim.forms.form import Size
 from spectrim.protocols import Change, Course, Lesson, Penalty, Seen
 from spectrim.training.course import as_course, cut_ranks, name_of
 from spectrim.training.distillation import outputs_of
+from spectrim.training.holding import stop_gradients, stop_moments
 
 
 class Step:
@@ -43,7 +45,7 @@ class Step:
                 raise SettingError(owner, "penalties", got=penalty, rule="a list of penalties, such as [Orthogonality(1.0)]")
         for lesson in lessons:
             if isinstance(lesson, type) or not isinstance(lesson, Lesson):
-                raise SettingError(owner, "distill or lessons", got=lesson, rule="a lesson, such as Distillation(teacher)")
+                raise SettingError(owner, "lessons", got=lesson, rule="a lesson, such as Distillation(teacher)")
         made = [as_course(course, owner) for course in courses]
         names = unique_names([name_of(each) for each in (*penalties, *made, *lessons)])
         first, second = len(penalties), len(penalties) + len(made)
@@ -72,7 +74,7 @@ class Step:
         """Names of what `added` returns, in its order: penalties, then courses that penalize."""
         return [*self.penalties, *self._columns]
 
-    def before(self, model: nn.Module, inputs: Any, optimizer: Optimizer, step: int, steps: int) -> dict[str, int] | None:
+    def before(self, model: nn.Module, inputs: Any, optimizer: Optimizer, step: int, steps: int) -> dict[str, Size] | None:
         """Apply the changes of every course before an optimizer step, and cut; the optimizer's moments are cut along.
 
         Args:
@@ -107,11 +109,27 @@ class Step:
         memory.update(plain)
         return Change(ranks, penalty if sent else change.penalty)
 
+    def frees(self) -> list[Mapping[str, Tensor]]:
+        """Return, for each course that has started and holds some, which entries of parameters may move."""
+        held = ((course, self.memories[name]) for name, course in self.courses.items() if name in self.memories)
+        return [course.free(memory) for course, memory in held if hasattr(course, "free")]
+
+    def stop_gradients(self, model: nn.Module) -> None:
+        """Set the gradients of what courses hold to zero, between the backward pass and the optimizer step."""
+        stop_gradients(model, self.frees())
+
     @torch.no_grad()
-    def after(self, model: nn.Module, step: int, steps: int) -> None:
-        """Call every course after the optimizer step; arguments as for `before`."""
+    def after(self, model: nn.Module, step: int, steps: int, optimizer: Optimizer | None = None) -> None:
+        """Call every course after the optimizer step, and set the moments of what they hold to zero; arguments as for `before`."""
         for name, course in self.courses.items():
             course.after(model, step, steps, self.memories[name])
+        if optimizer is not None:
+            stop_moments(model, optimizer, self.frees())
+
+    def noted(self) -> dict[str, float]:
+        """Return what courses add to the log of an epoch, by the course's name and the entry's."""
+        told = ((name, course.noted(self.memories[name])) for name, course in self.courses.items() if hasattr(course, "noted"))
+        return {f"{name} {key}": value for name, entries in told for key, value in entries.items()}
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors in the memories of courses."""

@@ -16,6 +16,31 @@ def wants_to_stop(answer: Any) -> bool:
     return isinstance(answer, bool | np.bool_ | Tensor) and bool(answer)
 
 
+def monitored(keep_best: bool | str, owner: str) -> tuple[str, str]:
+    """Return the number that `keep_best` names, and whether its ``min`` or ``max`` is the best.
+
+    Args:
+        keep_best: see `Best`.
+        owner: whose setting it is, for errors.
+
+    Raises:
+        SettingError: for a name without a direction.
+
+    Examples:
+        >>> monitored(True, "fit"), monitored("max mine", "fit")
+        (('eval_loss', 'min'), ('mine', 'max'))
+    """
+    name = "eval_loss" if keep_best is True else str(keep_best)
+    way, _, rest = name.partition(" ")
+    monitor = rest if rest and way in ("min", "max") else name
+    if way not in ("min", "max") or not rest:
+        way = "min" if name.endswith("loss") else "max" if name.endswith("accuracy") else ""
+    if not way or not isinstance(keep_best, bool | str):
+        rule = "True, a name that ends on 'loss' or 'accuracy', 'min NAME' or 'max NAME'"
+        raise SettingError(owner, "keep_best", got=keep_best, rule=rule, hint="the names are those of a line in the log")
+    return monitor, way
+
+
 class Best:
     """The weights of the best epoch so far, by one number of its line in the log.
 
@@ -35,14 +60,7 @@ class Best:
         Raises:
             SettingError: for a name without a direction, or without a validation split.
         """
-        name = "eval_loss" if keep_best is True else str(keep_best)
-        way, _, rest = name.partition(" ")
-        self.monitor = rest if rest and way in ("min", "max") else name
-        if way not in ("min", "max") or not rest:
-            way = "min" if name.endswith("loss") else "max" if name.endswith("accuracy") else ""
-        if not way or not isinstance(keep_best, bool | str):
-            rule = "True, a name that ends on 'loss' or 'accuracy', 'min NAME' or 'max NAME'"
-            raise SettingError("fit", "keep_best", got=keep_best, rule=rule, hint="the names are those of a line in the log")
+        self.monitor, way = monitored(keep_best, "fit")
         if self.monitor.startswith("eval_") and not judged:
             rule = f"given with eval_data, the validation split, for '{self.monitor}'"
             raise SettingError("fit", "keep_best", got=keep_best, rule=rule)

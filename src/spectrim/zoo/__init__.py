@@ -2,7 +2,7 @@
 
 from spectrim.zoo.data import Batches, CropFlip, Normalize, Splits, data_folder
 from spectrim.zoo.images import cifar10, digits, fashion_mnist, mnist
-from spectrim.zoo.lenet import lenet5
+from spectrim.zoo.lenet import caffe_lenet5, lenet5
 from spectrim.zoo.llama import Stories260K, stories260k
 from spectrim.zoo.losses import language_model_loss
 from spectrim.zoo.lstm import LSTMLanguageModel
@@ -19,6 +19,7 @@ __all__ = [
     "Stories260K",
     "bottleneck56",
     "bottleneck110",
+    "caffe_lenet5",
     "characters",
     "cifar10",
     "data_folder",

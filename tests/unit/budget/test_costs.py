@@ -139,7 +139,8 @@ def test_costs_are_those_of_the_merged_network(make: Any, call: Any, scheme: Any
     most = max(held.values())
     for rank in sorted({1, 2, 3, 5, 7, most // 2, most - 1, most}):
         ranks = {name: min(rank, full) for name, full in held.items()}
-        merged = sp.merge(sp.prune(low, ranks))
+        forms = dict(named_factors(low))
+        merged = sp.merge(sp.prune(low, {name: forms[name].size_of(rung) for name, rung in ranks.items()}))
         assert count_macs(merged, x) == fixed_macs + sum(costs[name].macs[r - 1] for name, r in ranks.items()), ranks
         assert count_params(merged) == fixed_params + sum(costs[name].params[r - 1] for name, r in ranks.items()), ranks
         split += count_params(merged) != dense_params
@@ -148,7 +149,7 @@ def test_costs_are_those_of_the_merged_network(make: Any, call: Any, scheme: Any
 
 def test_mixed_ranks_and_a_model_that_was_cut_before() -> None:
     dense, x = zoo.mlperftiny_resnet8(), torch.randn(2, 3, 32, 32)
-    low = sp.prune(sp.factorize(dense, rank=12), {"conv1": 5} if "conv1" in dict(dense.named_modules()) else sp.Fixed(9))
+    low = sp.prune(sp.factorize(dense, rank=12), {"conv1": 5} if "conv1" in dict(dense.named_modules()) else sp.budget.Fixed(9))
     costs = rank_costs(low, x)
     assert all(len(cost.macs) == factors.rank for cost, (_, factors) in zip(costs.values(), named_factors(low), strict=True))
     ranks = {name: 1 + index % len(cost.macs) for index, (name, cost) in enumerate(costs.items())}

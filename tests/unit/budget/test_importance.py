@@ -334,7 +334,7 @@ def test_calibrations_that_do_not_fit() -> None:
         with pytest.raises(LayerError, match=r"layer '1': .* is not in the calibration"):
             importance(low)
     with pytest.raises(LayerError, match="layer '0': holds 2 singular values, its slopes are for 5; calibrate this model"):
-        LossSensitivity(moments(low), 1)(sp.prune(low, sp.Fixed(2)))
+        LossSensitivity(moments(low), 1)(sp.prune(low, sp.budget.Fixed(2)))
 
 
 # ---- measured

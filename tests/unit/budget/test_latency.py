@@ -130,7 +130,7 @@ def test_multiples_follow_the_size(clock: Clock) -> None:
 
 
 def test_merge_writes_what_the_table_says(clock: Clock) -> None:
-    low, x = sp.prune(sp.factorize(network()), sp.Fixed(16)), torch.randn(1, 64)
+    low, x = sp.prune(sp.factorize(network()), sp.budget.Fixed(16)), torch.randn(1, 64)
     table = table_of(low, x, {"2": 2000.0})  # 2000 + 128 * 16 > 0.95 * 4096
     merged = sp.merge(low, latency=table)
     assert [layer._get_name() for layer in merged] == ["PlainPair", "ReLU", "Linear", "Flatten", "Linear"]
@@ -148,8 +148,8 @@ def test_merge_writes_what_the_table_says(clock: Clock) -> None:
 def test_a_table_made_before_the_cut_fits_after_it(clock: Clock) -> None:
     low, x = sp.factorize(network()), torch.randn(1, 64)
     table = latency_table(low, x)
-    assert table == latency_table(sp.prune(low, sp.Fixed(5)), x)
-    assert isinstance(sp.merge(sp.prune(low, sp.Fixed(5)), latency=table)[0], PlainPair)
+    assert table == latency_table(sp.prune(low, sp.budget.Fixed(5)), x)
+    assert isinstance(sp.merge(sp.prune(low, sp.budget.Fixed(5)), latency=table)[0], PlainPair)
 
 
 @pytest.mark.parametrize("fraction", [0.65, 0.8, 0.97])
@@ -395,8 +395,8 @@ def test_real_seconds_are_positive_and_finite(backend: Any) -> None:
     for timing in table.timings.values():
         assert timing.ranks
         assert all(0 < seconds < 60 for seconds in (timing.dense_s, *timing.pair_s))
-    merged = sp.merge(sp.prune(low, sp.Fixed(4)), latency=table)
-    torch.testing.assert_close(merged(x), sp.prune(low, sp.Fixed(4))(x))
+    merged = sp.merge(sp.prune(low, sp.budget.Fixed(4)), latency=table)
+    torch.testing.assert_close(merged(x), sp.prune(low, sp.budget.Fixed(4))(x))
 
 
 def test_onnx_says_what_it_has_no_form_for(clock: Clock) -> None:

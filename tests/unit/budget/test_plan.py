@@ -171,9 +171,9 @@ def test_budgets_of_other_kinds() -> None:
 
 def test_a_factorized_and_cut_network_is_planned_as_it_is() -> None:
     x = inputs()
-    cut = sp.prune(sp.factorize(network(), "channel"), sp.Fraction(0.5))
+    cut = sp.prune(sp.factorize(network(), "channel"), sp.budget.Fraction(0.5))
     found = plan(cut, x, budgets=[0.3])
-    assert [len(weight.macs) for weight in found.weights] == [factors.rank for _, factors in sp.named_factors(cut)]
+    assert [len(weight.macs) for weight in found.weights] == [factors.rank for _, factors in sp.layers.named_factors(cut)]
     assert found.dense.macs == count_macs(network(), x), "fractions are of the dense network"
     assert found.budgets[0].totals is not None
     assert found.budgets[0].totals.macs <= 0.3 * found.dense.macs

@@ -30,7 +30,7 @@ def train(tracking: Any, epochs: int = 2) -> tuple[History, nn.Module]:
     data = [(torch.randn(4, 6), torch.tensor([0, 1, 2, 0]))] * 2
     settings: dict[str, Any] = {"penalties": [sp.Orthogonality(1.0), sp.Hoyer(0.1)], "eval_data": data, "progress": False}
     optimizer = torch.optim.SGD(low.parameters(), 0.1)
-    return fit(low, data, nn.CrossEntropyLoss(), optimizer, epochs, rank_schedule=HalfWay(), callbacks=[tracking], **settings), low
+    return fit(low, data, nn.CrossEntropyLoss(), optimizer, epochs, courses=[HalfWay()], callbacks=[tracking], **settings), low
 
 
 def events(folder: Path) -> Any:

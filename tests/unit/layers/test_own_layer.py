@@ -113,7 +113,7 @@ def test_factorize_cut_and_merge() -> None:
 def test_a_budget_is_met_and_calibration_and_correction_help() -> None:
     dense, low = network(), sp.factorize(network())
     known = sp.calibrate(low, [X])
-    ranks = sp.allocate(low, sp.Budget(macs=0.5), X, importance=sp.WhitenedEnergy(known))
+    ranks = sp.allocate(low, sp.Budget(macs=0.5), X, importance=sp.budget.distortion.WhitenedEnergy(known))
     assert set(ranks) == {"0", "2"}
     rows = X.double() * dense[0].gain.detach()
     rows = rows - rows.mean(0)  # its bias takes the mean up

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim.errors import LayerError, SettingError
+from spectrim.forms.svd import tail_share
 from spectrim.layers import named_factors
 from spectrim.penalties import TailEnergy, tail_shares
-from spectrim.penalties.tail import tail_share
 from spectrim.protocols import Penalty
 
 RANKS = {"0": 2, "1": 3, "2.weight_ih_l0": 1, "2.weight_hh_l0": 3, "3": 4}
@@ -132,7 +132,7 @@ def test_it_is_plain_data() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(SettingError, match=r"TailEnergy: ranks\['a'\] must be an integer >= 1, got 0"):
+    with pytest.raises(SettingError, match=r"TailEnergy: ranks\['a'\] must be an integer >= 1, or one for each axis of a size, got 0"):
         TailEnergy({"a": 0}, {"a": 1.0})
     for strength in (-1.0, float("nan"), float("inf")):
         with pytest.raises(SettingError, match=r"TailEnergy: strengths\['a'\] must be a finite number >= 0"):

@@ -153,8 +153,8 @@ def changed(*changes: str) -> recipes.Recipe:
         ("dense.epochs=1.5", "'dense.epochs': got 1.5; allowed: an integer"),
         ("dense.epochs=true", "'dense.epochs': got True; allowed: an integer"),
         ("dense.epochs=-1", "'dense.epochs': got -1; allowed: >= 0"),
-        ("train.0.accumulate=0", "'train.0.accumulate': got 0; allowed: >= 1"),
-        ("dense.clip=-1", "'dense.clip': got -1.0; allowed: > 0, or null for no clipping"),
+        ("train.0.accumulate=0", "'train.0.accumulate': got 0; allowed: an integer of at least 1"),
+        ("dense.clip=-1", "'dense.clip': got -1.0; allowed: above 0"),
         ("dense.clip=abc", "'dense.clip': got 'abc'; allowed: a number"),
         ("dense.scheduler_steps=step", "'dense.scheduler_steps': got 'step'; allowed: epoch, batch"),
         ("precision=fp8", "'precision': got 'fp8'; allowed: no, bf16, fp16"),
@@ -185,7 +185,10 @@ def changed(*changes: str) -> recipes.Recipe:
         ("prune={}", "'prune': has none of rule, budget, ranks; allowed: exactly one"),
         ("prune.budget.macs=0.4", "'prune': has rule and budget of rule, budget, ranks; allowed: exactly one"),
         ("prune={budget: {macs: 40}}", "'prune.budget': Budget: macs must be the fraction kept, in (0, 1], got 40.0"),
-        ("prune={budget: {}}", "'prune.budget': Budget: one of macs, params, size, latency, size_bytes, latency_s must be given"),
+        (
+            "prune={budget: {}}",
+            "'prune.budget': Budget: one of macs, params, size, latency, size_bytes, latency_s, max_drop, max_loss_rise must be given",
+        ),
         (
             "prune={budget: {latency: 0.5}}",
             "'prune.budget.latency': needs a latency table, which a recipe does not make; allowed: macs, params",
@@ -454,7 +457,7 @@ def test_a_changed_setting_reruns_exactly_what_depends_on_it(folder: Path) -> No
 def test_the_result(folder: Path) -> None:
     out = folder / "out"
     result = Run(changed(), out, progress=False).run()
-    assert set(result) == {"dense", "final", "stages", "recipe", "environment"}
+    assert set(result) == {"dense", "final", "stages", "recipe", "environment", "verdict"}
     for name in ("dense", "final"):
         assert {"accuracy", "loss", "params", "macs", "size_bytes", "latency_s", "latency_iqr_s", "ranks", "batch", "threads"} == set(
             result[name]
@@ -463,7 +466,7 @@ def test_the_result(folder: Path) -> None:
     assert result["dense"]["ranks"] == {}
     assert result["dense"]["macs"] == 8 * 12 + 12 * 12 + 12 * 3
     cut = sp.load(out / "4-finetune", make_model(changed()))
-    assert result["final"]["ranks"] == result["stages"]["3-prune"]["ranks"] == {name: f.rank for name, f in sp.named_factors(cut)}
+    assert result["final"]["ranks"] == result["stages"]["3-prune"]["ranks"] == {name: f.rank for name, f in sp.layers.named_factors(cut)}
     assert result["final"]["macs"] == sp.measure(sp.merge(cut), torch.zeros(1, 8), latency=False).macs
     test = sp.evaluate(sp.load(out / "5-merge", make_model(changed())), make_data(changed()).test, nn.functional.cross_entropy)
     assert {key: result["final"][key] for key in test} == test
@@ -496,7 +499,7 @@ def test_a_run_stopped_inside_a_stage_ends_with_the_same_bits(folder: Path, stag
         nonlocal calls
         calls += 1
         if calls == {"1-dense": 1, "2-train": 2, "4-finetune": 3}[stage]:
-            fit(*args[:4], 1, **kwargs)
+            fit(*args, **kwargs | {"epochs": 1})
             raise KeyboardInterrupt
         return fit(*args, **kwargs)
 
@@ -543,6 +546,16 @@ def test_ranks_and_budgets_are_what_the_recipe_says(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_recipe_cuts_as_far_as_a_loss_may_rise(folder: Path) -> None:
+    recipe = changed("prune={budget: {macs: 0.9, max_loss_rise: 0.02}}", "finetune.epochs=0", "truncated=null")
+    stages = Run(recipe, folder / "search", progress=False).run()["stages"]
+    tried = stages["3-prune"]["tried"]
+    assert stages["3-prune"]["val_cut"]["loss"] <= 1.02 * stages["2-train"]["val"]["loss"]
+    assert {one["kept"] for one in tried} == {True, False}
+    assert all(one["budget"]["macs"] <= 0.9 for one in tried)
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_cut_is_calibrated_where_the_recipe_says_so(folder: Path) -> None:
     cuts = {}
     for name, how in {
@@ -567,29 +580,29 @@ def test_a_cut_is_calibrated_where_the_recipe_says_so(folder: Path) -> None:
 
 @pytest.mark.usefixtures("quick")
 def test_ranks_fall_in_the_course_of_a_phase(folder: Path) -> None:
-    ramp = "train.0.rank_schedule={class_path: spectrim.Ramp, init_args: {target: {macs: 0.7}, end: 1.0, cuts: 2}}"
+    ramp = "train.0.courses=[{class_path: spectrim.Ramp, init_args: {target: {macs: 0.7}, end: 1.0, cuts: 2}}]"
     recipe = changed(ramp, "train.0.epochs=2", "prune={rule: {class_path: spectrim.Energy, init_args: {keep: 1.0}}}")
-    assert recipe.train[0].rank_schedule["init_args"]["begin"] == 0.0
+    assert recipe.train[0].courses[0]["init_args"]["begin"] == 0.0
     result = Run(recipe, folder / "ramp", progress=False).run()
     ranks = [line["mean_rank"] for line in result["stages"]["2-train"]["phases"][0]]
     assert (8 + 12) / 2 == ranks[0] > ranks[1]  # both cuts fall into the second epoch
     assert result["final"]["macs"] <= 0.7 * result["dense"]["macs"]
-    with pytest.raises(RecipeError, match=r"'dense\.rank_schedule': given where nothing is left to cut"):
+    with pytest.raises(RecipeError, match=r"'dense\.courses': given where nothing is left to cut"):
         changed(ramp.replace("train.0", "dense"))
-    with pytest.raises(RecipeError, match=r"rank_schedule.*end"):
+    with pytest.raises(RecipeError, match=r"courses.*end"):
         changed(ramp.replace("end: 1.0", "end: 7.0"))
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_phase_trains_toward_its_budget(folder: Path) -> None:
-    squeeze = "train.0.rank_schedule={class_path: spectrim.training.squeeze.Squeeze, init_args: {budget: {macs: 0.7}, updates: 3}}"
+    squeeze = "train.0.courses=[{class_path: spectrim.training.squeeze.Squeeze, init_args: {budget: {macs: 0.7}, updates: 3}}]"
     recipe = changed(squeeze, "train.0.epochs=2", "prune={rule: {class_path: spectrim.Energy, init_args: {keep: 1.0}}}")
-    assert recipe.train[0].rank_schedule["init_args"]["end"] == 0.6
+    assert recipe.train[0].courses[0]["init_args"]["end"] == 0.6
     result = Run(recipe, folder / "squeeze", progress=False).run()
     lines = result["stages"]["2-train"]["phases"][0]
     assert lines[0]["Squeeze"] > 0
     assert result["final"]["macs"] <= 0.7 * result["dense"]["macs"]
-    with pytest.raises(RecipeError, match=r"rank_schedule.*left"):
+    with pytest.raises(RecipeError, match=r"courses.*left"):
         changed(squeeze.replace("updates: 3", "left: 7.0"))
 
 
@@ -617,7 +630,7 @@ def test_exit_codes_and_output(folder: Path, capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr()
     assert text.err == ""
     last = json.loads(text.out)
-    assert list(last) == ["dense", "final"]
+    assert list(last) == ["dense", "final", "verdict"]
     assert all({"accuracy", "params", "macs", "size_bytes", "latency_s"} <= set(entry) for entry in last.values())
     assert set(last["final"]["ranks"]) == {"first", "middle"}
     assert call("run", "base.yaml", "--out", "out", "--quiet", "--set", "dense.epochs=0") == 0

@@ -222,7 +222,7 @@ def test_what_a_run_writes_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             "factorize": {"where": ["*"]},
             "data": {"class_path": "spectrim.zoo.digits", "init_args": {"batch_size": 256}},
             "loss": "torch.nn.CrossEntropyLoss",
-            "train": [{"epochs": 2, "optimizer": optimizer, "rank_schedule": ramp}, {"epochs": 1, "optimizer": optimizer}],
+            "train": [{"epochs": 2, "optimizer": optimizer, "courses": [ramp]}, {"epochs": 1, "optimizer": optimizer}],
             "prune": {"rule": {"class_path": "spectrim.Energy", "init_args": {"keep": 1.0}}},
             "finetune": {"epochs": 1, "optimizer": optimizer},
         }

@@ -148,14 +148,14 @@ def test_the_slider_ends_at_the_smallest_and_at_the_whole_network(opened: Any, f
     with pytest.raises(SettingError, match="at least"):
         allocate(low, Budget(macs=least - 0.001), x)
     move(page, 100)
-    assert ranks(page) == {name: factors.rank for name, factors in sp.named_factors(low)}
+    assert ranks(page) == {name: factors.rank for name, factors in sp.layers.named_factors(low)}
 
 
 def test_pins_hold_and_the_rest_gives_way(opened: Any, file: Path, low: nn.Module, x: torch.Tensor) -> None:
     page = opened(file)
     move(page, 70)
     before, limit = ranks(page), 0.7 * measure(sp.merge(low), x, latency=False).macs  # type: ignore[operator]
-    full = {name: factors.rank for name, factors in sp.named_factors(low)}
+    full = {name: factors.rank for name, factors in sp.layers.named_factors(low)}
     dense = next(name for name in before if 2 < before[name] < full[name])
     typed = next(name for name in before if before[name] > 2 and name != dense)
     page.click(f'tr[data-name="{dense}"] button[aria-label*="dense"]')
@@ -193,7 +193,7 @@ def test_yaml_goes_through_prune_and_recipes(opened: Any, file: Path, low: nn.Mo
     mapping = section["prune"]["ranks"]
     assert mapping == ranks(page), "names stay text, even 0"
     cut = sp.prune(low, mapping)
-    assert {name: factors.rank for name, factors in sp.named_factors(cut)} == mapping
+    assert {name: factors.rank for name, factors in sp.layers.named_factors(cut)} == mapping
     recipe = {"model": "spectrim.zoo.lenet5", "data": "spectrim.zoo.digits", "loss": "torch.nn.CrossEntropyLoss"} | section
     assert parse_recipe(recipe).prune.ranks == mapping
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])

@@ -130,7 +130,7 @@ def test_every_kind_comes_back_factorized_cut_merged_and_dense(
     x = call()
     dense, other = trained(Body(make(), width)), Body(make(), width)
     low = trained(sp.factorize(dense, scheme, EVERYTHING))
-    cut = sp.prune(low, sp.Fixed(2))
+    cut = sp.prune(low, sp.budget.Fixed(2))
     merged = sp.merge(cut)
     assert isinstance(merged.layer, PlainPair | PlainRecurrent | PlainAttention), "this case should test a pair"
     for name, model in {"dense": dense, "low": low, "cut": cut, "merged": merged, "uncut": sp.merge(low)}.items():

@@ -35,23 +35,23 @@ NETWORKS: dict[str, tuple[Any, Any]] = {
 @pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 def test_outputs_stay_and_entries_get_one_size(name: str, scheme: Any) -> None:
     make, inputs = NETWORKS[name]
-    x, low = inputs(), sp.prune(sp.factorize(make(), scheme, sp.match("*")).eval(), sp.Fixed(3))
+    x, low = inputs(), sp.prune(sp.factorize(make(), scheme, sp.match("*")).eval(), sp.budget.Fixed(3))
     with torch.no_grad():
-        next(iter(sp.named_factors(low)))[1].S.mul_(-1)
+        next(iter(sp.layers.named_factors(low)))[1].S.mul_(-1)
     before, written = low(x), copy.deepcopy(low)
-    names = sp.balance_(low, above=200)
+    names = sp.surgery.balance_(low, above=200)
     assert names
     tolerance = 0.02 if x.dtype == torch.bfloat16 else 1e-5
     assert torch.allclose(low(x), before, rtol=tolerance, atol=tolerance)
-    for (weight, now), (_, then) in zip(sp.named_factors(low), sp.named_factors(written), strict=True):
+    for (weight, now), (_, then) in zip(sp.layers.named_factors(low), sp.layers.named_factors(written), strict=True):
         if weight in names:
             assert now.U.square().mean().item() == pytest.approx(now.Vh.square().mean().item(), rel=1e-4)
             assert bool((now.S == 1).all())
         else:
             assert max(now.shape) <= 200
             assert torch.equal(now.U, then.U)
-    sp.prune_(low, {weight: factors.rank for weight, factors in sp.named_factors(low)})
-    for (_, now), (_, then) in zip(sp.named_factors(low), sp.named_factors(written), strict=True):
+    sp.prune_(low, {weight: factors.rank for weight, factors in sp.layers.named_factors(low)})
+    for (_, now), (_, then) in zip(sp.layers.named_factors(low), sp.layers.named_factors(written), strict=True):
         assert torch.allclose(now.S, then.S.abs(), rtol=1e-4)
 
 
@@ -59,13 +59,13 @@ def test_weights_without_entries_stay() -> None:
     model = nn.Linear(300, 8)
     nn.init.zeros_(model.weight)
     low = sp.factorize(model)
-    sp.balance_(low, above=0)
+    sp.surgery.balance_(low, above=0)
     assert torch.equal(low(torch.randn(2, 300)), model.bias.expand(2, -1))
 
 
 def test_a_limit_below_nothing_is_refused() -> None:
     with pytest.raises(SettingError, match="above must be an integer of at least 0, got -1"):
-        sp.balance_(sp.factorize(nn.Linear(4, 4)), above=-1)
+        sp.surgery.balance_(sp.factorize(nn.Linear(4, 4)), above=-1)
 
 
 def test_adam_fine_tunes_a_vocabulary_that_it_would_overturn() -> None:
@@ -75,10 +75,10 @@ def test_adam_fine_tunes_a_vocabulary_that_it_would_overturn() -> None:
     dense = nn.Embedding.from_pretrained(words)
     losses = []
     for balanced in (False, True):
-        low = sp.prune(sp.factorize(dense, where=sp.match("*")), sp.Fixed(4))
+        low = sp.prune(sp.factorize(dense, where=sp.match("*")), sp.budget.Fixed(4))
         low.requires_grad_(True)
         if balanced:
-            assert sp.balance_(low)
+            assert sp.surgery.balance_(low)
         optimizer = torch.optim.Adam(low.parameters(), 0.002)
         for _ in range(5):
             tokens = torch.randint(4000, (500,))

@@ -40,7 +40,7 @@ def norms(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 def test_resnet20_after_a_cut(unchecked: Any, scheme: Any) -> None:
-    low = sp.prune(sp.factorize(stir(zoo.resnet20(shortcut="projection")), scheme), sp.Fraction(0.3))
+    low = sp.prune(sp.factorize(stir(zoo.resnet20(shortcut="projection")), scheme), sp.budget.Fraction(0.3))
     x = torch.randn(2, 3, 32, 32)
     plain, folded = sp.merge(low), sp.merge(low, fold_batchnorm=True)
     assert (norms(plain), norms(folded)) == (21, 0)
@@ -179,7 +179,7 @@ def test_channels_last_is_kept(scheme: Any, rank: int | None) -> None:
     model = stir(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 6, 3))).to(memory_format=torch.channels_last)
     low = sp.factorize(model, scheme, EVERYTHING, rank=rank)
     x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
-    for merged in (sp.merge(low), sp.merge(sp.prune(low, sp.Fixed(2))), sp.merge(low, fold_batchnorm=True)):
+    for merged in (sp.merge(low), sp.merge(sp.prune(low, sp.budget.Fixed(2))), sp.merge(low, fold_batchnorm=True)):
         kernels = [p for p in merged.parameters() if p.dim() == 4]
         assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
         assert not any(hasattr(module, "channels_last") for module in merged.modules())

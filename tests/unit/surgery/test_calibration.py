@@ -213,13 +213,13 @@ def test_a_bias_takes_up_the_mean_of_what_is_cut(name: str) -> None:
     near(found.inputs[""], (deviations.mT @ deviations).reshape(found.inputs[""].shape) / found.examples)
     near(found.means[""], rows.mean(-2).reshape(found.means[""].shape))
     before = low.bias.detach().clone()
-    change, plain = (sp.prune(low, sp.Fixed(1), calibration=c)(x) - y for c in (found, raw))
+    change, plain = (sp.prune(low, sp.budget.Fixed(1), calibration=c)(x) - y for c in (found, raw))
     channel = -1 if name == "linear" else 0 if "unbatched" in name else 1
     near(change.detach().transpose(0, channel).flatten(1).mean(1), torch.zeros(change.shape[channel]).double())
     assert change.square().sum() < plain.square().sum()
     assert torch.equal(low.bias, before)
     in_place = copy.deepcopy(low)
-    sp.prune_(in_place, sp.Fixed(1), calibration=found)
+    sp.prune_(in_place, sp.budget.Fixed(1), calibration=found)
     near((in_place(x) - y).detach(), change.detach())
 
 
@@ -238,7 +238,7 @@ def test_inputs_that_never_vary_keep_their_mean() -> None:
     low, x = sp.factorize(nn.Linear(6, 5).double(), where=EVERYTHING), double(1, 6).expand(8, 6)
     found = calibrate(low, [x])
     assert not found.means
-    near(sp.prune(low, sp.Fixed(1), calibration=found)(x).detach(), low(x).detach())
+    near(sp.prune(low, sp.budget.Fixed(1), calibration=found)(x).detach(), low(x).detach())
 
 
 def test_a_cut_that_is_refused_leaves_biases_alone() -> None:
@@ -246,7 +246,7 @@ def test_a_cut_that_is_refused_leaves_biases_alone() -> None:
     found, before = calibrate(low, [x]), low.bias.detach().clone()
     stranger = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1)
     with pytest.raises(LayerError, match="is trained by the optimizer but is not in both models"):
-        sp.prune_(low, sp.Fixed(1), stranger, calibration=found)
+        sp.prune_(low, sp.budget.Fixed(1), stranger, calibration=found)
     assert torch.equal(low.bias, before)
     assert low.rank == 5
 

@@ -56,7 +56,7 @@ def outputs(model: nn.Module, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_no_layer_gets_worse_and_most_get_better(scheme: Any) -> None:
     """With the inputs that it has in the corrected network, each layer is at least as near to the dense one as its cut was."""
     dense, data = convolutions(), images()
-    cut = sp.prune(sp.factorize(dense, scheme, EVERYTHING), sp.Fixed(3))
+    cut = sp.prune(sp.factorize(dense, scheme, EVERYTHING), sp.budget.Fixed(3))
     corrected = correct(cut, dense, data)
     better = 0
     for name, layer in named_layers(cut):
@@ -97,7 +97,7 @@ def test_one_layer_is_the_weighted_optimum() -> None:
     """Against least squares over the right factor with the left one given, and against random ones: none is nearer."""
     dense = nn.Linear(5, 4, bias=False).double()
     x = (torch.randn(64, 5) @ torch.randn(5, 5)).double()
-    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(2))
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.budget.Fixed(2))
     corrected = correct(cut, dense, [x])
     wanted = dense(x).detach()
     values = torch.linalg.svdvals(wanted)
@@ -111,7 +111,7 @@ def test_with_gradients_the_error_of_the_loss_falls() -> None:
     scale = torch.tensor([5.0, 1.0, 0.2, 1.0]).double()
     low = sp.factorize(dense, where=EVERYTHING)
     found = calibrate(low, [(x, x)], lambda output, target: (output * scale * target[:, :4]).sum() / 64)
-    cut = sp.prune(low, sp.Fixed(2))
+    cut = sp.prune(low, sp.budget.Fixed(2))
     errors = []
     for corrected in (correct(cut, dense, [x]), correct(cut, dense, [x], calibration=found)):
         difference = (corrected(x) - dense(x)).detach()
@@ -126,7 +126,7 @@ def test_a_bias_takes_the_mean_by_hand() -> None:
     with torch.no_grad():
         dense.weight.copy_(torch.tensor([[5.0, 0.0], [0.0, 1.0]]))
         dense.bias.copy_(torch.tensor([1.0, 0.0]))
-    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(1))  # keeps the first output, loses the second
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.budget.Fixed(1))  # keeps the first output, loses the second
     x = torch.stack([torch.ones(3), torch.tensor([-1.0, 0.0, 4.0])], 1).double()
     assert float((cut(x) - dense(x)).detach().square().sum()) == pytest.approx(17)
     torch.testing.assert_close(correct(cut, dense, [x])(x), dense(x), rtol=1e-9, atol=1e-9)
@@ -146,7 +146,7 @@ def test_directions_without_data_keep_the_dense_weight() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inputs_are_untouched_and_kept_in_their_dtype(dtype: torch.dtype) -> None:
     dense = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).to(dtype).train()
-    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(3)).train()
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.budget.Fixed(3)).train()
     states = [{k: v.clone() for k, v in m.state_dict().items()} for m in (dense, cut)]
     random = torch.get_rng_state()
     x = torch.linspace(-1, 1, 60).reshape(10, 6).cos().to(dtype)
@@ -192,7 +192,7 @@ def test_passes_end_at_the_layer_that_they_are_for() -> None:
     runs: list[str] = []
     for name, layer in dense.named_children():
         layer.register_forward_hook(lambda *_, name=name: runs.append(name))
-    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(5))  # with the same hooks
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.budget.Fixed(5))  # with the same hooks
     corrected = correct(cut, dense, data)
     once, both, batches = 1, 2, len(data)  # to see the order; for each layer
     assert runs.count("first") == once + both * batches * 3
@@ -225,7 +225,7 @@ class Residual(nn.Module):
 def test_one_pass_gives_the_numbers_of_a_pass_for_each_layer(mode: str, scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a network runs its layers in a mode, which would reach the others that wait: they are run one by one then."""
     dense, data = Residual(mode), [torch.randn(16, 4, 8, 8) for _ in range(3)]
-    cut = sp.prune(sp.factorize(dense, scheme, EVERYTHING), sp.Fixed(3))
+    cut = sp.prune(sp.factorize(dense, scheme, EVERYTHING), sp.budget.Fixed(3))
     dense.runs = 0
     at_once = correct(cut, dense, data)
     runs = dense.runs
@@ -245,7 +245,7 @@ def test_one_pass_gives_the_numbers_of_a_pass_for_each_layer(mode: str, scheme: 
 
 def test_a_network_that_fails_on_the_way_keeps_no_hooks() -> None:
     dense, data = Residual("fails"), [torch.randn(16, 4, 8, 8) for _ in range(3)]
-    cut = sp.prune(sp.factorize(dense, "channel", EVERYTHING), sp.Fixed(3))
+    cut = sp.prune(sp.factorize(dense, "channel", EVERYTHING), sp.budget.Fixed(3))
     dense.runs = 1
     with pytest.raises(RuntimeError, match="out of luck"):
         correct(cut, dense, data)
@@ -255,7 +255,7 @@ def test_a_network_that_fails_on_the_way_keeps_no_hooks() -> None:
 
 def test_what_is_left_out_is_listed() -> None:
     dense = Several().double()
-    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(3))
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.budget.Fixed(3))
     corrected = correct(cut, dense, [torch.randint(9, (4, 5)) for _ in range(3)])
     left = uncorrected(cut)
     assert left == uncorrected(corrected)
@@ -331,7 +331,7 @@ def test_recalibrate_takes_inputs_as_data_give_them() -> None:
 def test_some_positions_are_as_good_as_all(scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same ones in both networks."""
     dense, data = convolutions(), images(12)
-    cut = sp.prune(sp.factorize(dense, scheme, EVERYTHING), sp.Fixed(3))
+    cut = sp.prune(sp.factorize(dense, scheme, EVERYTHING), sp.budget.Fixed(3))
     whole = correct(cut, dense, data)
     looked_at: list[int] = []
     gram = module.moments_of
@@ -362,7 +362,7 @@ def test_there_is_room_on_every_device() -> None:
 def test_constant_inputs_change_no_weight_to_speak_of(value: float) -> None:
     """Centered they leave nothing but rounding, which is no matrix to divide by."""
     dense = nn.Linear(6, 4).double()
-    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(4))
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.budget.Fixed(4))
     x = torch.full((64, 6), value).double()
     corrected = correct(cut, dense, [x, x])
     torch.testing.assert_close(corrected(x), dense(x))
@@ -372,7 +372,7 @@ def test_constant_inputs_change_no_weight_to_speak_of(value: float) -> None:
 
 def test_inputs_that_are_not_finite_name_the_layer() -> None:
     dense = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.Fixed(2))
+    cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.budget.Fixed(2))
     x = torch.ones(8, 4)
     x[0, 0] = torch.inf
     with pytest.raises(LayerError, match="layer '0': its inputs are not finite"):

@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 def stages(model: nn.Module, rank: int = 2) -> dict[str, nn.Module]:
     low = sp.factorize(model, where=EVERYTHING)
-    cut = sp.prune(low, sp.Fixed(rank))
+    cut = sp.prune(low, sp.budget.Fixed(rank))
     return {"factorized": low, "cut": cut, "merged": sp.merge(cut), "dense again": sp.merge(low)}
 
 
@@ -84,7 +84,7 @@ HOLDERS: dict[str, Callable[[Any], Any]] = {
 def test_a_weight_that_something_else_holds_stays_dense_with_the_reason(what: str) -> None:
     model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), torch.randn(2, 6)
     HOLDERS[what](model)
-    for stage in (model, low := sp.factorize(model, where=EVERYTHING), sp.prune(low, sp.Fixed(2)), sp.merge(low)):
+    for stage in (model, low := sp.factorize(model, where=EVERYTHING), sp.prune(low, sp.budget.Fixed(2)), sp.merge(low)):
         assert no_meta(stage)
         assert type(stage[0]) is nn.Linear
         assert {line.name: line.reason for line in sp.coverage(stage, EVERYTHING)}["0"] == HELD
@@ -218,7 +218,7 @@ def test_an_encoder_writes_at_padding_what_it_wrote(norm: bool, grad: bool, hole
         nn.init.normal_(model.norm.bias)
     x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False, False, hole, not hole, True]])
     low = sp.factorize(model, where=EVERYTHING)
-    cut = sp.prune(low, sp.Fixed(2))
+    cut = sp.prune(low, sp.budget.Fixed(2))
     with torch.set_grad_enabled(grad):
         expected = model(x, src_key_padding_mask=padding)
         for stage in (low, sp.merge(low)):
@@ -239,7 +239,7 @@ def test_a_dense_state_dict_is_taken_where_the_rank_holds_it_and_refused_elsewhe
         again = sp.factorize(dense, where=EVERYTHING)
         again.load_state_dict(other.state_dict(), strict=strict)
         torch.testing.assert_close(again(x), other(x))
-    for small in (sp.prune(low, sp.Fixed(2)), sp.merge(sp.prune(low, sp.Fixed(2)))):
+    for small in (sp.prune(low, sp.budget.Fixed(2)), sp.merge(sp.prune(low, sp.budget.Fixed(2)))):
         for strict in (True, False):
             with pytest.raises(RuntimeError, match="dense weight"):
                 small.load_state_dict(other.state_dict(), strict=strict)

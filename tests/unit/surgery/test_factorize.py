@@ -82,7 +82,7 @@ def test_a_scheme_that_a_layer_does_not_have_falls_back_to_the_one_it_has() -> N
 
 def test_an_unknown_scheme_is_refused() -> None:
     factorize = inspect.unwrap(sp.factorize)  # without the checks of argument types
-    with pytest.raises(SettingError, match=r"factorize: scheme must be 'auto', 'channel', 'spatial' or 'input', got 'diagonal'"):
+    with pytest.raises(SettingError, match=r"factorize: scheme must be 'auto', 'channel', 'spatial', 'input' or 'tucker', got 'diagonal'"):
         factorize(network(), "diagonal")
 
 
@@ -98,8 +98,8 @@ def test_an_unknown_scheme_is_refused() -> None:
         (np.int64(3), {"0": 3, "2": 3, "4": 3}),
         ({"4": 2}, {"0": 8, "2": 8, "4": 2}),
         ({"4": np.int32(2), "0": 1}, {"0": 1, "2": 8, "4": 2}),
-        (sp.Fixed(5), {"0": 5, "2": 5, "4": 5}),
-        (sp.Fraction(0.5), {"0": 4, "2": 4, "4": 6}),
+        (sp.budget.Fixed(5), {"0": 5, "2": 5, "4": 5}),
+        (sp.budget.Fraction(0.5), {"0": 4, "2": 4, "4": 6}),
         (lambda spectrum: len(spectrum) - 1, {"0": 7, "2": 7, "4": 11}),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),  # the same in every process
@@ -201,7 +201,7 @@ def test_where_the_sketch_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     for method, rank, expected in [
         ("auto", 14, "03"),  # 14 + 16 is a quarter of 120
         ("auto", 15, ""),
-        ("auto", sp.Fixed(2), ""),
+        ("auto", sp.budget.Fixed(2), ""),
         ("auto", None, ""),
         ("auto", {"3": 2}, "3"),
         ("exact", 2, ""),
@@ -214,7 +214,7 @@ def test_where_the_sketch_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         assert taken == [shapes[name] for name in expected]
 
 
-@pytest.mark.parametrize("rank", [None, sp.Energy(0.9), sp.Fixed(3)], ids=str)
+@pytest.mark.parametrize("rank", [None, sp.Energy(0.9), sp.budget.Fixed(3)], ids=str)
 def test_a_sketch_needs_to_know_the_rank(rank: Any) -> None:
     message = r"factorize: rank must be a number or a mapping .*, got .*; rules need the whole spectrum: method='exact'"
     with pytest.raises(SettingError, match=message):

@@ -63,7 +63,7 @@ def test_the_average_of_asgd_is_cut_as_a_weight(rank: int) -> None:
     for _ in range(30):
         step(model, optimizer)
     before = averages(model, optimizer)
-    sp.prune_(model, sp.Fixed(rank), optimizer)
+    sp.prune_(model, sp.budget.Fixed(rank), optimizer)
     after = averages(model, optimizer)
     for name, factors in named_factors(model):
         torch.testing.assert_close(after[name], truncated(before[name], factors.rank), rtol=1e-9, atol=1e-9)
@@ -79,7 +79,7 @@ def test_lbfgs_starts_again_and_goes_on() -> None:
     for _ in range(3):
         step(model, optimizer)
     with pytest.warns(UserWarning, match="LBFGS: a cut cannot carry its state"):
-        sp.prune_(model, sp.Fixed(2), optimizer)
+        sp.prune_(model, sp.budget.Fixed(2), optimizer)
     assert not optimizer.state
     before = weights(model)
     step(model, optimizer)
@@ -97,7 +97,7 @@ def test_state_of_an_unknown_meaning_starts_again_with_a_warning() -> None:
         optimizer.state[parameter]["z"] = parameter.detach().clone()
     biases = {name: optimizer.state[p] for name, p in model.named_parameters() if name.endswith("bias")}
     with pytest.warns(UserWarning, match=r"Mine: a cut cannot carry its state 'z' \(9 parameters\); the optimizer starts it again"):
-        sp.prune_(model, sp.Fixed(2), optimizer)
+        sp.prune_(model, sp.budget.Fixed(2), optimizer)
     left = {name: optimizer.state[p] for name, p in model.named_parameters() if p in optimizer.state}
     assert list(left) == list(biases)
     assert all(torch.equal(left[name]["z"], biases[name]["z"]) for name in left), "what no cut touches stays"
@@ -116,7 +116,7 @@ def test_followers_are_cut_along_and_can_be_averaged_on(wrap: Any, rank: int) ->
             follower.update_parameters(model)
     inner = follower.module if wrap is AveragedModel else follower
     before = weights(inner)
-    sp.prune_(model, sp.Fixed(rank), optimizer, followers=[follower])
+    sp.prune_(model, sp.budget.Fixed(rank), optimizer, followers=[follower])
     after = weights(inner)
     for name, factors in named_factors(model):
         torch.testing.assert_close(after[name], truncated(before[name], factors.rank), rtol=1e-9, atol=1e-9)
@@ -142,7 +142,7 @@ def test_other_followers_are_refused_and_nothing_changes(follower: Any, message:
     step(model, optimizer)
     before, held = copy.deepcopy(model.state_dict()), list(model.parameters())
     with pytest.raises(LayerError, match=message):
-        sp.prune_(model, sp.Fixed(2), optimizer, followers=[follower()])
+        sp.prune_(model, sp.budget.Fixed(2), optimizer, followers=[follower()])
     assert [id(p) for p in model.parameters()] == [id(p) for p in held]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -152,8 +152,8 @@ def test_a_calibrated_cut_shifts_the_biases_of_followers_too() -> None:
     model = sp.factorize(nn.Sequential(nn.Linear(6, 6)).double(), where=EVERYTHING)
     data = [torch.randn(16, 6, dtype=torch.float64) + 2 for _ in range(3)]
     found = sp.calibrate(model, data)
-    follower, expected = copy.deepcopy(model), sp.prune(model, sp.Fixed(2), calibration=found)
-    sp.prune_(model, sp.Fixed(2), calibration=found, followers=[follower])
+    follower, expected = copy.deepcopy(model), sp.prune(model, sp.budget.Fixed(2), calibration=found)
+    sp.prune_(model, sp.budget.Fixed(2), calibration=found, followers=[follower])
     for one, other in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(one, other)
     assert follower[0].rank == 2

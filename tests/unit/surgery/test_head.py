@@ -35,7 +35,7 @@ def test_the_head_is_the_last_layer_called(name: str) -> None:
     assert head_of(model, call_order(model, x)) == name
     assert [line.name for line in sp.coverage(model, inputs=x) if line.reason == HEAD] == [name]
     low = sp.factorize(model, example_inputs=x)
-    assert [layer for layer, _ in sp.named_factors(low)] == ["body.0", "body.2", "boxes"]
+    assert [layer for layer, _ in sp.layers.named_factors(low)] == ["body.0", "body.2", "boxes"]
     data = [(x, torch.randint(9, (4,)))]
     made = sp.compress(model, data, lambda output, target: F.cross_entropy(output[0], target), 0.7, progress=False)
     assert name not in made.ranks

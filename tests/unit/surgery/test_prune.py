@@ -81,9 +81,9 @@ def test_a_rule_sees_true_singular_values() -> None:
 
 def test_cutting_at_the_held_rank_changes_no_output() -> None:
     low = trained()
-    torch.testing.assert_close(call(sp.prune(low, sp.Fixed(99))), call(low), rtol=1e-9, atol=1e-9)
-    once = sp.prune(low, sp.Fixed(2))
-    torch.testing.assert_close(call(sp.prune(once, sp.Fixed(2))), call(once), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(call(sp.prune(low, sp.budget.Fixed(99))), call(low), rtol=1e-9, atol=1e-9)
+    once = sp.prune(low, sp.budget.Fixed(2))
+    torch.testing.assert_close(call(sp.prune(once, sp.budget.Fixed(2))), call(once), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -104,7 +104,7 @@ def test_the_tensors_really_become_smaller(dtype: torch.dtype) -> None:
 def test_the_input_is_untouched() -> None:
     low = trained()
     before = {name: value.clone() for name, value in low.state_dict().items()}
-    for parameter in sp.prune(low, sp.Fixed(1)).parameters():
+    for parameter in sp.prune(low, sp.budget.Fixed(1)).parameters():
         parameter.data.zero_()
     assert all(torch.equal(value, before[name]) for name, value in low.state_dict().items())
 
@@ -120,7 +120,7 @@ def test_singular_vectors_keep_their_direction() -> None:
     low = sp.factorize(Net().double(), "channel", EVERYTHING)
     with torch.no_grad():
         low.one.S[1] *= -1
-    cut = sp.prune(low, sp.Fixed(2))
+    cut = sp.prune(low, sp.budget.Fixed(2))
     for (_, old), (_, new) in zip(named_factors(low), named_factors(cut), strict=True):
         torch.testing.assert_close(new.U, old.U[..., :2], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(new.S, old.S[..., :2].abs(), rtol=1e-9, atol=1e-9)
@@ -154,7 +154,7 @@ def test_a_calibrated_cut_has_the_weighted_error_of_its_tail(loss: Any) -> None:
         difference, whole = (cut[name].matrix() - factors.matrix()).detach(), factors.matrix().detach()
         error, all_of_it = ((G @ D @ A * D).sum() for D in (difference, whole))
         assert abs(float(error - tail_energy(spectrum)[2])) < 1e-9 * float(all_of_it)
-        plain = (dict(named_factors(sp.prune(low, sp.Fixed(2))))[name].matrix() - whole).detach()
+        plain = (dict(named_factors(sp.prune(low, sp.budget.Fixed(2))))[name].matrix() - whole).detach()
         assert error < (G @ plain @ A * plain).sum()
         assert orthogonality_defect(cut[name].U) < 1e-9
         assert orthogonality_defect(cut[name].Vh.mT) < 1e-9
@@ -164,18 +164,18 @@ def test_a_calibrated_cut_has_the_weighted_error_of_its_tail(loss: Any) -> None:
 def test_a_calibrated_cut_of_nothing_changes_nothing() -> None:
     low = trained()
     found = calibrate(low, batches(), mean_square)
-    torch.testing.assert_close(call(sp.prune(low, sp.Fixed(99), calibration=found)), call(low), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(call(sp.prune(low, sp.budget.Fixed(99), calibration=found)), call(low), rtol=1e-9, atol=1e-9)
 
 
 def test_in_place_and_copy_cut_alike() -> None:
     low = trained()
     found = calibrate(low, batches(), mean_square)
-    expected = call(sp.prune(low, sp.Fixed(2), calibration=found))
+    expected = call(sp.prune(low, sp.budget.Fixed(2), calibration=found))
     optimizer = torch.optim.Adam(low.parameters())
     call(low).sum().backward()
     optimizer.step()
-    moved = sp.prune(low, sp.Fixed(2), calibration=found)
-    sp.prune_(low, sp.Fixed(2), optimizer, calibration=found)
+    moved = sp.prune(low, sp.budget.Fixed(2), calibration=found)
+    sp.prune_(low, sp.budget.Fixed(2), optimizer, calibration=found)
     assert torch.equal(call(moved), call(low))
     assert not torch.allclose(call(low), expected)
     assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in low.parameters() if p in optimizer.state)
@@ -184,7 +184,7 @@ def test_in_place_and_copy_cut_alike() -> None:
 def test_skipped_weights_are_cut_plainly_bit_for_bit() -> None:
     low = sp.factorize(nn.Sequential(nn.Embedding(6, 5), nn.Linear(5, 5)), where=EVERYTHING)
     found = calibrate(low, [torch.randint(6, (2, 3))])
-    plain, cut = (sp.prune(low, sp.Fixed(2), calibration=c) for c in (None, found))
+    plain, cut = (sp.prune(low, sp.budget.Fixed(2), calibration=c) for c in (None, found))
     assert torch.equal(plain[0].weight, cut[0].weight)
     assert not torch.allclose(plain[1].weight, cut[1].weight)
 
@@ -192,9 +192,9 @@ def test_skipped_weights_are_cut_plainly_bit_for_bit() -> None:
 def test_the_calibration_of_another_model_is_refused() -> None:
     found = calibrate(sp.factorize(nn.Linear(5, 5), where=EVERYTHING), [torch.ones(1, 5)])
     with pytest.raises(LayerError, match=re.escape("layer 'conv': (3 x 18) is not in the calibration; calibrate this model")):
-        sp.prune(trained(), sp.Fixed(2), calibration=found)
+        sp.prune(trained(), sp.budget.Fixed(2), calibration=found)
     with pytest.raises(LayerError, match=re.escape("(4 x 3) is not in the calibration")):
-        sp.prune(sp.factorize(nn.Linear(3, 4), where=EVERYTHING), sp.Fixed(2), calibration=found)
+        sp.prune(sp.factorize(nn.Linear(3, 4), where=EVERYTHING), sp.budget.Fixed(2), calibration=found)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_a_rank_that_is_cut_already_is_not_promised_back() -> None:
 
 def test_a_dense_model_is_refused() -> None:
     with pytest.raises(LayerError, match=re.escape("layer 'Net': has no factorized layer; call factorize(model) first")):
-        sp.prune(Net(), sp.Fixed(1))
+        sp.prune(Net(), sp.budget.Fixed(1))
 
 
 @pytest.mark.parametrize("which", ["U", "S", "Vh"])
@@ -235,7 +235,7 @@ def test_factors_that_are_not_finite_are_refused_by_name(which: str) -> None:
     with pytest.raises(
         LayerError, match=rf"layer 'lstm.weight_hh_l0': .*'{which}': holds NaN or infinite values; load the last good checkpoint"
     ):
-        sp.prune(low, sp.Fixed(1))
+        sp.prune(low, sp.budget.Fixed(1))
 
 
 # ---- the optimizer
@@ -281,11 +281,11 @@ def test_training_goes_on_after_a_cut(name: str) -> None:
     for _ in range(3):
         step(low, optimizer)
     scheduler.step()
-    cut = sp.prune(low, sp.Fixed(2))
+    cut = sp.prune(low, sp.budget.Fixed(2))
     states = sum(len(state) > 0 for state in optimizer.state.values())
     rate = optimizer.param_groups[0]["lr"]
     with warned(name):
-        sp.prune_optimizer_state(optimizer, low, cut)
+        sp.surgery.prune_optimizer_state(optimizer, low, cut)
     assert optimizer.param_groups[0]["lr"] == rate
     held = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in cut.parameters()}
@@ -324,9 +324,9 @@ def test_for_sorted_orthonormal_factors_the_state_is_sliced(name: str) -> None:
     low = sp.factorize(Net().double(), "channel", EVERYTHING)
     optimizer = state_after_one_gradient(low, OPTIMIZERS[name])
     before = {key: dict(optimizer.state[p]) for key, p in low.named_parameters()}
-    cut = sp.prune(low, sp.Fixed(2))
+    cut = sp.prune(low, sp.budget.Fixed(2))
     with warned(name):
-        sp.prune_optimizer_state(optimizer, low, cut)
+        sp.surgery.prune_optimizer_state(optimizer, low, cut)
     compared = 0
     for key, parameter in cut.named_parameters():
         for entry, value in optimizer.state.get(parameter, {}).items():
@@ -353,8 +353,8 @@ def test_moments_of_a_singular_value_that_was_negative(entry: str) -> None:
     optimizer = torch.optim.SGD(low.parameters(), 0.1)
     for parameter in low.parameters():
         optimizer.state[parameter][entry] = torch.full_like(parameter, 3.0)
-    cut = sp.prune(low, sp.Fixed(3))
-    sp.prune_optimizer_state(optimizer, low, cut)
+    cut = sp.prune(low, sp.budget.Fixed(3))
+    sp.surgery.prune_optimizer_state(optimizer, low, cut)
     expected = torch.tensor([3.0, -3.0 if entry in FIRST else 3.0, 3.0]).double()
     torch.testing.assert_close(optimizer.state[cut.S][entry], expected, rtol=1e-9, atol=1e-9)
 
@@ -374,8 +374,8 @@ def test_a_carried_gradient_is_the_gradient_of_the_cut_factors(rank: int) -> Non
     optimizer = torch.optim.SGD(parameters, 0.1, momentum=0.9)
     for parameter in parameters:
         optimizer.state[parameter]["momentum_buffer"] = parameter.grad.clone()
-    cut = sp.prune(low, sp.Fixed(rank))
-    sp.prune_optimizer_state(optimizer, low, cut)
+    cut = sp.prune(low, sp.budget.Fixed(rank))
+    sp.surgery.prune_optimizer_state(optimizer, low, cut)
     fill(cut)
     for _, factors in named_factors(cut):
         for parameter in (factors.U, factors.Vh):
@@ -389,8 +389,8 @@ def test_groups_keep_their_settings_and_frozen_parameters_need_no_state() -> Non
     groups = [{"params": [p for n, p in names.items() if n.startswith(key)], "lr": lr} for key, lr in (("conv", 1.0), ("lstm", 0.1))]
     optimizer = torch.optim.Adam(groups)
     step(low, optimizer)
-    cut = sp.prune(low, sp.Fixed(2))
-    sp.prune_optimizer_state(optimizer, low, cut)
+    cut = sp.prune(low, sp.budget.Fixed(2))
+    sp.surgery.prune_optimizer_state(optimizer, low, cut)
     assert [group["lr"] for group in optimizer.param_groups] == [1.0, 0.1]
     new = dict(cut.named_parameters())
     for group, key in zip(optimizer.param_groups, ("conv", "lstm"), strict=True):
@@ -400,7 +400,7 @@ def test_groups_keep_their_settings_and_frozen_parameters_need_no_state() -> Non
 
 def test_foreign_parameters_are_refused_and_nothing_changes() -> None:
     low = trained()
-    cut = sp.prune(low, sp.Fixed(2))
+    cut = sp.prune(low, sp.budget.Fixed(2))
     stranger = nn.Parameter(torch.zeros(3, 2))
     optimizer = torch.optim.Adam([*low.parameters(), stranger])
     step(low, optimizer)
@@ -410,12 +410,12 @@ def test_foreign_parameters_are_refused_and_nothing_changes() -> None:
         (low, nn.Linear(3, 3), "layer 'conv.factors.weight.U': is trained by the optimizer but is not in both models"),
     ):
         with pytest.raises(LayerError, match=re.escape(message)):
-            sp.prune_optimizer_state(optimizer, old, new)
+            sp.surgery.prune_optimizer_state(optimizer, old, new)
         assert all(a is b for a, b in zip(before, optimizer.param_groups[0]["params"], strict=True))
         assert set(map(id, optimizer.state)) <= set(map(id, before))
 
 
 def test_every_factor_is_reached() -> None:
     low = trained()
-    cut = sp.prune(low, sp.Fixed(1))
+    cut = sp.prune(low, sp.budget.Fixed(1))
     assert {f.rank for m in cut.modules() if isinstance(m, Factors) for f in [m]} == {1}

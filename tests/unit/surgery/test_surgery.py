@@ -135,7 +135,7 @@ DEPRECATED = pytest.mark.filterwarnings(  # torch's own words about the layers u
 def test_refused_with_the_reason_and_left_as_it_was(what: str) -> None:
     make, reason = REFUSED[what]
     model = nn.Sequential(nn.Linear(4, 4), make(), nn.Tanh())
-    for stage in (model, low := sp.factorize(model, where=EVERYTHING), sp.prune(low, sp.Fixed(2)), sp.merge(low)):
+    for stage in (model, low := sp.factorize(model, where=EVERYTHING), sp.prune(low, sp.budget.Fixed(2)), sp.merge(low)):
         lines = sp.coverage(stage, EVERYTHING)
         assert [line.name for line in lines] == ["0", "1"]
         assert lines[1].reason == reason
@@ -153,7 +153,7 @@ def test_refused_with_the_reason_and_left_as_it_was(what: str) -> None:
 def test_a_refused_layer_still_computes_the_same(what: str) -> None:
     model, x = nn.Sequential(nn.Linear(4, 4), REFUSED[what][0]()).eval(), torch.randn(3, 4)
     expected = model(x)  # now the hooks have left tensors behind that deepcopy refuses
-    for stage in (low := sp.factorize(model, where=EVERYTHING), sp.prune(low, sp.Fixed(4)), sp.merge(low)):
+    for stage in (low := sp.factorize(model, where=EVERYTHING), sp.prune(low, sp.budget.Fixed(4)), sp.merge(low)):
         torch.testing.assert_close(stage(x), expected)
 
 
@@ -169,7 +169,7 @@ def test_a_forward_that_leads_to_torchs_runs_around_both_ways(monkeypatch: pytes
     model, x = nn.Sequential(DoubledLinear(12, 12)).double(), torch.randn(3, 12).double()
     low = sp.factorize(model, where=EVERYTHING)
     torch.testing.assert_close(low(x), model(x))
-    cut = sp.prune(low, sp.Fixed(3))
+    cut = sp.prune(low, sp.budget.Fixed(3))
     merged = sp.merge(cut)
     assert isinstance(merged[0], DoubledLinear)
     torch.testing.assert_close(cut(x), 2 * torch.nn.functional.linear(x, cut[0].weight + 0, cut[0].bias))
@@ -229,7 +229,7 @@ def test_coverage_lists_every_layer_exactly_once(rank: int | None) -> None:
     covered += sum(p.numel() for name in dense for p in low.get_submodule(name)._parameters.values() if p is not None)
     covered += sum(p.numel() for m in low.modules() if isinstance(m, FactorizedLayer) for p in m._parameters.values() if p is not None)
     assert covered - low.head.weight.numel() == sum(p.numel() for p in low.parameters())  # head and embedding share theirs
-    for stage in (cut := sp.prune(low, sp.Fixed(1)), sp.merge(cut), sp.merge(low)):
+    for stage in (cut := sp.prune(low, sp.budget.Fixed(1)), sp.merge(cut), sp.merge(low)):
         lines = sp.coverage(stage)
         assert len({line.name for line in lines}) == len(lines)
         listed = {id(stage.get_submodule(line.name)) for line in lines if not line.factorized}
@@ -288,7 +288,7 @@ def test_tied_linears_stay_tied_to_the_end() -> None:
     model = Tied(nn.Linear(6, 6, bias=False), nn.Linear(6, 6))
     low = sp.factorize(model, where=EVERYTHING, rank=2)
     assert low.first.factors["weight"] is low.second.factors["weight"]
-    merged = sp.merge(sp.prune(low, sp.Fixed(1)))
+    merged = sp.merge(sp.prune(low, sp.budget.Fixed(1)))
     assert merged.first[0].weight is merged.second[0].weight
     assert merged.first[1].weight is merged.second[1].weight
     assert sum(p.numel() for p in merged.parameters()) == 2 * 12 + 2 * 6
@@ -342,7 +342,12 @@ def test_tied_convolutions_of_different_strides_share_their_factors() -> None:
 
 def test_shared_modules_stay_one_object() -> None:
     model = Zoo()
-    for stage in (low := sp.factorize(model), sp.prune(low, sp.Fixed(1)), sp.merge(low), sp.merge(sp.prune(low, sp.Fixed(1)))):
+    for stage in (
+        low := sp.factorize(model),
+        sp.prune(low, sp.budget.Fixed(1)),
+        sp.merge(low),
+        sp.merge(sp.prune(low, sp.budget.Fixed(1))),
+    ):
         assert stage.again is stage.blocks[0]
         assert stage.again is not model.again
     assert isinstance(low.again, FactorizedLayer)
@@ -354,13 +359,13 @@ def test_frozen_layers_stay_frozen() -> None:
     model[1].requires_grad_(False)
     for stage in (
         low := sp.factorize(model, where=EVERYTHING),
-        sp.prune(low, sp.Fixed(1)),
+        sp.prune(low, sp.budget.Fixed(1)),
         sp.merge(low),
-        sp.merge(sp.prune(low, sp.Fixed(1))),
+        sp.merge(sp.prune(low, sp.budget.Fixed(1))),
     ):
         assert [{p.requires_grad for p in layer.parameters()} for layer in stage] == [{False}, {False}, {True}]
     low[2].factors["weight"].U.requires_grad_(False)
-    cut = sp.prune(low, sp.Fixed(2))
+    cut = sp.prune(low, sp.budget.Fixed(2))
     assert [p.requires_grad for p in (cut[2].U, cut[2].S, cut[2].Vh)] == [False, True, True]
 
 

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 import spectrim as sp
 from spectrim.errors import FormatError, SettingError
 from spectrim.layers import named_factors
+from spectrim.projections import Levels, TopK
 from spectrim.protocols import Change, Course, Lesson, Seen
+from spectrim.training.admm import ADMM
 from spectrim.training.course import Cuts
+from spectrim.training.magnitude import Gradual, Hold, OneShot
 from spectrim.training.step import Step
+from spectrim.training.straight_through import StraightThrough
 
 EVERYTHING = sp.match("*")
 
@@ -70,6 +74,11 @@ COURSES = [
     sp.Ramp(0.8, cuts=2),
     sp.Squeeze(sp.Budget(macs=0.5), updates=5),
     sp.Squeeze(sp.Budget(macs=0.5), updates=5, cut=False),
+    ADMM({"0.*.U": TopK(9), "*.S": Levels(3)}, rounds=4, end=0.8, residual=0.9),
+    OneShot({"*.S": TopK(2)}, at=0.5),
+    Gradual({"*": TopK(0.1)}, cuts=5),
+    StraightThrough({"*.S": TopK(3), "2.*.U": Levels(2)}, begin=0.2, end=0.8),
+    Hold(),
     Cuts(lambda model, inputs, step, steps: {"0": 5} if step == 3 else None),
 ]
 
@@ -123,7 +132,11 @@ def test_a_memory_with_tensors_resumes_with_the_same_bits(tmp_path: Path, accumu
 
         model = low()
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
-        settings: dict[str, Any] = {"courses": [Trail(), sp.Ramp(0.9, end=0.8, cuts=1)], "accumulate": accumulate, "callbacks": [stop]}
+        settings: dict[str, Any] = {
+            "courses": [Trail(), sp.Ramp(0.9, end=0.8, cuts=1)],
+            "tuning": sp.Tuning(accumulate=accumulate),
+            "callbacks": [stop],
+        }
         return model, sp.fit(model, batches(), nn.MSELoss(), optimizer, 6, checkpoint=folder, progress=False, **settings)
 
     whole, history = train(None)
@@ -216,20 +229,10 @@ def test_lessons_come_one_after_the_other() -> None:
     assert history.last["loss"] == pytest.approx(task + sum(history.last[name] for name in ("Distillation", "Small 1", "Small 2")))
 
 
-def test_distill_and_lessons_are_the_same() -> None:
-    teacher = low()
-    found = []
-    for settings in ({"distill": sp.Distillation(teacher, features=1.0)}, {"lessons": [sp.Distillation(teacher, features=1.0)]}):
-        model = sp.prune(low(), sp.Fixed(3))
-        sp.fit(model, batches(), nn.MSELoss(), torch.optim.SGD(model.parameters(), 0.1), 2, progress=False, **settings)
-        found.append(model.state_dict())
-    assert alike(*found)
-
-
 def test_a_lesson_outside_of_training() -> None:
     """Called by hand on what was seen: as in a loop of one's own."""
     teacher, (inputs, target) = low(), batches()[0]
-    student = sp.prune(teacher, sp.Fixed(2))
+    student = sp.prune(teacher, sp.budget.Fixed(2))
     lesson = sp.Distillation(teacher, features=2.0)
     with sp.training.distillation.outputs_of(student, lesson.watched_layers(student)) as layers:
         output = student(inputs)
@@ -243,5 +246,5 @@ def test_courses_and_lessons_that_are_none_are_refused() -> None:
         with pytest.raises(SettingError, match=r"mine: courses must be courses, such as Ramp"):
             Step("mine", courses=[given])
     for given in (3, sp.Distillation, lambda seen: seen.loss):
-        with pytest.raises(SettingError, match=r"mine: distill or lessons must be a lesson"):
+        with pytest.raises(SettingError, match=r"mine: lessons must be a lesson"):
             Step("mine", lessons=[given])

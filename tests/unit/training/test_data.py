@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,15 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(8, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator)) for _ in range(count)]
 
 
+def tuned(settings: dict[str, Any]) -> dict[str, Any]:
+    """Put the settings of a `Tuning` into one."""
+    names = {entry.name for entry in fields(sp.Tuning)} & settings.keys()
+    return {name: value for name, value in settings.items() if name not in names} | {"tuning": sp.Tuning(**{n: settings[n] for n in names})}
+
+
 def run(model: nn.Module, data: Any, epochs: int = 2, **settings: Any) -> History:
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    return sp.fit(model, data, nn.CrossEntropyLoss(), optimizer, epochs, progress=False, **settings)
+    return sp.fit(model, data, nn.CrossEntropyLoss(), optimizer, epochs, progress=False, **tuned(settings))
 
 
 def log(history: History) -> list[dict[str, float]]:
@@ -106,12 +113,12 @@ def test_what_counts_steps_says_that_it_needs_their_number() -> None:
     low = sp.factorize(net(), where=sp.match("*"))
     for settings, name in (
         ({"courses": [sp.Ramp(0.5)]}, "Ramp"),
-        ({"rank_schedule": sp.Squeeze(sp.Budget(macs=0.5))}, "Squeeze"),
-        ({"distill": sp.Distillation(net(), features=1.0, until=0.5, layers=("0",))}, "Distillation"),
+        ({"courses": [sp.Squeeze(sp.Budget(macs=0.5))]}, "Squeeze"),
+        ({"lessons": [sp.Distillation(net(), features=1.0, until=0.5, layers=("0",))]}, "Distillation"),
     ):
         with pytest.raises(SettingError, match=rf"fit: data must be of a known length for {name}, which counts steps, .*steps_per_epoch"):
             run(low, Stream(4), **settings)
-    run(low, Stream(2), 1, distill=sp.Distillation(net()))
+    run(low, Stream(2), 1, lessons=[sp.Distillation(net())])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3])

@@ -13,6 +13,7 @@ from spectrim.surgery.factorize import factorize
 from spectrim.surgery.prune import prune
 from spectrim.training.distillation import Distillation, hint_layers, outputs_of, unexplained_variance
 from spectrim.training.fit import fit
+from spectrim.training.tuning import Tuning
 
 
 def everything(name: str, module: nn.Module) -> bool:
@@ -42,12 +43,14 @@ def test_the_loss_by_hand() -> None:
     with outputs_of(student, names) as own, outputs_of(teacher, names) as taught:
         output = student.eval()(x)
         task = nn.functional.cross_entropy(output, y)
-        loss = Distillation(teacher, 2.0, 0.4, features=5.0).loss(task, x, output, lambda: unexplained_variance(own, taught))
+        loss = Distillation(teacher, temperature=2.0, weight=0.4, features=5.0).loss(
+            task, x, output, lambda: unexplained_variance(own, taught)
+        )
     teacher.eval()
     first = teacher[0](x), student[0](x)
     second = teacher[:4](x), student[:4](x)
     hints = sum((a - b).square().mean() / a.var(correction=0) for a, b in (first, second))
-    torch.testing.assert_close(loss, Distillation(teacher, 2.0, 0.4).loss(task, x, output) + 5 * hints)
+    torch.testing.assert_close(loss, Distillation(teacher, temperature=2.0, weight=0.4).loss(task, x, output) + 5 * hints)
 
 
 def test_padding_teaches_nothing() -> None:
@@ -70,7 +73,7 @@ def test_padding_teaches_nothing() -> None:
     ends = []
     for noise in (0.0, 5.0):  # what stands at the padding does not matter while training, either
         low, inputs = copy.deepcopy(student), torch.where(kept.unsqueeze(-1), x, x + noise)
-        fit(low, [(inputs, y)], masked, torch.optim.SGD(low.parameters(), 0.1), 1, distill=distill, progress=False)
+        fit(low, [(inputs, y)], masked, torch.optim.SGD(low.parameters(), 0.1), 1, lessons=[distill], progress=False)
         ends.append(low.weight.detach())
     torch.testing.assert_close(*ends)
 
@@ -99,9 +102,9 @@ def fitted(teacher: nn.Module, student: nn.Module, epochs: int = 8, compiled: bo
         nn.CrossEntropyLoss(),
         optimizer,
         epochs,
-        distill=distill,
+        lessons=[distill],
         eval_data=batches(1),
-        compiled=compiled,
+        tuning=Tuning(compiled=compiled),
         progress=False,
     )
     return [line["loss"] for line in history.epochs]
@@ -159,7 +162,7 @@ def test_features_alone_teach_networks_whose_outputs_are_no_scores() -> None:
     teacher = Two()
     student = student_of(teacher)
     optimizer, distill = torch.optim.Adam(student.parameters(), 0.01), Distillation(teacher, weight=0.0, features=1.0)
-    history = fit(student, batches(), lambda output, y: 0 * output["scores"].sum(), optimizer, 8, distill=distill, progress=False)
+    history = fit(student, batches(), lambda output, y: 0 * output["scores"].sum(), optimizer, 8, lessons=[distill], progress=False)
     assert history.epochs[-1]["loss"] < 0.8 * history.epochs[0]["loss"]
 
 
@@ -179,7 +182,7 @@ def test_resumed_training_ends_with_the_same_bits(tmp_path: object, layers: tupl
         distill = Distillation(teacher, features=2.0, until=0.6, layers=layers)
         folder = tmp_path / ("whole" if model is whole else "stopped")  # type: ignore[operator]
         fit(
-            model, batches(), nn.CrossEntropyLoss(), optimizer, 3, distill=distill, checkpoint=folder, callbacks=callbacks, progress=False
+            model, batches(), nn.CrossEntropyLoss(), optimizer, 3, lessons=[distill], checkpoint=folder, callbacks=callbacks, progress=False
         )  # fmt: skip
 
     def stop(epoch: int, *_: object) -> None:
@@ -211,7 +214,7 @@ def test_layers_of_every_kind_of_output() -> None:
     x, y = torch.randint(12, (6, 5)), torch.randint(4, (6,))
     assert set(hint_layers(student)) >= {"embed", "rnn", "attend", "head"}
     optimizer = torch.optim.Adam(student.parameters(), 0.01)
-    history = fit(student, [(x, y)], nn.CrossEntropyLoss(), optimizer, 5, distill=Distillation(teacher, features=3.0), progress=False)
+    history = fit(student, [(x, y)], nn.CrossEntropyLoss(), optimizer, 5, lessons=[Distillation(teacher, features=3.0)], progress=False)
     assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
 
 

@@ -93,7 +93,7 @@ def test_choices_are_made_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     low[0].requires_grad_(False)
     before, random = copy.deepcopy(low.state_dict()), torch.get_rng_state()
     x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    chosen = sp.choose_execution(low, x, min_time=1e-4)
+    chosen = sp.training.choose_execution(low, x, min_time=1e-4)
     assert set(chosen) == {"0", "3"}
     shapes = {"0": x.shape, "3": (2, 64)}
     assert {name: layer.composes("weight", shapes[name]) for name, layer in named_layers(low)} == chosen
@@ -103,7 +103,7 @@ def test_choices_are_made_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(parameter.grad is None for parameter in low.parameters())
 
     monkeypatch.setattr(execution, "_composing_is_faster", lambda *_: pytest.fail("timed again"))
-    assert sp.choose_execution(low, x) == chosen
+    assert sp.training.choose_execution(low, x) == chosen
 
 
 @pytest.mark.parametrize("faster", [True, False])
@@ -127,13 +127,13 @@ def test_the_faster_form_wins(faster: bool, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(execution, "Timer", Timer)
     monkeypatch.setattr(FactorizedLayer, "run_dense", dense)
     low = network()
-    assert sp.choose_execution(low, torch.randn(2, 3, 6, 6)) == {"0": faster, "3": faster}
+    assert sp.training.choose_execution(low, torch.randn(2, 3, 6, 6)) == {"0": faster, "3": faster}
 
 
 def test_a_choice_holds_for_its_rank_and_size_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execution, "_composing_is_faster", lambda *_: False)
     low = sp.factorize(nn.Sequential(nn.Linear(16, 16)), where=sp.match("*"))
-    sp.choose_execution(low, torch.randn(4, 16))
+    sp.training.choose_execution(low, torch.randn(4, 16))
     layer = low[0]
     assert not layer.composes("weight", (4, 16))
     assert not layer.composes("weight", (99, 16))

@@ -5,6 +5,7 @@ import math
 import random
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,14 @@ def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr)
 
 
+def tuned(settings: dict[str, Any]) -> dict[str, Any]:
+    """Put the settings of a `Tuning` into one."""
+    names = {entry.name for entry in fields(sp.Tuning)} & settings.keys()
+    return {name: value for name, value in settings.items() if name not in names} | {"tuning": sp.Tuning(**{n: settings[n] for n in names})}
+
+
 def run(model: nn.Module, data: Any, optimizer: torch.optim.Optimizer | None = None, epochs: int = 1, **settings: Any) -> History:
-    return fit(model, data, LOSS, optimizer or sgd(model), epochs, progress=False, **settings)
+    return fit(model, data, LOSS, optimizer or sgd(model), epochs, progress=False, **tuned(settings))
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -211,7 +218,7 @@ def test_an_output_in_half_precision_meets_the_loss_in_float32() -> None:
         return LOSS(output, target)
 
     model = net()
-    fit(model, batches(1), loss, sgd(model), 1, precision="bf16", eval_data=batches(1), progress=False)
+    fit(model, batches(1), loss, sgd(model), 1, tuning=sp.Tuning(precision="bf16"), eval_data=batches(1), progress=False)
     assert seen == {torch.float32}
 
 
@@ -220,24 +227,24 @@ def test_distillation_by_hand() -> None:
     output, task, T, share = torch.randn(5, 3), torch.tensor(0.7), 3.0, 0.4
     p, q = (teacher[0](x) / T).softmax(-1), (output / T).softmax(-1)
     expected = 0.6 * 0.7 + share * T**2 * (p * (p / q).log()).sum(-1).mean().item()
-    assert Distillation(teacher, T, share).loss(task, x, output).item() == pytest.approx(expected)
+    assert Distillation(teacher, temperature=T, weight=share).loss(task, x, output).item() == pytest.approx(expected)
     assert teacher.training, "the teacher runs in eval mode and is left as it was"
-    assert Distillation(teacher, T, 0.0).loss(task, x, output).item() == pytest.approx(0.7)
+    assert Distillation(teacher, temperature=T, weight=0.0).loss(task, x, output).item() == pytest.approx(0.7)
     kl = F.kl_div(output.log_softmax(-1), teacher[0](x).log_softmax(-1), reduction="batchmean", log_target=True)
-    torch.testing.assert_close(Distillation(teacher, 1.0, 1.0).loss(task, x, output), kl)
+    torch.testing.assert_close(Distillation(teacher, temperature=1.0, weight=1.0).loss(task, x, output), kl)
 
 
 def test_distillation_over_another_axis() -> None:
     teacher, x = nn.Identity(), torch.randn(2, 3, 5)
     output = torch.randn(2, 3, 5)
-    turned = Distillation(teacher, 2.0, 1.0).loss(torch.zeros(()), x.mT, output.mT)
-    torch.testing.assert_close(Distillation(teacher, 2.0, 1.0, dim=1).loss(torch.zeros(()), x, output), turned)
+    turned = Distillation(teacher, temperature=2.0, weight=1.0).loss(torch.zeros(()), x.mT, output.mT)
+    torch.testing.assert_close(Distillation(teacher, temperature=2.0, weight=1.0, dim=1).loss(torch.zeros(()), x, output), turned)
 
 
 def test_distillation_trains_towards_the_teacher() -> None:
     teacher, student, data = net(), nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), batches()
     before = weights(teacher)
-    history = run(student, data, epochs=6, distill=Distillation(teacher, 2.0, 1.0), eval_data=data)
+    history = run(student, data, epochs=6, lessons=[Distillation(teacher, temperature=2.0, weight=1.0)], eval_data=data)
     losses = [line["loss"] for line in history.epochs]
     assert losses == sorted(losses, reverse=True)
     assert same(weights(teacher), before)
@@ -267,7 +274,7 @@ def test_student_and_teacher_see_the_same_mixture() -> None:
     teacher, student, data = net(), net(), batches()
     for name, model in (("teacher", teacher), ("student", student)):
         model.register_forward_pre_hook(lambda module, args, name=name: seen[name].append(args[0]))
-    run(student, data, distill=Distillation(teacher, mix=1.0))
+    run(student, data, lessons=[Distillation(teacher, mix=1.0)])
     assert len(seen["student"]) == 4
     assert all(map(torch.equal, seen["teacher"], seen["student"]))
     assert not any(torch.equal(x, batch) for x, (batch, _) in zip(seen["student"], data, strict=True))
@@ -361,7 +368,7 @@ class HalfWay:
 
 def test_a_resumed_run_has_the_layers_of_the_whole_one(tmp_path: Path) -> None:
     def go(folder: Path, epochs: int) -> History:
-        return run(sp.factorize(net(), where=sp.match("*")), batches(), epochs=epochs, checkpoint=folder, rank_schedule=HalfWay())
+        return run(sp.factorize(net(), where=sp.match("*")), batches(), epochs=epochs, checkpoint=folder, courses=[HalfWay()])
 
     whole = go(tmp_path / "whole", 3)
     for epochs in (1, 2, 3):
@@ -420,12 +427,12 @@ def test_progress_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     ("settings", "message"),
     [
         ({"epochs": -1}, "fit: epochs must be an integer of at least 0, got -1"),
-        ({"accumulate": 0}, "fit: accumulate must be an integer of at least 1, got 0"),
-        ({"clip": 0.0}, "fit: clip must be above 0, got 0.0"),
-        ({"clip": math.nan}, "fit: clip must be above 0, got nan"),
-        ({"steps_per_epoch": 0}, "fit: steps_per_epoch must be >= 1, or None for all of the data, got 0"),
+        ({"accumulate": 0}, "Tuning: accumulate must be an integer of at least 1, got 0"),
+        ({"clip": 0.0}, "Tuning: clip must be above 0, got 0.0"),
+        ({"clip": math.nan}, "Tuning: clip must be above 0, got nan"),
+        ({"steps_per_epoch": 0}, "Tuning: steps_per_epoch must be an integer of at least 1, got 0"),
         ({"keep_best": True}, "fit: keep_best must be given with eval_data, the validation split, for 'eval_loss', got True"),
-        ({"keep_best": "mine"}, "fit: keep_best must be True, a name that ends on 'loss' or 'accuracy', 'min NAME' or 'max NAME'"),
+        ({"keep_best": "mine"}, "Tuning: keep_best must be True, a name that ends on 'loss' or 'accuracy', 'min NAME' or 'max NAME'"),
         ({"data": []}, "fit: data must be at least one batch, got []"),
         (
             {"data": iter(batches(1))},
@@ -453,9 +460,9 @@ def unchecked() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scheduler_steps": "batches"}, "fit: scheduler_steps must be 'epoch' or 'batch', got 'batches'"),
-        ({"distill": "Auto"}, "fit: distill or lessons must be a lesson, such as Distillation(teacher), got 'Auto'"),
-        ({"distill": Distillation}, "fit: distill or lessons must be a lesson"),
+        ({"scheduler_steps": "batches"}, "Tuning: scheduler_steps must be 'epoch' or 'batch', got 'batches'"),
+        ({"lessons": ["Auto"]}, "fit: lessons must be a lesson, such as Distillation(teacher), got 'Auto'"),
+        ({"lessons": [Distillation]}, "fit: lessons must be a lesson"),
         ({"courses": ["auto"]}, "fit: courses must be courses, such as Ramp(0.9), or functions"),
         ({"penalties": [sp.Hoyer]}, "fit: penalties must be a list of penalties, such as [Orthogonality(0.1)], got the class Hoyer"),
     ],
@@ -522,7 +529,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     file = tmp_path / CHECKPOINT
     assert str(caught.value) == (
         f"loss became nan at step 6 (epoch 1); the largest gradient before it was in '{layer}' (norm {norm:.3g}); last good checkpoint: "
-        f"{file}; try a lower learning rate, clip=1.0 or weaker penalties"
+        f"{file}; try a lower learning rate, Tuning(clip=1.0) or weaker penalties"
     )
     assert layer in dict(model.named_parameters())
     assert norm == max(float(p.grad.norm()) for p in model.parameters())
@@ -677,11 +684,12 @@ def test_fp16_needs_a_gpu() -> None:
         run(net(), batches(1), precision="fp16")
 
 
-def test_resume_can_be_refused(tmp_path: Path) -> None:
+def test_without_its_checkpoint_a_run_begins_again(tmp_path: Path) -> None:
     session("zoo", 2, tmp_path)
+    (tmp_path / CHECKPOINT).unlink()
     (tmp_path / "checkpoint.pt.123-0123abcd.tmp").write_bytes(b"half")
     model = net()
-    history = run(model, batches(), epochs=1, checkpoint=tmp_path, resume=False)
+    history = run(model, batches(), epochs=1, checkpoint=tmp_path)
     assert len(history.epochs) == 1
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
 
@@ -726,7 +734,9 @@ def stopped(tmp_path: Path) -> Path:
 
 def test_the_checkpoint_of_another_model(stopped: Path) -> None:
     wide = nn.Sequential(nn.Flatten(), nn.Linear(64, 25), nn.Identity(), nn.ReLU(), nn.Dropout(0.0), nn.Linear(25, 10))
-    assert_refused(stopped, wide, r"another model \(3 of 4 tensors differ\); first difference: '1.weight'; delete the checkpoint or pass")
+    assert_refused(
+        stopped, wide, r"another model \(3 of 4 tensors differ\); first difference: '1.weight'; delete the checkpoint to start again"
+    )
     assert_refused(stopped, net(norm=True), "another model")
     assert_refused(stopped, net()[:2], "another model")
     assert_refused(stopped, sp.factorize(net(), where=sp.match("*")), "another model")
@@ -882,11 +892,11 @@ def test_training_goes_on_after_a_cut(tmp_path: Path) -> None:
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=6 * len(data.train))
     settings: dict[str, Any] = {"scheduler": scheduler, "scheduler_steps": "batch", "penalties": [sp.Orthogonality(1.0)]}
     run(low, data.train, optimizer, 3, **settings)
-    cut = sp.prune(low, sp.Fraction(0.5))
+    cut = sp.prune(low, sp.budget.Fraction(0.5))
     with pytest.raises(SettingError, match="call prune_optimizer_state after prune"):
         run(cut, data.train, optimizer, 1, **settings)
     steps = scheduler.last_epoch
-    sp.prune_optimizer_state(optimizer, low, cut)
+    sp.surgery.prune_optimizer_state(optimizer, low, cut)
     frozen = weights(low)
     history = run(cut, data.train, optimizer, 3, checkpoint=tmp_path, **settings)
     assert same(frozen, weights(low)), "the uncut model is no longer trained"
@@ -894,7 +904,7 @@ def test_training_goes_on_after_a_cut(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
     assert history.last["mean_rank"] == (12 + 5) / 2
     assert scheduler.last_epoch == steps + 3 * len(data.train)
-    resumed = sp.prune(low, sp.Fraction(0.5))
+    resumed = sp.prune(low, sp.budget.Fraction(0.5))
     other = torch.optim.Adam(resumed.parameters(), 5e-3)
     again = run(
         resumed,

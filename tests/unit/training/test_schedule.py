@@ -87,7 +87,7 @@ def test_cutting_in_place_is_cutting_a_copy() -> None:
             nn.functional.mse_loss(model(inputs), target).backward()
             optimizer.step()
     copied = sp.prune(models[0], {"0": 3, "2": 2})
-    sp.prune_optimizer_state(optimizers[0], models[0], copied)
+    sp.surgery.prune_optimizer_state(optimizers[0], models[0], copied)
     sp.prune_(models[1], {"0": 3, "2": 2}, optimizers[1])
     models[0] = copied
     assert ranks(models[1]) == {"0": 3, "2": 2, "4": 4}
@@ -117,7 +117,7 @@ def test_fit_cuts_as_it_goes() -> None:
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
     ramp = sp.Ramp(sp.Budget(macs=0.5), end=0.6, cuts=3)
     assert isinstance(ramp, RankSchedule)
-    history = sp.fit(model, batches(), nn.MSELoss(), optimizer, 4, rank_schedule=ramp, progress=False)
+    history = sp.fit(model, batches(), nn.MSELoss(), optimizer, 4, courses=[ramp], progress=False)
     assert [cut["step"] for cut in history.cuts] == [4, 8]  # the third one, at step 12, is smaller than a rank
     assert history.cuts[-1]["ranks"] == ranks(model)
     means = [sum(cut["ranks"].values()) / 3 for cut in history.cuts]
@@ -130,7 +130,7 @@ def test_fit_cuts_as_it_goes() -> None:
 def session(folder: Path, epochs: int, execution: Any = "macs", schedule: Any = None) -> tuple[nn.Module, History]:
     model = low()
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    settings = {"rank_schedule": schedule or Until4(), "execution": execution, "checkpoint": folder, "progress": False}
+    settings = {"courses": [schedule or Until4()], "tuning": sp.Tuning(execution=execution), "checkpoint": folder, "progress": False}
     return model, sp.fit(model, batches(), nn.MSELoss(), optimizer, epochs, **settings)
 
 
@@ -190,7 +190,7 @@ def test_a_damaged_cut_checkpoint_changes_nothing(tmp_path: Path) -> None:
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
     before, held = copy.deepcopy(model.state_dict()), list(model.parameters())
     with pytest.raises(FormatError):
-        sp.fit(model, batches(), nn.MSELoss(), optimizer, 4, rank_schedule=Until4(), checkpoint=tmp_path, progress=False)
+        sp.fit(model, batches(), nn.MSELoss(), optimizer, 4, courses=[Until4()], checkpoint=tmp_path, progress=False)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert [id(p) for p in model.parameters()] == [id(p) for p in held] == [id(p) for p in optimizer.param_groups[0]["params"]]
 
@@ -203,8 +203,9 @@ def squeezed(schedule: Squeeze, make: Any, epochs: int = 40, **settings: Any) ->
     model, data = low(), batches(5)
     teacher = nn.Linear(12, 4)
     data = [(inputs, teacher(inputs).detach()) for inputs, _ in data]
+    courses = [] if schedule is None else [schedule]
     history = sp.fit(
-        model, data, nn.MSELoss(), make(model.parameters()), epochs, rank_schedule=schedule, progress=False, **settings
+        model, data, nn.MSELoss(), make(model.parameters()), epochs, courses=courses, progress=False, **settings
     )  # fmt: skip
     return model, history
 
@@ -377,7 +378,16 @@ def test_a_course_is_asked_once_for_each_optimizer_step() -> None:
             asked.append(("after", step, steps))
 
     model = low()
-    sp.fit(model, batches(5), nn.MSELoss(), torch.optim.SGD(model.parameters(), 0.1), 2, accumulate=2, courses=[Watch()], progress=False)
+    sp.fit(
+        model,
+        batches(5),
+        nn.MSELoss(),
+        torch.optim.SGD(model.parameters(), 0.1),
+        2,
+        tuning=sp.Tuning(accumulate=2),
+        courses=[Watch()],
+        progress=False,
+    )
     assert asked == [("start", 6), *((what, step, 6) for step in range(6) for what in ("before", "after"))]
     assert ranks(model)["0"] == 5
 
@@ -392,7 +402,9 @@ def test_accumulated_batches_are_one_larger_batch_for_a_schedule() -> None:
         data = [(inputs.double(), target.double()) for inputs, target in data]
         optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
         squeeze = Squeeze(sp.Budget(macs=0.5), updates=3)
-        history = sp.fit(model, data, nn.MSELoss(), optimizer, 4, accumulate=accumulate, rank_schedule=squeeze, progress=False)
+        history = sp.fit(
+            model, data, nn.MSELoss(), optimizer, 4, tuning=sp.Tuning(accumulate=accumulate), courses=[squeeze], progress=False
+        )
         found.append((model.state_dict(), history.cuts))
     assert found[0][1] == found[1][1]
     for key, value in found[0][0].items():
@@ -414,7 +426,12 @@ def test_a_squeezed_run_is_resumed_with_the_same_bits(tmp_path: Path, accumulate
         model = low()
         optimizer = torch.optim.Adam(model.parameters(), 0.01)
         squeeze = Squeeze(sp.Budget(macs=0.5), updates=4, cut=cut)
-        settings: dict[str, Any] = {"rank_schedule": squeeze, "accumulate": accumulate, "checkpoint": folder, "callbacks": [stop]}
+        settings: dict[str, Any] = {
+            "courses": [squeeze],
+            "tuning": sp.Tuning(accumulate=accumulate),
+            "checkpoint": folder,
+            "callbacks": [stop],
+        }
         return model, sp.fit(model, batches(), nn.MSELoss(), optimizer, 6, progress=False, **settings)
 
     whole, history = train(None)

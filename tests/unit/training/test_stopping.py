@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,15 @@ def batches(seed: int = 5) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(8, 6, generator=generator), torch.randint(0, 3, (8,), generator=generator)) for _ in range(3)]
 
 
+def tuned(settings: dict[str, Any]) -> dict[str, Any]:
+    """Put the settings of a `Tuning` into one."""
+    names = {entry.name for entry in fields(sp.Tuning)} & settings.keys()
+    return {name: value for name, value in settings.items() if name not in names} | {"tuning": sp.Tuning(**{n: settings[n] for n in names})}
+
+
 def run(model: nn.Module, epochs: int = 4, optimizer: Any = None, **settings: Any) -> History:
     optimizer = optimizer or torch.optim.SGD(model.parameters(), 0.1)
-    return sp.fit(model, batches(), nn.CrossEntropyLoss(), optimizer, epochs, progress=False, **settings)
+    return sp.fit(model, batches(), nn.CrossEntropyLoss(), optimizer, epochs, progress=False, **tuned(settings))
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spectrim.budget.distortion.compare import compare_importances
 from spectrim.budget.distortion.energy import SpectralEnergy, WhitenedEnergy
 from spectrim.budget.distortion.loss import LossSensitivity
 from spectrim.budget.distortion.measured import MeasuredLoss
@@ -49,3 +50,15 @@ METHODS: tuple[Row[Callable[[Evidence], Importance]], ...] = (
     ),
     Row(MeasuredLoss, lambda given: MeasuredLoss(given.batches, given.loss, points=1), card="calibrated-cuts"),
 )
+
+__all__ = [
+    "LAWS",
+    "METHODS",
+    "Evidence",
+    "LossSensitivity",
+    "MeasuredLoss",
+    "NormalizedEnergy",
+    "SpectralEnergy",
+    "WhitenedEnergy",
+    "compare_importances",
+]

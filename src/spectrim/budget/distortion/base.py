@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_factors
-from spectrim.linalg.spectral import tail_energy
 from spectrim.protocols import Importance
 
 
@@ -62,7 +61,6 @@ def distortions_of(model: nn.Module, importance: Importance) -> dict[str, Tensor
     return distortions
 
 
-def _relative(singular_values: Tensor) -> Tensor:
-    """Return the tail energy at every rank as a fraction of all; zeros for a spectrum of zeros."""
-    tail = tail_energy(singular_values)
+def _relative(tail: Tensor) -> Tensor:
+    """Return the tail energy at every rung as a fraction of all; zeros for a weight of zeros."""
     return tail / tail[0].clamp(min=1e-300)

@@ -11,7 +11,7 @@ from torch import nn
 
 from spectrim.budget.distortion.base import distortions_of
 from spectrim.checks import check
-from spectrim.errors import RankError
+from spectrim.forms.form import Size
 from spectrim.layers import named_factors
 from spectrim.metrics.table import markdown_table
 from spectrim.protocols import Importance
@@ -30,7 +30,7 @@ class ImportanceTable:
             tell weights apart.
     """
 
-    ranks: Mapping[str, int]
+    ranks: Mapping[str, Size]
     shares: Mapping[str, Mapping[str, float]]
     totals: Mapping[str, float]
     correlations: Mapping[str, Mapping[str, float]]
@@ -52,7 +52,7 @@ class ImportanceTable:
         return markdown_table(rows, ["share of the distortion", "rank", *names])
 
 
-def compare_importances(model: nn.Module, importances: Mapping[str, Importance], ranks: Mapping[str, int]) -> ImportanceTable:
+def compare_importances(model: nn.Module, importances: Mapping[str, Importance], ranks: Mapping[str, Size]) -> ImportanceTable:
     """Compare how importances distribute the distortion of one cut over the weights.
 
     ``share_l = distortion_l(r_l) / sum_m distortion_m(r_m)``, and Spearman's rank correlation between importances over the weights.
@@ -81,14 +81,11 @@ def compare_importances(model: nn.Module, importances: Mapping[str, Importance],
     check("compare_importances", model=model, importances=importances, cut_ranks=ranks)
     check_names(model, ranks)
     held = dict(named_factors(model))
-    cut = {name: int(ranks.get(name, factors.rank)) for name, factors in held.items()}
-    for name, rank in cut.items():
-        if not 1 <= rank <= held[name].rank:
-            out, in_ = held[name].shape
-            raise RankError(name, got=rank, out=out, in_=in_, held=held[name].rank)
+    cut = {name: factors.checked(name, ranks.get(name, factors.size)) for name, factors in held.items()}
+    rungs = {name: held[name].rung_of(size) for name, size in cut.items()}
     shares, totals = {}, {}
     for label, importance in importances.items():
-        distortions = {name: float(distortion[cut[name]]) for name, distortion in distortions_of(model, importance).items()}
+        distortions = {name: float(distortion[rungs[name]]) for name, distortion in distortions_of(model, importance).items()}
         totals[label] = sum(distortions.values())
         shares[label] = {name: distortion / totals[label] if totals[label] else 0.0 for name, distortion in distortions.items()}
     columns = {label: np.array(list(row.values())) for label, row in shares.items()}

@@ -69,9 +69,9 @@ class WhitenedEnergy:
 
 def spectral_energy(decomposed: Decompositions) -> dict[str, Tensor]:
     """Return the distortions of `SpectralEnergy` from decompositions that are at hand."""
-    return {name: _relative(decomposed.spectrum(name)).cpu() for name in decomposed.factors}
+    return {name: _relative(decomposed.tail(name)).cpu() for name in decomposed.factors}
 
 
 def whitened_energy(decomposed: Decompositions) -> dict[str, Tensor]:
     """Return the distortions of `WhitenedEnergy` from decompositions that are at hand, made with its calibration."""
-    return {name: _relative(decomposed.spectrum(name, "inputs")).cpu() for name in decomposed.factors}
+    return {name: _relative(decomposed.tail(name, "inputs")).cpu() for name in decomposed.factors}

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from spectrim.budget.distortion.energy import spectral_energy
 from spectrim.errors import LayerError, SettingError
-from spectrim.forms.derived import first_order_rises
-from spectrim.forms.svd import Factors
+from spectrim.forms.form import Form
 from spectrim.layers import named_factors
-from spectrim.linalg.spectral import tail_energy
 from spectrim.surgery.decompositions import Decompositions
 from spectrim.surgery.moments import Calibration
 
@@ -72,16 +70,15 @@ class LossSensitivity:
             else _of_all(decomposed, {n: self._first(n, f) for n, f in named_factors(model)})
         )
 
-    def _first(self, name: str, factors: Factors) -> Tensor | None:
+    def _first(self, name: str, factors: Form) -> Tensor | None:
         self.calibration.metrics(name, factors.shape)  # that it is of this model
         if name not in self.calibration.slopes:
             return None
         slopes = self.calibration.slopes[name]
-        if slopes.shape != (*factors.lead, factors.rank):
-            raise LayerError(
-                name, f"holds {factors.rank} singular values, its slopes are for {slopes.shape[-1]}", hint="calibrate this model"
-            )
-        return first_order_rises(factors, slopes)
+        if slopes.shape != factors.slope_parameters()[0].shape:
+            known = slopes.shape[-1] if factors.is_matrix else tuple(slopes.shape)
+            raise LayerError(name, f"holds {factors.size} singular values, its slopes are for {known}", hint="calibrate this model")
+        return factors.first_order_rises(slopes)
 
 
 def loss_sensitivity(decomposed: Decompositions) -> dict[str, Tensor]:
@@ -92,7 +89,7 @@ def loss_sensitivity(decomposed: Decompositions) -> dict[str, Tensor]:
     """
     names = [name for name in decomposed.factors if decomposed.has(name, "loss")]
     _check_gradients(decomposed, names)
-    return _of_all(decomposed, {name: tail_energy(decomposed.spectrum(name, "loss")) / 2 for name in names})
+    return _of_all(decomposed, {name: decomposed.tail(name, "loss") / 2 for name in names})
 
 
 def _of_all(decomposed: Decompositions, found: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.budget.distortion.base import _relative
+from spectrim.forms import Factors, Form
 from spectrim.forms.derived import scaled_spectrum
-from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
 from spectrim.layers.uses import Features, Side
 from spectrim.layers.watching import features_read, features_written, runs_factors
+from spectrim.linalg.spectral import tail_energy
 from spectrim.metrics.calls import call_model, evaluating, unfused
 
 
@@ -65,7 +66,8 @@ class NormalizedEnergy:
             out, in_ = factors.shape
             d = _averaged(scales[factors, "rows"], (*factors.lead, out), factors.device)
             c = _averaged(scales[factors, "columns"], (*factors.lead, in_), factors.device)
-            distortions[name] = _relative(scaled_spectrum(factors, d, c)).cpu()
+            tail = tail_energy(scaled_spectrum(factors, d, c)) if isinstance(factors, Factors) else factors.tail(d.square(), c.square())
+            distortions[name] = _relative(tail).cpu()
         return distortions
 
 
@@ -86,7 +88,7 @@ LAYER_NORMS = ("LayerNorm", "RMSNorm")
 Memory = tuple[int, ...]
 
 
-Scales = dict[tuple[Factors, Side], list[Tensor]]
+Scales = dict[tuple[Form, Side], list[Tensor]]
 
 
 def _normalisations(model: nn.Module, inputs: Any) -> Scales:

@@ -1,0 +1,193 @@
+"""`schemes_at`: the form of each convolution with which a network loses least at a budget."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spectrim import linalg
+from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget, BudgetError
+from spectrim.budget.costs import calls
+from spectrim.budget.knapsack import _knapsack, _limit
+from spectrim.budget.ladder import Ladder, UnitCost, ladder
+from spectrim.forms import FORMS, Size
+from spectrim.layers import Site, sites
+from spectrim.linalg.fold import MATRICES, Fold
+from spectrim.metrics.inputs import batch_size_of
+from spectrim.surgery.refold import refold_
+
+POINTS = 48
+"""Sizes of each scheme that are compared, evenly spaced: the budget's own choice, among all, comes later."""
+
+UNITS = ("macs", "params", "size")
+"""Units in which a scheme has a price before anything is measured."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One size of one scheme: what it costs in each unit, and the share of the weight's energy that it loses."""
+
+    scheme: Fold
+    costs: dict[str, float]
+    lost: float
+
+
+def schemes_at(model: nn.Module, budget: Budget, inputs: Any, prices: Ladder, *, among: Sequence[Fold] = MATRICES) -> dict[str, Fold]:
+    """Choose the scheme of each convolution together with all ranks: the knapsack of `allocate` over every scheme and size at once.
+
+    Distortion is the share of the spectral energy that is lost; prices are the formulas of the layers at the inputs that they meet. So a
+    scheme is compared at the rank that the budget leaves the layer, not at one energy for all.
+
+    Args:
+        model: factorized at full rank, in any schemes.
+        budget: of multiply-accumulates, parameters or bytes.
+        inputs: one batch of inputs.
+        prices: the ladder of the model.
+        among: the schemes to choose from.
+
+    Returns:
+        By the names of layers that have several schemes and are cut; none for a budget of seconds, or one that cannot be met.
+
+    Examples:
+        >>> from spectrim.budget.ladder import ladder
+        >>> from spectrim.surgery.factorize import factorize
+        >>> low, x = factorize(nn.Sequential(nn.Conv2d(8, 8, 3)), scheme="channel"), torch.randn(1, 8, 9, 9)
+        >>> list(schemes_at(low, Budget(macs=0.5), x, ladder(low, x)))
+        ['0']
+    """
+    units = {name: (FRACTIONS | ABSOLUTE)[name] for name in budget.limits}
+    if any(unit not in UNITS or unit in prices.missing for unit in units.values()):
+        return {}
+    choices = _choices(model, inputs, prices, among)
+    tables = {
+        unit: UnitCost(
+            {name: [choice.costs[unit] for choice in found] for name, found in choices.items()},
+            prices.unit(unit).dense,
+            prices.unit(unit).fixed,
+            prices.unit(unit).whole,
+        )
+        for unit in units.values()
+    }
+    places = {name: range(1, len(found) + 1) for name, found in choices.items()}
+    losses = [torch.tensor([choice.lost for choice in found], dtype=torch.float64) for found in choices.values()]
+    try:
+        limits = [_limit(name, value, tables[units[name]], places) for name, value in budget.limits.items()]
+        picked = _knapsack(losses, limits, 1.0)
+    except (BudgetError, ValueError):  # the error is that of `allocate`, on the schemes at hand
+        return {}
+    named = {site.name: site for site in sites(model)}
+    taken = {name: found[place] for (name, found), place in zip(choices.items(), picked, strict=True)}
+    return {named[name].layer_name: choice.scheme for name, choice in taken.items() if choice.lost > 0 and len(_offered(named[name])) > 1}
+
+
+def at_budget(low: nn.Module, budget: Budget, inputs: Any, prices: Ladder, dense: nn.Module) -> tuple[nn.Module, Ladder]:
+    """Give a factorized network the schemes of `schemes_at`, in place; return it and its ladder, the given one where nothing changed.
+
+    Args:
+        low: factorized at full rank.
+        budget: what the network keeps.
+        inputs: one batch of inputs.
+        prices: its ladder.
+        dense: the network before it.
+    """
+    changed = refold_(low, schemes_at(low, budget, inputs, prices), dense)
+    return low, ladder(low, inputs, dense_model=dense, check=True, own=True) if changed else prices
+
+
+def _choices(model: nn.Module, inputs: Any, prices: Ladder, among: Sequence[Fold]) -> dict[str, list[Choice]]:
+    """Return the choices of each factorized weight, tied ones once; the last one is the dense weight."""
+    batch, shapes = batch_size_of(inputs, model=model, unknown=1), defaultdict[Any, list[Any]](list)
+    for call in calls(model, inputs):
+        shapes[call.layer, call.weight].append(call.shape)
+    users, found = Counter(site.factors for site in sites(model)), dict[str, list[Choice]]()
+    for site in sites(model):
+        if site.name not in prices.weights:
+            continue
+        free = users[site.factors] == 1 and site.name not in prices.corrected
+        offered = [fold for fold in _offered(site) if fold in among or fold == site.layer.scheme] if free else []
+        found[site.name] = (
+            [choice for fold in offered for choice in _priced(site, fold, shapes[site.layer, site.key], batch)]
+            if len(offered) > 1
+            else _as_priced(site, prices)
+        )
+        found[site.name].append(Choice(site.layer.scheme, _dense_costs(site, prices), 0.0))
+    return found
+
+
+def _offered(site: Site) -> tuple[Fold, ...]:
+    layer: Any = site.layer
+    return tuple(layer.schemes(layer))
+
+
+def _dense_costs(site: Site, prices: Ladder) -> dict[str, float]:
+    cost, item = prices.weights[site.name], site.factors.dtype.itemsize
+    return {"macs": cost.dense_macs, "params": float(cost.dense_params), "size": float(cost.dense_params * item)}
+
+
+def _as_priced(site: Site, prices: Ladder) -> list[Choice]:
+    """Return the sizes of the form at hand, as the ladder prices them."""
+    tail, cost, item = site.factors.tail(), prices.weights[site.name], site.factors.dtype.itemsize
+    return [
+        Choice(
+            site.layer.scheme,
+            {"macs": cost.macs[rung - 1], "params": float(cost.params[rung - 1]), "size": float(cost.params[rung - 1] * item)},
+            _share(tail, rung),
+        )
+        for rung in _thinned(site.factors.rank)
+    ]
+
+
+def _priced(site: Site, fold: Fold, shapes: Iterable[Any], batch: int) -> list[Choice]:
+    """Return the sizes of one scheme that cost less than the dense weight in every unit."""
+    layer, shapes = site.layer, (None, *shapes)
+    (tail, sizes), blocks, made = _distortions(site, fold), site.factors.blocks, []
+    dense = layer.work(layer, site.key, fold, None, None)
+    short = layer.writing == "interpolative" and layer.interpolated_kind(layer, fold) is not None
+    for rung in _thinned(len(sizes)):
+        size, params = sizes[rung - 1], blocks * _count(site, fold, sizes[rung - 1])
+        if short and isinstance(size, int):
+            single, *each = (layer.interpolated_work(layer, fold, size, shape) for shape in shapes)
+            params -= blocks * size**2
+        else:
+            single, *each = (layer.work(layer, site.key, fold, size, shape) for shape in shapes)
+        if single < dense:  # else `merge` writes the dense one
+            costs = {"macs": sum(each) / batch, "params": float(params), "size": float(params * site.factors.dtype.itemsize)}
+            made.append(Choice(fold, costs, _share(tail, rung)))
+    return made
+
+
+def _distortions(site: Site, fold: Fold) -> tuple[Tensor, Sequence[Size]]:
+    """Return the energy lost at each rung of a scheme, and the sizes."""
+    held, layer = site.factors, site.layer
+    if fold == layer.scheme:
+        return held.tail(), [held.size_of(rung) for rung in range(1, held.rank + 1)]
+    folded = layer.fold(layer, site.key, layer.dense_weight(site.key).detach(), fold)
+    if fold in MATRICES:
+        tail = linalg.tail_energy(linalg.pooled_spectrum(linalg.spectrum(folded)))
+        return tail, range(1, len(tail))
+    form = FORMS[fold].of(folded, folded)
+    return form.tail(), form.path()
+
+
+def _count(site: Site, fold: Fold, size: Size) -> int:
+    """Return the numbers that one block stores at a size: the kernels of its small operations at a single position."""
+    layer: Any = site.layer
+    if isinstance(size, tuple):
+        taps = int(np.prod(layer.kernel_size))
+        return int(layer.out_channels * size[0] + taps * size[0] * size[1] + layer.in_channels * size[1])
+    leading = linalg.leading(fold, layer.kernel_size)
+    first, second = (int(np.prod(axes)) for axes in (layer.kernel_size[:leading], layer.kernel_size[leading:]))
+    return int(size * (layer.out_channels * second + layer.in_channels * first) // layer.groups)
+
+
+def _share(tail: Tensor, rung: int) -> float:
+    return float(tail[rung] / tail[0].clamp(min=1e-300))
+
+
+def _thinned(rungs: int) -> list[int]:
+    """Return at most `POINTS` rungs, the first and the last among them."""
+    return sorted({round(rung) for rung in np.linspace(1, rungs, min(POINTS, rungs)).tolist()})
