@@ -1,7 +1,7 @@
 """All verbs in order, in one call: `compress`."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,9 +20,13 @@ from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.distance import Unlabeled, relative_distance, with_outputs
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
+from spectrim.metrics.measurement import Measurement
+from spectrim.metrics.verdict import worse_than
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.cutter import Cutter
 from spectrim.pipeline.judge import Judge, scores_of_measurement
+from spectrim.pipeline.search import searching
+from spectrim.pipeline.steps import LOGGER, steps
 from spectrim.pipeline.store import Store, Told, identity_of
 from spectrim.pipeline.teaching import MEMORIZED, TEACHING, teacher_for, why_untaught, with_hint_layers
 from spectrim.pipeline.tuner import Tuner, squeezed
@@ -45,6 +49,7 @@ from spectrim.training.tuning import Schedule, Tuning
 
 @outside_inference_mode
 @naming
+@searching
 def compress(
     model: nn.Module,
     data: Iterable[Any],
@@ -86,6 +91,8 @@ def compress(
             (`spectrim.metrics.distance.RelativeDistance`), and sensitivities come from random directions of the output. ``Divergence()``,
             in the same room, compares logits.
         budget: what the whole network may keep: a `Budget`, a fraction of the multiply-accumulates, or a dict of `Budget`'s fields.
+            With ``max_drop`` or ``max_loss_rise`` the smallest network that is at most so much worse on `eval_data`, by bisection over
+            budgets: five calls with budgets of limits alone, each in a folder inside `folder`.
         epochs: passes over `data`, >= 0; 0 for calibration only.
         example_inputs: one batch for costs and latency; the first example of `data` when omitted. That is cut along axes whose sizes agree
             with the target's or among the inputs, and tried in the network.
@@ -121,7 +128,10 @@ def compress(
             `Reconstruction`; kept where the loss is lower.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
         folder: for the cut network, checkpoints, the final network and ``result.json``; an interrupted call resumes there. None for none.
-        progress: whether to show progress, on stderr.
+        progress: whether to show progress, on stderr: the name of each step.
+
+    With epochs, a network that ends worse than its cut is not kept, and the cut is: a lower accuracy, or a higher loss at a level one,
+    beyond the standard errors.
 
     Returns:
         The networks, their measurements side by side, and the choices made.
@@ -143,11 +153,7 @@ def compress(
         True
     """
     check("compress", model=model, epochs=epochs, example_inputs=example_inputs, where=where)
-    unlabeled = (
-        []
-        if not isinstance(reconstruct, Reconstruction) or reconstruct.examples is None
-        else first_examples(data, reconstruct.examples, dims=batch_dims)
-    )
+    given = data
     if loss is None or isinstance(loss, Unlabeled):
         data, eval_data, loss = _without_labels(unwrapped(model), data, eval_data, loss, epochs, examples, batch_dims)
     check("compress", data=data, loss=loss, eval_data=eval_data)
@@ -156,12 +162,21 @@ def compress(
     where = layer_filter(where, model, "compress")
     _check(model, cut, distill, reconstruct)
     _check_tuning(tuning, eval_data is not None)
-    inputs = one_example(data, model, dims=batch_dims, owner="compress") if example_inputs is None else example_inputs
-    batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
-    known = first_examples(data, examples, dims=batch_dims)
-    low = factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
-    store = Store(None if folder is None else Path(folder))
-    with store.held():
+    ways = (1 if cut != "auto" else 4 if epochs else 3) + (reconstruct is not None)
+    with (
+        steps("compress", 6 + ways + (round(epochs * squeeze) > 0) + (epochs > round(epochs * squeeze)), progress) as step,
+        ExitStack() as held,
+    ):
+        step("reading the calibration set")
+        inputs = one_example(data, model, dims=batch_dims, owner="compress") if example_inputs is None else example_inputs
+        batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
+        known = first_examples(data, examples, dims=batch_dims)
+        more = None if reconstruct is None else reconstruct.examples
+        unlabeled = [] if more is None else first_examples(given, more, dims=batch_dims)
+        step("factorizing", has_bar=True)
+        low = factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
+        store = Store(None if folder is None else Path(folder))
+        held.enter_context(store.held())
         store.claim(
             budget=repr(budget),
             epochs=epochs,
@@ -182,14 +197,17 @@ def compress(
             reconstruct=None if reconstruct is None else repr(reconstruct),
             **identity_of(model, low, data, known, inputs, loss, tuning.optimizer, latency, calibration) if folder is not None else {},
         )
+        step("comparing outputs and pricing ranks")
         same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
         prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True)
         if scheme == "auto" and latency is None and calibration is None:
             low, prices = at_budget(low, budget, inputs, prices, model)
         check_floor(low, budget, prices)
         judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
-        cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims, reconstruct, unlabeled, progress)
-        scores, history, told = {"dense": judge.dense}, History(), Told()
+        cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims, step, reconstruct, unlabeled, progress)
+        step("scoring the dense network")
+        scores: dict[str, dict[str, float]] = {"dense": judge.dense}
+        history, told = History(), Told()
         teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
         able, untaught = teacher_for(model, known, loss, level=judge.dense_on_known["loss"]) if chosen else None, ""
         if able is not None:
@@ -199,6 +217,7 @@ def compress(
         tuner = Tuner(data, loss, epochs, tuning, teacher, eval_data, store, progress)
         training = round(epochs * squeeze)
         if training:
+            step("training toward the budget", has_bar=True)
             history = squeezed(low, tuner, cutter, training, penalties, scores, told)
         else:
             low, told, found = store.cut(model, lambda: cutter.cut(low, cut, epochs > 0))
@@ -208,22 +227,31 @@ def compress(
             tuner.start(low)
         if prices.corrected:
             recounted("compress", budget, low, inputs, prices)
-        if epochs > training:
+        before = (
+            (list(scores.values())[-1], {name: value.clone() for name, value in low.state_dict().items()}) if epochs > training else None
+        )
+        if before is not None:
+            step("fine-tuning", has_bar=True)
             with nullcontext() if training or penalties else balanced(low):
                 rest = tuner.run(low, epochs - training, penalties, "finetune")
             history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
-        low.eval()
-        final = merge(low, latency=latency)
-        same_function(low, final, inputs_of(known[0]), names=("cut", "merged"))
-        measured = judge.measured(final, inputs)
+        step("merging and measuring")
+        final, measured = _finished(low, judge, inputs, latency)
+        if before is not None and worse_than(measured["final"], before[0]):
+            told.dropped["fine-tuned"] = scores_of_measurement(measured["final"])
+            low.load_state_dict(before[1])
+            final, measured = _finished(low, judge, inputs, latency)
         counted("compress", budget, final, measured["final"].macs, prices)
-        if epochs > training:
+        if before is not None:
             scores["final"] = scores_of_measurement(measured["final"])
         taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
         lines = coverage(low, where, inputs=inputs, latency=latency)
         notes = [*told.notes, *([untaught] if untaught else [])]
-        made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes)
+        split = "calibration" if eval_data is None else "validation"
+        made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes, split)
         store.finish(made)
+    for warning in made.verdict.warnings:
+        LOGGER.warning("compress: %s", warning)
     return made
 
 
@@ -238,6 +266,14 @@ def _without_labels(
     check("compress", batches_again=batches, eval_batches=eval_data, examples=examples)
     known = with_outputs(model, first_examples(batches, examples, dims=dims))
     return known, None if eval_data is None else with_outputs(model, eval_data), loss or relative_distance(known)
+
+
+def _finished(low: nn.Module, judge: Judge, inputs: Any, latency: Latencies | None) -> tuple[nn.Module, dict[str, Measurement]]:
+    """Merge the network, compare its outputs and measure it beside the dense one."""
+    low.eval()
+    final = merge(low, latency=latency)
+    same_function(low, final, inputs_of(judge.known[0]), names=("cut", "merged"))
+    return final, judge.measured(final, inputs)
 
 
 def _check(model: nn.Module, cut: str, distill: Any, reconstruct: Any) -> None:

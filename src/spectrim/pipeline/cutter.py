@@ -1,7 +1,7 @@
 """The cut of `compress`: in the way asked for, or in the one that suits best."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ class Cutter:
     prices: Ladder
     calibration: Calibration | None
     batch_dims: BatchDims | None = None
+    step: Callable[[str], None] = lambda title: None
     reconstruction: Reconstruction | None = None
     unlabeled: Sequence[Any] = ()
     progress: bool = False
@@ -45,6 +46,7 @@ class Cutter:
         """Cut the network by the given method, or by the best one; return it, how, and its scores by stage."""
         calibration = self.calibration
         if calibration is None and (cut == "auto" or WAYS[cut].needs != "none"):
+            self.step("calibrating")
             calibration = calibrate(low, self.judge.known, self.judge.loss, examples=None, batch_dims=self.batch_dims)
         bench = Workbench(low, self.inputs, calibration, latency=self.prices.latency, prices=self.prices)
         notes: list[str] = []
@@ -72,6 +74,7 @@ class Cutter:
 
     def _reconstruct(self, low: nn.Module, settings: Reconstruction, told: Told, scores: dict[str, dict[str, float]]) -> None:
         """Reconstruct the blocks in place; put everything back where the loss is not lower."""
+        self.step("reconstructing blocks")
         before = copy.deepcopy(low.state_dict())
         parts = reconstruct_(low, self.judge.model, self.unlabeled or self.judge.known, settings, progress=self.progress)
         found = self.judge(low)
@@ -104,6 +107,7 @@ class Cutter:
 
     def _made(self, bench: Workbench, kind: str) -> CutNetwork:
         way = WAYS[kind]
+        self.step(f"cutting: {kind}")
         if way.needs == "loss":
             bench.distortions(way)  # refuses a loss without gradients, also with other ranks
         return bench.cut_to(self.budget, way, self.judge, dense=self.judge.model, examples=self.judge.known, importance=self.importance)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import LayerError
-from spectrim.forms.form import Form
+from spectrim.forms import Factors, Form
 from spectrim.layers.uses import first_argument
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.gram import Metric, MomentSum, ProjectedMetric, gram, precise
@@ -200,9 +200,9 @@ def add_gram(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
     sums[name] = sums[name].add_(found) if name in sums else found
 
 
-def _basis(factors: Any) -> Tensor | None:
+def _basis(factors: Form) -> Tensor | None:
     """Return the right singular vectors ``(blocks, rank, in)`` of a weight with many more inputs than that; None for any other."""
-    if not factors.is_matrix or factors.shape[1] < PROJECTED or 2 * factors.rank > factors.shape[1]:
+    if not isinstance(factors, Factors) or factors.shape[1] < PROJECTED or 2 * factors.rank > factors.shape[1]:
         return None
-    Vh: Tensor = factors.svd()[2]
+    Vh = factors.svd()[2]
     return Vh if factors.lead else Vh[None]
