@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from spectrim.analysis.optima import checked, path_scale
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
-from spectrim.linalg import pooled_spectrum, weighted_spectrum
 from spectrim.surgery.moments import Calibration
 
 
@@ -72,7 +71,7 @@ def output_spectra(model: nn.Module, calibration: Calibration) -> dict[str, Tens
         {'all': 1}
     """
     return {
-        name: pooled_spectrum(weighted_spectrum(*factors.parts(), right=calibration.inputs[name]))
+        name: (-factors.tail(right=calibration.inputs[name]).diff()).clamp(min=0).sqrt()
         for name, factors in named_factors(model)
         if name in calibration.inputs
     }
