@@ -1,6 +1,7 @@
 """Starting ranks from convex duality: the directions that survive a weight decay. And how far neighbouring layers share directions."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -70,8 +71,9 @@ def output_spectra(model: nn.Module, calibration: Calibration) -> dict[str, Tens
         >>> suggest_ranks({"all": spectra[""] * 2**0.5}, decay=0.7)  # strengths 5 and 3
         {'all': 1}
     """
+    without_outputs = replace(calibration, outputs={})
     return {
-        name: (-factors.tail(right=calibration.inputs[name]).diff()).clamp(min=0).sqrt()
+        name: (-factors.tail(*without_outputs.metrics(name, factors.shape)).diff()).clamp(min=0).sqrt()
         for name, factors in named_factors(model)
         if name in calibration.inputs
     }

@@ -32,7 +32,7 @@ def metric_of(moment: np.ndarray, damping: float) -> Metric:
     """
     size = len(moment)
     mean = float(np.trace(moment)) / size
-    damped = moment + (damping * mean or 1.0) * np.eye(size)
+    damped = moment + (damping * mean if mean > 0 else 1.0) * np.eye(size)
     order = np.argsort(-np.diag(damped), kind="stable")
     flipped = damped[np.ix_(order, order)][::-1, ::-1]
     upper = np.linalg.cholesky(flipped)[::-1, ::-1]  # A = upper upper^T

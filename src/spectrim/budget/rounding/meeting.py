@@ -35,6 +35,7 @@ class Moments:
         left: of the gradients of the network's outputs, ``(blocks, out, out)``: mean over positions, sum over outputs.
         cross: what the weight should change to, times `own`: ``E[r x^T]`` with ``r`` the output that is missing, ``(blocks, out, in)``.
         missing: mean of ``r``, ``(blocks, out)``.
+        once: whether the model calls the layer once for each batch.
     """
 
     own: Tensor
@@ -42,6 +43,7 @@ class Moments:
     left: Tensor
     cross: Tensor
     missing: Tensor
+    once: bool = True
 
 
 class _Sum:
@@ -50,10 +52,11 @@ class _Sum:
     def __init__(self, weight: Weight, share: float) -> None:
         self.weight, self.share, self.generator = weight, share, torch.Generator().manual_seed(0)
         self.own = self.total = self.cross = self.missing = torch.zeros((), dtype=torch.float64)
-        self.rows = self.seen = 0
+        self.rows = self.seen = self.calls = 0
 
     def add(self, x: Tensor, output: Sequence[int], missing: Tensor | None = None) -> None:
         """Add what one call of the layer meets; `missing` has the shape of its output."""
+        self.calls += 1
         parts = self.weight.inputs(x, output)
         lacks = None if missing is None else torch.cat(list(self.weight.outputs(missing, x.shape)), 1)
         place = 0
@@ -72,13 +75,13 @@ class _Sum:
                 self.cross = self.cross + (lack.mT @ rows).double()
                 self.missing = self.missing + lack.sum(1, dtype=torch.float64)
 
-    def result(self, left: Tensor, examples: int) -> Moments:
-        """Return the means."""
+    def result(self, left: Tensor, examples: int, batches: int) -> Moments:
+        """Return the means, on the CPU."""
         if not torch.isfinite(self.own).all():
             raise LayerError(self.weight.name, "its inputs are not finite", hint="look for NaN or overflow in the data or the model")
         scale = self.rows / examples / self.seen  # rows that were drawn stand for all
-        mean = self.total / self.seen
-        own, cross, missing = self.own * scale, self.cross * scale, self.missing / self.seen
+        mean, left = (self.total / self.seen).cpu(), left.cpu()
+        own, cross, missing = self.own.cpu() * scale, self.cross.cpu() * scale, self.missing.cpu() / self.seen
         if self.weight.layer.bias is not None:
             positions = self.rows / examples
             trace = own.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -87,7 +90,7 @@ class _Sum:
                 cross = cross - positions * missing.unsqueeze(-1) * mean.unsqueeze(-2)
             own = own + torch.diag_embed((CONSTANT * trace).unsqueeze(-1).expand_as(mean))
         blank = torch.zeros(left.shape[0], left.shape[1], own.shape[-1], dtype=torch.float64)
-        return Moments(own, mean, left, cross if cross.dim() else blank, missing if missing.dim() else blank[..., 0])
+        return Moments(own, mean, left, cross if cross.dim() else blank, missing if missing.dim() else blank[..., 0], self.calls <= batches)
 
 
 def _share(weight: Weight, x: Tensor, output: Sequence[int], examples: int, batch: int) -> float:
@@ -140,7 +143,7 @@ def moments(model: nn.Module, weights: Mapping[str, Weight], batches: Sequence[A
                 handle.remove()
         if not isinstance(output, Tensor) or not output.requires_grad:
             raise SettingError("round_to", "model", got=type(output), rule="one that returns a tensor, or an object with logits")
-        for probe in range(PROBES):
+        for probe in range(PROBES if called else 0):
             signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
             keep = probe + 1 < PROBES
             grads = torch.autograd.grad(output, [y for _, _, y in called], signs, retain_graph=keep, allow_unused=True)
@@ -150,7 +153,7 @@ def moments(model: nn.Module, weights: Mapping[str, Weight], batches: Sequence[A
                 for rows in weight.outputs(grad, shape):
                     lefts[weight.name] = lefts.get(weight.name, torch.zeros((), dtype=torch.float64)) + (rows.mT @ rows).double()
                     counts[weight.name] = counts.get(weight.name, 0) + rows.shape[1]
-    return {name: found.result(lefts[name] / counts[name], examples) for name, found in sums.items() if name in lefts}
+    return {name: found.result(lefts[name] / counts[name], examples, len(batches)) for name, found in sums.items() if name in lefts}
 
 
 class _Met(Exception):  # noqa: N818 it is no error
@@ -223,7 +226,7 @@ def beside(
             missing = missing + (skip - drifted)
         total.add(now, shape, missing)
     assert total is not None
-    return total.result(left, sum(sizes))
+    return total.result(left, sum(sizes), len(batches))
 
 
 def outputs(model: nn.Module, batches: Sequence[Any]) -> Iterator[Tensor]:

@@ -65,7 +65,7 @@ class Rounded:
 def round_to(
     model: nn.Module,
     data: Iterable[Any],
-    coded_bytes: float,
+    coded_bytes: int | float,
     *,
     examples: int = 1024,
     sequential: bool = True,
@@ -108,7 +108,7 @@ def round_to(
     outputs: Martens and Grosse, arXiv 1503.05671.
     Deviation: feedback over inputs and outputs at once; the Jacobian of the outputs instead of the loss; skip paths.
     """
-    check("round_to", model=model, data_once=data, examples=examples)
+    check("round_to", model=model, batches=data, examples=examples)
     model = unwrapped(model)
     if isinstance(coded_bytes, bool) or not (0 < coded_bytes < 1 or coded_bytes >= 1000):
         raise SettingError("round_to", "coded_bytes", got=coded_bytes, rule="a fraction in (0, 1), or a number of bytes of at least 1000")
@@ -204,9 +204,9 @@ class _Search:
             for name in self.track(list(self.met), "rounding") if sequential else self.met:
                 weight, met, rounding = weights[name], self.met[name], self.roundings[name]
                 before = weight.matrices()
-                if sequential:
+                if sequential and met.once:
                     met = beside(self.dense, self.weights[name], made, weight, self.batches, self.sizes, met.left)
-                    rounding = with_feedback(towards(before, met), met)
+                    rounding = with_feedback(towards(before.cpu(), met), met)
                 levels, _ = rounding(steps[name], price)
                 bits[name] = _bits(levels)
                 weight.set_(torch.from_numpy(levels.astype(np.float32) * np.float32(steps[name])).to(before))
