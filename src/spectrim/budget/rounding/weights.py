@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.forms.svd import Factors
-from spectrim.layers import FactorizedLayer, OneWeight, kind_of, renew
+from spectrim.layers import OneWeight, is_factorized, kind_of, renew
 from spectrim.surgery.moments import WIDEST_INPUTS
 
 
@@ -60,7 +60,7 @@ def weights_of(model: nn.Module) -> dict[str, Weight]:
     found = {}
     for name, module in model.named_modules():
         kind = kind_of(module)
-        if kind is None or not issubclass(kind, OneWeight) or isinstance(module, FactorizedLayer):
+        if kind is None or not issubclass(kind, OneWeight) or is_factorized(module):
             continue
         weight = module._parameters.get("weight")
         if weight is None or users[id(weight)] > 1 or not weight.is_floating_point():
