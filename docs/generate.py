@@ -18,6 +18,7 @@ TABLES = [
     ("Rank rules", "spectrim.budget.rules", protocols.RankRule),
     ("Distortion", "spectrim.budget.distortion", protocols.Importance),
     ("Courses", "spectrim.training.methods", protocols.Course),
+    ("Projections", "spectrim.projections", protocols.Projection),
 ]
 """Heading, module with ``METHODS`` and ``LAWS``, and contract, in the order of the pages."""
 
@@ -52,6 +53,7 @@ FURTHER = {
         "spectrim.training.History",
         "spectrim.training.EpochCallback",
         "spectrim.training.tuning.one_cycle",
+        "spectrim.protocols.Bits",
         "spectrim.protocols.Change",
         "spectrim.protocols.Lesson",
         "spectrim.protocols.Seen",

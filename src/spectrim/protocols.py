@@ -67,6 +67,10 @@ class Course(Protocol):
     A function of its arguments and its memory alone, so that a run can be stopped and resumed: all state for the next step is in the
     memory, a dict of tensors and plain data (numbers, strings, None; lists, tuples and dicts of them) that checkpoints keep. A course that
     adds a penalty may set ``penalizes = True``: its column is then in the log from the first epoch on.
+
+    One that holds entries of weights may have ``free(memory) -> {name of a parameter: boolean tensor}``: gradients and the optimizer's
+    moments of all other entries are then set to zero at each step (`after` has to put the weights back). One that has ``noted(memory) ->
+    {name: number}`` adds to the log of an epoch.
     """
 
     def start(self, model: nn.Module, inputs: Any, steps: int, /) -> dict[str, Any]:
@@ -136,23 +140,52 @@ class Lesson(Protocol):
         """Return the loss to train on instead of ``seen.loss``, a scalar; to add something: ``seen.loss + something``."""
 
 
+@dataclass(frozen=True)
+class Bits:
+    """What a tensor takes in a plain format, without entropy coding.
+
+    Attributes:
+        data: bits of values, with their scales.
+        index: bits of positions.
+    """
+
+    data: int
+    index: int
+
+    @property
+    def total(self) -> int:
+        """Bits of values and positions."""
+        return self.data + self.index
+
+
 @runtime_checkable
 class Projection(Protocol):
     """Maps a tensor to the nearest tensor of a set (in the Frobenius norm)."""
 
     def __call__(self, tensor: Tensor, /) -> Tensor:
-        """Return a tensor of the same shape and dtype that lies in the set."""
+        """Return a tensor of the same shape and dtype that lies in the set: a new one, which shares no memory with the given one."""
+
+    def stored_bits(self, tensor: Tensor, /) -> Bits:
+        """Return the stored bits of a member of the set."""
 
 
 @runtime_checkable
 class Coder(Protocol):
     """Entropy coder: symbols to bytes and back."""
 
-    def encode(self, symbols: Tensor, probabilities: Tensor, /) -> bytes:
-        """Return the coded bytes of 1-D integer symbols under a probability table."""
+    def encode(self, symbols: Tensor, contexts: Tensor, frequencies: Tensor, /) -> bytes:
+        """Return the coded bytes of symbols ``(n,)``, each in its context.
 
-    def decode(self, data: bytes, probabilities: Tensor, count: int, /) -> Tensor:
-        """Return `count` symbols; the inverse of `encode`."""
+        Row ``contexts[i]`` of `frequencies`, ``(contexts, symbols)``, is the table of symbol ``i``: integers, so that every machine decodes
+        the same.
+        """
+
+    def decode(self, data: bytes, contexts: Tensor, frequencies: Tensor, /) -> Tensor:
+        """Return the symbols, as many as there are contexts; the inverse of `encode`.
+
+        Raises:
+            ValueError: for other bytes.
+        """
 
 
 @runtime_checkable

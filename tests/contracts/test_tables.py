@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from spectrim import projections
 from spectrim.budget import distortion, rules
 from spectrim.errors import SettingError
 from spectrim.penalties import LAWS, METHODS
@@ -20,8 +21,15 @@ TABLES: dict[str, tuple[Row[Any], ...]] = {
     "rules": rules.METHODS,
     "distortion": distortion.METHODS,
     "schedules": schedules.METHODS,
+    "projections": projections.METHODS,
 }
-KNOWN_LAWS = {"penalties": LAWS, "rules": rules.LAWS, "distortion": distortion.LAWS, "schedules": schedules.LAWS}
+KNOWN_LAWS = {
+    "penalties": LAWS,
+    "rules": rules.LAWS,
+    "distortion": distortion.LAWS,
+    "schedules": schedules.LAWS,
+    "projections": projections.LAWS,
+}
 every_row = pytest.mark.parametrize("row", [row for table in TABLES.values() for row in table], ids=lambda row: row.label)
 
 

@@ -145,3 +145,22 @@ def test_architectures_page_is_up_to_date() -> None:
         [sys.executable, ROOT / "benchmarks" / "architectures.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_pruning_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import pruning
+
+    text = pruning.CARD.read_text(encoding="utf-8")
+    assert text == pruning.render(text), "run python benchmarks/pruning.py --render"
+    assert list(pruning.RESULTS.glob("*.json"))
+    for path in pruning.RESULTS.glob("*.json"):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        assert row["digest"] == pruning.digest(row["settings"]), path
+        if row["settings"]["method"] != "dense":
+            assert row["settings"] == row["settings"] | pruning.METHODS[row["settings"]["method"]], (
+                f"{path}: the settings have changed since"
+            )
+            assert row["plain"]["total_kept"] == sum(pruning.RATES[row["settings"]["rate"]].values())

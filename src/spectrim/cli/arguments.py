@@ -17,6 +17,8 @@ SHORT = {
     "plan": "predict the result of each budget, without training",
     "report": "write the HTML page of a folder or of a plan",
     "export": "write a network for another runtime and compare its outputs",
+    "pack": "write the final network of a folder as one coded file",
+    "unpack": "write the tensors of a coded file as safetensors",
 }
 """One line for each command, in ``spectrim --help``."""
 
@@ -31,6 +33,8 @@ HELP = {
     "report": "Write the HTML page of a run's folder or of a plan; it needs no server and no network, and nothing is imported or called.",
     "export": "Write the network of a recipe, or the final one of a folder, for another runtime; its outputs are compared before "
     "the file is kept. Calls the code named by the recipe, or by the recipe in the folder.",
+    "pack": "Write the final network of a folder as one coded file, and say how many bytes it takes. Nothing is imported or called.",
+    "unpack": "Write the tensors of a coded file as safetensors. Nothing is imported or called.",
 }
 
 EXAMPLES = {
@@ -57,6 +61,10 @@ EXAMPLES = {
     "export": """\
   spectrim export runs/net-compress-macs0.5 --format onnx
   spectrim export runs/net-compress-macs0.5 --out net-int8.onnx --int8""",
+    "pack": """\
+  spectrim pack runs/net-compress-macs0.5 --out net.spz""",
+    "unpack": """\
+  spectrim unpack net.spz --out net.safetensors""",
 }
 """Calls that work, at the end of each command's ``--help``."""
 
@@ -190,5 +198,15 @@ exit codes: 0 done, 1 failure, 2 wrong usage or a bad recipe, 130 stopped by Ctr
     sub.add_argument("--tolerance", type=float, help="largest difference allowed, as a fraction of the output's largest magnitude")
     sub.add_argument("--threads", type=PositiveInt, default=1, help="CPU threads of the latency measurement")
     _changes(sub)
+    _json(sub)
+
+    sub = _command(commands, "pack")
+    sub.add_argument("target", type=str, help="the folder of a run (its final network), or one that save() wrote")
+    sub.add_argument("--out", type=str, help="the file (default: model.spz in the folder)")
+    _json(sub)
+
+    sub = _command(commands, "unpack")
+    sub.add_argument("target", type=str, help="a file that pack wrote")
+    sub.add_argument("--out", type=str, help="a safetensors file (default: beside the coded one)")
     _json(sub)
     return top

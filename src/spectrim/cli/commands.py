@@ -18,13 +18,14 @@ from spectrim.errors import FormatError, RecipeError, SettingError
 from spectrim.metrics.inputs import batch_size_of, first_examples, one_example
 from spectrim.metrics.measurement import measure
 from spectrim.pipeline.components import make_loss
-from spectrim.pipeline.folders import RECIPE, Contents, contents
+from spectrim.pipeline.folders import MANIFEST, RECIPE, Contents, contents
 from spectrim.pipeline.recipe import Recipe, read_recipe
 from spectrim.pipeline.run import make_data, make_model
 from spectrim.report import text_report, write_report
 from spectrim.runtimes.export import export
 from spectrim.runtimes.formats import _format_of
 from spectrim.runtimes.int8 import quantize
+from spectrim.storage.pack import pack, unpack_file
 from spectrim.storage.save import load
 from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import factorize
@@ -124,6 +125,22 @@ def export_(args: Namespace) -> None:
     show(args, made.summary(), made.to_dict())
 
 
+def pack_(args: Namespace) -> None:
+    """Write the final network of a folder as one coded file."""
+    folder = Path(args.target)
+    run = folder.is_dir() and any((folder / name).exists() for name in (MANIFEST, RECIPE))
+    packed = pack(contents(folder).network("final") if run else folder, args.out or folder / "model.spz")
+    show(args, f"{packed.summary()}\nwritten to {packed.path}", packed.to_dict())
+
+
+def unpack_(args: Namespace) -> None:
+    """Write the tensors of a coded file as safetensors."""
+    path = Path(args.out or Path(args.target).with_suffix(".safetensors"))
+    packed = unpack_file(args.target, path)
+    text = f"{packed.size_bytes:,} bytes of tensors, {packed.coded_bytes:,} as a file: {packed.compression:.2f} times smaller"
+    show(args, f"{text}\nwritten to {path}", packed.to_dict() | {"path": str(path)})
+
+
 def _export_path(args: Namespace) -> Path:
     """Return the file to write, whose suffix and format agree."""
     target = Path(args.target)
@@ -163,4 +180,6 @@ BODIES: dict[str, Callable[[Namespace], None]] = {
     "plan": plan_,
     "report": report_,
     "export": export_,
+    "pack": pack_,
+    "unpack": unpack_,
 }

@@ -46,6 +46,7 @@ class Steps(Step):
         self.owner, self.stack = owner, ExitStack()
         self.cuts: list[dict[str, Any]] = []
         self.at: tuple[int, int] | None = None
+        self.trained_by: Optimizer | None = None
         self.called = self.heard = False
         self._reset()
 
@@ -98,7 +99,7 @@ class Steps(Step):
             step: number of finished optimizer steps.
             steps: of the whole training.
         """
-        self.at = step, steps
+        self.at, self.trained_by = (step, steps), optimizer
         ranks = self.before(model, inputs, optimizer, step, steps)
         if ranks is not None:
             self.cuts.append({"step": step, "ranks": ranks})
@@ -106,8 +107,8 @@ class Steps(Step):
     def finish(self, model: nn.Module) -> None:
         """Do what courses want after the optimizer step that `advance` began."""
         if self.at is not None:
-            self.after(model, *self.at)
-            self.at = None
+            self.after(model, *self.at, self.trained_by)
+            self.at = self.trained_by = None
 
     def penalty(self, model: nn.Module, share: float, device: torch.device) -> Tensor:
         """Return the sum of the penalties, in the factors' own precision whatever autocast says, and note each.

@@ -1,12 +1,13 @@
 """Penalties on factors and weights, one file for each family.
 
 `METHODS` is the table that contract tests and docs read. It holds the penalties with one strength for the whole model; `TailEnergy`,
-with a strength for each weight, is part of `Squeeze`.
+with a strength for each weight, is part of `Squeeze`, and `CumulativeShrinkage` of `spectrim.analysis.bayes`.
 """
 
 from spectrim.penalties.decay import FrobeniusDecay
 from spectrim.penalties.dense import NuclearNorm, PolarHoyer
 from spectrim.penalties.orthogonality import Orthogonality
+from spectrim.penalties.shrinkage import CumulativeShrinkage
 from spectrim.penalties.sparsity import L1, Hoyer, HoyerSquare
 from spectrim.penalties.tail import TailEnergy, tail_shares
 from spectrim.protocols import Penalty
@@ -38,6 +39,7 @@ __all__ = [
     "L1",
     "LAWS",
     "METHODS",
+    "CumulativeShrinkage",
     "FrobeniusDecay",
     "Hoyer",
     "HoyerSquare",

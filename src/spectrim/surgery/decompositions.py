@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spectrim.forms.form import Form, Size
 from spectrim.layers import named_factors
+from spectrim.linalg.gram import ProjectedMetric
 from spectrim.linalg.spectral import pooled_spectrum, tail_energy, weighted_svd
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.side_by_side import room
@@ -116,7 +117,7 @@ class Decompositions:
             self._factors[name] = found
         return found
 
-    def _metrics(self, name: str, metric: Metric) -> tuple[Tensor | None, Tensor | None]:
+    def _metrics(self, name: str, metric: Metric) -> tuple[Tensor | None, Tensor | ProjectedMetric | None]:
         if metric == "none" or self.calibration is None:
             return None, None
         left, right = self.calibration.metrics(name, self.factors[name].shape)

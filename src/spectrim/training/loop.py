@@ -158,6 +158,7 @@ class Loop:
             examples = round(processes.reduced(self.accelerator, [float(examples)], "sum")[0])
             processes.same_tensors(self.accelerator, [*self.model.buffers(), *self.step.tensors()])
         line = {name: value / tally.batches for name, value in tally.sums.items()}
+        line |= self.step.noted()
         line |= {"mean_rank": mean_rank(self.model), "learning_rate": tally.rate}
         return line | {"examples_per_s": examples / seconds, "seconds": seconds}
 
@@ -167,13 +168,14 @@ class Loop:
         self._before(group[0], at, total)
         for index, batch in enumerate(group):
             self._batch(batch, index, len(group))
+        self.step.stop_gradients(self.model)
         if self.clip is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip)
         self.tally.rate = float(self.optimizer.param_groups[0]["lr"])
         self.stepper.step()
         if self.scheduler is not None and not self.stepper.step_was_skipped:
             self.scheduler.step()
-        self.step.after(self.model, at, total)
+        self.step.after(self.model, at, total, self.optimizer)
         self.position.steps += 1
 
     def _before(self, batch: Any, at: int, total: int) -> None:

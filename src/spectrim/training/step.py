@@ -1,7 +1,7 @@
 """One training step, in any loop: courses before and after it, lessons and penalties in its loss."""
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from spectrim.forms.form import Size
 from spectrim.protocols import Change, Course, Lesson, Penalty, Seen
 from spectrim.training.course import as_course, cut_ranks, name_of
 from spectrim.training.distillation import outputs_of
+from spectrim.training.holding import stop_gradients, stop_moments
 
 
 class Step:
@@ -108,11 +109,27 @@ class Step:
         memory.update(plain)
         return Change(ranks, penalty if sent else change.penalty)
 
+    def frees(self) -> list[Mapping[str, Tensor]]:
+        """Return, for each course that has started and holds some, which entries of parameters may move."""
+        held = ((course, self.memories[name]) for name, course in self.courses.items() if name in self.memories)
+        return [course.free(memory) for course, memory in held if hasattr(course, "free")]
+
+    def stop_gradients(self, model: nn.Module) -> None:
+        """Set the gradients of what courses hold to zero, between the backward pass and the optimizer step."""
+        stop_gradients(model, self.frees())
+
     @torch.no_grad()
-    def after(self, model: nn.Module, step: int, steps: int) -> None:
-        """Call every course after the optimizer step; arguments as for `before`."""
+    def after(self, model: nn.Module, step: int, steps: int, optimizer: Optimizer | None = None) -> None:
+        """Call every course after the optimizer step, and set the moments of what they hold to zero; arguments as for `before`."""
         for name, course in self.courses.items():
             course.after(model, step, steps, self.memories[name])
+        if optimizer is not None:
+            stop_moments(model, optimizer, self.frees())
+
+    def noted(self) -> dict[str, float]:
+        """Return what courses add to the log of an epoch, by the course's name and the entry's."""
+        told = ((name, course.noted(self.memories[name])) for name, course in self.courses.items() if hasattr(course, "noted"))
+        return {f"{name} {key}": value for name, entries in told for key, value in entries.items()}
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors in the memories of courses."""

@@ -1,4 +1,4 @@
-"""LeNet-5."""
+"""LeNet-5, as published and as Caffe has it."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from spectrim.errors import SettingError
 from spectrim.zoo.resnet import scaled
 
-__all__ = ["LeNet5", "lenet5"]
+__all__ = ["CaffeLeNet5", "LeNet5", "caffe_lenet5", "lenet5"]
 
 
 class LeNet5(nn.Module):
@@ -56,3 +56,33 @@ def lenet5(num_classes: int = 10, in_channels: int = 1, image_size: int = 28, wi
         61706
     """
     return LeNet5(num_classes, in_channels, image_size, 1.0 if width is None else width)
+
+
+class CaffeLeNet5(nn.Module):
+    """The LeNet-5 of Caffe, 430,500 weights and 580 biases, on which pruning papers report: 20 and 50 filters, 500 features, ten classes.
+
+    Source: ``examples/mnist/lenet.prototxt`` of BVLC Caffe.
+    Deviation: ReLU after the convolutions too, and torch's initialization.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 20, 5), nn.Conv2d(20, 50, 5)
+        self.fc1, self.fc2 = nn.Linear(800, 500), nn.Linear(500, 10)
+
+    def forward(self, images: Float[Tensor, "batch 1 28 28"]) -> Float[Tensor, "batch 10"]:
+        """Return the class logits."""
+        features = F.relu(F.max_pool2d(self.conv1(images), 2))
+        features = F.relu(F.max_pool2d(self.conv2(features), 2)).flatten(1)
+        logits: Tensor = self.fc2(F.relu(self.fc1(features)))
+        return logits
+
+
+def caffe_lenet5() -> CaffeLeNet5:
+    """The LeNet-5 of Caffe for 28 x 28 images of one channel, see `CaffeLeNet5`.
+
+    Examples:
+        >>> sum(p.numel() for p in caffe_lenet5().parameters() if p.dim() > 1)
+        430500
+    """
+    return CaffeLeNet5()

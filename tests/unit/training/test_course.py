@@ -12,9 +12,13 @@ from torch import Tensor, nn
 import spectrim as sp
 from spectrim.errors import FormatError, SettingError
 from spectrim.layers import named_factors
+from spectrim.projections import Levels, TopK
 from spectrim.protocols import Change, Course, Lesson, Seen
+from spectrim.training.admm import ADMM
 from spectrim.training.course import Cuts
+from spectrim.training.magnitude import Gradual, Hold, OneShot
 from spectrim.training.step import Step
+from spectrim.training.straight_through import StraightThrough
 
 EVERYTHING = sp.match("*")
 
@@ -70,6 +74,11 @@ COURSES = [
     sp.Ramp(0.8, cuts=2),
     sp.Squeeze(sp.Budget(macs=0.5), updates=5),
     sp.Squeeze(sp.Budget(macs=0.5), updates=5, cut=False),
+    ADMM({"0.*.U": TopK(9), "*.S": Levels(3)}, rounds=4, end=0.8, residual=0.9),
+    OneShot({"*.S": TopK(2)}, at=0.5),
+    Gradual({"*": TopK(0.1)}, cuts=5),
+    StraightThrough({"*.S": TopK(3), "2.*.U": Levels(2)}, begin=0.2, end=0.8),
+    Hold(),
     Cuts(lambda model, inputs, step, steps: {"0": 5} if step == 3 else None),
 ]
 

@@ -1,0 +1,183 @@
+"""Coded bytes against accuracy, without training and labels: ``python benchmarks/coded.py [resnet20]``.
+
+Rows are written to ``benchmarks/results/coded/NETWORK.json`` one by one; those that are there are skipped. Settings were chosen by the
+Kullback-Leibler divergence on held-out training images. The test split is read once for each row.
+"""
+
+import argparse
+import io
+import json
+import time
+import zlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import spectrim as sp
+from run import git_state
+from spectrim import zoo
+from spectrim.budget.rounding.round_to import round_to
+from spectrim.files import make_folder, write_json
+from spectrim.pipeline.run import environment
+from spectrim.storage.pack import coded, pack, unpack
+from spectrim.surgery.batchnorm import fold_batchnorms
+from spectrim.surgery.exchange import duplicate
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "coded"
+HELD_OUT = 2048
+"""Training images on which the divergence is measured."""
+
+
+@cache
+def splits(seed: int) -> Any:
+    return zoo.cifar10(batch_size=128, normalize="imagenet", augment=False, seed=seed)
+
+
+@cache
+def dense() -> nn.Module:
+    return zoo.resnet20(pretrained="akamaster").eval()
+
+
+@cache
+def folded() -> nn.Module:
+    model = duplicate(dense()).eval()
+    fold_batchnorms(model)
+    return model
+
+
+@torch.no_grad()
+def scores(model: nn.Module, data: Any, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return logits and labels."""
+    made, labels, seen = [], [], 0
+    for x, y in data:
+        made.append(model(x))
+        labels.append(y)
+        seen += len(x)
+        if limit is not None and seen >= limit:
+            break
+    return torch.cat(made), torch.cat(labels)
+
+
+@cache
+def reference() -> Tensor:
+    return scores(dense(), splits(0).val, HELD_OUT)[0].log_softmax(1)
+
+
+def judged(model: nn.Module) -> dict[str, float]:
+    """Return the divergence on held-out training images and the accuracy on all test images, which are read here once."""
+    now = scores(model.eval(), splits(0).val, HELD_OUT)[0].log_softmax(1)
+    logits, labels = scores(model, splits(0).test)
+    kl = float((reference().exp() * (reference() - now)).sum(1).mean())
+    return {"kl": kl, "accuracy": float((logits.argmax(1) == labels).float().mean()) * 100, "images": len(labels)}
+
+
+def sizes(model: nn.Module, folder: Path) -> dict[str, int]:
+    """Return the sizes of the coded file, once it was decoded into the network again, bit for bit."""
+    packed = pack(model, folder / "model.spz")
+    back = unpack(folder / "model.spz")
+    assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
+    return {"bytes": packed.coded_bytes, "data_bytes": packed.data_bytes, "index_bytes": packed.index_bytes}
+
+
+def levels(model: nn.Module, seed: int, limit: int, **more: Any) -> tuple[nn.Module, dict[str, Any]]:
+    made = round_to(model, splits(seed).train, limit, progress=False, **more)
+    return made.model, {"bits": {name: round(value, 3) for name, value in made.bits.items()}, "unexplained": made.unexplained}
+
+
+def low_rank(seed: int, limit: int, params: float) -> tuple[nn.Module, dict[str, Any]]:
+    data = splits(seed)
+    made = sp.compress(dense(), data.train, nn.CrossEntropyLoss(), sp.Budget(params=params), progress=False)
+    return levels(made.model.eval(), seed, limit)
+
+
+def one_step(limit: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Round all weights to the nearest multiple of one step, the smallest that meets the bytes; biases to 8 bits."""
+    low, high, found = 1e-3, 1.0, folded()
+    for _ in range(16):
+        step = (low * high) ** 0.5
+        model = duplicate(folded())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                scale = torch.tensor(step if parameter.dim() > 1 else float(parameter.abs().max()) / 127)
+                parameter.copy_((parameter / scale).round() * scale + 0)
+        low, high = (step, high) if len(coded(model)[0]) > limit else (low, step)
+        if high == step:
+            found = model
+    return found, {"step": high}
+
+
+def int8() -> tuple[nn.Module, dict[str, Any]]:
+    """Round each output channel to 8 bits; count the integers and scales as they are, and deflated."""
+    model, stored = duplicate(folded()), io.BytesIO()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                stored.write(parameter.numpy().tobytes())
+                continue
+            scale = parameter.flatten(1).abs().amax(1) / 127
+            spread = scale.reshape(-1, *[1] * (parameter.dim() - 1))
+            numbers = (parameter / spread).round()
+            stored.write(numbers.to(torch.int8).numpy().tobytes() + scale.numpy().tobytes())
+            parameter.copy_(numbers * spread + 0)
+    return model, {"plain_bytes": len(stored.getvalue()), "zlib_bytes": len(zlib.compress(stored.getvalue(), 9))}
+
+
+def float32() -> tuple[nn.Module, dict[str, Any]]:
+    data = b"".join(tensor.numpy().tobytes() for tensor in folded().state_dict().values())
+    return folded(), {"plain_bytes": len(data), "zlib_bytes": len(zlib.compress(data, 9))}
+
+
+def rows() -> dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]]:
+    """Return how each row is made, by its name, the most wanted first."""
+    made: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"float32": float32, "int8": int8}
+    for limit in (66_000, 50_000):
+        made[f"levels {limit} seed 0"] = lambda limit=limit: levels(dense(), 0, limit)
+    made["one step 66000"] = lambda: one_step(66_000)
+    made["one step 99000"] = lambda: one_step(99_000)
+    for params in (0.8, 0.6):
+        made[f"rank {params} levels 50000 seed 0"] = lambda params=params: low_rank(0, 50_000, params)
+    for seed in (1, 2):
+        for limit in (66_000, 50_000):
+            made[f"levels {limit} seed {seed}"] = lambda limit=limit, seed=seed: levels(dense(), seed, limit)
+    for limit in (66_000, 50_000):
+        made[f"static {limit} seed 0"] = lambda limit=limit: levels(dense(), 0, limit, sequential=False)
+    for limit in (40_000, 90_000, 32_000):
+        made[f"levels {limit} seed 0"] = lambda limit=limit: levels(dense(), 0, limit)
+    return made
+
+
+def run(path: Path, folder: Path) -> None:
+    """Make the rows that are missing."""
+    result = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    for name, make in rows().items():
+        if name in result["rows"]:
+            continue
+        began = time.process_time()
+        model, more = make()
+        seconds = time.process_time() - began
+        row = sizes(model, folder) | judged(model) | {"seconds": seconds} | more
+        result["rows"][name] = row | {"git": git_state()}
+        result |= {"network": path.stem, "environment": environment(), "examples": 1024, "held_out": HELD_OUT}
+        write_json(path, {key: value for key, value in result.items() if key != "sha256"})
+        print(name, {key: row[key] for key in ("bytes", "kl", "accuracy", "seconds")}, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("network", nargs="?", default="resnet20", choices=["resnet20"])
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    make_folder(RESULTS)
+    folder = ROOT / "runs" / "coded"
+    make_folder(folder)
+    run(RESULTS / f"{args.network}.json", folder)
+
+
+if __name__ == "__main__":
+    main()
