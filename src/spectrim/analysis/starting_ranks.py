@@ -1,6 +1,7 @@
 """Starting ranks from convex duality: the directions that survive a weight decay. And how far neighbouring layers share directions."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from spectrim.analysis.optima import checked, path_scale
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
-from spectrim.linalg import pooled_spectrum, weighted_spectrum
 from spectrim.surgery.moments import Calibration
 
 
@@ -71,8 +71,9 @@ def output_spectra(model: nn.Module, calibration: Calibration) -> dict[str, Tens
         >>> suggest_ranks({"all": spectra[""] * 2**0.5}, decay=0.7)  # strengths 5 and 3
         {'all': 1}
     """
+    without_outputs = replace(calibration, outputs={})
     return {
-        name: pooled_spectrum(weighted_spectrum(*factors.parts(), right=calibration.inputs[name]))
+        name: (-factors.tail(*without_outputs.metrics(name, factors.shape)).diff()).clamp(min=0).sqrt()
         for name, factors in named_factors(model)
         if name in calibration.inputs
     }

@@ -38,7 +38,8 @@ class Reconstruction:
     ``min ||f(x~) - f_dense(x)||^2 / var(f_dense(x))``: ``x~`` is the input of the block in the compressed network, whose blocks before it
     are reconstructed already, ``x`` that in the dense one. Then, with `whole` steps, the network as a whole, toward the dense network's
     outputs (``KL(dense || compressed)`` where these are logits). Adam, a short rise of the rate and a cosine; all of a block's parameters
-    are trained, layers stay in eval mode. Each block, and the whole, is kept only where the error on examples held out from its steps is lower.
+    are trained, layers stay in eval mode. Each block, and the whole, is kept only where the error on examples held out from its steps is
+    lower.
 
     Takes the memory of one block's inputs and outputs on all examples.
 
