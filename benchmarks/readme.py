@@ -1,4 +1,7 @@
-"""Render the table of results in ``README.md`` and the picture above it from ``benchmarks/results/compare``; no number is typed. ``--check`` compares it."""
+"""Render the table of results in ``README.md``, and the picture above it, from ``benchmarks/results/compare``; no number is typed.
+
+``--check`` compares the table.
+"""
 
 import re
 import statistics
@@ -77,7 +80,7 @@ def picture() -> None:
         place = (x + width / 2, y + height / 2 if inside else y - 0.35)
         left.text(*place, text, ha="center", va="center" if inside else "top", color="white" if inside else "#57606a")
     left.text(5, 2, "≈", ha="center", va="center", fontsize=22, color="#57606a")
-    left.set(xlim=(-0.3, 12), ylim=(-1, 4.4), aspect="equal", title="a weight becomes two thin ones: r (in + out) < in · out")
+    left.set(xlim=(-0.3, 12), ylim=(-1, 4.4), aspect="equal", title="a weight becomes two thin ones")
     left.axis("off")
     task = settings(CURVE)
     cells = gather(found(CURVE), lambda result: merit_of(task, result["final"]["test"]))
