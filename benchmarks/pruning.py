@@ -40,6 +40,7 @@ DENSE = {"epochs": 24, "constant": 0.25}
 
 METHODS: dict[str, dict[str, Any]] = {
     "admm": {"epochs": 12, "constant": 7 / 12, "rounds": 14},
+    "admm with a ramp": {"epochs": 12, "constant": 7 / 12, "rounds": 14, "ramp": 0.75},
     "one-shot": {"epochs": 12, "constant": 0.25},
     "gradual": {"epochs": 12, "constant": 7 / 12, "cuts": 42},
 }
@@ -58,11 +59,16 @@ LEVELS = {"conv*": Levels(3, zero=False), "fc*": Levels(2, zero=False)}
 def course(method: str, counts: dict[str, int]) -> Any:
     """Return the course of a method."""
     knobs, projections = METHODS[method], {layer: TopK(count) for layer, count in counts.items()}
-    if method == "admm":
-        return ADMM(projections, rounds=knobs["rounds"], end=knobs["constant"])
+    if method.startswith("admm"):
+        return ADMM(projections, rounds=knobs["rounds"], end=knobs["constant"], ramp=knobs.get("ramp", 0.0))
     if method == "gradual":
         return Gradual(projections, end=knobs["constant"], cuts=knobs["cuts"])
     return OneShot(projections)
+
+
+def label(method: str, size: str) -> str:
+    """Return the name of the files of a method at a rate."""
+    return f"{method.replace(' ', '-')}-{size}"
 
 
 def weights_of(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -85,10 +91,10 @@ def sizes(model: nn.Module, rounded: bool) -> dict[str, Any]:
 def pruned(method: str, size: str, seed: int, dense: nn.Module, data: Any) -> None:
     """Run one row unless it is there."""
     settings = {"method": method, "rate": size, "seed": seed, "counts": RATES[size], **TRAINING, **METHODS[method], "dense": DENSE}
-    if is_written(RESULTS / f"{method}-{size}-{seed}.json", settings):
+    if is_written(RESULTS / f"{label(method, size)}-{seed}.json", settings):
         return
     torch.manual_seed(seed)
-    model, name = copy.deepcopy(dense), f"{method}-{size}-{seed}-{digest(settings)}"
+    model, name = copy.deepcopy(dense), f"{label(method, size)}-{seed}-{digest(settings)}"
     knobs = METHODS[method]
     history, seconds = train(model, data, name, knobs["epochs"], knobs["constant"], [course(method, RATES[size])])
     found = {"plain": sizes(model, rounded=False)}
@@ -97,7 +103,7 @@ def pruned(method: str, size: str, seed: int, dense: nn.Module, data: Any) -> No
         for layer, parameter in weights_of(rounded).items():
             parameter.copy_(LEVELS["conv*" if layer.startswith("conv") else "fc*"](parameter.detach().clone()))
     found["rounded"] = sizes(rounded, rounded=True) | {"test": sp.evaluate(rounded, data.test, nn.CrossEntropyLoss())}
-    write_row(f"{method}-{size}", seed, settings, model, data, history, seconds, found)
+    write_row(label(method, size), seed, settings, model, data, history, seconds, found)
 
 
 def rate(constant: float) -> Callable[[float], float]:
@@ -161,7 +167,7 @@ def is_written(path: Path, settings: dict[str, Any]) -> bool:
 
 def rows(size: str, method: str) -> list[dict[str, Any]]:
     """Return the rows of one method that are there, by seed."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{method}-{size}-*.json"))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(f"{label(method, size)}-*.json"))]
 
 
 def mean(values: list[float], digits: int = 2) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import spectrim
 from spectrim import protocols
+from spectrim.forms import Form
 from spectrim.layers import KINDS
 from spectrim.tables import Row
 
@@ -19,6 +20,7 @@ TABLES = [
     ("Distortion", "spectrim.budget.distortion", protocols.Importance),
     ("Courses", "spectrim.training.methods", protocols.Course),
     ("Projections", "spectrim.projections", protocols.Projection),
+    ("Forms of a weight", "spectrim.forms", Form),
 ]
 """Heading, module with ``METHODS`` and ``LAWS``, and contract, in the order of the pages."""
 

@@ -29,15 +29,12 @@ LONG = 300
 """Lines above which a file needs a reason."""
 
 LONG_FILES = {
-    "files.py": (333, "to be split: atomic writes, and JSON with digests"),
     "forms/form.py": (380, "the contract of a form: one method each for sizes, prices, cuts, training and storage"),
     "forms/svd.py": (370, "all that reads or writes U, S and Vh as such"),
     "forms/tucker.py": (350, "all that reads or writes the core and the bases of a Tucker form"),
     "layers/conv.py": (310, "convolutions of every dimension and form, and the rows that their weights meet"),
     "pipeline/run.py": (360, "to be split: stages and baselines"),
-    "runtimes/formats.py": (356, "one writer and one reader for each format"),
-    "runtimes/int8.py": (538, "to be split: the quantizer, the sensitivity and the evaluation of exported files"),
-    "zoo/resnet.py": (305, "ResNets of three papers with the reader of their published weights"),
+    "training/reconstruct.py": (345, "the settings, with a paragraph each, and one loop for blocks and the whole"),
 }
 """Files of more than `LONG` lines: the most lines they may have, and why they are long."""
 

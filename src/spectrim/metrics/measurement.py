@@ -15,7 +15,7 @@ from spectrim.metrics.batch import BatchDims, stated
 from spectrim.metrics.clock import compare_latency
 from spectrim.metrics.evaluate import Scores, evaluate
 from spectrim.metrics.macs import count_macs
-from spectrim.metrics.table import markdown_table
+from spectrim.metrics.table import html_of, markdown_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,9 @@ class Measurement:
     def summary(self) -> str:
         """Return a table of what was measured, as text."""
         return markdown_table([[name, text] for name, text in _texts(self).items() if text])
+
+    def _repr_html_(self) -> str:
+        return html_of(self.summary())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that `json.dumps` takes."""

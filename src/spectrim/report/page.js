@@ -201,8 +201,11 @@ function yaml(picks) {
 
 // The same as a call of `prune`.
 function python(picks) {
-  const lines = PLAN.weights.map((weight, index) => `    ${JSON.stringify(weight.name)}: ${JSON.stringify(sizeOf(weight, picks[index])).replace("[", "(").replace("]", ")")},`);
-  return `cut = sp.prune(sp.factorize(model), {\n${lines.join("\n")}\n})\nsmall = sp.merge(cut)\n`;
+  const tuple = (size) => (Array.isArray(size) ? `(${size.join(", ")})` : size);
+  const lines = PLAN.weights.map((weight, index) => `    ${JSON.stringify(weight.name)}: ${tuple(sizeOf(weight, picks[index]))},`);
+  const schemes = [...new Set(PLAN.weights.filter((weight) => /Conv/.test(weight.kind)).map((weight) => weight.scheme))];
+  const scheme = schemes.length === 1 ? `, ${JSON.stringify(schemes[0])}` : "";
+  return `low = sp.factorize(model${scheme})\nsmall = sp.merge(sp.prune(low, {\n${lines.join("\n")}\n}))\n`;
 }
 
 // Verdict
@@ -231,12 +234,13 @@ function overview(parent) {
     const list = add(box, "ul");
     DATA.shortfalls.forEach((line) => add(list, "li", {}, line));
   }
-  if (run && Object.keys(run.measured).length) compared(parent, run.measured, run.split);
+  if (run && Object.keys(run.measured).length) compared(add(parent, "div", { class: "beside" }), run.measured, run.split);
   if (PLAN) budgets(parent);
   settings(parent, run);
 }
 
-function compared(parent, measured, split) {
+function compared(pair, measured, split) {
+  const parent = add(pair, "div");
   const names = Object.keys(measured);
   const dense = measured.dense || measured[names[0]];
   const ratio = (key) => (m) => (dense[key] && m[key] ? `${(dense[key] / m[key]).toFixed(2)}x` : "");
@@ -253,7 +257,7 @@ function compared(parent, measured, split) {
   ].map(([title, cell]) => [title, ...names.map((name) => cell(measured[name]) || "")]);
   table(parent, ["", ...names], rows.filter((row) => row.slice(1).some(Boolean)));
   if (dense.latency_s) add(parent, "p", { class: "soft" }, `Latency: median ± half the interquartile range; batch ${dense.batch}, CPU threads ${dense.threads}. Accuracy and loss on the ${split}.`);
-  tradeOff(parent, measured, dense, dense.accuracy !== null ? "accuracy" : "loss");
+  tradeOff(add(pair, "div"), measured, dense, dense.accuracy !== null ? "accuracy" : "loss");
 }
 
 // Dense, ours and baselines as dots with the standard error of accuracy; budgets that were tried or planned as curves.
@@ -267,8 +271,7 @@ function tradeOff(parent, measured, dense, merit) {
   const planned = PLAN && PLAN.dense[merit] !== null ? PLAN.budgets.filter((row) => row.totals).map((row) => [row.totals.macs / PLAN.dense.macs, row.totals[merit]]) : [];
   if (planned.length) series.push({ name: "planned budgets, right after the cut", points: sorted([...planned, [1, PLAN.dense[merit]]]) });
   if (series.flatMap((one) => one.points).length < 2) return;
-  add(parent, "h3", {}, "Trade-off");
-  chart(add(parent, "div", { class: "charts" }), { title: `${merit} against MACs kept`, series, x: "MACs, fraction of dense" });
+  chart(parent, { title: `Trade-off: ${merit} against MACs kept`, series, x: "MACs, fraction of dense" });
   if (series.some((one) => one.points.some((p) => p.error))) add(parent, "p", { class: "soft" }, "Bars: one standard error of the split.");
 }
 
@@ -287,7 +290,7 @@ function budgets(parent) {
   const met = PLAN.budgets.filter((row) => row.totals);
   const curve = (key) => met.map((row) => [row.totals.macs / PLAN.dense.macs, row.totals[key]]);
   const charts = add(parent, "div", { class: "charts" });
-  chart(charts, { title: "Output error after the cut", series: [{ name: "relative error", points: curve("output_error") }], x: "MACs, fraction of dense", zero: true });
+  if (met.length > 1) chart(charts, { title: "Output error after the cut", series: [{ name: "relative error", points: curve("output_error") }], x: "MACs, fraction of dense", zero: true });
   if (PLAN.dense.accuracy !== null) chart(charts, { title: "Accuracy after the cut", series: [{ name: "accuracy", points: [...curve("accuracy"), [1, PLAN.dense.accuracy]].sort((a, b) => a[0] - b[0]) }], x: "MACs, fraction of dense" });
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spectrim.errors import SettingError
 from spectrim.penalties.sums import total
 from spectrim.protocols import Change, Projection
-from spectrim.training.holding import check_patterns, chosen, held_parameters, project, put_back
+from spectrim.training.holding import check_patterns, chosen, held_parameters, on_ramp, project, put_back
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class ADMM:
         rounds: number of rounds from begin to end, >= 1.
         begin: when it begins, as a fraction of training in [0, 1).
         end: when the weights are projected at the latest, in (begin, 1].
+        ramp: share of the rounds, in [0, 1], in which the counts of pruning projections fall to the final ones, along the cubic ramp of
+            `Gradual`; 0 for the final ones from the beginning. It does not end within the ramp.
         residual: bound of the relative primal residual, > 0. A warning says where it was not reached.
 
     Raises:
@@ -82,6 +84,7 @@ class ADMM:
     rounds: int = 14
     begin: float = 0.0
     end: float = 0.6
+    ramp: float = 0.0
     residual: float = 0.02
     penalizes: ClassVar[bool] = True
 
@@ -95,15 +98,19 @@ class ADMM:
             raise SettingError("ADMM", "rounds", got=self.rounds, rule="an integer >= 1")
         if not 0 <= self.begin < self.end <= 1:
             raise SettingError("ADMM", "begin and end", got=(self.begin, self.end), rule="0 <= begin < end <= 1")
+        if not 0 <= self.ramp <= 1:
+            raise SettingError("ADMM", "ramp", got=self.ramp, rule="a share of the rounds in [0, 1]")
         if not 0 < self.residual < 1:
             raise SettingError("ADMM", "residual", got=self.residual, rule="a number in (0, 1)")
 
     def start(self, model: nn.Module, inputs: Any, steps: int) -> dict[str, Any]:
         """Return the memory before the first step: copies that are projected weights, and dual variables of zero, see `Course`."""
-        given, weights = chosen("ADMM", model, self.projections), _weights(model)
-        copies = {name: projection(weights[name]) for name, projection in given.items()} if self._span(steps)[0] == 0 else {}
-        duals = {name: torch.zeros_like(copy) for name, copy in copies.items()}
-        return {"rho": self.rho, "round": 0, "residuals": {}, "done": False, "copies": copies, "duals": duals, "free": {}, "fixed": {}}
+        chosen("ADMM", model, self.projections)
+        held: dict[str, Any] = {"rho": self.rho, "round": 0, "residuals": {}, "done": False}
+        memory = held | {"copies": {}, "duals": {}, "free": {}, "fixed": {}}
+        if self._span(steps)[0] == 0:
+            self._begin(model, memory)
+        return memory
 
     def before(self, model: nn.Module, inputs: Any, step: int, steps: int, memory: dict[str, Any]) -> Change:
         """Return the pull of this step; none before the begin and after the projection, see `Course`."""
@@ -118,12 +125,11 @@ class ADMM:
         if memory["done"]:
             put_back(model, memory["free"], memory["fixed"])
         elif finished == first:
-            given, weights = chosen("ADMM", model, self.projections), _weights(model)
-            memory["copies"] = {name: projection(weights[name]) for name, projection in given.items()}
-            memory["duals"] = {name: torch.zeros_like(copy) for name, copy in memory["copies"].items()}
+            self._begin(model, memory)
         elif finished in (first + round((last - first) * k / self.rounds) for k in range(1, self.rounds + 1)):
             self._round(model, memory)
-            if finished >= last or max(memory["residuals"].values()) <= self.residual:
+            ramped = memory["round"] >= self.ramp * self.rounds
+            if finished >= last or (ramped and max(memory["residuals"].values()) <= self.residual):
                 self._finish(model, memory)
 
     def free(self, memory: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -141,11 +147,23 @@ class ADMM:
         first = round(steps * self.begin)
         return first, max(first + 1, round(steps * self.end))
 
+    def _given(self, model: nn.Module, weights: Mapping[str, Tensor], finished: int) -> dict[str, Projection]:
+        """Return the projection of each weight after some rounds, on the ramp."""
+        given = chosen("ADMM", model, self.projections)
+        share = min(1.0, (finished + 1) / (self.ramp * self.rounds)) if self.ramp else 1.0
+        return {name: on_ramp(projection, weights[name], share) for name, projection in given.items()}
+
+    def _begin(self, model: nn.Module, memory: dict[str, Any]) -> None:
+        """Make the first copies, and dual variables of zero."""
+        weights = _weights(model)
+        memory["copies"] = {name: projection(weights[name]) for name, projection in self._given(model, weights, 0).items()}
+        memory["duals"] = {name: torch.zeros_like(copy) for name, copy in memory["copies"].items()}
+
     def _round(self, model: nn.Module, memory: dict[str, Any]) -> None:
         """Project copies, update the dual variables, measure the residuals and let the strength grow."""
         weights = _weights(model)
         copies, duals = {}, {}
-        for name, projection in chosen("ADMM", model, self.projections).items():
+        for name, projection in self._given(model, weights, memory["round"] + 1).items():
             moved = weights[name] + memory["duals"][name]
             copies[name] = projection(moved)
             duals[name] = moved - copies[name]

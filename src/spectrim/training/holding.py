@@ -1,6 +1,7 @@
 """Courses on dense weights: which parameters a pattern means, and which of their entries are free to move."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spectrim.errors import LayerError, SettingError
+from spectrim.projections.counts import count_of
 
 T = TypeVar("T")
 
@@ -59,6 +61,27 @@ def chosen(owner: str, model: nn.Module, given: Mapping[str, T]) -> dict[str, T]
             rule = "patterns that each mean a parameter that learns, and that no earlier pattern means"
             raise SettingError(owner, "patterns", got=pattern, rule=rule, hint=f"weights of this model: {names[:300]}")
     return found
+
+
+def on_ramp(projection: Any, weight: Tensor, share: float) -> Any:
+    """Return the projection at a share of the cubic ramp from all things to those that it keeps; itself where it keeps no count.
+
+    ``keep + (all - keep) (1 - share)^3``.
+
+    Examples:
+        >>> from spectrim.projections import TopK
+        >>> [on_ramp(TopK(10), torch.empty(10, 10), share).keep for share in (0.0, 0.5, 1.0)]
+        [100, 21, 10]
+
+    Source: Zhu and Gupta, arXiv 1710.01878, equation 1.
+    """
+    if hasattr(projection, "first"):
+        return replace(projection, first=on_ramp(projection.first, weight, share))
+    if not hasattr(projection, "things") or share >= 1:
+        return projection
+    things = projection.things(weight)
+    last = count_of(projection.keep, things)
+    return replace(projection, keep=last + round((things - last) * (1 - share) ** 3))
 
 
 def held_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:

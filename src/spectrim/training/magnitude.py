@@ -1,15 +1,14 @@
 """`OneShot`, `Gradual` and `Hold`: pruning at once or step by step, and keeping what is zero at zero."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from spectrim.errors import SettingError
-from spectrim.projections.counts import count_of
 from spectrim.protocols import Change, Projection
-from spectrim.training.holding import check_patterns, chosen, project, put_back
+from spectrim.training.holding import check_patterns, chosen, on_ramp, project, put_back
 
 
 def _entries(memory: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -107,9 +106,7 @@ class Gradual:
 
     def at(self, projection: Any, weight: Tensor, cut: int) -> Any:
         """Return the projection of one cut, `cut` of 1 to `cuts`, on the way to `projection`."""
-        things = projection.things(weight)
-        last = count_of(projection.keep, things)
-        return replace(projection, keep=last + round((things - last) * (1 - cut / self.cuts) ** 3))
+        return on_ramp(projection, weight, cut / self.cuts)
 
     def start(self, model: nn.Module, inputs: Any, steps: int) -> dict[str, Any]:
         """Return the memory before the first step, see `Course`."""

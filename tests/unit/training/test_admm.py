@@ -112,6 +112,21 @@ def test_the_residual_falls_and_the_projection_then_changes_nothing_much() -> No
     assert history.last["loss"] < before
 
 
+def test_counts_fall_along_a_ramp_and_it_does_not_end_within() -> None:
+    model = network()
+    course = ADMM({"0": TopK(12), "2": Then(TopK(4), Levels(3, zero=False))}, rounds=8, ramp=0.5, end=1.0, residual=0.99)
+    memory, counts, ends = course.start(model, None, 8), [], []
+    for step in range(8):
+        counts.append(int(memory["copies"]["0.weight"].count_nonzero()) if memory["copies"] else 0)
+        for name, weight in memory["copies"].items():  # a training that reaches them
+            dict(model.named_parameters())[name].data.copy_(weight)
+        course.after(model, step, 8, memory)
+        ends.append(memory["done"])
+    assert counts[:4] == [12 + round(180 * (1 - k / 4) ** 3) for k in range(1, 5)]
+    assert ends == [False] * 3 + [True] * 5
+    assert (int(model[0].weight.count_nonzero()), int(model[2].weight.count_nonzero())) == (12, 4)
+
+
 def test_what_does_not_converge_is_told() -> None:
     model = network()
     course = ADMM({"*": TopK(5)}, rho=1e-6, growth=1.0, rounds=2, end=0.5)
@@ -183,7 +198,7 @@ def test_patterns_choose_weights_and_wrong_ones_are_refused() -> None:
     for patterns, named in (({"*": TopK(1), "2": TopK(2)}, "'2'"), ({"fc1": TopK(2)}, "'fc1'"), ({"*.S": TopK(1)}, "'*.S'")):
         with pytest.raises(SettingError, match=rf"ADMM: patterns must be .*got {named.replace('*', '.')}; weights of this model: 0.weight"):
             ADMM(patterns).start(model, None, 10)
-    wrong = ({"rho": 0.0}, {"rho": 2.0}, {"growth": 0.5}, {"rounds": 0}, {"begin": 0.7}, {"end": 1.5}, {"residual": 0.0})
+    wrong = ({"rho": 0.0}, {"rho": 2.0}, {"growth": 0.5}, {"rounds": 0}, {"begin": 0.7}, {"end": 1.5}, {"ramp": 2.0}, {"residual": 0.0})
     for knobs in wrong:
         with pytest.raises(SettingError, match=r"^ADMM: "):
             ADMM({"*": TopK(1)}, **knobs)  # type: ignore[arg-type]

@@ -93,7 +93,8 @@ def test_tiles_and_fractions_ramp_too() -> None:
     course = Gradual({"*": TopK(0.1)}, cuts=2)
     assert course.at(TopK(0.1), weight, 1) == TopK(19 + round(173 / 8))
     assert course.at(Tiles(4, 4, keep=0.25), weight, 1) == Tiles(4, 4, keep=1)
-    assert course.at(Structured(0.5), weight, 2) == Structured(8)
+    assert course.at(Structured(0.5), weight, 1) == Structured(9)
+    assert course.at(Structured(0.5), weight, 2) == Structured(0.5)
 
 
 def test_one_shot_at_a_later_moment_and_to_levels() -> None:
