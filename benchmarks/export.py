@@ -33,8 +33,10 @@ from spectrim.metrics.clock import Latency, compare_latency
 from spectrim.metrics.macs import count_macs
 from spectrim.pipeline.run import environment
 from spectrim.runtimes.export import TOLERANCE, export
-from spectrim.runtimes.formats import SUFFIXES, TITLES, Runner, open_exported
+from spectrim.runtimes.formats import TITLES, Runner
+from spectrim.runtimes.readers import open_exported
 from spectrim.runtimes.tensors import compare_outputs
+from spectrim.tables import SUFFIXES
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "export"

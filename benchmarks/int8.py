@@ -27,9 +27,11 @@ from spectrim import zoo
 from spectrim.metrics.inputs import one_example
 from spectrim.pipeline.compress import compress
 from spectrim.pipeline.run import environment
+from spectrim.runtimes import Int8, evaluate_exported
+from spectrim.runtimes.evaluation import _Runtime
 from spectrim.runtimes.export import export
-from spectrim.runtimes.formats import open_exported
-from spectrim.runtimes.int8 import Int8, Quantized, _Runtime, evaluate_exported, quantize
+from spectrim.runtimes.int8 import Quantized, quantize
+from spectrim.runtimes.readers import open_exported
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

@@ -21,3 +21,12 @@ def _kinds() -> Iterator[None]:
     before = list(KINDS)
     yield
     KINDS[:] = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _imported() -> None:
+    """Import every public name once, so that tests find modules in `sys.modules` whichever of them runs first."""
+    import spectrim
+
+    for name in spectrim.__all__:
+        getattr(spectrim, name)

@@ -36,8 +36,8 @@ from spectrim.pipeline.folders import contents
 from spectrim.pipeline.recipe import parse_recipe, read_recipe
 from spectrim.pipeline.run import Run, environment
 from spectrim.report import text_report
+from spectrim.runtimes import run_exported
 from spectrim.runtimes.export import export
-from spectrim.runtimes.formats import run_exported
 from spectrim.storage.folder import PLAN, WEIGHTS
 from spectrim.training.statefile import read_state
 

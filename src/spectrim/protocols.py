@@ -173,11 +173,19 @@ class Projection(Protocol):
 class Coder(Protocol):
     """Entropy coder: symbols to bytes and back."""
 
-    def encode(self, symbols: Tensor, probabilities: Tensor, /) -> bytes:
-        """Return the coded bytes of 1-D integer symbols under a probability table."""
+    def encode(self, symbols: Tensor, contexts: Tensor, frequencies: Tensor, /) -> bytes:
+        """Return the coded bytes of symbols ``(n,)``, each in its context.
 
-    def decode(self, data: bytes, probabilities: Tensor, count: int, /) -> Tensor:
-        """Return `count` symbols; the inverse of `encode`."""
+        Row ``contexts[i]`` of `frequencies`, ``(contexts, symbols)``, is the table of symbol ``i``: integers, so that every machine decodes
+        the same.
+        """
+
+    def decode(self, data: bytes, contexts: Tensor, frequencies: Tensor, /) -> Tensor:
+        """Return the symbols, as many as there are contexts; the inverse of `encode`.
+
+        Raises:
+            ValueError: for other bytes.
+        """
 
 
 @runtime_checkable

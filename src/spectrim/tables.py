@@ -1,12 +1,20 @@
-"""`Row`: one method in the table of its contract, which contract tests and docs read."""
+"""What tables are made of; nothing here imports torch.
+
+`Row` is one method in the table of its contract, which contract tests and docs read. `SUFFIXES` lists the formats of other runtimes.
+"""
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from spectrim.errors import SettingError
 
 Example = TypeVar("Example")
+
+Format = Literal["pt2", "onnx", "executorch", "openvino"]
+
+SUFFIXES: dict[str, Format] = {".pt2": "pt2", ".onnx": "onnx", ".pte": "executorch", ".xml": "openvino"}
+"""The formats that `export` writes, by the suffixes of their files."""
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from spectrim.layers import named_layers
 from spectrim.plain.attention import PlainAttention
 from spectrim.plain.chain import PlainPair
 from spectrim.plain.recurrent import PlainRecurrent
+from spectrim.runtimes import run_exported
 from spectrim.runtimes.export import Exported, export
-from spectrim.runtimes.formats import SUFFIXES, run_exported
+from spectrim.tables import SUFFIXES
 
 PACKAGES = {".pt2": (), ".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pte": ("executorch",), ".xml": ("openvino", "onnx", "onnxscript")}
 

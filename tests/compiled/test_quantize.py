@@ -15,10 +15,16 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")
 
+from spectrim.runtimes import (  # noqa: E402
+    Int8,
+    evaluate_exported,
+    run_exported,
+    sensitivity,
+)
 from spectrim.runtimes.equalize import equalize_pairs  # noqa: E402
 from spectrim.runtimes.export import export  # noqa: E402
-from spectrim.runtimes.formats import run_exported  # noqa: E402
-from spectrim.runtimes.int8 import KEPT, Int8, evaluate_exported, quantize, sensitivity  # noqa: E402
+from spectrim.runtimes.int8 import quantize  # noqa: E402
+from spectrim.runtimes.int8_file import KEPT  # noqa: E402
 from spectrim.runtimes.onnx_digest import unseal  # noqa: E402
 
 

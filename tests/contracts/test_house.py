@@ -29,15 +29,12 @@ LONG = 300
 """Lines above which a file needs a reason."""
 
 LONG_FILES = {
-    "files.py": (333, "to be split: atomic writes, and JSON with digests"),
     "forms/form.py": (380, "the contract of a form: one method each for sizes, prices, cuts, training and storage"),
     "forms/svd.py": (370, "all that reads or writes U, S and Vh as such"),
     "forms/tucker.py": (350, "all that reads or writes the core and the bases of a Tucker form"),
     "layers/conv.py": (310, "convolutions of every dimension and form, and the rows that their weights meet"),
     "pipeline/run.py": (360, "to be split: stages and baselines"),
-    "runtimes/formats.py": (356, "one writer and one reader for each format"),
-    "runtimes/int8.py": (538, "to be split: the quantizer, the sensitivity and the evaluation of exported files"),
-    "zoo/resnet.py": (305, "ResNets of three papers with the reader of their published weights"),
+    "analysis/lipschitz.py": (330, "bounds layer by layer, with a rule for each kind of layer and for where paths meet"),
 }
 """Files of more than `LONG` lines: the most lines they may have, and why they are long."""
 
@@ -106,6 +103,20 @@ def test_public_names_at_the_top_exist_and_are_no_more_than_today() -> None:
     assert len(spectrim.__all__) <= PUBLIC_NAMES
     assert len(set(spectrim.__all__)) == len(spectrim.__all__)
     assert all(hasattr(spectrim, name) for name in spectrim.__all__)
+
+
+def test_names_are_imported_from_where_type_checkers_find_them() -> None:
+    tree = ast.parse(FILES["__init__.py"])
+    seen = {
+        alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names if node.level == 0
+    }
+    public = {name: module for name, module in seen.items() if str(module).startswith("spectrim.")}
+    assert {name: f"spectrim.{module}" for name, module in spectrim._MODULES.items()} == public
+    assert sorted(public) == sorted(spectrim.__all__)
+    assert spectrim.penalties.Hoyer is spectrim.Hoyer
+    assert "compress" in dir(spectrim)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = spectrim.nothing
 
 
 def test_rooms_export_what_exists_and_no_function_hides_a_module() -> None:

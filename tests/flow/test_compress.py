@@ -442,3 +442,37 @@ def test_large_weights_are_balanced_while_they_are_fine_tuned_and_orthonormal_ag
     assert torch.allclose(made.model(data[0][0]), made.low(data[0][0]), atol=1e-5)
     compress(model, data, LOSS, penalties=[sp.Orthogonality()], **call)
     assert len(seen) == 1  # a penalty on the factors wants them as they are
+
+
+def test_fine_tuning_that_ends_worse_than_the_cut_is_not_kept(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    x, y = torch.randn(256, 16), torch.randint(4, (256,))
+    data, loss = [(x, y)], nn.CrossEntropyLoss()
+    sp.fit(model, data, loss, torch.optim.Adam(model.parameters(), 0.01), 60, progress=False)
+
+    def destroy(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=100.0)
+
+    settings = {"eval_data": data, "cut": "whitened", "distill": None, "progress": False}
+    plain = sp.compress(model, data, loss, 0.7, **settings)  # type: ignore[arg-type]
+    made = sp.compress(model, data, loss, 0.7, 1, tuning=sp.Tuning(optimizer=destroy), **settings)  # type: ignore[arg-type]
+    assert "fine-tuned" in made.dropped
+    assert made.dropped["fine-tuned"]["loss"] > made.scores["final"]["loss"]
+    assert made.scores["final"] == pytest.approx(plain.scores[list(plain.scores)[-1]])
+    torch.testing.assert_close(made.model(x), plain.model(x))
+    assert any("fine-tuning ended worse" in warning for warning in made.verdict.warnings)
+    assert "fine-tuning ended worse" in caplog.text
+    assert made.summary().splitlines()[-1] == str(made.verdict)
+    assert "not kept: worse than the cut" in made.stages()
+    assert made.report["split"] == "validation"
+
+
+def test_every_step_is_named_from_the_first_second(capsys: pytest.CaptureFixture[str]) -> None:
+    model, data = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), [(torch.randn(32, 16), torch.randint(4, (32,)))]
+    sp.compress(model, data, nn.CrossEntropyLoss(), 0.7, 1)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("compress ")]
+    assert told[0] == "compress 1/11: reading the calibration set"
+    assert told[-1] == "compress 11/11: merging and measuring"
+    assert [int(line.split()[1].split("/")[0]) for line in told] == sorted(int(line.split()[1].split("/")[0]) for line in told)
+    assert any("fine-tuning" in line for line in told)

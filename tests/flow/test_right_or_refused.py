@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import spectrim as sp
 from spectrim.errors import ExportError, LayerError, SettingError, WriteError
 from spectrim.locks import locked
-from spectrim.runtimes.formats import run_exported
+from spectrim.runtimes import run_exported
 
 LOSS = nn.CrossEntropyLoss()
 DATA = [(torch.randn(32, 16), torch.randint(4, (32,))) for _ in range(3)]

@@ -139,7 +139,7 @@ def test_the_command_line(recipe_file: Path, tmp_path: Path) -> None:
     ran = spectrim("run", str(recipe_file), "--out", out, "--json", "--set", "truncated=null", "--set", "continued=null")
     assert ran.returncode == 0, ran.stderr
     last = json.loads(ran.stdout)
-    assert last.keys() == {"dense", "final"}
+    assert last.keys() == {"dense", "final", "verdict"}
     for entry in last.values():
         assert {"accuracy", "params", "macs", "size_bytes", "latency_s"} <= entry.keys()
     assert last["final"]["ranks"]

@@ -72,7 +72,7 @@ def test_what_the_system_refuses_is_named_with_path_and_cause(tmp_path: Path, co
     def fail(*args: object) -> None:
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("spectrim.files.os.fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(WriteError) as caught:
         write_text(tmp_path / "file", "text")
     assert str(caught.value).startswith(f"{tmp_path / 'file'}: cannot be written: {os.strerror(code)}")
@@ -227,7 +227,7 @@ def test_an_old_graph_never_stands_beside_new_weights(tmp_path: Path, moment: in
 
     put_both("old")
     with monkeypatch.context() as patch:
-        patch.setattr("spectrim.files.os.replace", stopped)
+        patch.setattr("os.replace", stopped)
         with pytest.raises(KeyboardInterrupt):
             put_both("new")
     assert not path.exists(), "no graph rather than a wrong one"

@@ -17,6 +17,10 @@ ABSOLUTE = {"size_bytes": "size", "latency_s": "latency"}
 """Fields of a budget that have a unit, and the cost that each limits."""
 
 
+DROPS = ("max_drop", "max_loss_rise")
+"""Fields of a budget that say how much worse the network may be."""
+
+
 UNITS = {"size_bytes": "bytes", "latency_s": "seconds"}
 
 
@@ -32,12 +36,25 @@ class BudgetError(SettingError):
         SpectrimError.__init__(self, f"Budget: {problem}")
 
 
-def as_budget(budget: "Budget | float | Mapping[str, Any]", verb: str) -> "Budget":
+class FloorError(BudgetError):
+    """A limit below the cheapest network of ranks.
+
+    Examples:
+        >>> print(FloorError("macs", got=0.1, rule="at least 0.2000 for this network"))
+        Budget: macs must be at least 0.2000 for this network, got 0.1
+    """
+
+    def __init__(self, field: str, *, got: object, rule: str, hint: str = "") -> None:
+        SettingError.__init__(self, "Budget", field, got=got, rule=rule, hint=hint)
+
+
+def as_budget(budget: "Budget | float | Mapping[str, Any] | None", verb: str, *, drops: bool = False) -> "Budget":
     """Return a budget as people write it: a `Budget`, a fraction of the multiply-accumulates, or a dict of a budget's fields.
 
     Args:
         budget: in any of these forms.
         verb: that was called, for errors.
+        drops: whether it may say how much worse the network may be.
 
     Raises:
         SettingError: for anything else.
@@ -48,13 +65,21 @@ def as_budget(budget: "Budget | float | Mapping[str, Any]", verb: str) -> "Budge
     """
     check(verb, budget=budget)
     if isinstance(budget, Budget):
-        return budget
+        return _within(budget, verb, drops)
     if not isinstance(budget, Mapping):
-        return Budget(macs=float(budget))
+        return Budget(macs=float(budget or 0.0))
     names = [field.name for field in fields(Budget)]
     if unknown := [name for name in budget if name not in names]:
         raise SettingError(verb, "budget", got=dict(budget), rule=f"a dict with the keys {names}", hint=f"{unknown[0]!r} is none of them")
-    return Budget(**budget)
+    return _within(Budget(**budget), verb, drops)
+
+
+def _within(budget: "Budget", verb: str, drops: bool) -> "Budget":
+    """Return a budget; refuse one that says how much worse the network may be where nothing is scored."""
+    if budget.drops and not drops:
+        rule = f"without {' and '.join(budget.drops)}, which compress and the prune key of a recipe search for"
+        raise SettingError(verb, "budget", got=budget, rule=rule)
+    return budget
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,9 +93,12 @@ class Budget:
         latency: fraction of the seconds that it takes, in (0, 1]; `allocate` then needs a latency table.
         size_bytes: bytes, at least 1.
         latency_s: seconds for one call on the table's batch, above 0.
+        max_drop: points of accuracy, at least 0, by which the network may be worse than the dense one on the validation split: `compress`
+            then looks for the smallest network that is not. 0.5 allows 92.0 % to fall to 91.5 %. Other limits hold as well.
+        max_loss_rise: the same for the loss, as a fraction of the dense network's, at least 0; 0.05 allows 5 % more.
 
     Raises:
-        SettingError: for a fraction outside (0, 1], for a number of bytes or seconds that is none, or when nothing is limited.
+        SettingError: for a fraction outside (0, 1], for a number of bytes, seconds or points that is none, or when nothing is limited.
 
     Examples:
         >>> Budget(macs=0.4)
@@ -85,17 +113,22 @@ class Budget:
     latency: float | None = None
     size_bytes: float | int | None = None
     latency_s: float | None = None
+    max_drop: float | None = None
+    max_loss_rise: float | None = None
 
     def __post_init__(self) -> None:
         hint = "Budget(macs=0.4) keeps 40 %"
-        if not self.limits:
+        if not self.limits and not self.drops:
             raise SettingError("Budget", f"one of {', '.join(f.name for f in fields(self))}", got=None, rule="given", hint=hint)
-        for name, value in self.limits.items():
+        for name, value in (self.limits | self.drops).items():
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise SettingError("Budget", name, got=value, rule="a number", hint=hint)
             if name in FRACTIONS and not 0 < value <= 1:
                 hint = next((f"write {other}= for {unit}" for other, unit in UNITS.items() if FRACTIONS[name] == ABSOLUTE[other]), hint)
                 raise SettingError("Budget", name, got=value, rule="the fraction kept, in (0, 1]", hint=hint)
+            if name in DROPS and not 0 <= value < math.inf:
+                what = "points of accuracy" if name == "max_drop" else "a fraction of the loss"
+                raise SettingError("Budget", name, got=value, rule=f"{what}, at least 0", hint="Budget(max_drop=0.5)")
         if self.size_bytes is not None and not 1 <= self.size_bytes < math.inf:
             raise SettingError("Budget", "size_bytes", got=self.size_bytes, rule="bytes, at least 1", hint="Budget(size=0.4) keeps 40 %")
         if self.latency_s is not None and not 0 < self.latency_s < math.inf:
@@ -105,10 +138,15 @@ class Budget:
     def limits(self) -> dict[str, float | int]:
         """What is limited: field to value."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None and name not in DROPS}
+
+    @property
+    def drops(self) -> dict[str, float]:
+        """How much worse the network may be: field to value."""
+        return {name: getattr(self, name) for name in DROPS if getattr(self, name) is not None}
 
     def __repr__(self) -> str:
-        return f"Budget({', '.join(f'{name}={value!r}' for name, value in self.limits.items())})"
+        return f"Budget({', '.join(f'{name}={value!r}' for name, value in (self.limits | self.drops).items())})"
 
 
 def _number(owner: str, name: str, value: object) -> float:

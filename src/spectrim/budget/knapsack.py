@@ -10,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectrim.budget.budget import ABSOLUTE, FRACTIONS, BudgetError
+from spectrim.budget.budget import ABSOLUTE, FRACTIONS, BudgetError, FloorError
 from spectrim.budget.ladder import UnitCost
-from spectrim.errors import SettingError
 from spectrim.files import printing_to_stderr
 
 
@@ -36,7 +35,7 @@ def _limit(name: str, value: float | int, cost: UnitCost, choices: Mapping[str, 
         else:
             smallest = f"{math.ceil(least)} bytes" if counted else f"{math.ceil(least * 1e7) / 1e7:.7f} seconds"
         hint = _floor(cost, {weight: min(table) for weight, table in zip(choices, tables, strict=True)}, least)
-        raise SettingError("Budget", name, got=value, rule=f"at least {smallest} for this network", hint=hint)
+        raise FloorError(name, got=value, rule=f"at least {smallest} for this network", hint=hint)
     unit = 1.0 if counted else 1e9  # nanoseconds: what the solver lets through must be nothing
     row = np.concatenate([np.asarray(table, dtype=float) for table in tables])
     return _Limit(name, row * unit, (most - cost.fixed) * unit, cost.whole * unit, f"{name}={value:g}")

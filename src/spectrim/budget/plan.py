@@ -290,12 +290,11 @@ def _totals(costs: Mapping[str, UnitCost], judged: Mapping[str, float]) -> tuple
 
 
 def _settings(model: nn.Module, inputs: Any, latency: Latencies | None, *, examples: int | None) -> dict[str, Any]:
-    names = ("spectrim", "torch")
     table = {name: getattr(latency, name) for name in ("backend", "threads", "machine") if hasattr(latency, name)}
     return {
         "model": type(model).__name__,
         "batch": batch_size_of(inputs, model=model, unknown=1),
         "examples": examples,
         "latency": json.loads(json.dumps(table, default=dict)) if latency else None,
-        "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in ("spectrim", "torch")} | {"python": platform.python_version()},
     }

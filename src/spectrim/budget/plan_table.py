@@ -8,7 +8,8 @@ from typing import Any
 from spectrim.errors import FormatError
 from spectrim.files import read_json, write_json
 from spectrim.forms.form import Size, ranks_in, rung_of, shown
-from spectrim.metrics.table import markdown_table
+from spectrim.metrics.figures import curve, figure
+from spectrim.metrics.table import html_of, markdown_table
 
 FORMAT = 1
 
@@ -138,6 +139,22 @@ class Plan:
 
     def __str__(self) -> str:
         return f"{_budget_table(self)}\n\n{_layer_table(self)}"
+
+    def _repr_html_(self) -> str:
+        return html_of(str(self))
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure: output error, and accuracy or loss, against the MACs of each budget; right after the cut."""
+        met = [(row.totals.macs / self.dense.macs, row.totals) for row in self.budgets if row.totals is not None]
+        merits = {"output_error": "relative output error", "accuracy": "accuracy", "loss": "loss"}
+        known = [name for name in merits if any(getattr(totals, name) is not None for _, totals in met)]
+        made, axes = figure(max(1, len(known)))
+        for place, name in zip(axes, known, strict=False):
+            points = [(kept, float(getattr(totals, name))) for kept, totals in met if getattr(totals, name) is not None]
+            dense = getattr(self.dense, name)
+            whole = [] if dense is None else [(1.0, float(dense))]
+            curve(place, [*points, *whole], title=f"{merits[name]} after the cut", x="MACs, fraction of dense", y=merits[name])
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a dict that `json.dumps` takes; `from_dict` is its inverse."""

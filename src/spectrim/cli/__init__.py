@@ -1,17 +1,14 @@
-"""The command line: each body checks, calls one function, prints."""
+"""The command line: each body checks, calls one function, prints. What needs torch is imported after the arguments are read."""
 
 import logging
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
-from rich.console import Console
-
 from spectrim.cli.arguments import parser
-from spectrim.cli.commands import BODIES
 from spectrim.errors import RecipeError
 
 
@@ -36,21 +33,73 @@ def _termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def _logging(verbose: bool) -> Iterator[None]:
+    """Show the log of the library, or of its warnings nothing: the verdict names them."""
+    logger = logging.getLogger("spectrim")
+    level, handler = logger.level, logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    logger.setLevel(logging.INFO if verbose else logging.ERROR)
+    if verbose:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+@contextmanager
+def _device(name: str | None) -> Iterator[None]:
+    """Let training see one device alone; before torch looks for devices."""
+    if name is None:
+        yield
+        return
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and (kind != "cuda" or not number.isdigit())):
+        raise RecipeError("--device", f"got {name!r}", allowed="cpu, cuda, cuda:N, mps")
+    wanted = {"ACCELERATE_USE_CPU": "true"} if kind == "cpu" else {"CUDA_VISIBLE_DEVICES": number} if number else {}
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
+    try:
+        import torch
+
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if kind in there and not there[kind]:
+            raise RecipeError("--device", f"got {name!r}, which this machine does not have", allowed="cpu")
+        yield
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def _print_error(text: str, style: str | None = "red") -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exit codes: 0, 2 for wrong usage (a bad recipe too), 1 for a failure, 130 after Ctrl-C, 143 after SIGTERM."""
-    logging.getLogger("torch").setLevel(logging.ERROR)
     args = parser().parse_args(argv)
-    errors = Console(stderr=True)
+    options = args[args.command]
     try:
-        with _termination():
-            BODIES[args.command](args[args.command])
+        with _termination(), _logging(options.verbose), _device(options.get("device")):
+            from spectrim.cli.commands import BODIES
+
+            logging.getLogger("torch").setLevel(logging.ERROR)
+            BODIES[args.command](options)
     except RecipeError as error:
-        errors.print(f"spectrim: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _print_error(f"spectrim: {error}")
         sys.exit(2)
     except KeyboardInterrupt as stopped:
         more = "; the same command resumes from the last checkpoint" if args.command in ("run", "compress") else ""
-        errors.print(f"stopped{more}", markup=False)
+        _print_error(f"stopped{more}", None)
         sys.exit(143 if isinstance(stopped, _Terminated) else 130)
-    except (ValueError, RuntimeError, OSError, ImportError, torch.OutOfMemoryError) as error:
-        errors.print(f"spectrim: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:  # torch's errors are RuntimeErrors
+        if options.verbose:
+            import traceback
+
+            traceback.print_exc()
+        _print_error(f"spectrim: {error}")
         sys.exit(1)

@@ -13,30 +13,32 @@ from torch.utils._pytree import tree_map_only
 from spectrim.budget.latency_table import latency_table
 from spectrim.budget.plan import BUDGETS, plan
 from spectrim.cli.compressing import compress_, run
-from spectrim.cli.shared import fractions, note, show
+from spectrim.cli.shared import changes, fractions, note, show
 from spectrim.errors import FormatError, RecipeError, SettingError
 from spectrim.metrics.inputs import batch_size_of, first_examples, one_example
 from spectrim.metrics.measurement import measure
 from spectrim.pipeline.components import make_loss
-from spectrim.pipeline.folders import RECIPE, Contents, contents
+from spectrim.pipeline.folders import MANIFEST, RECIPE, Contents, contents
 from spectrim.pipeline.recipe import Recipe, read_recipe
 from spectrim.pipeline.run import make_data, make_model
 from spectrim.report import text_report, write_report
 from spectrim.runtimes.export import export
-from spectrim.runtimes.formats import SUFFIXES, _format_of
+from spectrim.runtimes.formats import _format_of
 from spectrim.runtimes.int8 import quantize
+from spectrim.storage.pack import pack, unpack_file
 from spectrim.storage.save import load
 from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import factorize
+from spectrim.tables import SUFFIXES
 
 
 def measure_(args: Namespace) -> None:
     """Measure the network of a recipe or of a folder, or show what was measured when the folder was finished."""
-    found, held = None, _contents(args.target)
-    if held is not None and args.split is None and args.threads is None:
-        found = held.measured("final")
+    found, held, verdict = None, _contents(args.target), ""
+    if held is not None and args.split is None and args.threads is None and not changes(args):
+        found, verdict = held.measured("final"), held.verdict()
     if found is None:
-        model, recipe = _network(args.target, held, "final")
+        model, recipe = _network(args, held, "final")
         data = make_data(recipe)
         split = getattr(data, args.split or "val")
         example = one_example(data.val, model)
@@ -44,15 +46,15 @@ def measure_(args: Namespace) -> None:
         where = f"measured on the {args.split or 'val'} split"
     else:
         where = "as measured on the test split when the folder was written; --split measures again, and calls the recipe's code"
-    show(args, f"{found.summary()}\n{where}", found.to_dict())
+    show(args, "\n".join(part for part in (found.summary(), where, verdict) if part), found.to_dict())
 
 
 def coverage_(args: Namespace) -> None:
     """List every parameterized layer: factorized, or why not."""
     held = _contents(args.target)
-    lines = held.coverage if held is not None else None
+    lines = held.coverage if held is not None and not changes(args) else None
     if lines is None:
-        model, recipe = _network(args.target, held, "factorized")
+        model, recipe = _network(args, held, "factorized")
         where = recipe.factorize.layers()
         if held is None:
             model = factorize(model, recipe.factorize.scheme, where)
@@ -64,7 +66,7 @@ def plan_(args: Namespace) -> None:
     """Predict the result of each budget, without training: ranks, costs, and the error right after the cut."""
     budgets = fractions("--budgets", args.budgets) if args.budgets else BUDGETS
     held = _contents(args.target)
-    model, recipe = _network(args.target, held, "dense")
+    model, recipe = _network(args, held, "dense")
     if held is None and recipe.dense.epochs:
         note(f"the recipe trains its dense network first; planned is the untrained one. spectrim run {args.target}, then plan its folder")
     data, where = make_data(recipe), recipe.factorize.layers()
@@ -105,7 +107,7 @@ def export_(args: Namespace) -> None:
     if args.tolerance is not None and not args.tolerance > 0:
         raise RecipeError("--tolerance", f"got {args.tolerance}", allowed="a number above 0")
     held, path = _contents(args.target), _export_path(args)
-    model, recipe = _network(args.target, held, "final")
+    model, recipe = _network(args, held, "final")
     data = make_data(recipe)
     if args.int8:
         made: Any = quantize(model, data.train, path)
@@ -121,6 +123,22 @@ def export_(args: Namespace) -> None:
         tolerance=args.tolerance, latency=True, threads=args.threads,
     )  # fmt: skip
     show(args, made.summary(), made.to_dict())
+
+
+def pack_(args: Namespace) -> None:
+    """Write the final network of a folder as one coded file."""
+    folder = Path(args.target)
+    run = folder.is_dir() and any((folder / name).exists() for name in (MANIFEST, RECIPE))
+    packed = pack(contents(folder).network("final") if run else folder, args.out or folder / "model.spz")
+    show(args, f"{packed.summary()}\nwritten to {packed.path}", packed.to_dict())
+
+
+def unpack_(args: Namespace) -> None:
+    """Write the tensors of a coded file as safetensors."""
+    path = Path(args.out or Path(args.target).with_suffix(".safetensors"))
+    packed = unpack_file(args.target, path)
+    text = f"{packed.size_bytes:,} bytes of tensors, {packed.coded_bytes:,} as a file: {packed.compression:.2f} times smaller"
+    show(args, f"{text}\nwritten to {path}", packed.to_dict() | {"path": str(path)})
 
 
 def _export_path(args: Namespace) -> Path:
@@ -140,15 +158,15 @@ def _contents(target: str) -> Contents | None:
     return contents(Path(target)) if Path(target).is_dir() else None
 
 
-def _network(target: str, held: Contents | None, name: str) -> tuple[nn.Module, Recipe]:
+def _network(args: Namespace, held: Contents | None, name: str) -> tuple[nn.Module, Recipe]:
     """Return the dense network of a recipe file, or one that a folder holds; both call what the recipe names."""
     if held is None:
-        recipe = read_recipe(target, cut=False)
+        recipe = read_recipe(args.target, changes(args), cut=False)
         return make_model(recipe), recipe
     place, path = held.network(name), held.folder / RECIPE
     note(f"calling the code that {path} names; do so only for folders that you trust")
     try:
-        recipe = read_recipe(path, cut=False)
+        recipe = read_recipe(path, changes(args), cut=False)
     except RecipeError as error:
         raise error if str(path) in str(error) else FormatError(path, str(error)) from error
     return load(place, make_model(recipe)), recipe
@@ -162,4 +180,6 @@ BODIES: dict[str, Callable[[Namespace], None]] = {
     "plan": plan_,
     "report": report_,
     "export": export_,
+    "pack": pack_,
+    "unpack": unpack_,
 }

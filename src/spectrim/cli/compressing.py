@@ -1,6 +1,7 @@
 """`spectrim run` and `spectrim compress`: to one budget or several, in a folder."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from spectrim.errors import RecipeError, SettingError
 from spectrim.files import read_json, temporary_beside
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.measurement import Measurement, compare_table
+from spectrim.metrics.verdict import Verdict
 from spectrim.pipeline.compress import compress
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.folders import finish
@@ -27,7 +29,7 @@ from spectrim.storage.save import load
 from spectrim.surgery.factorize import factorize
 from spectrim.training.tuning import Tuning
 
-LIMITS = ("macs", "params", "size", "size_bytes", "latency", "latency_s")
+LIMITS = ("macs", "params", "size", "size_bytes", "latency", "latency_s", "max_drop", "max_loss_rise")
 
 
 PAGE_BUDGETS = (0.65, 0.5, 0.33)
@@ -46,15 +48,15 @@ def run(args: Namespace) -> None:
         plan_of_run(job)
         page = write_report(job.out)
     measured = {NAMES.get(k, k): Measurement.from_dict(result[k]) for k in ("dense", "final", "truncated", "continued") if k in result}
-    text = f"{compare_table(measured)}\nwritten to {job.out}; the page: {page}"
-    show(args, text, {name: result[name] for name in ("dense", "final")})
+    text = f"{compare_table(measured)}\nwritten to {job.out}; the page: {page}\n{Verdict.from_dict(result['verdict'])}"
+    show(args, text, {name: result[name] for name in ("dense", "final", "verdict")})
 
 
 def compress_(args: Namespace) -> None:
     """Compress a recipe's dense network to a budget, or to several, each in a folder inside; one page shows them all."""
     budgets = _budgets(args)
     recipe = read_recipe(args.recipe, changes(args), cut=False)
-    names = ["-".join(f"{unit}{value:g}" for unit, value in budget.limits.items()) for budget in budgets]
+    names = ["-".join(f"{unit}{value:g}" for unit, value in (budget.limits | budget.drops).items()) for budget in budgets]
     out = Path(args.out or Path("runs") / f"{Path(args.recipe).stem}-compress-{'-'.join(names)}")
     job = Run(recipe, out, progress=not args.quiet)
     with job.hold():
@@ -62,24 +64,31 @@ def compress_(args: Namespace) -> None:
         if len(budgets) == 1:
             made, measured, result = _compressed(job, budgets[0], args)
             finish(out, "compress", result, made.coverage)
-            text = f"{made.stages()}\n{_table(measured)}"
+            text, verdicts = f"{made.stages()}\n{_table(measured)}", {"": result["verdict"]}
         else:
-            measured = _sweep(job, dict(zip(names, budgets, strict=True)), args)
-            finish(out, "sweep", {name: entry.to_dict() for name, entry in measured.items()} | {"split": "test"})
+            measured, verdicts = _sweep(job, dict(zip(names, budgets, strict=True)), args)
+            finish(out, "sweep", {name: entry.to_dict() for name, entry in measured.items()} | {"split": "test", "verdicts": verdicts})
             text = _table(measured)
         plan_of_run(job)
         page = write_report(out)
-    text = f"{text}\naccuracy and loss on the test split\nwritten to {out}; the page: {page}"
-    show(args, text, {name: entry.to_dict() for name, entry in measured.items()})
+    last = "\n".join(f"{name}: {told}" if name else str(told) for name, told in _told(verdicts).items())
+    text = f"{text}\naccuracy and loss on the test split\nwritten to {out}; the page: {page}\n{last}"
+    told = {"verdict": verdicts[""]} if len(budgets) == 1 else {"verdicts": verdicts}
+    show(args, text, {name: entry.to_dict() for name, entry in measured.items()} | told)
+
+
+def _told(verdicts: Mapping[str, Mapping[str, Any]]) -> dict[str, Verdict]:
+    return {name: Verdict.from_dict(fields) for name, fields in verdicts.items()}
 
 
 def _table(measured: dict[str, Measurement]) -> str:
     return compare_table({NAMES.get(name, name): entry for name, entry in measured.items()})
 
 
-def _sweep(job: Run, budgets: dict[str, Budget], args: Namespace) -> dict[str, Measurement]:
-    """Compress one dense network to several budgets, each in a folder inside, and return the measurements."""
+def _sweep(job: Run, budgets: dict[str, Budget], args: Namespace) -> tuple[dict[str, Measurement], dict[str, Any]]:
+    """Compress one dense network to several budgets, each in a folder inside, and return the measurements and the verdicts."""
     found: dict[str, Measurement] = {}
+    verdicts: dict[str, Any] = {}
     job.dense()
     for name, budget in budgets.items():
         one = Run(job.recipe, job.out / name, progress=job.progress)
@@ -90,7 +99,8 @@ def _sweep(job: Run, budgets: dict[str, Budget], args: Namespace) -> dict[str, M
             plan_of_run(one)
             write_report(one.out)
         found |= {"dense": found.get("dense", measured["dense"]), name: measured["final"]}
-    return found
+        verdicts[name] = result["verdict"]
+    return found, verdicts
 
 
 def _copy_dense(source: Path, target: Path) -> None:
@@ -122,9 +132,10 @@ def _compressed(job: Run, budget: Budget, args: Namespace) -> tuple[Compressed, 
     )  # fmt: skip
     job.begin("measure")
     tested = {name: evaluate(model, job.data.test, job.loss) for name, model in (("dense", dense), ("final", made.model))}
-    measured = {name: replace(made.measured[name], accuracy=found.get("accuracy"), loss=found["loss"]) for name, found in tested.items()}
+    measured = {name: made.measured[name].scored(found) for name, found in tested.items()}
     measured["final"] = replace(measured["final"], ranks=made.ranks)
-    result = made.report | {name: entry.to_dict() for name, entry in measured.items()} | {"split": "test"}
+    verdict = made.verdict_on(measured, "test split").to_dict()
+    result = made.report | {name: entry.to_dict() for name, entry in measured.items()} | {"split": "test", "verdict": verdict}
     return made, measured, result
 
 
@@ -133,9 +144,9 @@ def _budgets(args: Namespace) -> list[Budget]:
     listed: dict[str, list[float]] = {}
     for name in LIMITS:
         if (value := getattr(args, name)) is not None:
-            listed[name] = fractions(f"--{name}", value) if isinstance(value, str) else [value]
+            listed[name] = fractions(_option(name), value) if isinstance(value, str) else [value]
     if not listed:
-        raise RecipeError("compress", "no budget", allowed=", ".join(f"--{name}" for name in LIMITS) + "; --macs 0.4 keeps 40 %")
+        raise RecipeError("compress", "no budget", allowed=", ".join(map(_option, LIMITS)) + "; --macs 0.4 keeps 40 %")
     count = max(map(len, listed.values()))
     if any(len(values) not in (1, count) for values in listed.values()):
         raise RecipeError("compress", "lists of different lengths", allowed="lists of one length, or single values")
@@ -147,9 +158,14 @@ def _budgets(args: Namespace) -> list[Budget]:
         raise RecipeError("compress", str(error)) from error
 
 
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def _check_budgets(job: Run, budgets: list[Budget]) -> None:
     """Check that ranks can meet the budgets before the dense network is trained, as far as no seconds are asked for."""
-    counted = [budget for budget in budgets if not {"latency", "latency_s"} & set(budget.limits)]
+    limited = [replace(budget, max_drop=None, max_loss_rise=None) for budget in budgets if budget.limits]
+    counted = [budget for budget in limited if not {"latency", "latency_s"} & set(budget.limits)]
     if not counted or not job.recipe.dense.epochs or (job.out / "1-dense" / STAGE).exists():
         return
     low = factorize(job.initial, job.recipe.factorize.scheme, job.recipe.factorize.layers())

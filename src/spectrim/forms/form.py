@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import LayerError, RankError
+from spectrim.linalg.gram import Metric
 
 Size = int | tuple[int, ...]
 """A rank, or several of them: `Tucker2` has ``(out, in)`` ranks."""
@@ -181,11 +182,11 @@ class Form(nn.Module):
         """Return by rung the root of the energy that it adds, ``(rank,)``, float64; of an SVD the singular values."""
         return (-self.tail().diff()).clamp(min=0).sqrt()
 
-    def tail(self, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+    def tail(self, left: Tensor | None = None, right: Metric | None = None) -> Tensor:
         """Return the squared error at every rung, from none at all on: ``(rank + 1,)``, float64; by the metrics of `cut`."""
         raise NotImplementedError
 
-    def cut_to(self: Self, size: Size, left: Tensor | None = None, right: Tensor | None = None) -> Self:
+    def cut_to(self: Self, size: Size, left: Tensor | None = None, right: Metric | None = None) -> Self:
         """Return a new form of a size, the nearest in ``||L^1/2 (W - W_r) R^1/2||``; this one stays as it is.
 
         Args:
@@ -195,7 +196,7 @@ class Form(nn.Module):
         """
         raise NotImplementedError
 
-    def cut(self: Self, choose: Choose, left: Tensor | None = None, right: Tensor | None = None) -> Self:
+    def cut(self: Self, choose: Choose, left: Tensor | None = None, right: Metric | None = None) -> Self:
         """Return a new form, cut along each axis of the size to what is chosen from the spectrum there; otherwise as `cut_to`."""
         raise NotImplementedError
 

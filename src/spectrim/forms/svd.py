@@ -11,6 +11,7 @@ from spectrim import linalg
 from spectrim.errors import LayerError
 from spectrim.forms.compose import Compose
 from spectrim.forms.form import LOST, Form, Size, fitted, one_rank, stored, whole
+from spectrim.linalg.gram import Metric
 
 OVERFLOW = "load a sound checkpoint, or leave the layer out with where="
 
@@ -134,7 +135,7 @@ class Factors(Form):
         """Return the `spectrum`: an SVD is cut along one axis."""
         return (self.spectrum(),)
 
-    def tail(self, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+    def tail(self, left: Tensor | None = None, right: Metric | None = None) -> Tensor:
         """Return the energy behind each rank, see `linalg.tail_energy`."""
         if left is None and right is None:
             return linalg.tail_energy(self.spectrum())
@@ -219,7 +220,7 @@ class Factors(Form):
         return (self.U * (self.S.sign() * root).unsqueeze(-2)).to(self.dtype), (root.unsqueeze(-1) * self.Vh).to(self.dtype)
 
     @torch.no_grad()
-    def cut(self, choose: Callable[[Tensor], int], left: Tensor | None = None, right: Tensor | None = None) -> "Factors":
+    def cut(self, choose: Callable[[Tensor], int], left: Tensor | None = None, right: linalg.Metric | None = None) -> "Factors":
         """Re-orthogonalize exactly, then keep the largest singular values; with metrics, what is nearest in ``||L^1/2 (W - W_r) R^1/2||``.
 
         Args:
@@ -254,7 +255,7 @@ class Factors(Form):
         """Return the same weight with orthonormal columns and rows, values descending."""
         return self.like(*self.svd(), exact=True)
 
-    def cut_to(self, size: Size, left: Tensor | None = None, right: Tensor | None = None) -> "Factors":
+    def cut_to(self, size: Size, left: Tensor | None = None, right: Metric | None = None) -> "Factors":
         """Cut to a rank, see `cut`."""
         rank = self.checked("", size)
         return self.cut(lambda spectrum: rank, left, right)

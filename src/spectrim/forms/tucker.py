@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import LayerError, RankError
 from spectrim.forms.form import LOST, Form, Size, fitted, rung_of
+from spectrim.linalg.gram import Metric
 from spectrim.linalg.spectral import LEFT_FLOOR, metric_root
 from spectrim.linalg.tucker import core_of, hooi, hosvd, nested_path
 
@@ -197,7 +198,7 @@ class Tucker2(Form):
         P, core, Q = hosvd(core_of(core, RA.mT, RB.mT), self.size)
         return QA @ P, core, QB @ Q
 
-    def _weighted(self, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _weighted(self, left: Tensor | None, right: Metric | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the core in the metrics, and the bases by which a basis of it becomes one of the kernel."""
         A, core, B = self.parts_in_order()
         (RA, back_A), (RB, back_B) = metric_root(A, left, LEFT_FLOOR), metric_root(B, right, LEFT_FLOOR)
@@ -208,7 +209,7 @@ class Tucker2(Form):
         core = self.parts_in_order()[1]
         return core.square().sum((1, 2)).sqrt(), core.square().sum((0, 2)).sqrt()
 
-    def tail(self, left: Tensor | None = None, right: Tensor | None = None) -> Tensor:
+    def tail(self, left: Tensor | None = None, right: Metric | None = None) -> Tensor:
         """Return the energy outside each size of the path, from ``(0, 0)`` on."""
         core = self.parts_in_order()[1]
         if left is not None or right is not None:
@@ -221,7 +222,7 @@ class Tucker2(Form):
         kept = torch.stack([inside.new_zeros(()), *(inside[r - 1, s - 1] for r, s in self.path())])
         return (inside[-1, -1] - kept).clamp(min=0).cummin(0).values
 
-    def cut_to(self, size: Size, left: Tensor | None = None, right: Tensor | None = None) -> "Tucker2":
+    def cut_to(self, size: Size, left: Tensor | None = None, right: Metric | None = None) -> "Tucker2":
         """Cut to ``(r, s)``: the truncated HOSVD, improved by HOOI."""
         self.refuse_not_finite()
         pair = self.checked("", size)
@@ -230,7 +231,7 @@ class Tucker2(Form):
         made._path = self.path()[: made.rank] if pair in self.path() else None
         return made
 
-    def _cut_parts(self, pair: Pair, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _cut_parts(self, pair: Pair, left: Tensor | None, right: Metric | None) -> tuple[Tensor, Tensor, Tensor]:
         if left is None and right is None:
             A, core, B = self.parts_in_order()
             P, core, Q = hooi(core, pair)
@@ -241,7 +242,7 @@ class Tucker2(Form):
         turned_A, core, turned_B = hosvd(core_of(core, RA.mT, RB.mT), pair)
         return QA @ turned_A, core, QB @ turned_B
 
-    def cut(self, choose: Callable[[Tensor], int], left: Tensor | None = None, right: Tensor | None = None) -> "Tucker2":
+    def cut(self, choose: Callable[[Tensor], int], left: Tensor | None = None, right: Metric | None = None) -> "Tucker2":
         """Cut to what is chosen from the spectrum along each channel axis."""
         outputs, inputs = self.spectra()
         return self.cut_to((choose(outputs), choose(inputs)), left, right)

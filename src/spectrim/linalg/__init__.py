@@ -1,6 +1,7 @@
 """Mathematics on tensors: folding kernels into matrices, singular value decompositions, polar factors."""
 
 from spectrim.linalg.fold import Fold, from_matrix, leading, to_matrix
+from spectrim.linalg.gram import Metric, ProjectedMetric
 from spectrim.linalg.polar import polar_factor, polar_schedule
 from spectrim.linalg.spectral import (
     orthogonality_defect,
@@ -17,6 +18,8 @@ from spectrim.linalg.spectral import (
 
 __all__ = [
     "Fold",
+    "Metric",
+    "ProjectedMetric",
     "from_matrix",
     "leading",
     "orthogonality_defect",

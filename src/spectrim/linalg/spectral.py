@@ -6,6 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spectrim.errors import SettingError
+from spectrim.linalg.gram import ProjectedMetric
+
 OVERSAMPLE = 16
 """Columns that `randomized_svd` draws beyond the rank."""
 
@@ -89,7 +92,24 @@ def svd_of_product(
     return left @ core_U, core_S, core_Vh @ right.mT
 
 
-def metric_root(vectors: Tensor, metric: Tensor | None, floor: float) -> tuple[Tensor, Tensor]:
+OUTSIDE = 1e-3
+"""Largest share of a direction outside those that a projected metric has seen."""
+
+
+def _seen(vectors: Tensor, metric: Tensor | ProjectedMetric) -> Tensor:
+    """Return ``V^T M V`` for columns ``V``."""
+    if isinstance(metric, ProjectedMetric):
+        if (outside := metric.misses(vectors)) > OUTSIDE:
+            hint = "calibrate the model as it is: the moments were projected on the singular vectors that it had"
+            raise SettingError(
+                "weighted_svd", "metric", got=f"directions of which {outside:.2g} was not seen", rule="of these factors", hint=hint
+            )
+        return metric.of(vectors)
+    metric = metric.to(vectors)
+    return vectors.mT @ (metric.unsqueeze(-1) * vectors if metric.dim() == 1 else metric @ vectors)
+
+
+def metric_root(vectors: Tensor, metric: Tensor | ProjectedMetric | None, floor: float) -> tuple[Tensor, Tensor]:
     """Return ``R`` with ``R^T R = V^T M V`` for orthonormal columns ``V``, and its inverse; no eigenvalue is below `floor` of the largest.
 
     For a metric of zeros the identity is used.
@@ -97,9 +117,7 @@ def metric_root(vectors: Tensor, metric: Tensor | None, floor: float) -> tuple[T
     if metric is None:
         eye = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device).expand(*vectors.shape[:-2], -1, -1)
         return eye, eye
-    metric = metric.to(vectors)
-    scaled = metric.unsqueeze(-1) * vectors if metric.dim() == 1 else metric @ vectors
-    gram = vectors.mT @ scaled
+    gram = _seen(vectors, metric)
     values, basis = torch.linalg.eigh((gram + gram.mT) / 2)
     largest = values[..., -1:]
     roots = torch.where(largest > 0, values.clamp(min=floor * largest), 1.0).sqrt()
@@ -111,7 +129,7 @@ def weighted_svd(
     S: Float[Tensor, "*blocks rank"],
     Vh: Float[Tensor, "*blocks rank in_"],
     left: Tensor | None = None,
-    right: Tensor | None = None,
+    right: Tensor | ProjectedMetric | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose ``M = U diag(S) Vh`` for approximation in the norm ``||L^1/2 (M - M_r) R^1/2||_F`` instead of the Frobenius norm.
 
@@ -126,7 +144,7 @@ def weighted_svd(
         S: of any sign.
         Vh: orthonormal rows.
         left: symmetric, positive semidefinite ``(..., out, out)``, or its diagonal ``(out,)``; the identity when omitted.
-        right: the same of ``(..., in, in)`` or ``(in,)``.
+        right: the same of ``(..., in, in)`` or ``(in,)``, or projected on directions that contain the rows of ``Vh``.
 
     Returns:
         ``X (..., out, rank)``, ``values (..., rank)`` descending, ``Y (..., rank, in)`` in float64, ``M = X Y``. Columns of ``X`` and rows

@@ -1,7 +1,8 @@
 """`evaluate`: loss and accuracy on a data set."""
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +16,21 @@ from spectrim.metrics.inputs import pair_of
 from spectrim.metrics.tensors import send, tensors_of
 
 
-def evaluate(
-    model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor], *, batch_dims: BatchDims | None = None
-) -> dict[str, float]:
+class Scores(dict[str, float]):
+    """``loss`` and ``accuracy``, with how sure they are.
+
+    Attributes:
+        targets: number of class labels that the accuracy is a mean over; None without an accuracy.
+        chance: accuracy of the most frequent label as a constant answer; None without an accuracy.
+        loss_error: standard error of the loss, from its spread over batches; None for a single batch.
+    """
+
+    targets: int | None = None
+    chance: float | None = None
+    loss_error: float | None = None
+
+
+def evaluate(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor], *, batch_dims: BatchDims | None = None) -> Scores:
     """Compute loss and accuracy in eval mode, without gradients; training flags are as before afterwards.
 
     Args:
@@ -31,7 +44,7 @@ def evaluate(
     Returns:
         ``loss``, the mean over all targets (each batch weighs ``target.numel()``, or its examples where the target is no tensor), and
         ``accuracy``, a fraction, where the output (or its ``logits``, see `scores_of`) is ``(N, classes)`` and the target ``(N,)``
-        integers.
+        integers. The dict has attributes that say how sure they are, see `Scores`.
 
     Raises:
         SettingError: `data` yields nothing, or something that is not ``(inputs, target)``.
@@ -41,7 +54,8 @@ def evaluate(
         >>> evaluate(nn.Identity(), data, nn.CrossEntropyLoss())["accuracy"]
         0.5
     """
-    total, count, correct, judged = 0.0, 0, 0, 0
+    losses: list[tuple[float, int]] = []
+    correct, labels = 0, Counter[int]()
     check("evaluate", model=model, data_once=data, loss=loss)
     with evaluating(model):
         for batch in data:
@@ -49,15 +63,29 @@ def evaluate(
             inputs, target = send(inputs, model), send(target, model)
             output = call_model(model, inputs)
             targets = weight_of(target) if batch_dims is None else stated(inputs, batch_dims, "evaluate").size
-            total += float(loss_of(loss, output, target, "evaluate")) * targets
-            count += targets
+            losses.append((float(loss_of(loss, output, target, "evaluate")), targets))
             scores = scores_of(output)
             if isinstance(target, Tensor) and _is_classification(scores, target):
                 correct += int((scores.argmax(1) == target).sum())
-                judged += len(target)
+                labels.update(target.tolist())
+    count, judged = sum(weight for _, weight in losses), labels.total()
     if not count:
         raise SettingError("evaluate", "data", got=f"no targets from {type(data).__name__}", rule="at least one batch", hint=READ_ONCE)
-    return {"loss": total / count} | ({"accuracy": correct / judged} if judged else {})
+    mean = sum(value * weight for value, weight in losses) / count
+    found = Scores({"loss": mean} | ({"accuracy": correct / judged} if judged else {}))
+    found.loss_error = _standard_error(losses, mean)
+    if judged:
+        found.targets, found.chance = judged, max(labels.values()) / judged
+    return found
+
+
+def _standard_error(losses: Sequence[tuple[float, int]], mean: float) -> float | None:
+    """Return the standard error of a weighted mean over batches, which are taken for independent; None for fewer than two of them."""
+    count = sum(weight for _, weight in losses)
+    if len(losses) < 2:
+        return None
+    spread = sum((weight / count * (value - mean)) ** 2 for value, weight in losses)
+    return math.sqrt(spread * len(losses) / (len(losses) - 1))
 
 
 def weight_of(target: Any) -> int:

@@ -13,9 +13,9 @@ from spectrim.forms.form import Size, ranks_in
 from spectrim.layers import named_factors
 from spectrim.metrics.batch import BatchDims, stated
 from spectrim.metrics.clock import compare_latency
-from spectrim.metrics.evaluate import evaluate
+from spectrim.metrics.evaluate import Scores, evaluate
 from spectrim.metrics.macs import count_macs
-from spectrim.metrics.table import markdown_table
+from spectrim.metrics.table import html_of, markdown_table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Measurement:
         latency_iqr_s: its interquartile range, in seconds.
         batch: examples in the call that was timed.
         threads: CPU threads it was timed with.
+        targets: number of class labels that the accuracy is a mean over.
+        chance: accuracy of the most frequent label as a constant answer.
+        loss_error: standard error of the loss, from its spread over batches.
 
     Examples:
         >>> m = Measurement(params=270_256, macs=40_813_184, size_bytes=1_081_024, accuracy=0.9173)
@@ -55,10 +58,27 @@ class Measurement:
     latency_iqr_s: float | None = None
     batch: int | None = None
     threads: int | None = None
+    targets: int | None = None
+    chance: float | None = None
+    loss_error: float | None = None
+
+    def scored(self, scores: Scores) -> "Measurement":
+        """Return this measurement with the scores of `evaluate`, and how sure they are, in place of its scores."""
+        return dataclasses.replace(
+            self,
+            loss=scores["loss"],
+            accuracy=scores.get("accuracy"),
+            targets=scores.targets,
+            chance=scores.chance,
+            loss_error=scores.loss_error,
+        )
 
     def summary(self) -> str:
         """Return a table of what was measured, as text."""
         return markdown_table([[name, text] for name, text in _texts(self).items() if text])
+
+    def _repr_html_(self) -> str:
+        return html_of(self.summary())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that `json.dumps` takes."""
@@ -130,20 +150,22 @@ def measure(
             raise SettingError("measure", "batch_size", got=batch_size, rule=rule)
         batch_size = size
     fields: dict[str, Any] = {"macs": None}
+    scores: Scores | None = None
     if inputs is not None:
         fields["macs"] = count_macs(model, inputs, batch_size=batch_size)
         if latency:
             timed = compare_latency({"model": model}, inputs, threads=threads, batch_size=batch_size)["model"]
             fields |= {"latency_s": timed.median_s, "latency_iqr_s": timed.iqr_s, "batch": timed.batch, "threads": timed.threads}
     if data is not None and loss is not None:
-        fields |= evaluate(model, data, loss, batch_dims=batch_dims)
+        scores = evaluate(model, data, loss, batch_dims=batch_dims)
     model = unwrapped(model)
-    return Measurement(
+    found = Measurement(
         params=sum(tensor.numel() for tensor in _distinct(model.parameters())),
         size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in _distinct(tree_leaves(model.state_dict()))),
         ranks={name: factors.size for name, factors in named_factors(model)},
         **fields,
     )
+    return found if scores is None else found.scored(scores)
 
 
 def measure_together(

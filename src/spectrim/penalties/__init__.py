@@ -7,6 +7,7 @@ with a strength for each weight, is part of `Squeeze`.
 from spectrim.penalties.decay import FrobeniusDecay
 from spectrim.penalties.dense import NuclearNorm, PolarHoyer
 from spectrim.penalties.orthogonality import Orthogonality
+from spectrim.penalties.shrinkage import CumulativeShrinkage
 from spectrim.penalties.sparsity import L1, Hoyer, HoyerSquare
 from spectrim.penalties.tail import TailEnergy, tail_shares
 from spectrim.protocols import Penalty
@@ -29,6 +30,7 @@ METHODS: tuple[Row[Penalty], ...] = (
     Row(Hoyer, example=Hoyer(0.05), card="svd-training", laws={"spectral", "rank-one", "scale-free"}),
     Row(HoyerSquare, example=HoyerSquare(0.05), card="svd-training", laws={"spectral", "rank-one", "scale-free"}),
     Row(L1, example=L1(0.1), card="svd-training", laws={"spectral", "definite", "degree-1"}),
+    Row(CumulativeShrinkage, example=CumulativeShrinkage(0.1), card="bayesian-ranks", laws={"spectral", "definite", "degree-1"}),
     Row(PolarHoyer, example=PolarHoyer(0.001), card="dense-regularisers", laws={"dense", "spectral", "rank-one", "scale-free"}),
     Row(NuclearNorm, example=NuclearNorm(0.001), card="dense-regularisers", laws={"dense", "spectral", "definite", "degree-1"}),
     Row(FrobeniusDecay, example=FrobeniusDecay(1e-4), card="squeeze", laws={"spectral", "definite", "degree-2"}),
@@ -38,6 +40,7 @@ __all__ = [
     "L1",
     "LAWS",
     "METHODS",
+    "CumulativeShrinkage",
     "FrobeniusDecay",
     "Hoyer",
     "HoyerSquare",

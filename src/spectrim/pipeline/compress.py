@@ -1,12 +1,12 @@
 """All verbs in order, in one call: `compress`."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.budget.allocate import check_floor
 from spectrim.budget.budget import Budget, as_budget
@@ -18,10 +18,15 @@ from spectrim.errors import SettingError
 from spectrim.layers import named_factors
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
+from spectrim.metrics.distance import Unlabeled, relative_distance, with_outputs
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
+from spectrim.metrics.measurement import Measurement
+from spectrim.metrics.verdict import worse_than
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.cutter import Cutter
 from spectrim.pipeline.judge import Judge, scores_of_measurement
+from spectrim.pipeline.search import searching
+from spectrim.pipeline.steps import LOGGER, steps
 from spectrim.pipeline.store import Store, Told, identity_of
 from spectrim.pipeline.teaching import MEMORIZED, TEACHING, teacher_for, why_untaught, with_hint_layers
 from spectrim.pipeline.tuner import Tuner, squeezed
@@ -37,17 +42,19 @@ from spectrim.surgery.select import layer_filter
 from spectrim.training.distillation import Distillation, Loss
 from spectrim.training.fit import DEFAULT
 from spectrim.training.history import History
+from spectrim.training.parts import Reconstruction
 from spectrim.training.stopping import Best
 from spectrim.training.tuning import Schedule, Tuning
 
 
 @outside_inference_mode
 @naming
+@searching
 def compress(
     model: nn.Module,
     data: Iterable[Any],
-    loss: Loss,
-    budget: Budget | float | Mapping[str, Any],
+    loss: Loss | None = None,
+    budget: Budget | float | Mapping[str, Any] | None = None,
     epochs: int = 0,
     *,
     example_inputs: Any = None,
@@ -64,6 +71,7 @@ def compress(
     penalties: Sequence[Penalty] = (),
     examples: int = 1024,
     calibration: Calibration | None = None,
+    reconstruct: Reconstruction | None = None,
     latency: Latencies | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -76,9 +84,15 @@ def compress(
 
     Args:
         model: dense and trained; it is left untouched.
-        data: the training split, batches ``(inputs, target)``, iterable more than once.
-        loss: ``(output, target) -> scalar``, a mean over examples.
+        data: the training split, batches ``(inputs, target)``, iterable more than once; without a loss also bare inputs (a tuple or list of
+            two is taken for inputs and target).
+        loss: ``(output, target) -> scalar``, a mean over examples. Without one, nothing needs labels, and nothing is fine-tuned: the loss
+            in all scores is the distance of the outputs from the dense network's, as a share of their variance
+            (`spectrim.metrics.distance.RelativeDistance`), and sensitivities come from random directions of the output. ``Divergence()``,
+            in the same room, compares logits.
         budget: what the whole network may keep: a `Budget`, a fraction of the multiply-accumulates, or a dict of `Budget`'s fields.
+            With ``max_drop`` or ``max_loss_rise`` the smallest network that is at most so much worse on `eval_data`, by bisection over
+            budgets: five calls with budgets of limits alone, each in a folder inside `folder`.
         epochs: passes over `data`, >= 0; 0 for calibration only.
         example_inputs: one batch for costs and latency; the first example of `data` when omitted. That is cut along axes whose sizes agree
             with the target's or among the inputs, and tried in the network.
@@ -91,10 +105,12 @@ def compress(
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
             examples; ``sensitive`` what changes the loss least to second order; ``mixed`` as ``whitened``, with ranks by the mean of the
-            plain and the whitened energy. ``auto`` makes the first three and keeps the one that is best after the refit, on `eval_data` or
-            else on the examples: by accuracy, where there is one and nothing is trained, else by loss. With epochs, ``mixed`` takes its
-            place where it starts little worse: with at most a quarter more added to the dense network's loss, or, with a large loss gap
-            (as under `distill`), from a loss at most a quarter higher, and no higher than that of ``sensitive`` where that is lowest.
+            plain and the whitened energy; ``both`` as ``whitened``, with outputs weighted by the root of their curvature; ``curved`` as
+            ``sensitive``, with a refit in the same metric, for language models. ``auto`` makes the first three and keeps the one that is
+            best after the refit, on `eval_data` or else on the examples: by accuracy, where there is one and nothing is trained, else by
+            loss. With epochs, ``mixed`` takes its place where it starts little worse: with at most a quarter more added to the dense
+            network's loss, or, with a large loss gap (as under `distill`), from a loss at most a quarter higher, and no higher than that of
+            ``sensitive`` where that is lowest.
         importance: ranks by this distortion instead of that of the cut method.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: distillation from the dense network while fine-tuning. ``auto`` uses it for a classifier whose cut network has a large
@@ -108,9 +124,14 @@ def compress(
             `squeeze`, the factors of large weights are fine-tuned as `balance_` leaves them, and orthonormal again in the end.
         examples: number of training examples in the calibration set, >= 1.
         calibration: made before by `calibrate` of ``factorize(model, scheme, where)``, so that several budgets share it.
+        reconstruct: after the cut, train each block for a few steps toward the dense network's block, on inputs without labels, see
+            `Reconstruction`; kept where the loss is lower.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
         folder: for the cut network, checkpoints, the final network and ``result.json``; an interrupted call resumes there. None for none.
-        progress: whether to show progress, on stderr.
+        progress: whether to show progress, on stderr: the name of each step.
+
+    With epochs, a network that ends worse than its cut is not kept, and the cut is: a lower accuracy, or a higher loss at a level one,
+    beyond the standard errors.
 
     Returns:
         The networks, their measurements side by side, and the choices made.
@@ -131,24 +152,38 @@ def compress(
         >>> made.measured["final"].macs <= 256
         True
     """
-    check("compress", model=model, data=data, loss=loss, epochs=epochs, example_inputs=example_inputs, eval_data=eval_data, where=where)
+    check("compress", model=model, epochs=epochs, example_inputs=example_inputs, where=where)
+    given = data
+    if loss is None or isinstance(loss, Unlabeled):
+        data, eval_data, loss = _without_labels(unwrapped(model), data, eval_data, loss, epochs, examples, batch_dims)
+    check("compress", data=data, loss=loss, eval_data=eval_data)
     check("compress", squeeze=squeeze, tuning=tuning, penalties=penalties, examples=examples, latency=latency)
     model, budget, epochs, examples = unwrapped(model), as_budget(budget, "compress"), index(epochs), index(examples)
     where = layer_filter(where, model, "compress")
-    _check(model, cut, distill)
+    _check(model, cut, distill, reconstruct)
     _check_tuning(tuning, eval_data is not None)
-    inputs = one_example(data, model, dims=batch_dims, owner="compress") if example_inputs is None else example_inputs
-    batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
-    known = first_examples(data, examples, dims=batch_dims)
-    low = factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
-    store = Store(None if folder is None else Path(folder))
-    with store.held():
+    ways = (1 if cut != "auto" else 4 if epochs else 3) + (reconstruct is not None)
+    with (
+        steps("compress", 6 + ways + (round(epochs * squeeze) > 0) + (epochs > round(epochs * squeeze)), progress) as step,
+        ExitStack() as held,
+    ):
+        step("reading the calibration set")
+        inputs = one_example(data, model, dims=batch_dims, owner="compress") if example_inputs is None else example_inputs
+        batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
+        known = first_examples(data, examples, dims=batch_dims)
+        more = None if reconstruct is None else reconstruct.examples
+        unlabeled = [] if more is None else first_examples(given, more, dims=batch_dims)
+        step("factorizing", has_bar=True)
+        low = factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
+        store = Store(None if folder is None else Path(folder))
+        held.enter_context(store.held())
         store.claim(
             budget=repr(budget),
             epochs=epochs,
             scheme=scheme,
             writing=writing,
             cut=cut,
+            measure=type(loss).__name__ if isinstance(loss, Unlabeled) else "loss",
             importance=None if importance is None else repr(importance),
             squeeze=squeeze,
             distill=distill.settings
@@ -159,16 +194,20 @@ def compress(
             penalties=[repr(penalty) for penalty in penalties],
             **tuning.settings,
             examples=examples,
+            reconstruct=None if reconstruct is None else repr(reconstruct),
             **identity_of(model, low, data, known, inputs, loss, tuning.optimizer, latency, calibration) if folder is not None else {},
         )
+        step("comparing outputs and pricing ranks")
         same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
         prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True)
         if scheme == "auto" and latency is None and calibration is None:
             low, prices = at_budget(low, budget, inputs, prices, model)
         check_floor(low, budget, prices)
         judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
-        cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims)
-        scores, history, told = {"dense": judge.dense}, History(), Told()
+        cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims, step, reconstruct, unlabeled, progress)
+        step("scoring the dense network")
+        scores: dict[str, dict[str, float]] = {"dense": judge.dense}
+        history, told = History(), Told()
         teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
         able, untaught = teacher_for(model, known, loss, level=judge.dense_on_known["loss"]) if chosen else None, ""
         if able is not None:
@@ -178,6 +217,7 @@ def compress(
         tuner = Tuner(data, loss, epochs, tuning, teacher, eval_data, store, progress)
         training = round(epochs * squeeze)
         if training:
+            step("training toward the budget", has_bar=True)
             history = squeezed(low, tuner, cutter, training, penalties, scores, told)
         else:
             low, told, found = store.cut(model, lambda: cutter.cut(low, cut, epochs > 0))
@@ -187,26 +227,56 @@ def compress(
             tuner.start(low)
         if prices.corrected:
             recounted("compress", budget, low, inputs, prices)
-        if epochs > training:
+        before = (
+            (list(scores.values())[-1], {name: value.clone() for name, value in low.state_dict().items()}) if epochs > training else None
+        )
+        if before is not None:
+            step("fine-tuning", has_bar=True)
             with nullcontext() if training or penalties else balanced(low):
                 rest = tuner.run(low, epochs - training, penalties, "finetune")
             history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
-        low.eval()
-        final = merge(low, latency=latency)
-        same_function(low, final, inputs_of(known[0]), names=("cut", "merged"))
-        measured = judge.measured(final, inputs)
+        step("merging and measuring")
+        final, measured = _finished(low, judge, inputs, latency)
+        if before is not None and worse_than(measured["final"], before[0]):
+            told.dropped["fine-tuned"] = scores_of_measurement(measured["final"])
+            low.load_state_dict(before[1])
+            final, measured = _finished(low, judge, inputs, latency)
         counted("compress", budget, final, measured["final"].macs, prices)
-        if epochs > training:
+        if before is not None:
             scores["final"] = scores_of_measurement(measured["final"])
         taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
         lines = coverage(low, where, inputs=inputs, latency=latency)
         notes = [*told.notes, *([untaught] if untaught else [])]
-        made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes)
+        split = "calibration" if eval_data is None else "validation"
+        made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes, split)
         store.finish(made)
+    for warning in made.verdict.warnings:
+        LOGGER.warning("compress: %s", warning)
     return made
 
 
-def _check(model: nn.Module, cut: str, distill: Any) -> None:
+def _without_labels(
+    model: nn.Module, data: Any, eval_data: Any, loss: Unlabeled | None, epochs: int, examples: int, dims: BatchDims | None
+) -> tuple[list[Any], list[Any] | None, Unlabeled]:
+    """Return the calibration set and the validation split with the dense network's outputs as targets, and the distance from these."""
+    if epochs:
+        hint = "reconstruct=Reconstruction() trains without labels; fit(..., distill=Distillation(model, weight=1.0)) too"
+        raise SettingError("compress", "epochs", got=epochs, rule="0 without a loss", hint=hint)
+    batches = [data] if isinstance(data, Tensor) else data
+    check("compress", batches_again=batches, eval_batches=eval_data, examples=examples)
+    known = with_outputs(model, first_examples(batches, examples, dims=dims))
+    return known, None if eval_data is None else with_outputs(model, eval_data), loss or relative_distance(known)
+
+
+def _finished(low: nn.Module, judge: Judge, inputs: Any, latency: Latencies | None) -> tuple[nn.Module, dict[str, Measurement]]:
+    """Merge the network, compare its outputs and measure it beside the dense one."""
+    low.eval()
+    final = merge(low, latency=latency)
+    same_function(low, final, inputs_of(judge.known[0]), names=("cut", "merged"))
+    return final, judge.measured(final, inputs)
+
+
+def _check(model: nn.Module, cut: str, distill: Any, reconstruct: Any) -> None:
     """Raise a SettingError for a model or a setting that is none of the allowed ones."""
     if next(named_factors(model), None) is not None:
         hint = "merge(model) makes it dense; to cut it as it is, allocate ranks and prune"
@@ -215,6 +285,8 @@ def _check(model: nn.Module, cut: str, distill: Any) -> None:
         raise SettingError("compress", "cut", got=cut, rule=f"one of {', '.join(get_args(Cut))}")
     if not (distill is None or distill == "auto" or isinstance(distill, Distillation)):
         raise SettingError("compress", "distill", got=distill, rule="'auto', a Distillation, or None")
+    if not (reconstruct is None or isinstance(reconstruct, Reconstruction)):
+        raise SettingError("compress", "reconstruct", got=reconstruct, rule="a Reconstruction, or None")
 
 
 def _check_tuning(tuning: Tuning, judged: bool) -> None:

@@ -8,9 +8,15 @@ from torch import nn
 
 from spectrim.forms.form import Size
 from spectrim.layers import named_factors
+from spectrim.metrics.figures import curve, figure, ratios
 from spectrim.metrics.measurement import Measurement, compare_table
+from spectrim.metrics.table import html_of
+from spectrim.metrics.verdict import Verdict, has_loops, verdict
 from spectrim.surgery.coverage import Coverage
 from spectrim.training.history import History
+
+SPLITS = {"validation": "validation split", "calibration": "calibration set"}
+"""What scores are on, in words."""
 
 
 @dataclass
@@ -30,6 +36,8 @@ class Compressed:
         settings: the arguments, as plain data.
         dropped: scores of the stages that were tried and not kept, because the loss was not lower.
         notes: cut methods that were not tried, and why.
+        split: what scores are on: ``validation`` (the data given as `eval_data`) or ``calibration`` (training examples).
+        tried: with a budget that has ``max_drop`` or ``max_loss_rise``: each budget that was tried, its scores, and whether it was allowed.
     """
 
     model: nn.Module
@@ -43,6 +51,23 @@ class Compressed:
     settings: dict[str, Any] = field(default_factory=dict)
     dropped: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    split: str = "calibration"
+    tried: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Smaller, faster here, level in accuracy? And what to try next; in words."""
+        return self.verdict_on(self.measured, SPLITS[self.split])
+
+    def verdict_on(self, measured: Mapping[str, Measurement], split: str) -> Verdict:
+        """Return the verdict by other measurements of the two networks, as on the test split.
+
+        Args:
+            measured: ``dense`` and ``final``.
+            split: what accuracy and loss were measured on, in words.
+        """
+        trained, cut = bool(self.history.epochs), "kept" if "fine-tuned" in self.dropped else ""
+        return verdict(measured["dense"], measured["final"], loops=has_loops(self.model), trained=trained, cut=cut, split=split)
 
     @property
     def ranks(self) -> dict[str, Size]:
@@ -62,22 +87,58 @@ class Compressed:
             "settings": self.settings,
             "dropped": self.dropped,
             "notes": self.notes,
+            "split": self.split,
+            "tried": self.tried,
+            "verdict": self.verdict.to_dict(),
         }
         return measured | rest | {"coverage": [vars(line) for line in self.coverage]}
 
     def summary(self) -> str:
-        """Return a table of the dense and the low-rank network side by side."""
-        return compare_table({"dense": self.measured["dense"], "low-rank": self.measured["final"]})
+        """Return a table of the dense and the low-rank network side by side, and the verdict as its last line."""
+        return f"{compare_table({'dense': self.measured['dense'], 'low-rank': self.measured['final']})}\n{self.verdict}"
+
+    def _repr_html_(self) -> str:
+        return html_of(self.summary())
+
+    def plot(self) -> Any:
+        """Return a matplotlib figure: what is kept of each cost, the scores of each stage, and where budgets were searched, those."""
+        dense, final = self.measured["dense"], self.measured["final"]
+        costs = {"bytes": "size_bytes", "parameters": "params", "MACs": "macs", "latency": "latency_s"}
+        kept = {
+            name: getattr(final, key) / getattr(dense, key) for name, key in costs.items() if getattr(dense, key) and getattr(final, key)
+        }
+        merit = "accuracy" if dense.accuracy is not None else "loss"
+        tried = [(one["budget"], one[merit]) for one in self.tried if merit in one]
+        made, axes = figure(3 if tried else 2)
+        ratios(axes[0], kept, title="kept of the dense network")
+        stages = [(index, found[merit]) for index, found in enumerate(self.scores.values())]
+        curve(axes[1], stages, title=f"{merit} on the {SPLITS[self.split]}", x="", y=merit)
+        axes[1].set_xticks(range(len(stages)), list(self.scores), rotation=30)
+        if tried:
+            unit = next(iter(tried[0][0]))
+            points = [(budget[unit], value) for budget, value in tried]
+            curve(axes[2], points, title="budgets that were tried", x=f"{unit}, fraction of dense", y=merit)
+        return made
 
     def stages(self) -> str:
         """Return one line for each stage that was scored, kept or not, how the cut was made, and the distillation."""
+        relative = self.settings.get("measure") == "RelativeDistance"
+
+        def told(name: str, value: float) -> str:
+            return f"{100 * value:.2g} % of the output's variance lost" if relative and name == "loss" else f"{name} {value:.4g}"
 
         def line(stage: str, found: Mapping[str, float], end: str = "") -> str:
-            return f"{stage:14}" + ", ".join(f"{name} {value:.4g}" for name, value in found.items()) + end
+            return f"{stage:14}" + ", ".join(told(name, value) for name, value in found.items()) + end
 
         lines = [line(stage, found) for stage, found in self.scores.items()]
-        lines += [line(stage, found, " (not kept: the loss is not lower)") for stage, found in self.dropped.items()]
-        told = {"weight": "logits", "features": "intermediate features"}
-        by = [way for name, way in told.items() if (self.teacher or {}).get(name)]
+        why = {"fine-tuned": " (not kept: worse than the cut)"}
+        lines += [line(stage, found, why.get(stage, " (not kept: the loss is not lower)")) for stage, found in self.dropped.items()]
+        ways = {"weight": "logits", "features": "intermediate features"}
+        by = [way for name, way in ways.items() if (self.teacher or {}).get(name)]
         taught = [f"distilled from the dense network: {' and '.join(by)}"] if by else []
-        return "\n".join([f"cut: {self.cut}", *self.notes, *taught, *lines])
+        searched = [
+            f"tried {', '.join(f'{name}={value:.4g}' for name, value in one['budget'].items())}: {one['words']}"
+            + (": allowed" if one["kept"] else ": not allowed")
+            for one in self.tried
+        ]
+        return "\n".join([*searched, f"cut: {self.cut}", *self.notes, *taught, *lines])

@@ -8,6 +8,7 @@ from typing import Any
 from spectrim.errors import FormatError
 from spectrim.files import check_digest, digest_of, read_json, write_json
 from spectrim.metrics.measurement import Measurement
+from spectrim.metrics.verdict import Verdict
 from spectrim.surgery.coverage import Coverage, LayerCoverage
 
 MANIFEST = "manifest.json"
@@ -74,6 +75,21 @@ class Contents:
         try:
             return Measurement.from_dict(entry)
         except (FormatError, TypeError, AttributeError) as error:
+            raise FormatError(path, f"is damaged ({error})", hint=HINT) from error
+
+    def verdict(self) -> str:
+        """Return the verdict in words from when the folder was finished; empty without one.
+
+        Raises:
+            FormatError: the result is damaged.
+        """
+        path = self.folder / RESULT
+        entry = read_json(path, HINT).get("verdict") if self.finished and path.is_file() else None
+        if entry is None:
+            return ""
+        try:
+            return str(Verdict.from_dict(entry))
+        except (TypeError, AttributeError) as error:
             raise FormatError(path, f"is damaged ({error})", hint=HINT) from error
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from spectrim.metrics.clock import compare_latency
-from spectrim.metrics.evaluate import evaluate
+from spectrim.metrics.evaluate import Scores, evaluate
 from spectrim.metrics.measurement import Measurement, measure
 from spectrim.pipeline.teaching import GAP, NATS_GAP, axis_of_classes
 from spectrim.training.distillation import Loss
@@ -25,12 +25,12 @@ class Judge:
     batch: int | None = None
     on_known: dict[str, float] = field(default_factory=dict)
 
-    def __call__(self, network: nn.Module) -> dict[str, float]:
+    def __call__(self, network: nn.Module) -> Scores:
         """Return the scores of a network on the data that decide."""
         return evaluate(network, self.judged, self.loss)
 
     @cached_property
-    def dense(self) -> dict[str, float]:
+    def dense(self) -> Scores:
         """The scores of the dense network."""
         return self(self.model)
 
@@ -65,9 +65,7 @@ class Judge:
                 latency_iqr_s=times[name].iqr_s,
                 batch=times[name].batch,
                 threads=times[name].threads,
-                loss=scores[name]["loss"],
-                accuracy=scores[name].get("accuracy"),
-            )
+            ).scored(scores[name])
             for name, network in networks.items()
         }
 

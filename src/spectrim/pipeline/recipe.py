@@ -96,7 +96,8 @@ class Cut:
 
     Args:
         rule: a rank rule.
-        budget: what the whole network keeps; ranks by the knapsack over the distortion of the cut method.
+        budget: what the whole network keeps; ranks by the knapsack over the distortion of the cut method. With ``max_drop`` or
+            ``max_loss_rise``, the smallest cut that is at most so much worse on the validation split, before fine-tuning.
         ranks: ``{layer: rank}``, or ``{layer: [outputs, inputs]}`` for a Tucker form.
         cut: ``plain`` keeps the largest singular values of each weight, ``whitened`` what changes its output least on training examples,
             ``sensitive`` what changes the loss least, ``mixed`` as whitened with ranks by both energies.

@@ -3,14 +3,12 @@
 import copy
 import hashlib
 import json
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,12 @@ from spectrim.metrics.inputs import first_batch, first_examples, inputs_of, one_
 from spectrim.metrics.measurement import Measurement, measure, measure_together
 from spectrim.pipeline.components import _made, make, make_loss, seed_everything
 from spectrim.pipeline.data import Data, Source, replayed
+from spectrim.pipeline.environment import environment
 from spectrim.pipeline.folders import MANIFEST, RECIPE, finish
 from spectrim.pipeline.parsing import plain
 from spectrim.pipeline.recipe import Phase, Recipe, phases
+from spectrim.pipeline.search import smallest, unit_of
+from spectrim.pipeline.verdicts import verdict_of_run
 from spectrim.storage.save import load, save
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.correct import correct
@@ -135,11 +136,8 @@ class Run:
         self.digest = _digest([after_merge, [plain(recipe.truncated), plain(recipe.continued)], recipe.latency_threads])
         measured = self._measured(models, tuned)
         result: dict[str, Any] = {name: entry.to_dict() for name, entry in measured.items()}
-        result |= {
-            "stages": self.numbers,
-            "recipe": plain(recipe),
-            "environment": environment(),
-        }
+        verdict = verdict_of_run(measured, final, self.numbers).to_dict()
+        result |= {"stages": self.numbers, "recipe": plain(recipe), "environment": environment(), "verdict": verdict}
         finish(self.out, "run", result, coverage(tuned, recipe.factorize.layers()))
         return result
 
@@ -255,12 +253,22 @@ class Run:
 
     def _cut(self, low: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         settings = self.recipe.prune
-        way = WAYS[settings.cut]
-        known = first_examples(self.fresh().train, settings.examples) if settings.correct or way.needs != "none" else []
-        moments = calibrate(low, known, self.loss, examples=None) if way.needs != "none" else None
         target: Any = settings.ranks if settings.budget is None else settings.budget
         if settings.rule is not None:
             target = make(settings.rule, "prune.rule")
+        if settings.budget is None or not settings.budget.drops:
+            return self._cut_to(low, target)
+        before, unit = self._validate(low), unit_of(settings.budget)
+        made, tried = smallest(
+            settings.budget, unit, partial(self._cut_to, low), lambda made: (before, made[1].get("val") or made[1]["val_cut"])
+        )
+        return made[0], made[1] | {"tried": tried}
+
+    def _cut_to(self, low: nn.Module, target: Any) -> tuple[nn.Module, dict[str, Any]]:
+        settings = self.recipe.prune
+        way = WAYS[settings.cut]
+        known = first_examples(self.fresh().train, settings.examples) if settings.correct or way.needs != "none" else []
+        moments = calibrate(low, known, self.loss, examples=None) if way.needs != "none" else None
         cut, told = cut_to(low, target, way, self.example, self._validate, calibration=moments)
         numbers: dict[str, Any] = {"ranks": dict(told.ranks), "val_cut": dict(told.last)}
         if settings.correct:
@@ -330,17 +338,6 @@ class Run:
 def ranks(model: nn.Module) -> dict[str, Size]:
     """Return the rank of each factorized weight."""
     return {name: factors.size for name, factors in named_factors(model)}
-
-
-def environment() -> dict[str, Any]:
-    """Return what a result depends on beside its settings."""
-    names = ("spectrim", "torch", "numpy", "accelerate")
-    return {
-        "versions": {name: version(name) for name in names} | {"python": platform.python_version()},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
 
 
 def _digest(value: Any) -> str:

@@ -169,6 +169,11 @@ class PlainRecurrent(nn.Module):
             return _read(cells[f"l{key}"], name.partition("_l")[0])
         return super().__getattr__(name)
 
+    @property
+    def loops(self) -> bool:
+        """Whether a layer or direction is a loop over time, outside torch's fused kernel."""
+        return any(not isinstance(cell, _Fused) for cell in self.cells.values())
+
     def flatten_parameters(self) -> None:
         """Lay out the fused kernels' weights for cuDNN, as `nn.LSTM` does; does nothing on other devices."""
         for cell in self.cells.values():

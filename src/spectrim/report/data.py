@@ -14,6 +14,7 @@ from spectrim.errors import FormatError
 from spectrim.files import check_digest, read_json
 from spectrim.forms.form import rung_of
 from spectrim.metrics.measurement import Measurement
+from spectrim.metrics.verdict import Verdict
 
 CHOICES = 600_000
 """Most numbers of distortion in a page, about 3 MB; above it, ranks go in steps."""
@@ -25,6 +26,15 @@ KNOWN = ("loss", "mean_rank", "learning_rate", "examples_per_s", "seconds")
 """What a line of the training log holds beside penalties and ``eval_*``."""
 
 HINT = "the same command writes it again"
+
+WORDS = {
+    "rank": "number of singular values that a layer holds; full rank is `min(out, in)`",
+    "spectrum": "the singular values, descending",
+    "energy": "sum of squared singular values; `keep` is the fraction kept, in (0, 1]",
+    "break-even rank": "the largest rank at which two operations cost fewer MACs than the dense one",
+    "MACs": "multiply-accumulates for one example; FLOPs are twice that",
+}
+"""Words of the page, as the glossary has them."""
 
 LABELS = {"final": "low-rank", "truncated": "truncated SVD", "continued": "dense, trained on"}
 
@@ -176,6 +186,8 @@ def result_data(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any
         "recipe": "",
         "environment": result.get("environment", {}),
         "split": _split(result),
+        "verdict": _verdict(result),
+        "tried": [dict(one) for one in result.get("tried") or []],
         "measured": {LABELS.get(name, name): entry for name, entry in result.items() if isinstance(entry, dict) and "size_bytes" in entry},
         "stages": [*(_stage(name, numbers) for name, numbers in stages.items()), *_compress_stages(result)],
         "ranks": _ranks(result, stages),
@@ -183,10 +195,16 @@ def result_data(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any
     }
 
 
+def _verdict(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the verdict as plain data, checked."""
+    found = result.get("verdict")
+    return None if found is None else Verdict.from_dict(found).to_dict()
+
+
 def _split(result: Mapping[str, Any]) -> str:
     """Return what accuracy and loss were measured on, in words."""
     if "split" in result:
-        return f"{result['split']} split"
+        return "calibration set, of training examples" if result["split"] == "calibration" else f"{result['split']} split"
     return "validation split (where compress had none: the calibration set)" if "scores" in result else "test split"
 
 

@@ -68,14 +68,15 @@ function ticks(low, high, log) {
 function chart(parent, { title, series, marks = [], log = false, x = "", y = "", zero = false }) {
   const shown = series.map((one) => ({ ...one, points: one.points.filter((p) => Number.isFinite(p[1]) && (!log || p[1] > 0)) }));
   const points = shown.flatMap((one) => one.points);
-  if (!points.length) return null;
+  if (!points.length || new Set(points.map((p) => p[0])).size < 2) return null; // a single point is no chart
   const figure = add(parent, "figure");
   add(figure, "figcaption", {}, title);
   const [W, H, left, right, top, bottom] = [440, 230, 52, 10, 14, 34];
   const scale = (value) => (log ? Math.log10(value) : value);
   const xs = [...points.map((p) => p[0]), ...marks.map((mark) => mark.x)];
   let [x0, x1] = [Math.min(...xs), Math.max(...xs)];
-  let [y0, y1] = [Math.min(...points.map((p) => scale(p[1]))), Math.max(...points.map((p) => scale(p[1])))];
+  const [below, above] = [(p) => (log ? p[1] : p[1] - (p.error || 0)), (p) => p[1] + (p.error || 0)];
+  let [y0, y1] = [Math.min(...points.map((p) => scale(below(p)))), Math.max(...points.map((p) => scale(above(p))))];
   if (zero) y0 = Math.min(0, y0);
   if (x0 === x1) [x0, x1] = [x0 - 0.5, x1 + 0.5];
   if (y0 === y1) [y0, y1] = [y0 - Math.abs(y0 || 1) * 0.05, y1 + Math.abs(y1 || 1) * 0.05];
@@ -109,6 +110,7 @@ function chart(parent, { title, series, marks = [], log = false, x = "", y = "",
       for (const p of one.points) {
         const place = { fill: color, stroke: "var(--panel)" };
         const [cx, cy, r] = [px(p[0]), py(scale(p[1])), one.dots ? 6 : 2.5];
+        if (p.error) add(svg, "line", { x1: cx, x2: cx, y1: py(scale(below(p))), y2: py(scale(above(p))), stroke: color, "stroke-width": 1.5 });
         const dot = one.dots ? add(svg, "path", { ...place, d: SHAPES[index % SHAPES.length](cx, cy, r) }) : add(svg, "circle", { ...place, cx, cy, r });
         add(dot, "title", {}, `${one.name}${p[2] ? `, ${p[2]}` : ""}: ${brief(p[0])}, ${brief(p[1])}`);
       }
@@ -197,22 +199,48 @@ function yaml(picks) {
   return `prune:\n  ranks:\n${lines.join("\n")}\n`;
 }
 
-// Overview
+// The same as a call of `prune`.
+function python(picks) {
+  const tuple = (size) => (Array.isArray(size) ? `(${size.join(", ")})` : size);
+  const lines = PLAN.weights.map((weight, index) => `    ${JSON.stringify(weight.name)}: ${tuple(sizeOf(weight, picks[index]))},`);
+  const schemes = [...new Set(PLAN.weights.filter((weight) => /Conv/.test(weight.kind)).map((weight) => weight.scheme))];
+  const scheme = schemes.length === 1 ? `, ${JSON.stringify(schemes[0])}` : "";
+  return `low = sp.factorize(model${scheme})\nsmall = sp.merge(sp.prune(low, {\n${lines.join("\n")}\n}))\n`;
+}
+
+// Verdict
+
+// The verdict in three parts, what to watch, and what to try: cards of what run.verdict says.
+function hero(parent, verdict) {
+  const cards = add(parent, "div", { class: "hero" });
+  for (const text of [verdict.size, verdict.speed, verdict.quality].filter(Boolean)) {
+    const [, head, rest] = text.match(/^([^(]*?)\s*(?:\((.*)\))?$/s);
+    const bad = /slower|larger|(Accuracy|Loss) .*(lower|higher)/.test(head) && !/points higher|^Loss .*lower/.test(head);
+    const level = /level|not measurably|As large/.test(head);
+    const card = add(cards, "div", { class: `card ${bad ? "bad" : level ? "level" : "good"}` });
+    add(card, "strong", {}, head);
+    if (rest) add(card, "span", { class: "soft" }, rest);
+  }
+  verdict.warnings.forEach((text) => add(parent, "p", { class: "warning", role: "note" }, `Warning: ${text}.`));
+  add(parent, "p", {}, `Next: ${verdict.next}.`);
+}
 
 function overview(parent) {
   const run = DATA.run;
+  if (run && run.verdict) hero(parent, run.verdict);
   if (DATA.shortfalls.length) {
     const box = add(parent, "div", { class: "short", role: "note" });
     add(box, "strong", {}, "What fell short");
     const list = add(box, "ul");
     DATA.shortfalls.forEach((line) => add(list, "li", {}, line));
   }
-  if (run && Object.keys(run.measured).length) compared(parent, run.measured, run.split);
+  if (run && Object.keys(run.measured).length) compared(add(parent, "div", { class: "beside" }), run.measured, run.split);
   if (PLAN) budgets(parent);
   settings(parent, run);
 }
 
-function compared(parent, measured, split) {
+function compared(pair, measured, split) {
+  const parent = add(pair, "div");
   const names = Object.keys(measured);
   const dense = measured.dense || measured[names[0]];
   const ratio = (key) => (m) => (dense[key] && m[key] ? `${(dense[key] / m[key]).toFixed(2)}x` : "");
@@ -229,12 +257,22 @@ function compared(parent, measured, split) {
   ].map(([title, cell]) => [title, ...names.map((name) => cell(measured[name]) || "")]);
   table(parent, ["", ...names], rows.filter((row) => row.slice(1).some(Boolean)));
   if (dense.latency_s) add(parent, "p", { class: "soft" }, `Latency: median ± half the interquartile range; batch ${dense.batch}, CPU threads ${dense.threads}. Accuracy and loss on the ${split}.`);
-  const merit = dense.accuracy !== null ? "accuracy" : "loss";
-  if (names.some((name) => measured[name][merit] !== null)) {
-    const series = names.map((name) => ({ name, dots: true, points: [[measured[name].macs / dense.macs, measured[name][merit]]] }));
-    add(parent, "h3", {}, "Trade-off");
-    chart(add(parent, "div", { class: "charts" }), { title: `${merit} against MACs kept`, series, x: "MACs, fraction of dense" });
-  }
+  tradeOff(add(pair, "div"), measured, dense, dense.accuracy !== null ? "accuracy" : "loss");
+}
+
+// Dense, ours and baselines as dots with the standard error of accuracy; budgets that were tried or planned as curves.
+function tradeOff(parent, measured, dense, merit) {
+  const names = Object.keys(measured).filter((name) => measured[name][merit] !== null);
+  const error = (m) => (merit === "accuracy" && m.targets ? Math.sqrt((m.accuracy * (1 - m.accuracy)) / m.targets) : m.loss_error || 0);
+  const series = names.map((name) => ({ name, dots: true, points: [Object.assign([measured[name].macs / dense.macs, measured[name][merit]], { error: error(measured[name]) })] }));
+  const tried = (DATA.run.tried || []).filter((one) => one[merit] !== undefined && one.budget.macs).map((one) => [one.budget.macs, one[merit], one.kept ? "allowed" : "not allowed"]);
+  const sorted = (points) => points.sort((a, b) => a[0] - b[0]);
+  if (tried.length > 1) series.push({ name: "tried, validation split", points: sorted(tried) });
+  const planned = PLAN && PLAN.dense[merit] !== null ? PLAN.budgets.filter((row) => row.totals).map((row) => [row.totals.macs / PLAN.dense.macs, row.totals[merit]]) : [];
+  if (planned.length) series.push({ name: "planned budgets, right after the cut", points: sorted([...planned, [1, PLAN.dense[merit]]]) });
+  if (series.flatMap((one) => one.points).length < 2) return;
+  chart(parent, { title: `Trade-off: ${merit} against MACs kept`, series, x: "MACs, fraction of dense" });
+  if (series.some((one) => one.points.some((p) => p.error))) add(parent, "p", { class: "soft" }, "Bars: one standard error of the split.");
 }
 
 function budgets(parent) {
@@ -252,7 +290,7 @@ function budgets(parent) {
   const met = PLAN.budgets.filter((row) => row.totals);
   const curve = (key) => met.map((row) => [row.totals.macs / PLAN.dense.macs, row.totals[key]]);
   const charts = add(parent, "div", { class: "charts" });
-  chart(charts, { title: "Output error after the cut", series: [{ name: "relative error", points: curve("output_error") }], x: "MACs, fraction of dense", zero: true });
+  if (met.length > 1) chart(charts, { title: "Output error after the cut", series: [{ name: "relative error", points: curve("output_error") }], x: "MACs, fraction of dense", zero: true });
   if (PLAN.dense.accuracy !== null) chart(charts, { title: "Accuracy after the cut", series: [{ name: "accuracy", points: [...curve("accuracy"), [1, PLAN.dense.accuracy]].sort((a, b) => a[0] - b[0]) }], x: "MACs, fraction of dense" });
 }
 
@@ -320,6 +358,33 @@ function startingFraction() {
   return dense && low && dense.macs ? Math.round((1000 * low.macs) / dense.macs) / 1000 : 0.5;
 }
 
+const DRAWING = `dense      in --[ W: out x in ]--> out                    costs out * in
+low-rank   in --[ rank x in ]--[ out x rank ]--> out    costs rank * (in + out)
+spectrum   ####==-.    keep the large values, cut the small ones: fewer ranks, less work`;
+
+function words(parent) {
+  const details = add(parent, "details", { class: "glossary" });
+  add(details, "summary", {}, "What rank, spectrum, energy and MACs mean");
+  add(details, "pre", { tabindex: "0" }, DRAWING);
+  const list = add(details, "dl");
+  for (const [word, meaning] of Object.entries(DATA.words)) {
+    add(list, "dt", {}, word);
+    add(list, "dd", {}, meaning.replaceAll("`", ""));
+  }
+}
+
+// The state of the slider in the address: #keep=0.35&of=macs&by=SpectralEnergy
+function fromAddress() {
+  const given = new URLSearchParams(location.hash.slice(1));
+  const keep = Number(given.get("keep"));
+  if (keep > 0 && keep <= 1) state.fraction = keep;
+  if (KINDS[given.get("of")] && denseOf(given.get("of"))) state.kind = given.get("of");
+  if (PLAN.importances.includes(given.get("by"))) state.importance = given.get("by");
+  return given.has("keep");
+}
+
+const toAddress = () => history.replaceState(null, "", `#keep=${state.fraction.toFixed(3)}&of=${state.kind}&by=${encodeURIComponent(state.importance)}`);
+
 function explorer(parent) {
   if (!PLAN) {
     const what = "This page was written without a plan. ";
@@ -327,10 +392,12 @@ function explorer(parent) {
     return;
   }
   add(parent, "p", {}, "Move the slider: every layer's spectrum is cut where the network loses least within the budget. Orange: the cut. Dashed: the break-even rank; above it one dense layer is cheaper.");
+  words(parent);
   const panel = add(parent, "div", { class: "panel" });
   const controls = add(panel, "div", { class: "controls" });
+  const linked = fromAddress();
   const kind = add(add(controls, "label", {}, "Budget of "), "select", { id: "kind" });
-  for (const [key, title] of Object.entries(KINDS)) if (denseOf(key)) add(kind, "option", { value: key }, title);
+  for (const [key, title] of Object.entries(KINDS)) if (denseOf(key)) add(kind, "option", { value: key, selected: key === state.kind }, title);
   const slider = add(controls, "input", { type: "range", id: "budget", min: "0", max: "100", step: "0.1", "aria-label": "budget kept, percent of dense" });
   const shown = add(controls, "output", { id: "kept", for: "budget" });
   const importance = add(add(controls, "label", {}, "Distortion by "), "select", { id: "importance" });
@@ -338,6 +405,7 @@ function explorer(parent) {
   const line = add(panel, "div", { class: "totals", id: "totals", "aria-live": "polite" });
   const tools = add(parent, "div", { class: "controls" });
   const copy = add(tools, "button", { type: "button", id: "copy" }, "Copy as YAML");
+  const copyPython = add(tools, "button", { type: "button", id: "copy-python" }, "Copy as Python");
   const clear = add(tools, "button", { type: "button", id: "unpin" }, "Release all pins");
   const said = add(tools, "span", { class: "soft", role: "status" });
   const details = add(parent, "details");
@@ -380,23 +448,28 @@ function explorer(parent) {
     slider.value = String(100 * state.fraction);
   }
   slider.addEventListener("input", () => { state.fraction = Number(slider.value) / 100; soon(); });
-  kind.addEventListener("change", () => { state.kind = kind.value; limits(); soon(); });
-  importance.addEventListener("change", () => { state.importance = importance.value; soon(); });
+  slider.addEventListener("change", toAddress);
+  kind.addEventListener("change", () => { state.kind = kind.value; limits(); soon(); toAddress(); });
+  importance.addEventListener("change", () => { state.importance = importance.value; soon(); toAddress(); });
   clear.addEventListener("click", () => { state.pins = {}; soon(); });
-  copy.addEventListener("click", async () => {
+  async function give(content, what) {
     try {
-      await navigator.clipboard.writeText(text.value);
-      said.textContent = "copied; it is the prune section of a recipe";
+      await navigator.clipboard.writeText(content);
+      said.textContent = `copied; it is ${what}`;
     } catch {
+      text.value = content;
       details.open = true;
       text.select();
       said.textContent = document.execCommand("copy") ? "copied" : "select and copy the text below";
     }
-  });
+  }
+  copy.addEventListener("click", () => give(yaml(state.picks), "the prune section of a recipe"));
+  copyPython.addEventListener("click", () => give(python(state.picks), "a call of prune on the factorized network"));
   onPin = soon;
   limits();
   shown.value = percent(state.fraction);
   solve();
+  if (linked) requestAnimationFrame(() => parent.scrollIntoView());
 }
 
 let onPin = () => {};

@@ -12,7 +12,8 @@ from spectrim.checks import check
 from spectrim.errors import FormatError
 from spectrim.files import make_folder, read_json, write_text
 from spectrim.metrics.measurement import compare_table
-from spectrim.report.data import measurements, plan_data, result_data, run_data
+from spectrim.metrics.verdict import Verdict
+from spectrim.report.data import WORDS, measurements, plan_data, result_data, run_data
 from spectrim.report.shortfalls import shortfalls
 
 PLAN = "plan.json"
@@ -99,7 +100,7 @@ def _plan(path: Path) -> Plan:
 
 def _page(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
     title = (run or {}).get("name") or (plan.settings.get("model", "plan") if plan else "report")
-    data = {"title": title, "plan": plan_data(plan) if plan else None, "run": run, "shortfalls": shortfalls(plan, run)}
+    data = {"title": title, "plan": plan_data(plan) if plan else None, "run": run, "shortfalls": shortfalls(plan, run), "words": WORDS}
     folder = files("spectrim.report")
     parts = {
         "title": html.escape(str(title)),
@@ -151,6 +152,8 @@ def _text(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
             parts.append("\n".join(["Ranks:", *(f"  {name}: {rank}" for name, rank in run["ranks"].items())]))
     if plan is not None:
         parts.append(str(plan))
+    if run is not None and run["verdict"]:
+        parts.append(str(Verdict.from_dict(run["verdict"])))
     return "\n\n".join(part for part in parts if part)
 
 

@@ -21,7 +21,7 @@ def shortfalls(plan: Plan | None, run: Mapping[str, Any] | None) -> list[str]:
     if run is not None and not run["measured"]:
         found.append("The run is not finished: nothing is measured yet.")
     elif run is not None:
-        found += _measured_shortfalls(measurements(run))
+        found += _measured_shortfalls(measurements(run), told=run.get("verdict") is not None)
         found += _cut_shortfalls(run["stages"])
     return found
 
@@ -30,11 +30,20 @@ def _limits(budget: Mapping[str, float]) -> str:
     return ", ".join(f"{name}={value:g}" for name, value in budget.items())
 
 
-def _measured_shortfalls(measured: Mapping[str, Measurement]) -> list[str]:
-    found: list[str] = []
+def _measured_shortfalls(measured: Mapping[str, Measurement], told: bool) -> list[str]:
+    """Compare with the dense network, unless a verdict has told it, and with truncated SVD."""
     dense, final = measured.get("dense"), measured.get("low-rank")
     if dense is None or final is None:
-        return found
+        return []
+    found = [] if told else _beside_dense(dense, final)
+    other = measured.get("truncated SVD")
+    if other is not None and other.accuracy is not None and final.accuracy is not None and other.accuracy > final.accuracy:
+        found.append(f"Plain truncated SVD with fine-tuning is {100 * (other.accuracy - final.accuracy):.2f} points better.")
+    return found
+
+
+def _beside_dense(dense: Measurement, final: Measurement) -> list[str]:
+    found: list[str] = []
     if dense.accuracy is not None and final.accuracy is not None and final.accuracy < dense.accuracy:
         found.append(f"{100 * (dense.accuracy - final.accuracy):.2f} points of accuracy below the dense network.")
     elif dense.accuracy is None and dense.loss is not None and final.loss is not None and final.loss > dense.loss:
@@ -45,9 +54,6 @@ def _measured_shortfalls(measured: Mapping[str, Measurement]) -> list[str]:
             found.append(f"Slower than the dense network: {1e3 * final.latency_s:.3f} against {1e3 * dense.latency_s:.3f} ms.")
         elif gain < spread:
             found.append(f"The gain in latency, {1e3 * gain:.3f} ms, is within the spread of the measurement, {1e3 * spread:.3f} ms.")
-    other = measured.get("truncated SVD")
-    if other is not None and other.accuracy is not None and final.accuracy is not None and other.accuracy > final.accuracy:
-        found.append(f"Plain truncated SVD with fine-tuning is {100 * (other.accuracy - final.accuracy):.2f} points better.")
     return found
 
 

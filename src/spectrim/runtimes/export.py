@@ -23,12 +23,15 @@ from spectrim.metrics.inputs import batch_size_of
 from spectrim.metrics.table import markdown_table
 from spectrim.runtimes.blame import first_line
 from spectrim.runtimes.finite import check_finite
-from spectrim.runtimes.formats import _OTHER, _WRITERS, TITLES, Format, Runner, _format_of, _onnx_node, _require, open_exported
+from spectrim.runtimes.formats import TITLES, Runner, _format_of, _require
 from spectrim.runtimes.quiet import _quiet
+from spectrim.runtimes.readers import open_exported
 from spectrim.runtimes.tensors import compare_outputs
 from spectrim.runtimes.trace import _outputs, _trace
+from spectrim.runtimes.writers import _OTHER, _WRITERS, _onnx_node
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.merge import merge
+from spectrim.tables import Format
 
 TOLERANCE = 1e-4
 """Largest difference allowed in float32, as a fraction of the output's largest magnitude: other kernels add in another order."""
@@ -133,7 +136,7 @@ def export(
 
     Examples:
         >>> import tempfile
-        >>> from spectrim.runtimes.formats import run_exported
+        >>> from spectrim.runtimes import run_exported
         >>> import tempfile
         >>> made = export(nn.Linear(4, 2), torch.randn(3, 4), Path(tempfile.mkdtemp()) / "linear.pt2")
         >>> made.batches, made.difference <= made.tolerance

@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from spectrim.errors import ExportError
 from spectrim.metrics.calls import call_model
 from spectrim.runtimes.blame import _blame, _Place, _place_in, first_line
-from spectrim.runtimes.formats import Format, _Names
+from spectrim.runtimes.formats import _Names
 from spectrim.runtimes.tensors import _arguments, _tensors
+from spectrim.tables import Format
 
 # The content of a file
 

@@ -73,7 +73,21 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     check("load", folder=folder, model=model)
     model = unwrapped(model)
     plan, tensors = read(Path(folder))
-    path = Path(folder) / PLAN
+    return rebuilt(model, plan, tensors, Path(folder) / PLAN)
+
+
+def rebuilt(model: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """Return a copy of `model` rebuilt by a plan, with the tensors stored beside it.
+
+    Args:
+        model: the original architecture, dense; it is left untouched.
+        plan: what `plan_of` returned, with ``aliases``.
+        tensors: verified.
+        path: of the plan, for errors.
+
+    Raises:
+        FormatError: for another architecture; nothing is changed then.
+    """
     try:
         built, made = _rebuild(model, plan, path)
     except FormatError:

@@ -13,6 +13,7 @@ from torch import nn
 from spectrim.checks import check, unwrapped
 from spectrim.forms.form import Size, shown
 from spectrim.layers import Site, sites
+from spectrim.metrics.table import html_of, markdown_table
 from spectrim.protocols import Latencies, Where
 from spectrim.surgery.head import call_order
 from spectrim.surgery.select import decide
@@ -60,11 +61,25 @@ class LayerCoverage:
     full: Size | None = None
 
 
+TITLES = ("layer", "kind", "scheme", "matrix", "rank", "break-even", "what")
+
+
 class Coverage(tuple[LayerCoverage, ...]):
     """All lines of `coverage`; prints as a table."""
 
     def __str__(self) -> str:
-        table = Table("layer", "kind", "scheme", "matrix", "rank", "break-even", "what", title=None)
+        table = Table(*TITLES, title=None)
+        for cells in self._rows():
+            table.add_row(*cells)
+        text = io.StringIO()
+        Console(width=150, file=text, markup=False, emoji=False, highlight=False).print(table)
+        return text.getvalue()
+
+    def _repr_html_(self) -> str:
+        return html_of(markdown_table(self._rows(), TITLES))
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = []
         for line in self:
             if line.factorized and line.shape:
                 blocks = f"{line.blocks} x " if line.blocks > 1 else ""
@@ -72,10 +87,8 @@ class Coverage(tuple[LayerCoverage, ...]):
                 cells = (line.scheme or "", f"{blocks}{line.shape[0]} x {line.shape[1]}", f"{rank} of {full}", limit)
             else:
                 cells = ("", "", "dense", "")
-            table.add_row(line.name or "(model)", line.kind, *cells, line.reason)
-        text = io.StringIO()
-        Console(width=150, file=text, markup=False, emoji=False, highlight=False).print(table)
-        return text.getvalue()
+            rows.append((line.name or "(model)", line.kind, *cells, line.reason))
+        return rows
 
 
 def coverage(model: nn.Module, where: Where | None = None, *, inputs: Any = None, latency: Latencies | None = None) -> Coverage:

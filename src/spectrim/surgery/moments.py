@@ -10,16 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import LayerError
-from spectrim.forms.form import Form
+from spectrim.forms import Factors, Form
 from spectrim.layers.uses import first_argument
 from spectrim.layers.weights import OneWeight
+from spectrim.linalg.gram import Metric, MomentSum, ProjectedMetric, gram, precise
 
 WIDEST = 8192
 """Weights with more outputs than this (vocabularies) have no moments of the outputs: the matrix would take more than 0.5 GB."""
 
 
 WIDEST_INPUTS = 16384
-"""Weights with more inputs than this are skipped: the matrix would take more than 2 GB."""
+"""Weights with more inputs than this, and as many outputs, are skipped: the matrix would take more than 2 GB."""
+
+
+PROJECTED = 512
+"""Weights with so many inputs, at least twice their rank, see them through their right singular vectors: a cut uses no more."""
 
 
 NOT_CALLED = "the model did not call this layer on these data"
@@ -51,13 +56,15 @@ class Calibration:
 
     Attributes:
         inputs: ``(in, in)`` or ``(blocks, in, in)``, float64: the mean over examples of the sum over positions of ``x x^T``, or of
-            ``(x - m) (x - m)^T`` for the weights in `means`.
+            ``(x - m) (x - m)^T`` for the weights in `means`. For weights in `bases`: of ``B x``, ``(rank, rank)``.
         outputs: ``(out, out)`` or ``(blocks, out, out)``, float64: the mean over examples and positions of ``g g^T``, ``g`` the gradient of
             one example's loss. Empty without a loss; of more than `WIDEST` outputs it is left out.
         slopes: ``(rank,)`` or ``(blocks, rank)``: the mean gradient of the loss with respect to ``S``. Empty without a loss.
         skipped: weights without moments (embeddings, more than `WIDEST_INPUTS` inputs, what the model does not call), and why.
         examples: how many were used.
         means: ``m``, ``(in,)`` or ``(blocks, in)``, float64: the mean over examples and positions, for weights whose bias absorbs it.
+        bases: ``B``, ``(rank, in)`` or ``(blocks, rank, in)``: the right singular vectors of weights with many more inputs than outputs.
+            A cut of such a weight needs ``B A B^T`` only; its factors must be those that were calibrated, or a cut of them.
 
     Source: Martens and Grosse, arXiv 1503.05671, section 3; Grosse and Martens, arXiv 1602.01407, section 3 (convolutions).
     Deviation: gradients are those of the targets given (the empirical Fisher), not of targets drawn from the model; means are taken out
@@ -70,8 +77,9 @@ class Calibration:
     skipped: Mapping[str, str]
     examples: int
     means: Mapping[str, Tensor] = field(default_factory=dict)
+    bases: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def metrics(self, name: str, shape: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
+    def metrics(self, name: str, shape: tuple[int, int]) -> tuple[Tensor | None, Metric | None]:
         """Return the metrics ``(left, right)`` of one weight for `linalg.weighted_svd`; None for one that there is not.
 
         Args:
@@ -81,11 +89,12 @@ class Calibration:
         Raises:
             LayerError: when the calibration is of another model.
         """
-        left, right = self.outputs.get(name), self.inputs.get(name)
+        left, right, basis = self.outputs.get(name), self.inputs.get(name), self.bases.get(name)
         known = name in self.inputs or name in self.skipped
-        if not known or (right is not None and right.shape[-1] != shape[1]) or (left is not None and left.shape[-1] != shape[0]):
+        width = None if right is None else (right if basis is None else basis).shape[-1]
+        if not known or width not in (None, shape[1]) or (left is not None and left.shape[-1] != shape[0]):
             raise LayerError(name, f"({shape[0]} x {shape[1]}) is not in the calibration", hint="calibrate this model")
-        return left, right
+        return left, right if right is None or basis is None else ProjectedMetric(right, basis)
 
 
 class Sums:
@@ -99,8 +108,8 @@ class Sums:
     def __init__(self, names: Mapping[Form, str], absorbing: Collection[str]) -> None:
         self.names, self.absorbing = names, absorbing
         self.totals: dict[str, Tensor] = {}
-        self.rows: dict[str, int] = defaultdict(int)
-        self.inputs: dict[str, Tensor] = {}
+        self.inputs: dict[str, MomentSum] = {}
+        self.bases = {name: basis for factors, name in names.items() if (basis := _basis(factors)) is not None}
         self.outputs: dict[str, Tensor] = {}
         self.slopes: dict[str, Tensor] = {}
         self.positions: dict[str, int] = defaultdict(int)
@@ -124,14 +133,17 @@ class Sums:
     def _called(self, layer: OneWeight, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         factors = layer.factors_of("weight")
         name, x = self.names[factors], first_argument(args, kwargs)
-        if factors.shape[1] > WIDEST_INPUTS:
+        basis = self.bases.get(name)
+        if factors.shape[1] > WIDEST_INPUTS and basis is None:
             self.skipped[name] = WIDE
             return
+        absorbing = name in self.absorbing
+        if name not in self.inputs:
+            self.inputs[name] = MomentSum(shifted=absorbing, seen=None if basis is None else lambda rows: rows @ basis.mT.to(rows))
         for rows in layer.input_rows(x.detach(), output.shape):
-            add_gram(self.inputs, name, rows)
-            if name in self.absorbing:
-                total = rows.sum(-2, dtype=torch.float64)
-                self.totals[name], self.rows[name] = self.totals.get(name, 0) + total, self.rows[name] + rows.shape[-2]
+            self.inputs[name].add(rows)
+            if absorbing:
+                self.totals[name] = self.totals.get(name, 0) + rows.sum(-2, dtype=torch.float64)
         if output.requires_grad and factors.shape[0] <= WIDEST:
             observe: Any = output.register_hook
             observe(lambda grad: self._differentiated(layer, name, x.shape, grad))
@@ -154,7 +166,8 @@ class Sums:
 
     def result(self, held: Mapping[str, Form], examples: int) -> Calibration:
         """Return the means."""
-        inputs, outputs = ({name: sums[name] for name in held if name in sums} for sums in (self.inputs, self.outputs))
+        inputs = {name: self.inputs[name].second() for name in held if name in self.inputs}
+        outputs = {name: self.outputs[name] for name in held if name in self.outputs}
         for name in held:
             for side, sums in (("inputs", inputs), ("gradients", outputs)):
                 if name in sums and not torch.isfinite(sums[name]).all():
@@ -162,8 +175,7 @@ class Sums:
         skipped = {name: self.skipped.get(name, NOT_CALLED) for name in held if name not in inputs}
         means = {}
         for name, total in self.totals.items():
-            mean = total / self.rows[name]
-            centered = inputs[name] - total.unsqueeze(-1) * mean.unsqueeze(-2)
+            mean, centered = total / self.inputs[name].count, self.inputs[name].second(centered=True)
             trace, rest = (float(moment.diagonal(dim1=-2, dim2=-1).sum()) for moment in (inputs[name], centered))
             if rest > CONSTANT * trace:
                 inputs[name], means[name] = centered, mean if held[name].lead else mean[0]
@@ -174,6 +186,7 @@ class Sums:
             skipped,
             examples,
             means,
+            {name: _blocked(self.bases[name], held[name]) for name in inputs if name in self.bases},
         )
 
 
@@ -183,6 +196,13 @@ def _blocked(moment: Tensor, factors: Form) -> Tensor:
 
 def add_gram(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
     """Add the second moment of rows ``(blocks, n, width)`` to ``sums[name]``, in float64."""
-    rows = rows.double()
-    gram = rows.mT @ rows
-    sums[name] = sums[name].add_(gram) if name in sums else gram
+    found = gram(precise(rows)).double()
+    sums[name] = sums[name].add_(found) if name in sums else found
+
+
+def _basis(factors: Form) -> Tensor | None:
+    """Return the right singular vectors ``(blocks, rank, in)`` of a weight with many more inputs than that; None for any other."""
+    if not isinstance(factors, Factors) or factors.shape[1] < PROJECTED or 2 * factors.rank > factors.shape[1]:
+        return None
+    Vh = factors.svd()[2]
+    return Vh if factors.lead else Vh[None]

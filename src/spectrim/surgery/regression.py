@@ -1,7 +1,7 @@
 """The weight of a given rank, and the bias, that fit one layer's outputs best: the regression of `correct`."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from spectrim import linalg
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.fold import leading
+from spectrim.linalg.gram import MomentSum, precise
 from spectrim.surgery.decompositions import unit_rows
 from spectrim.surgery.side_by_side import _Met
 
@@ -28,52 +29,87 @@ FLOOR = 1e-12
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the inputs of one layer, dense ``x`` and present ``x~``, as rows of the channel fold: means over rows, in float64.
+    """Of the outputs ``y`` of one layer in the dense network and its present inputs ``x~``, as rows of the channel fold, in float64.
 
     Attributes:
         own: ``E[x~ x~^T]``, ``(blocks, in, in)``; less the means where the layer has a bias.
-        cross: ``E[x x~^T]``, likewise.
-        dense_mean: ``E[x]``, ``(blocks, in)``.
-        own_mean: ``E[x~]``.
+        wanted: ``E[y x~^T]``, ``(blocks, out, in)``, likewise.
+        wanted_mean: ``E[y]``, ``(blocks, out)``, the dense layer's bias included.
+        own_mean: ``E[x~]``, ``(blocks, in)``.
     """
 
     own: Tensor
-    cross: Tensor
-    dense_mean: Tensor
+    wanted: Tensor
+    wanted_mean: Tensor
     own_mean: Tensor
 
 
-def moments_of(layer: OneWeight, met: Iterable[_Met], outputs: int, most: float) -> Moments:
-    """Add up over what a layer meets.
+def rows_of(layer: OneWeight, met: Iterable[_Met], most: float) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield rows ``x~ (blocks, n, in)`` of a layer and ``y (blocks, n, out)`` for each part of what it meets.
 
     Args:
         layer: of the corrected network.
         met: what it meets, each time it is called.
-        outputs: of the layer, at one position.
         most: how many rows to look at each time, drawn among all; neighbors tell little more.
     """
     generator = torch.Generator().manual_seed(0)
-    own = cross = dense_sum = own_sum = torch.zeros((), dtype=torch.float64)
-    count = 0
-    for x, shape, x_now in met:
-        share = most * outputs / max(1, shape.numel())
-        for pair in zip(layer.input_rows(x, shape, "channel"), layer.input_rows(x_now, shape, "channel"), strict=True):
+    blocks, out = layer.factors_of("weight").blocks, folded_rows(layer)
+    for y, x_now in met:
+        wanted = _channels_last(layer, y, blocks, out)
+        share, start = most / max(1, wanted.shape[-2]), 0
+        for rows in layer.input_rows(x_now, y.shape, "channel"):
+            size = rows.shape[-2]
+            part = wanted[..., start : start + size, :]
+            start += size
             if share < 1:
-                size = pair[0].shape[-2]
-                drawn = torch.randperm(size, generator=generator)[: math.ceil(share * size)].to(x.device)
-                rows, rows_now = (part.index_select(-2, drawn).double() for part in pair)
-            else:
-                rows, rows_now = (part.double() for part in pair)
-            own, cross = own + rows_now.mT @ rows_now, cross + rows.mT @ rows_now
-            dense_sum, own_sum = dense_sum + rows.sum(-2), own_sum + rows_now.sum(-2)
-            count += rows.shape[-2]
-    own, cross, dense_mean, own_mean = own / count, cross / count, dense_sum / count, own_sum / count
-    floor = torch.diag_embed(FLOOR * own.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True).expand_as(own_mean))
-    own, cross = own + floor, cross + floor  # in both: directions without inputs do not change the weight
-    if layer.bias is not None:
-        own = own - own_mean.unsqueeze(-1) * own_mean.unsqueeze(-2)
-        cross = cross - dense_mean.unsqueeze(-1) * own_mean.unsqueeze(-2)
-    return Moments(own, cross, dense_mean, own_mean)
+                drawn = torch.randperm(size, generator=generator)[: math.ceil(share * size)].to(rows.device)
+                rows, part = rows.index_select(-2, drawn), part.index_select(-2, drawn)
+            yield precise(rows), precise(part)
+
+
+def folded_rows(layer: Any) -> int:
+    """Return the outputs of one block of a layer in the channel fold."""
+    out: int = layer.factors_of("weight").shape[0]
+    return out if layer.scheme == "channel" else int(layer.out_channels // layer.groups)
+
+
+def _channels_last(layer: Any, y: Tensor, blocks: int, out: int) -> Tensor:
+    """Return the outputs of a layer as rows ``(blocks, n, out)``, in the order of `input_rows`."""
+    axes = len(getattr(layer, "kernel_size", ()))
+    if not axes:
+        return y.reshape(1, -1, out)
+    y = y if y.dim() == axes + 2 else y.unsqueeze(0)
+    return y.reshape(len(y), blocks, out, -1).permute(1, 0, 3, 2).reshape(blocks, -1, out)
+
+
+def moments_of(layer: OneWeight, met: Iterable[_Met], dense: Tensor, most: float, basis: Tensor | None = None) -> Moments:
+    """Add up over what a layer meets.
+
+    Args:
+        layer: as for `rows_of`.
+        met: as for `rows_of`.
+        dense: the dense weight, ``(blocks, out, in)``; of what is looked at.
+        most: as for `rows_of`.
+        basis: what is looked at of the inputs, ``(blocks, seen, in)``; all of them when omitted.
+    """
+    centered, seen = layer.bias is not None, None if basis is None else lambda rows: rows @ basis.mT.to(rows)
+    own, cross, total = MomentSum(shifted=True, seen=seen), torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    level: Tensor | None = None
+    for rows, wanted in rows_of(layer, met, most):
+        level = wanted.mean(-2, keepdim=True) if level is None else level  # single precision is for deviations
+        rows, wanted = own.add(rows), wanted - level
+        cross, total = cross + (wanted.mT @ rows).double(), total + wanted.sum(-2, dtype=torch.float64)
+    assert level is not None
+    assert own.shift is not None
+    second, mean, shift, level = own.second(centered=centered) / own.count, own.mean, own.shift.double(), level.double()
+    wanted_mean = total / own.count
+    cross = cross / own.count - wanted_mean.unsqueeze(-1) * (mean.unsqueeze(-2) - shift)
+    wanted_mean = wanted_mean + level.squeeze(-2)
+    if not centered:
+        cross = cross + wanted_mean.unsqueeze(-1) * mean.unsqueeze(-2)
+    floor = FLOOR * (own.second() / own.count if centered else second).diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+    eye = torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
+    return Moments(second + floor * eye, cross + floor * dense, wanted_mean, mean)  # directions without inputs do not change the weight
 
 
 def folded(layer: Any, original: Any) -> Tensor:
@@ -82,35 +118,42 @@ def folded(layer: Any, original: Any) -> Tensor:
     return matrix if matrix.dim() == 3 else matrix.unsqueeze(0)
 
 
-def refit_(layer: Any, original: Any, dense: Tensor, moments: Moments, left: Tensor | None) -> bool:
-    """Give one layer its best weight and bias, in place; ``dense`` is the original's weight, folded, ``(blocks, out, in)``.
+def refit_(layer: Any, original: Any, dense: Tensor, moments: Moments, left: Tensor | None, basis: Tensor | None = None) -> bool:
+    """Give one layer its best weight and bias, in place.
+
+    Args:
+        layer: of the network that is corrected.
+        original: of the dense network.
+        dense: the original's weight, folded, ``(blocks, out, in)``; of what is looked at.
+        moments: of the layer.
+        left: metric of the outputs.
+        basis: what was looked at, for wide layers.
 
     Returns:
         Whether the weight is another one.
     """
-    factors = layer.factors_of("weight")
-    held = _composed(layer, *factors.block_parts())
-    wanted = dense @ moments.cross
-    target = dense + _divided(wanted - dense @ moments.own, moments.own)
-    candidates = (
-        _of_columns(layer, wanted, target, moments, left)
-        if layer.scheme != "channel"
-        else [_truncated(factors.rank, target, moments.own, left)]
-    )
-    judged = left if layer.scheme == "channel" else None
-    best, error = None, _error(held, wanted, moments.own, judged)
-    for candidate in candidates:
-        found = _error(_composed(layer, *candidate), wanted, moments.own, judged)
-        if found < error:
-            best, error = candidate, found
-    with torch.no_grad():
-        if best is not None:
-            factors.set_(*best)
-        if layer.bias is not None and original.bias is not None:
-            weight = _composed(layer, *factors.block_parts())
-            shift = dense @ moments.dense_mean.unsqueeze(-1) - weight @ moments.own_mean.unsqueeze(-1)
-            layer.bias.copy_(original.bias.detach().double() + shift.flatten())
-    return best is not None
+    factors, wanted, own = layer.factors_of("weight"), moments.wanted, moments.own
+    target = dense + _divided(wanted - dense @ own, own)
+    if layer.scheme == "channel":
+        judged, candidates = left, [truncated(factors.rank, target, own, left)]
+    else:
+        judged, candidates = None, _of_columns(layer, wanted, target, moments, left)
+    held = factors.block_parts()
+    held = held if basis is None else (*held[:2], held[2] @ basis.mT)
+    errors = [_error(_composed(layer, *parts), wanted, own, judged) for parts in (held, *candidates)]
+    better = min(range(len(errors)), key=errors.__getitem__)
+    U, S, Vh = (held, *candidates)[better]
+    if better:
+        factors.set_(U, S, Vh if basis is None else Vh @ basis)
+    _set_bias(layer, original, _composed(layer, *factors.block_parts()) if basis is None else _composed(layer, U, S, Vh), moments)
+    return better > 0
+
+
+@torch.no_grad()
+def _set_bias(layer: Any, original: Any, weight: Tensor, moments: Moments) -> None:
+    """Let the mean of the output be that of the dense layer; ``weight`` is the new one, of what was looked at."""
+    if layer.bias is not None and original.bias is not None:
+        layer.bias.copy_((moments.wanted_mean - (weight @ moments.own_mean.unsqueeze(-1)).squeeze(-1)).flatten())
 
 
 def _error(weight: Tensor, wanted: Tensor, own: Tensor, left: Tensor | None) -> float:
@@ -137,7 +180,7 @@ def _divided(right: Tensor, moment: Tensor) -> Tensor:
 Parts = tuple[Tensor, Tensor, Tensor]
 
 
-def _truncated(rank: int, target: Tensor, metric: Tensor, left: Tensor | None) -> Parts:
+def truncated(rank: int, target: Tensor, metric: Tensor, left: Tensor | None) -> Parts:
     """Return the best approximation of `target` of that rank in the metrics of the inputs and, where given, the outputs.
 
     Without a metric of the outputs it is the projection of `target` onto the leading eigenvectors of ``T metric T^T``.
@@ -175,15 +218,27 @@ def _of_columns(layer: Any, wanted: Tensor, target: Tensor, moments: Moments, me
     """
     out, in_, height, width = _sizes(layer)
     factors = layer.factors_of("weight")
-    folded = target.reshape(-1, out, in_, height, width).permute(0, 1, 4, 2, 3).reshape(-1, out * width, in_ * height)
+    folded = in_scheme(layer, target)
     by_offset = moments.own.reshape(-1, in_ * height, width, in_ * height, width)
     columns = by_offset.diagonal(dim1=-3, dim2=-1).mean(-1)
     candidates = []
-    for U, S, Vh in (factors.block_parts(), _truncated(factors.rank, folded, columns, metric)):
-        rank, eye = S.shape[-1], torch.eye(width, dtype=Vh.dtype, device=Vh.device)
+    for U, S, Vh in (factors.block_parts(), truncated(factors.rank, folded, columns, metric)):
+        rank, B = S.shape[-1], _by_taps(layer, Vh)
         left = (U * S.unsqueeze(-2)).reshape(-1, out, width * rank)
-        B = torch.einsum("grm,bc->gbrmc", Vh, eye).reshape(-1, width * rank, in_ * height * width)
         seen = moments.own @ B.mT
         left = left + _divided(wanted @ B.mT - left @ (B @ seen), B @ seen)
         candidates.append(unit_rows(left.reshape(-1, out * width, rank), Vh))
     return candidates
+
+
+def _by_taps(layer: Any, Vh: Tensor) -> Tensor:
+    """Return the map, ``(blocks, width * rank, in * height * width)``, from patches to what the second operation meets at its taps."""
+    _, in_, height, width = _sizes(layer)
+    eye = torch.eye(width, dtype=Vh.dtype, device=Vh.device)
+    return torch.einsum("grm,bc->gbrmc", Vh, eye).reshape(-1, width * Vh.shape[-2], in_ * height * width)
+
+
+def in_scheme(layer: Any, weight: Tensor) -> Tensor:
+    """Return a weight ``(blocks, out, in * k...)`` in the layer's scheme, ``(blocks, out * width, in * height)``."""
+    out, in_, height, width = _sizes(layer)
+    return weight.reshape(-1, out, in_, height, width).permute(0, 1, 4, 2, 3).reshape(-1, out * width, in_ * height)

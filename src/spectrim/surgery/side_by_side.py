@@ -48,8 +48,8 @@ class _Both:
     batches: Sequence[Any]
 
 
-_Met = tuple[Tensor, torch.Size, Tensor]
-"""What reaches a layer in the dense network, the shape of its output, and what reaches it in the network that is corrected."""
+_Met = tuple[Tensor, Tensor]
+"""What a layer puts out in the dense network, and what reaches it in the network that is corrected."""
 
 
 def _order(model: nn.Module, layers: dict[str, OneWeight], inputs: Any) -> tuple[Counter[str], int]:
@@ -80,23 +80,23 @@ def _layer_by_layer(both: _Both, order: Mapping[str, int]) -> Iterator[tuple[str
             (_inputs_of(both.originals[name], both.dense, x, calls), _inputs_of(both.layers[name], both.corrected, x, calls))
             for x in both.batches
         )
-        yield name, ((x, shape, now) for before, after in seen for (x, shape), (now, _) in zip(before, after, strict=True))
+        yield name, ((y, now) for before, after in seen for (_, y), (now, _) in zip(before, after, strict=True))
 
 
 class _Seen(Exception):  # noqa: N818 it is no error
     """Ends a pass through a network early."""
 
 
-def _inputs_of(layer: nn.Module, model: nn.Module, inputs: Any, calls: int) -> list[tuple[Tensor, torch.Size]]:
-    """Run the model to the last of that many calls of a layer; return the input and the shape of the output of each."""
-    found: list[tuple[Tensor, torch.Size]] = []
+def _inputs_of(layer: nn.Module, model: nn.Module, inputs: Any, calls: int) -> list[tuple[Tensor, Tensor]]:
+    """Run the model to the last of that many calls of a layer; return the input and the output of each."""
+    found: list[tuple[Tensor, Tensor]] = []
 
     def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        found.append((first_argument(args, kwargs).detach(), output.shape))
+        found.append((first_argument(args, kwargs).detach(), output.detach()))
         if len(found) == calls:
             raise _Seen
 
-    handle = layer.register_forward_hook(keep, with_kwargs=True)
+    handle = layer.register_forward_hook(keep, prepend=True, with_kwargs=True)
     try:
         call_model(model, inputs)
     except _Seen:
@@ -117,30 +117,30 @@ def _in_one_pass(both: _Both, order: Iterable[str]) -> Generator[tuple[str, Iter
     """
     outside = getcurrent()
 
-    def stop(name: str, args: Any, kwargs: Any, shape: torch.Size | None) -> None:
-        outside.switch((name, first_argument(args, kwargs).detach(), shape))
+    def stop(name: str, tensor: Tensor) -> None:
+        outside.switch((name, tensor.detach()))
 
     def behind(name: str) -> Any:
-        return lambda _, args, kwargs, output: stop(name, args, kwargs, output.shape)
+        return lambda _, args, output: stop(name, output)  # before other hooks change it
 
     def before(name: str) -> Any:
-        return lambda _, args, kwargs: stop(name, args, kwargs, None)
+        return lambda _, args, kwargs: stop(name, first_argument(args, kwargs))
 
-    handles = [both.originals[name].register_forward_hook(behind(name), with_kwargs=True) for name in order]
+    handles = [both.originals[name].register_forward_hook(behind(name), prepend=True) for name in order]
     handles += [both.layers[name].register_forward_pre_hook(before(name), with_kwargs=True) for name in order]
     runs = [tuple(greenlet(partial(call_model, network, inputs)) for network in (both.dense, both.corrected)) for inputs in both.batches]
 
-    def advance(run: greenlet, name: str) -> tuple[Tensor, Any]:
+    def advance(run: greenlet, name: str) -> Tensor:
         modes = _modes()
         stopped = run.switch()
         if run.dead or stopped[0] != name or _modes() != modes:
             raise _Unsteady
-        return stopped[1], stopped[2]
+        seen: Tensor = stopped[1]
+        return seen
 
     try:
         for name in order:
-            met = ((advance(first, name), advance(second, name)) for first, second in runs)
-            yield name, ((x, shape, now) for (x, shape), (now, _) in met)
+            yield name, ((advance(first, name), advance(second, name)) for first, second in runs)
     finally:
         for run in (run for pair in runs for run in pair):
             if not run.dead:

@@ -59,9 +59,9 @@ class Tuning:
     Examples:
         >>> Tuning(clip=1.0, precision="bf16").accumulate
         1
-        >>> Tuning(clip=0)
+        >>> Tuning(clip=-1.0)
         Traceback (most recent call last):
-        spectrim.errors.SettingError: Tuning: clip must be above 0, got 0
+        spectrim.errors.SettingError: Tuning: clip must be above 0, got -1.0
     """
 
     optimizer: MakeOptimizer | None = None

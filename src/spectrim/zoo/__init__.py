@@ -6,7 +6,8 @@ from spectrim.zoo.lenet import caffe_lenet5, lenet5
 from spectrim.zoo.llama import Stories260K, stories260k
 from spectrim.zoo.losses import language_model_loss
 from spectrim.zoo.lstm import LSTMLanguageModel
-from spectrim.zoo.resnet import bottleneck56, bottleneck110, mlperftiny_resnet8, resnet20, resnet32, resnet44, resnet56, resnet110
+from spectrim.zoo.resnet import bottleneck56, bottleneck110, resnet20, resnet32, resnet44, resnet56, resnet110
+from spectrim.zoo.resnet8 import mlperftiny_resnet8
 from spectrim.zoo.text import characters, ptb, stories, story_tokens, vocabulary, words
 from spectrim.zoo.vgg import vgg_small
 

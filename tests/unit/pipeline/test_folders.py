@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,9 +17,11 @@ import yaml
 
 import spectrim as sp
 from spectrim import cli
+from spectrim.cli.arguments import EXAMPLES, SHORT, parser
 from spectrim.errors import FormatError
 from spectrim.files import read_json, temporary_beside, write_json
 from spectrim.locks import locked
+from spectrim.metrics.verdict import Verdict
 from spectrim.pipeline.folders import MANIFEST, contents
 from spectrim.pipeline.run import Run
 
@@ -116,7 +120,7 @@ def test_a_sweep_is_one_table_and_its_folders_are_named(folder: Path, capsys: py
 def test_another_budget_has_another_folder_and_a_second_call_changes_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for macs in ("0.5", "0.6"):
         assert call("compress", "net.yaml", "--macs", macs, "--epochs", "1", "--quiet", "--json") == 0
-        assert list(json.loads(capsys.readouterr().out)) == ["dense", "final"]
+        assert list(json.loads(capsys.readouterr().out)) == ["dense", "final", "verdict"]
     assert sorted(path.name for path in (folder / "runs").iterdir()) == ["net-compress-macs0.5", "net-compress-macs0.6"]
 
 
@@ -217,17 +221,72 @@ def test_a_manifest_that_leads_outside_is_refused(folder: Path) -> None:
         ("--macs", "half"),
         ("--macs", "0.5,0.5"),
         ("--macs", "0.7,0.5", "--params", "0.7,0.6,0.5"),
-        ("--size_bytes", "0"),
+        ("--size-bytes", "0"),
         ("--macs", "0.5", "--squeeze", "1"),
         ("--macs", "0.5", "--epochs", "-1"),
         ("--macs", "0.5", "--set", "foo=1"),
         ("--macs", "0.001"),
+        ("--max-drop", "-1"),
+        ("--macs", "0.001", "--max-drop", "1"),
+        ("--macs", "0.5", "--device", "tpu"),
     ],
 )
 def test_wrong_usage_ends_before_any_work(folder: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     assert call("compress", "net.yaml", *options, "--out", "new") == 2
     assert capsys.readouterr().out == ""
     assert not (folder / "new" / "1-dense").exists()
+
+
+def test_the_smallest_network_at_most_so_much_worse(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("compress", "net.yaml", "--max-loss-rise", "0.02", "--macs", "0.9", "--cut", "whitened", "--quiet") == 0
+    text = capsys.readouterr().out
+    target = "runs/net-compress-macs0.9-max_loss_rise0.02"
+    result = read_json(folder / target / "result.json")
+    assert result["scores"][list(result["scores"])[-1]]["loss"] <= 1.02 * result["scores"]["dense"]["loss"]
+    assert text.count(": allowed") + text.count(": not allowed") == len(result["tried"])
+    for arguments in (("measure", target), ("coverage", target), ("report", target, "--text"), ("export", target, "--out", "a.pt2")):
+        assert call(*arguments) == 0, arguments
+
+
+def test_the_last_line_is_the_verdict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for target in FOLDERS:
+        assert call("measure", target) == 0
+        verdict = str(Verdict.from_dict(read_json(folder / target / "result.json")["verdict"]))
+        assert capsys.readouterr().out.splitlines()[-1] == verdict
+        assert "on the test split" in verdict
+        assert call("report", target, "--text") == 0
+        assert verdict in capsys.readouterr().out
+    assert call("measure", "run", "--seed", "3", "--verbose") == 0
+    assert "Next:" not in capsys.readouterr().out, "another network is measured then"
+
+
+def test_help_and_version_import_no_torch() -> None:
+    code = """
+import sys, contextlib
+from spectrim.cli import main
+for argument in ("--version", "--help"):
+    with contextlib.suppress(SystemExit):
+        main([argument])
+with contextlib.suppress(SystemExit):
+    main(["compress", "--help"])
+assert not {"torch", "numpy", "scipy", "rich.console"} & set(sys.modules), set(sys.modules)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "run a recipe stage by stage" in found
+    assert "--max-drop" in found
+    assert "spectrim compress net.yaml --macs 0.7,0.5,0.35 " in found
+
+
+@pytest.mark.parametrize("command", SHORT)
+def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(command, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("--quiet", "--verbose", "examples:", f"spectrim {command} "))
+    assert not re.search(r"--\w+_", text), "options have hyphens"
+    assert (command in ("report", "pack", "unpack")) is ("--set" not in text)
+    for line in EXAMPLES[command].splitlines():
+        arguments = re.split(r"\s{2,}", line.strip())[0].split()[1:]
+        assert parser().parse_args(arguments)["command"] == command
 
 
 # Stopping, and two at a time

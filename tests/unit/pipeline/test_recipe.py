@@ -185,7 +185,10 @@ def changed(*changes: str) -> recipes.Recipe:
         ("prune={}", "'prune': has none of rule, budget, ranks; allowed: exactly one"),
         ("prune.budget.macs=0.4", "'prune': has rule and budget of rule, budget, ranks; allowed: exactly one"),
         ("prune={budget: {macs: 40}}", "'prune.budget': Budget: macs must be the fraction kept, in (0, 1], got 40.0"),
-        ("prune={budget: {}}", "'prune.budget': Budget: one of macs, params, size, latency, size_bytes, latency_s must be given"),
+        (
+            "prune={budget: {}}",
+            "'prune.budget': Budget: one of macs, params, size, latency, size_bytes, latency_s, max_drop, max_loss_rise must be given",
+        ),
         (
             "prune={budget: {latency: 0.5}}",
             "'prune.budget.latency': needs a latency table, which a recipe does not make; allowed: macs, params",
@@ -454,7 +457,7 @@ def test_a_changed_setting_reruns_exactly_what_depends_on_it(folder: Path) -> No
 def test_the_result(folder: Path) -> None:
     out = folder / "out"
     result = Run(changed(), out, progress=False).run()
-    assert set(result) == {"dense", "final", "stages", "recipe", "environment"}
+    assert set(result) == {"dense", "final", "stages", "recipe", "environment", "verdict"}
     for name in ("dense", "final"):
         assert {"accuracy", "loss", "params", "macs", "size_bytes", "latency_s", "latency_iqr_s", "ranks", "batch", "threads"} == set(
             result[name]
@@ -543,6 +546,16 @@ def test_ranks_and_budgets_are_what_the_recipe_says(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_recipe_cuts_as_far_as_a_loss_may_rise(folder: Path) -> None:
+    recipe = changed("prune={budget: {macs: 0.9, max_loss_rise: 0.02}}", "finetune.epochs=0", "truncated=null")
+    stages = Run(recipe, folder / "search", progress=False).run()["stages"]
+    tried = stages["3-prune"]["tried"]
+    assert stages["3-prune"]["val_cut"]["loss"] <= 1.02 * stages["2-train"]["val"]["loss"]
+    assert {one["kept"] for one in tried} == {True, False}
+    assert all(one["budget"]["macs"] <= 0.9 for one in tried)
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_cut_is_calibrated_where_the_recipe_says_so(folder: Path) -> None:
     cuts = {}
     for name, how in {
@@ -617,7 +630,7 @@ def test_exit_codes_and_output(folder: Path, capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr()
     assert text.err == ""
     last = json.loads(text.out)
-    assert list(last) == ["dense", "final"]
+    assert list(last) == ["dense", "final", "verdict"]
     assert all({"accuracy", "params", "macs", "size_bytes", "latency_s"} <= set(entry) for entry in last.values())
     assert set(last["final"]["ranks"]) == {"first", "middle"}
     assert call("run", "base.yaml", "--out", "out", "--quiet", "--set", "dense.epochs=0") == 0

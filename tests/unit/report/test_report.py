@@ -25,6 +25,7 @@ from spectrim.files import read_json
 from spectrim.pipeline import recipe
 from spectrim.pipeline.run import Run
 from spectrim.report import data, page, shortfalls, text_report, write_report
+from spectrim.report.data import WORDS
 
 
 @pytest.fixture(scope="module")
@@ -335,3 +336,9 @@ def test_budgets_of_a_plan_reach_the_page(found: Plan) -> None:
     totals = found.budgets[0].totals
     assert totals is not None
     assert rows[0]["totals"]["macs"] == totals.macs
+
+
+def test_words_are_those_of_the_glossary() -> None:
+    glossary = (Path(__file__).resolve().parents[3] / "docs" / "glossary.md").read_text(encoding="utf-8")
+    for word, meaning in WORDS.items():
+        assert f"| {word} | {meaning} |" in glossary, word

@@ -20,7 +20,8 @@ from spectrim.budget.distortion.energy import SpectralEnergy
 from spectrim.budget.distortion.normalized import NormalizedEnergy
 from spectrim.budget.plan import plan
 from spectrim.errors import SettingError
-from spectrim.files import read_json
+from spectrim.files import read_json, write_json
+from spectrim.layers import named_factors
 from spectrim.metrics.measurement import measure
 from spectrim.pipeline.recipe import parse_recipe
 from spectrim.report import PLAN, write_report
@@ -252,6 +253,52 @@ def test_every_section_shows_the_run(opened: Any, file: Path) -> None:
     assert charts[:3] == ["Loss", "Accuracy on the validation split", "Penalties, as added to the loss"]
     assert page.locator("#training .mark").count() > 0, "cuts and stages are marked"
     assert page.locator("#layers tbody tr").count() == len(json.loads((file.parent / PLAN).read_text())["skipped"])
+
+
+def test_the_page_opens_with_the_verdict(opened: Any, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "net")
+    result = read_json(folder / "result.json")
+    told = {"size": "2.00x smaller (4 to 2 B)", "speed": "1.50x slower here (1 to 1.5 ms)", "quality": "Accuracy level (90 to 90 %)"}
+    result["verdict"] = {**told, "next": "a <budget> by the clock", "warnings": ["slower than the dense network here"]}
+    for name in ("dense", "final"):
+        result[name] |= {"accuracy": 0.9, "targets": 100}
+    write_json(folder / "result.json", result)
+    page = opened(write_report(folder), width=390, height=800)
+    cards = page.eval_on_selector_all(".card", "(all) => all.map((one) => [one.className, one.firstChild.textContent])")
+    assert cards == [["card good", "2.00x smaller"], ["card bad", "1.50x slower here"], ["card level", "Accuracy level"]]
+    text = page.inner_text("#overview")
+    assert "Warning: slower than the dense network here." in text
+    assert "Next: a <budget> by the clock." in text
+    assert "points of accuracy below the dense network" not in text
+    table = page.locator("#overview .scroll").first
+    assert table.evaluate("(one) => one.scrollWidth <= one.clientWidth"), "the table fits a phone"
+    assert page.locator("#overview figure line[stroke-width='1.5']").count() == 2, "standard errors"
+
+
+def test_the_address_keeps_the_slider_and_ranks_are_copied_as_python(opened: Any, file: Path, low: nn.Module) -> None:
+    page = opened(file)
+    page.evaluate(
+        "() => { const s = document.getElementById('budget'); s.value = 60;"
+        " s.dispatchEvent(new Event('input')); s.dispatchEvent(new Event('change')); }"
+    )
+    settle(page)
+    assert "#keep=0.600&of=macs&by=" in page.url
+    page.reload()
+    page.wait_for_selector("html[data-ready]", state="attached")
+    assert page.input_value("#budget") == "60"
+    settle(page)
+    wanted = ranks(page)
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(); }")
+    page.click("#copy-python")
+    settle(page)
+    given = page.input_value("#yaml")
+    names: dict[str, Any] = {"sp": sp, "model": network()}
+    exec(given, names)
+    pairs = {name: factors.rank for name, factors in named_factors(sp.prune(low, wanted))}
+    assert {name: rank for name, rank in pairs.items() if name in wanted} == wanted
+    assert f'"0": {wanted["0"]},' in given
+    page.click(".glossary summary")
+    assert "number of singular values that a layer holds" in page.inner_text(".glossary")
 
 
 def test_the_course_of_a_layer_and_the_steps_of_cuts(opened: Any, file: Path, tmp_path: Path) -> None:

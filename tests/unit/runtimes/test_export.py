@@ -17,9 +17,10 @@ from spectrim import cli
 from spectrim.errors import ExportError, FormatError, SettingError
 from spectrim.pipeline.recipe import read_recipe
 from spectrim.pipeline.run import make_model
+from spectrim.runtimes import run_exported
 from spectrim.runtimes.export import export
-from spectrim.runtimes.formats import SUFFIXES, run_exported
 from spectrim.runtimes.tensors import compare_outputs
+from spectrim.tables import SUFFIXES
 
 MODULE = """
 import torch

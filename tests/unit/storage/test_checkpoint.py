@@ -413,7 +413,7 @@ def test_a_save_killed_at_any_rename_leaves_one_whole_model(tmp_path: Path, mome
             raise Killed
         replace(*args)
 
-    monkeypatch.setattr("spectrim.files.os.replace", killed)
+    monkeypatch.setattr("os.replace", killed)
     with suppress(Killed):
         sp.save(new, folder)
     monkeypatch.undo()
@@ -441,7 +441,7 @@ def test_killed_twice_between_the_renames(tmp_path: Path, monkeypatch: pytest.Mo
             replace(*args)
 
         with monkeypatch.context() as patch:
-            patch.setattr("spectrim.files.os.replace", stopping)
+            patch.setattr("os.replace", stopping)
             with pytest.raises(Killed):
                 sp.save(model, folder)
         shutil.rmtree(folder)
@@ -560,14 +560,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("step", ["storage.folder.save_file", "files.sync", "files.os.replace"])
+@pytest.mark.parametrize("step", ["spectrim.storage.folder.save_file", "spectrim.files.whole.sync", "os.replace"])
 def test_a_failed_save_leaves_the_old_model(saved: Path, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = content(saved)
 
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(f"spectrim.{step}", fail)
+    monkeypatch.setattr(step, fail)
     with pytest.raises(OSError, match="no space"):
         sp.save(sp.factorize(small(), rank=1), saved)
     assert content(saved) == before

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import spectrim as sp
+from spectrim.budget.distortion import WhitenedEnergy
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import conv, named_factors, weights
 from spectrim.linalg.fold import folds
@@ -371,3 +372,52 @@ def test_errors_say_what_to_do() -> None:
     empty = Calibration({}, {}, {}, {}, 1)
     with pytest.raises(LayerError, match=re.escape("layer 'one': (6 x 6) is not in the calibration; calibrate this model")):
         empty.metrics("one", (6, 6))
+
+
+@pytest.mark.parametrize("scheme", ["channel", "input"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_cut_needs_no_more_than_the_inputs_through_the_singular_vectors(
+    scheme: Any, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Projected first, the same cut and bias as from the moments of all inputs, also of a network that is cut already."""
+    low = sp.factorize(nn.Sequential(nn.Conv2d(16, 6, 5, padding=2, groups=groups)).double(), scheme, EVERYTHING)
+    low = sp.prune(low, sp.budget.Fixed(3)) if scheme == "input" else low
+    batches = [double(4, 16, 6, 6) + 3 for _ in range(2)]
+    whole = calibrate(low, batches)
+    monkeypatch.setattr(moments, "PROJECTED", 1)
+    seen = calibrate(low, batches)
+    rank = low[0].rank
+    assert not whole.bases
+    assert seen.inputs["0"].shape[-2:] == (rank, rank)
+    assert seen.bases["0"].shape[-2:] == (rank, low[0].Vh.shape[-1])
+    for a, b in zip(
+        sp.prune(low, sp.budget.Fixed(2), calibration=seen)[0].parameters(),
+        sp.prune(low, sp.budget.Fixed(2), calibration=whole)[0].parameters(),
+        strict=True,
+    ):
+        near(a, b)
+    near(WhitenedEnergy(seen)(low)["0"], WhitenedEnergy(whole)(low)["0"])
+    near(
+        WhitenedEnergy(seen)(sp.prune(low, sp.budget.Fixed(2)))["0"],
+        WhitenedEnergy(whole)(sp.prune(low, sp.budget.Fixed(2)))["0"],
+    )
+
+
+def test_moments_of_other_directions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "PROJECTED", 1)
+    low, x = sp.factorize(nn.Sequential(nn.Linear(12, 4)), where=EVERYTHING), [torch.randn(20, 12)]
+    known = calibrate(low, x)
+    with torch.no_grad():
+        low[0].Vh.copy_(torch.linalg.qr(torch.randn(12, 4)).Q.T)
+    with pytest.raises(SettingError, match="calibrate the model as it is"):
+        sp.prune(low, sp.budget.Fixed(2), calibration=known)
+
+
+def test_single_precision_is_as_good_as_double_for_a_cut() -> None:
+    """Products in float32, sums in float64: also where the mean of the inputs is far larger than their deviations."""
+    low = sp.factorize(nn.Sequential(nn.Linear(24, 16)), where=EVERYTHING)
+    x = torch.randn(500, 24) * torch.logspace(0, -2, 24) + 200
+    single, exact = calibrate(low, [x]), calibrate(copy.deepcopy(low).double(), [x.double()])
+    error = (single.inputs["0"] - exact.inputs["0"]).norm() / exact.inputs["0"].norm()
+    assert error < 1e-5
+    torch.testing.assert_close(WhitenedEnergy(single)(low)["0"], WhitenedEnergy(exact)(low)["0"], rtol=1e-4, atol=1e-7)

@@ -191,14 +191,14 @@ def test_passes_end_at_the_layer_that_they_are_for() -> None:
     dense, data = Twice(), [torch.randn(32, 6) for _ in range(2)]
     runs: list[str] = []
     for name, layer in dense.named_children():
-        layer.register_forward_hook(lambda *_, name=name: runs.append(name))
+        layer.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
     cut = sp.prune(sp.factorize(dense, where=EVERYTHING), sp.budget.Fixed(5))  # with the same hooks
     corrected = correct(cut, dense, data)
     once, both, batches = 1, 2, len(data)  # to see the order; for each layer
     assert runs.count("first") == once + both * batches * 3
     assert runs.count("middle") == 2 * (once + both * batches * 2)
     assert runs.count("last") == once + both * batches
-    assert all(len(layer._forward_hooks) == 1 for _, layer in named_layers(corrected))
+    assert all(len(layer._forward_pre_hooks) == 1 and not layer._forward_hooks for _, layer in named_layers(corrected))
 
 
 class Residual(nn.Module):
@@ -336,9 +336,9 @@ def test_some_positions_are_as_good_as_all(scheme: Any, monkeypatch: pytest.Monk
     looked_at: list[int] = []
     gram = module.moments_of
 
-    def counted(layer: Any, met: Any, outputs: int, most: float) -> Any:
+    def counted(layer: Any, met: Any, dense: Any, most: float, basis: Any) -> Any:
         looked_at.append(round(most * len(data)))
-        return gram(layer, met, outputs, most)
+        return gram(layer, met, dense, most, basis)
 
     monkeypatch.setattr(module, "moments_of", counted)
     monkeypatch.setattr(module, "FEWEST_ROWS", 10)
@@ -351,6 +351,23 @@ def test_some_positions_are_as_good_as_all(scheme: Any, monkeypatch: pytest.Monk
     assert errors[1] == pytest.approx(errors[2], rel=0.05)
     assert not torch.equal(some[0].weight, whole[0].weight)
     assert torch.equal(correct(cut, dense, data)[0].weight, some[0].weight)
+
+
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
+def test_a_few_directions_of_wide_inputs_improve_the_cut(scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No better than all directions, and no layer worse than it was; at full rank the dense layer is found."""
+    dense, data = convolutions(), images(12)
+    cut = sp.prune(sp.factorize(dense, scheme, EVERYTHING), sp.budget.Fixed(3))
+    whole = correct(cut, dense, data)
+    for name in ("WIDE_INPUTS", "WIDE_PATCHES"):
+        monkeypatch.setattr(module, name, 0)
+    some = correct(cut, dense, data)
+    with torch.no_grad():
+        errors = [sum(float((network(x) - dense(x)).square().sum()) for x, _ in data) for network in (whole, some, cut)]
+    assert 0.9 * errors[0] < errors[1] < min(errors[2], 1.5 * errors[0])
+    first = dict(named_layers(correct(sp.factorize(dense, scheme, EVERYTHING), dense, data)))
+    for name, layer in first.items():
+        torch.testing.assert_close(layer.dense_weight("weight"), dense.get_submodule(name).weight, rtol=1e-4, atol=1e-5)
 
 
 def test_there_is_room_on_every_device() -> None:
@@ -401,4 +418,15 @@ def test_kernels_of_every_dimension_are_refitted(make: Any, shape: tuple[int, ..
         x = data[0]
         torch.testing.assert_close(correct(other, dense, data)(x), dense(x), rtol=1e-6, atol=1e-6)  # pseudo-inverses square conditions
         errors = [sum(float((network(x) - dense(x)).square().sum()) for x in data) for network in (refitted, cut)]
-    assert errors[0] < errors[1]
+    assert errors[0] <= errors[1] + 1e-20  # rank 2 is full in the input scheme of two channels a group
+
+
+def test_a_spatial_layer_of_many_inputs_is_refitted() -> None:
+    """Between the widths at which the two schemes leave the equations for all inputs."""
+    dense = nn.Sequential(nn.Conv2d(180, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    data = [(torch.randn(8, 180, 5, 5), torch.zeros(8))]
+    low = sp.factorize(dense, "spatial", "0")
+    cut = sp.prune(low, {"0": 3})
+    x = data[0][0]
+    before, after = ((dense(x) - net(x)).square().mean() for net in (cut, sp.correct(cut, dense, data)))
+    assert after < before

@@ -1,33 +1,19 @@
-"""Atomic writes, bounded reads of JSON, and redirection of foreign output to standard error."""
+"""Atomic writes: whole files and folders, temporary names beside them, room on the disk."""
 
-import ctypes
 import errno
-import hashlib
-import json
 import os
 import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any
 
-from spectrim.errors import FormatError, WriteError
+from spectrim.errors import WriteError
 from spectrim.locks import is_at, keep, locked, release, try_lock, writing_to
 
-JSON_LIMIT = 1 << 28
-"""Largest JSON file that is read, in bytes."""
-
-DIGEST = "sha256"
-"""Key of the digest of all else in a JSON file that `write_json` wrote."""
-
 _TEMPORARY = re.compile(r"\.(\d+)-[0-9a-f]{8}\.tmp$")
-
-
-# Whole files
 
 
 @contextmanager
@@ -83,69 +69,6 @@ def _place(folder: Path, path: Path) -> None:
     for part in written:
         os.replace(part, target_of(path.parent / part.name))
     _sync_folder(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically.
-
-    Args:
-        path: in a folder that exists.
-        text: written as UTF-8.
-
-    Raises:
-        WriteError: it cannot be written; the file that was there before is left as it was.
-    """
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file as a whole, with a digest of what it holds, which `read_json` verifies.
-
-    Args:
-        path: in a folder that exists.
-        values: plain data. The digest goes under the key `DIGEST`.
-
-    Raises:
-        WriteError: it cannot be written; the file that was there before is left as it was.
-
-    Examples:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "numbers.json"
-        >>> write_json(path, {"loss": 0.5})
-        >>> read_json(path)
-        {'loss': 0.5}
-        >>> write_text(path, path.read_text().replace("0.5", "0.6"))
-        >>> read_json(path)  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        spectrim.errors.FormatError: ...numbers.json: is damaged: its content does not match its digest...
-    """
-    content = {name: value for name, value in values.items() if name != DIGEST}
-    write_text(path, json.dumps(content | {DIGEST: _digest(json.loads(json.dumps(content)))}, indent=1) + "\n")
-
-
-def digest_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def check_digest(path: Path, written: Any, hint: str = "") -> None:
-    """Compare a file with the digest that another file holds of it.
-
-    Args:
-        path: of the file; nothing is checked where it is missing.
-        written: its digest, see `digest_of`; None where there is none.
-        hint: what to do about another content.
-
-    Raises:
-        FormatError: it is another content.
-    """
-    if written is not None and path.is_file() and digest_of(path) != written:
-        raise FormatError(path, "is damaged, or was changed after the folder was finished: it does not match its digest", hint=hint)
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def make_folder(folder: Path) -> None:
@@ -263,71 +186,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-# Reading
-
-
-def read_json(path: Path, hint: str = "") -> dict[str, Any]:
-    """Return the mapping that a JSON file holds, without its digest, which is verified where there is one (see `write_json`).
-
-    Args:
-        path: of a regular file.
-        hint: what to do about a damaged file.
-
-    Raises:
-        FormatError: it is missing, no regular file, larger than `JSON_LIMIT`, does not hold a mapping, or another one than was
-            written.
-    """
-    try:
-        if not path.is_file():
-            raise FormatError(path, "is not a file" if path.exists() else "is missing", hint=hint)
-        if (size := path.stat().st_size) > JSON_LIMIT:
-            raise FormatError(path, f"is too large ({size:,} bytes, at most {JSON_LIMIT:,} are read)", hint=hint)
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, RecursionError) as error:
-        raise FormatError(path, f"cannot be read ({error})", hint=hint) from error
-    except ValueError as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(path, f"is damaged ({error})", hint=hint) from error
-    if not isinstance(values, dict):
-        raise FormatError(path, f"is damaged: it holds a {type(values).__name__}, not a mapping", hint=hint)
-    found = values.pop(DIGEST, None)
-    if found is not None and found != _digest(values):
-        raise FormatError(path, "is damaged: its content does not match its digest", hint=hint)
-    return values
-
-
-# Standard output
-
-
-@contextmanager
-def printing_to_stderr(unless: bytes) -> Iterator[None]:
-    """Redirect what compiled code prints inside to standard error; standard output is reserved for results.
-
-    HiGHS in scipy prints lines now and then, whatever its options are. Nothing is redirected where the C library's buffers cannot be
-    flushed (Windows), or where there is no standard output.
-
-    Args:
-        unless: lines that begin so are dropped.
-    """
-    try:
-        flush, kept = ctypes.CDLL(None).fflush, os.dup(1)
-    except (OSError, TypeError, AttributeError):
-        yield
-        return
-    with TemporaryFile() as printed:
-        try:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-            flush(None)
-            os.dup2(printed.fileno(), 1)
-            yield
-        finally:
-            flush(None)
-            os.dup2(kept, 1)
-            os.close(kept)
-            printed.seek(0)
-            with suppress(OSError):  # no standard error
-                os.write(2, b"".join(line for line in printed if not line.startswith(unless)))

@@ -1,0 +1,177 @@
+"""The forms of a convolution side by side at equal multiply-accumulates: three SVD folds, Tucker-2, and the choice at the budget.
+
+.venv/bin/python benchmarks/forms.py            # writes benchmarks/results/forms/*.json, one file a row; a finished row is skipped
+.venv/bin/python benchmarks/forms.py --table    # renders docs/forms.md from them
+
+Ranks and cuts by spectral energy (``cut="plain"``), the same data, steps and learning rates for all. The refit to the dense outputs exists
+for matrices only, so that what it gives is a column beside those that all forms have. The validation split (5,000 images) scores every
+stage, the test split is read once, by the finished row.
+"""
+
+import argparse
+import json
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import spectrim as sp
+from micro.harness import environment
+from spectrim import zoo
+from spectrim.errors import SettingError
+from spectrim.files import write_text
+from spectrim.layers import named_layers
+
+HERE = Path(__file__).resolve().parent
+RESULTS, PAGE = HERE / "results" / "forms", HERE.parent / "docs" / "forms.md"
+SCHEMES = ("channel", "spatial", "input", "tucker", "auto")
+NETWORKS = {"resnet8": "ResNet-8, CIFAR-10", "lenet5": "LeNet-5, Fashion-MNIST"}
+BUDGETS, SEEDS, EPOCHS, IMAGES, EXAMPLES, DENSE_EPOCHS = (0.5, 0.33), (0, 1, 2), 2, 10_000, 512, 5
+
+
+def data_of(network: str, seed: int, limit: int | None = None) -> zoo.data.Splits:
+    """Return the splits of a network's task."""
+    if network == "resnet8":
+        return zoo.cifar10(batch_size=128, normalize="raw", augment=False, seed=seed, limit=limit)
+    return zoo.fashion_mnist(batch_size=128, seed=seed, limit=limit)
+
+
+def dense_of(network: str) -> nn.Module:
+    """Return the dense network: published weights of ResNet-8; LeNet-5 trained here once, kept in the results' folder."""
+    if network == "resnet8":
+        return zoo.mlperftiny_resnet8(pretrained=True).eval()
+    torch.manual_seed(0)
+    model, path = zoo.lenet5(), RESULTS / "lenet5.safetensors"
+    from safetensors.torch import load_model, save_model
+
+    if path.exists():
+        load_model(model, path)
+        return model.eval()
+    data = data_of(network, 0)
+    sp.fit(model, data.train, nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters(), 1e-3), DENSE_EPOCHS, progress=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_model(model, path)
+    return model.eval()
+
+
+def rows() -> Iterator[tuple[str, float, str, int | None]]:
+    """Yield ``(network, budget, scheme, seed)``; None for calibration only, which draws nothing."""
+    for budget in BUDGETS:
+        for network in NETWORKS:
+            yield from ((network, budget, scheme, None) for scheme in SCHEMES)
+    for seed in SEEDS:
+        for network in NETWORKS:
+            yield from ((network, BUDGETS[0], scheme, seed) for scheme in SCHEMES)
+
+
+def run(network: str, budget: float, scheme: str, seed: int | None) -> dict[str, Any]:
+    """Compress once; with a seed, fine-tune on a part of the training split."""
+    torch.manual_seed(seed or 0)
+    data, dense, loss = data_of(network, seed or 0), dense_of(network), nn.CrossEntropyLoss()
+    train = data.train if seed is None else data_of(network, seed, IMAGES + 5000).train
+    settings: dict[str, Any] = {"cut": "plain", "examples": EXAMPLES, "eval_data": data.val, "distill": None, "progress": False}
+    made = sp.compress(dense, train, loss, sp.Budget(macs=budget), 0 if seed is None else EPOCHS, scheme=scheme, **settings)
+    convolutions = [layer for _, layer in named_layers(made.low) if hasattr(layer, "kernel_size")]
+    return {
+        "macs": made.measured["final"].macs,
+        "dense_macs": made.measured["dense"].macs,
+        "params": made.measured["final"].params,
+        "schemes": dict(Counter(layer.scheme for layer in convolutions)),
+        "val": {stage: dict(scores) for stage, scores in made.scores.items()},
+        "tried": {stage: dict(scores) for stage, scores in made.dropped.items()},
+        "test": sp.evaluate(made.model, data.test, loss),
+        "dense_test": sp.evaluate(dense, data.test, loss),
+    }
+
+
+def name_of(network: str, budget: float, scheme: str, seed: int | None) -> str:
+    """Return the name of a row's file."""
+    return f"{network}-{budget}-{scheme}-{'calibrated' if seed is None else f'seed{seed}'}.json"
+
+
+def main() -> None:
+    """Run what is missing, or render the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", action="store_true", help="write docs/forms.md from the result files")
+    if parser.parse_args().table:
+        write_text(PAGE, page())
+        return
+    torch.set_num_threads(1)
+    for row in rows():
+        path = RESULTS / name_of(*row)
+        if path.exists():
+            continue
+        settings = dict(zip(("network", "budget", "scheme", "seed"), row, strict=True))
+        more = {"epochs": 0 if row[3] is None else EPOCHS, "images": None if row[3] is None else IMAGES, "examples": EXAMPLES}
+        try:
+            measured = run(*row)
+        except SettingError as error:  # a budget below the smallest network of this scheme
+            measured = {"problem": str(error)}
+        found = {"settings": settings | more, "environment": environment()} | measured
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(found, indent=1) + "\n")
+        print(path.name, found.get("problem") or f"{100 * found['test']['accuracy']:.2f} %", flush=True)
+
+
+def page() -> str:
+    """Render the page from the files that are there."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    groups: dict[Any, list[Any]] = defaultdict(list)
+    for row in found:
+        settings = row["settings"]
+        groups[settings["network"], settings["budget"], settings["scheme"], settings["epochs"]].append(row)
+    lines = [
+        "# Forms of a convolution, measured",
+        "",
+        "<!-- written by benchmarks/forms.py --table -->",
+        "",
+        "Ranks and cuts by spectral energy at equal multiply-accumulates. *As cut* and *BatchNorm renewed* are on the validation split,",
+        "for all forms; the refit to the dense network's outputs exists for matrices only. *Test* is the finished network on 10,000 test "
+        "images.",
+    ]
+    for network, title in NETWORKS.items():
+        for budget in BUDGETS:
+            some = [groups[network, budget, scheme, 0] for scheme in SCHEMES]
+            if not any(some):
+                continue
+            dense = next(row for group in some for row in group if "dense_test" in row)["dense_test"]["accuracy"]
+            lines += ["", f"## {title}, {100 * budget:g} % of the MACs (dense {100 * dense:.1f} %)", ""]
+            lines += [
+                "| form | layers | as cut | BatchNorm renewed | refitted | test, no training | test, fine-tuned |",
+                "|---|---|---|---|---|---|---|",
+            ]
+            for scheme, group in zip(SCHEMES, some, strict=True):
+                tuned = groups[network, budget, scheme, EPOCHS]
+                if group:
+                    lines.append(_line(scheme, group[0], tuned))
+    lines += [
+        "",
+        f"Fine-tuned: {EPOCHS} epochs on {IMAGES:,} training images, no teacher; mean and standard deviation over the seeds given. "
+        "`auto` is what `compress` does by default: it chooses among the folds of matrices for each layer together with all ranks.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _line(scheme: str, row: Any, tuned: list[Any]) -> str:
+    if "problem" in row:
+        return f"| {scheme} | no ranks reach this budget | | | | | |"
+    stages = row["val"] | row["tried"]
+    parts = [_percent(stages.get(stage)) for stage in ("cut", "recalibrated", "corrected")]
+    layers = ", ".join(f"{count} {name}" for name, count in row["schemes"].items())
+    accuracies = [100 * one["test"]["accuracy"] for one in tuned]
+    spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
+    after = f"{statistics.mean(accuracies):.1f}{spread} (n={len(accuracies)})" if accuracies else ""
+    return f"| {scheme} | {layers} | {' | '.join(parts)} | {_percent(row['test'])} | {after} |"
+
+
+def _percent(scores: Any) -> str:
+    return "" if scores is None else f"{100 * scores['accuracy']:.1f} %"
+
+
+if __name__ == "__main__":
+    main()

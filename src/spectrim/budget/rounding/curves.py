@@ -1,0 +1,129 @@
+"""Bits and distortion of each weight by its step, and the steps that spend a number of bits best."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectrim.budget.rounding.meeting import Moments
+from spectrim.linalg.feedback import Metric, bits_of, chosen, entropy, metric_of, rounded
+
+STEPS = tuple(0.05 * 1.25**power for power in range(20))
+"""Steps that are tried, in units of the weight's root mean square."""
+
+INPUTS, OUTPUTS = 0.01, 0.05
+"""Damping of the second moments, as a share of the mean of their diagonals."""
+
+WIDEST = 2048
+"""Weights with more outputs than this are rounded with feedback over the inputs alone."""
+
+PRICE = 0.25
+"""Share of the price of a bit that rounding itself reckons with: at the whole price it takes too many small weights to zero."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rounding:
+    """How one weight is rounded: the metrics of its inputs and outputs, by block; or the curvature that all its entries share.
+
+    Attributes:
+        matrices: the weight, ``(blocks, out, in)``.
+        metrics: of inputs and outputs, for each block; empty without feedback.
+        curvature: distortion of a squared change of 1, without feedback.
+    """
+
+    matrices: np.ndarray
+    metrics: Sequence[tuple[Metric, Metric | None]] = ()
+    curvature: float = 0.0
+
+    def __call__(self, step: float, price: float = 0.0) -> tuple[np.ndarray, float]:
+        """Return the levels, and their distortion.
+
+        Args:
+            step: between levels.
+            price: of a bit.
+        """
+        levels, distortion = self._once(step, 0.0, None)
+        return self._once(step, PRICE * price, bits_of(levels)) if price else (levels, distortion)
+
+    def _once(self, step: float, price: float, bits: np.ndarray | None) -> tuple[np.ndarray, float]:
+        if not self.metrics:
+            levels = chosen(self.matrices, step, self.curvature, price, bits)
+            return levels, self.curvature * float(((levels * step - self.matrices) ** 2).sum())
+        parts = [rounded(m, step, right, left, price, bits) for m, (right, left) in zip(self.matrices, self.metrics, strict=True)]
+        return np.stack([levels for levels, _ in parts]), sum(distortion for _, distortion in parts)
+
+
+def with_feedback(matrices: Tensor, met: Moments) -> Rounding:
+    """Return the rounding of a weight with known moments."""
+    lefts = [None if matrices.shape[1] > WIDEST else metric_of(left.numpy(), OUTPUTS) for left in met.left.cpu()]
+    if lefts and lefts[0] is None:  # its mean stands for all outputs, so that distortions stay in one unit
+        scales = [float(left.diagonal().mean()) for left in met.left]
+        rights = [metric_of(own.numpy() * scale, INPUTS) for own, scale in zip(met.own.cpu(), scales, strict=True)]
+    else:
+        rights = [metric_of(own.numpy(), INPUTS) for own in met.own.cpu()]
+    return Rounding(matrices.cpu().numpy(), list(zip(rights, lefts, strict=True)))
+
+
+def towards(matrices: Tensor, met: Moments, ridge: float = 0.01) -> Tensor:
+    """Return the weight that makes up best for what the output lacks: ``W + C (A + r I)^-1``, with ``C`` the cross moment.
+
+    Args:
+        matrices: the weight, ``(blocks, out, in)``.
+        met: beside the dense network.
+        ridge: ``r``, as a share of the mean of the diagonal of ``A``.
+    """
+    share = ridge * met.own.diagonal(dim1=-2, dim2=-1).mean(-1)
+    eye = torch.eye(met.own.shape[-1], dtype=met.own.dtype) * share.clamp_min(1e-30)[:, None, None]
+    change: Tensor = torch.linalg.solve(met.own + eye, met.cross.mT).mT
+    return matrices + change
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The steps of one weight that are tried, and what each costs.
+
+    Attributes:
+        steps: ascending.
+        bits: of all entries, by how often each level occurs.
+        distortions: mean squared change of the network's outputs, summed over outputs, as the second moments predict it.
+    """
+
+    steps: tuple[float, ...]
+    bits: tuple[float, ...] = field(repr=False)
+    distortions: tuple[float, ...] = field(repr=False)
+
+    def best(self, price: float) -> int:
+        """Return the place of the step that costs least at a price of a bit."""
+        return min(range(len(self.steps)), key=lambda place: self.distortions[place] + price * self.bits[place])
+
+
+def curve_of(rounding: Callable[[float], tuple[np.ndarray, float]], size: float) -> Curve:
+    """Round a weight at each step, and return what that costs.
+
+    Args:
+        rounding: of a step.
+        size: root mean square of the weight; 0 for a weight of zeros.
+    """
+    steps = tuple(share * (size or 1.0) for share in STEPS)
+    made = [rounding(step) for step in steps]
+    return Curve(steps, tuple(entropy(levels) for levels, _ in made), tuple(distortion for _, distortion in made))
+
+
+def bits_at(curves: Mapping[str, Curve], price: float) -> float:
+    """Return the bits of all weights at a price."""
+    return sum(curve.bits[curve.best(price)] for curve in curves.values())
+
+
+def price_for(curves: Mapping[str, Curve], bits: float) -> float:
+    """Return the lowest price of a bit at which the weights take no more than `bits` together; that of their fewest bits otherwise.
+
+    At one price for all weights, no bit would lower the distortion more in another weight: the Lagrangian condition.
+    """
+    low, high = 1e-18, 1e12
+    for _ in range(100):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if bits_at(curves, middle) > bits else (low, middle)
+    return high

@@ -1,0 +1,116 @@
+"""Second moments of rows: symmetric products, added up in float64, whole or seen from a few directions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SMALLEST = 96
+"""Columns of the blocks that are multiplied whole: of a larger product the half below the diagonal is mirrored."""
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectedMetric:
+    """The metric ``M = B^T C B`` of a space in which only the directions ``B`` were looked at: no matrix of the whole space is kept.
+
+    Attributes:
+        core: ``C``, ``(..., seen, seen)``, symmetric.
+        basis: ``B``, ``(..., seen, in)``, orthonormal rows.
+    """
+
+    core: Tensor
+    basis: Tensor
+
+    def of(self, vectors: Tensor) -> Tensor:
+        """Return ``V^T M V`` of columns ``V``, ``(..., in, n)``; exact where they lie in the directions that were looked at."""
+        seen = self.basis.to(vectors) @ vectors
+        return seen.mT @ self.core.to(vectors) @ seen
+
+    def misses(self, vectors: Tensor) -> float:
+        """Return the largest share of the length of a column of ``V`` outside the directions that were looked at."""
+        basis = self.basis.to(vectors)
+        outside = vectors - basis.mT @ (basis @ vectors)
+        return float((outside.norm(dim=-2) / vectors.norm(dim=-2).clamp_min(torch.finfo(vectors.dtype).tiny)).max())
+
+
+Metric = Tensor | ProjectedMetric
+"""Of the inputs of a weight."""
+
+
+def precise(rows: Tensor) -> Tensor:
+    """Return rows in the dtype in which they are multiplied: their own, float32 at least."""
+    return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
+
+
+def gram(rows: Tensor) -> Tensor:
+    """Return ``R^T R`` of rows ``(..., n, width)``, by about half of the multiplications of the whole product.
+
+    Examples:
+        >>> rows = torch.arange(2 * 3 * 200, dtype=torch.float64).reshape(2, 3, 200)
+        >>> torch.equal(gram(rows), rows.mT @ rows)
+        True
+    """
+    width = rows.shape[-1]
+    made = rows.new_empty(*rows.shape[:-2], width, width)
+
+    def fill(start: int, end: int) -> None:
+        if end - start <= SMALLEST:
+            made[..., start:end, start:end] = rows[..., start:end].mT @ rows[..., start:end]
+            return
+        middle = (start + end) // 2
+        fill(start, middle)
+        fill(middle, end)
+        block = rows[..., start:middle].mT @ rows[..., middle:end]
+        made[..., start:middle, middle:end] = block
+        made[..., middle:end, start:middle] = block.mT
+
+    fill(0, width)
+    return made
+
+
+class MomentSum:
+    """Adds up ``sum (x - c) (x - c)^T`` of rows, products in the rows' dtype (float32 at least), sums in float64.
+
+    With ``c``, the mean of the first rows, large means do not cancel in single precision; `second` puts it back.
+
+    Args:
+        shifted: whether to take ``c`` out: where the mean itself is needed, or large.
+        seen: what the rows are multiplied with first; nothing when omitted.
+    """
+
+    def __init__(self, *, shifted: bool = False, seen: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.shifted, self.seen = shifted, seen
+        self.count = 0
+        self.shift: Tensor | None = None
+        self._gram: Tensor | None = None
+        self._sum: Tensor | None = None
+
+    def add(self, rows: Tensor) -> Tensor:
+        """Add rows ``(blocks, n, width)``; return them as they were multiplied."""
+        rows = precise(rows) if self.seen is None else self.seen(precise(rows))
+        if self.shifted:
+            if self.shift is None:
+                self.shift = rows.mean(-2, keepdim=True)
+            rows = rows - self.shift
+        product, total = gram(rows).double(), rows.sum(-2, dtype=torch.float64)
+        self._gram = product if self._gram is None else self._gram.add_(product)
+        self._sum = total if self._sum is None else self._sum.add_(total)
+        self.count += rows.shape[-2]
+        return rows
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean of the rows, ``(blocks, width)``, in float64."""
+        assert self._sum is not None
+        mean = self._sum / self.count
+        return mean if self.shift is None else mean + self.shift.double().squeeze(-2)
+
+    def second(self, *, centered: bool = False) -> Tensor:
+        """Return the sum of ``x x^T``, or of ``(x - mean) (x - mean)^T``, ``(blocks, width, width)``, in float64."""
+        assert self._gram is not None
+        assert self._sum is not None
+        deviations = self._gram - self._sum.unsqueeze(-1) * (self._sum / self.count).unsqueeze(-2)
+        if centered:
+            return deviations
+        return self._gram if self.shift is None else deviations + self.count * self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)

@@ -1,0 +1,254 @@
+"""Levels by rate and distortion: the laws of rounding with feedback, and `round_to` on small networks."""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spectrim as sp
+from spectrim.budget.rounding.curves import Curve, curve_of, price_for, towards
+from spectrim.budget.rounding.meeting import _meeting, beside, moments
+from spectrim.budget.rounding.round_to import round_to
+from spectrim.budget.rounding.weights import weights_of
+from spectrim.errors import SettingError
+from spectrim.linalg.feedback import bits_of, entropy, metric_of, rounded
+from spectrim.storage.pack import coded, pack, unpack
+
+
+def moment(size: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    drawn = rng.normal(size=(2 * size, size)) @ np.diag(np.linspace(0.1, 2, size)) @ rng.normal(size=(size, size))
+    return drawn.T @ drawn / size
+
+
+A, G, W = moment(20, 0), moment(7, 1), np.random.default_rng(2).normal(size=(7, 20))
+
+
+def squared(levels: np.ndarray, step: float, left: np.ndarray) -> float:
+    change = levels * step - W
+    return float(np.trace(left @ change @ A @ change.T))
+
+
+def test_a_metric_is_its_moment_in_the_order_of_decisions() -> None:
+    metric = metric_of(A, 0.0)
+    again = metric.mixing.T @ np.diag(metric.weights) @ metric.mixing
+    np.testing.assert_allclose(again, A[np.ix_(metric.order, metric.order)], rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(np.diag(metric.mixing), 1.0)
+
+
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("price", [0.0, 0.5])
+def test_the_distortion_is_the_squared_error(both: bool, price: float) -> None:
+    right, left = metric_of(A, 0.0), metric_of(G, 0.0) if both else None
+    levels, distortion = rounded(W, 0.4, right, left, price, bits_of(np.rint(W / 0.4).astype(int)))
+    assert distortion == pytest.approx(squared(levels, 0.4, G if both else np.eye(7)), rel=1e-9)
+
+
+def test_feedback_lowers_the_error_and_nothing_changes_without_correlations() -> None:
+    right, left = metric_of(A, 0.0), metric_of(G, 0.0)
+    nearest = np.rint(W / 0.4)
+    one, both = rounded(W, 0.4, right)[0], rounded(W, 0.4, right, left)[0]
+    assert squared(both, 0.4, G) < 0.8 * squared(one, 0.4, G) < 0.8**2 * squared(nearest, 0.4, G)
+    plain = metric_of(np.diag(np.arange(1.0, 21.0)), 0.0)
+    assert (rounded(W, 0.4, plain, metric_of(np.eye(7), 0.0))[0] == nearest).all()
+
+
+def test_a_price_of_bits_buys_fewer_bits() -> None:
+    right, left = metric_of(A, 0.0), metric_of(G, 0.0)
+    levels, distortion = rounded(W, 0.4, right, left)
+    fewer, larger = rounded(W, 0.4, right, left, 20.0, bits_of(levels))
+    assert entropy(fewer) < 0.9 * entropy(levels)
+    assert larger > distortion
+
+
+def test_one_price_is_the_best_split_of_the_bits() -> None:
+    curves = {str(scale): curve_of(lambda step, s=scale: (np.rint(W / step).astype(int), s * step**2), 1.0) for scale in (0.1, 1.0, 30.0)}
+    places = range(len(curves["1.0"].steps))
+    for limit in (300.0, 700.0):
+        price = price_for(curves, limit)
+        taken = [curve.best(price) for curve in curves.values()]
+        bits = sum(curve.bits[place] for curve, place in zip(curves.values(), taken, strict=True))
+        spent = sum(curve.distortions[place] for curve, place in zip(curves.values(), taken, strict=True))
+        first, second, third = curves.values()
+        every = ((first.bits[a] + second.bits[b] + third.bits[c], first.distortions[a] + second.distortions[b] + third.distortions[c])
+                 for a in places for b in places for c in places)  # fmt: skip
+        assert bits <= limit
+        assert spent <= min(total for count, total in every if count <= bits) + 1e-9
+    assert price_for({"a": Curve((1.0,), (50.0,), (1.0,))}, 10.0) >= 1e12 * 0.99  # no step meets it
+
+
+class Skip(nn.Module):
+    """A residual block between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.inside = nn.Conv2d(8, 8, 3, padding=1)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits."""
+        x = self.norm(self.first(x)).relu()
+        x = (self.inside(x) + x).relu()
+        logits: Tensor = self.last(x.mean((2, 3)))
+        return logits
+
+
+def skip(seed: int = 0) -> tuple[Skip, list[Tensor]]:
+    torch.manual_seed(seed)
+    model, data = Skip(), [torch.randn(64, 3, 6, 6) for _ in range(2)]
+    model(data[0])
+    return model.eval(), data
+
+
+def test_moments_are_those_of_rows_and_of_the_jacobian() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2, bias=False)), torch.randn(4000, 4)
+    found = moments(model, weights_of(model), [x], [4000])
+    expected = torch.cov(x.T, correction=0)
+    torch.testing.assert_close(found["0"].own[0].float(), expected, rtol=1e-4, atol=1e-4)
+    weight = model[1].weight.detach().double()
+    torch.testing.assert_close(found["0"].left[0], weight.T @ weight, rtol=0.1, atol=0.02)  # random signs
+    hidden = model[0](x).detach()
+    torch.testing.assert_close(found["1"].own[0].float(), hidden.T @ hidden / 4000, rtol=1e-4, atol=1e-4)
+
+
+def test_a_layer_makes_up_for_the_skip_path_beside_it() -> None:
+    model, data = skip()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.first.weight.add_(0.1 * torch.randn_like(other.first.weight))
+        dense, now = weights_of(model)["inside"], weights_of(other)["inside"]
+        x, _, added = _meeting(model, model.inside, data[0])
+        assert added is not None
+        assert torch.equal(added, x)
+        met = beside(model, dense, other, now, data, [64, 64], torch.eye(8)[None].double())
+        assert met.once
+
+        def lacks() -> float:
+            before, after = (m.inside(h) + h for m, h in ((m, m.norm(m.first(data[0])).relu()) for m in (model, other)))
+            return float((before - after).square().sum())
+
+        began = lacks()
+        now.set_(towards(now.matrices(), met, ridge=1e-4))
+        other.inside.bias.add_(
+            ((dense.matrices() - now.matrices()) @ met.mean[..., None]).flatten().float() + met.missing.flatten().float()
+        )
+        assert lacks() < 0.6 * began
+
+
+def nearest(model: nn.Module, limit: int) -> nn.Module:
+    """Round every weight to the nearest multiple of one step, the smallest that meets the bytes."""
+    low, high, found = 1e-3, 1.0, model
+    for _ in range(12):
+        step, made = math.sqrt(low * high), copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter.copy_((parameter / torch.tensor(step)).round() * torch.tensor(step) + 0)
+        if len(coded(made)[0]) > limit:
+            low = step
+        else:
+            high, found = step, made
+    return found
+
+
+def test_a_network_meets_its_bytes_with_less_change_than_the_nearest_levels(tmp_path: Path) -> None:
+    model, data = skip()
+    made = round_to(model, data, 1000, progress=False)
+    packed = pack(made.model, tmp_path / "s.spz")
+    assert packed.coded_bytes == made.packed.coded_bytes <= 1000
+    with torch.no_grad():
+        back = unpack(tmp_path / "s.spz", model)
+        assert torch.equal(back(data[0]), made.model(data[0]))
+        changes = [float((model(data[0]) - m(data[0])).square().sum()) for m in (made.model, nearest(model, 1000))]
+    assert changes[0] < 0.5 * changes[1]
+    assert made.unexplained < 0.2
+    assert set(made.bits) == {"first", "inside", "last"}
+    assert "bits for each weight" in made.summary()
+    assert all(parameter.requires_grad for parameter in made.model.parameters())
+
+
+def low_rank() -> tuple[nn.Module, Tensor]:
+    dense = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 9))
+    return sp.merge(sp.prune(sp.factorize(dense), sp.Fixed(8))), torch.randn(99, 40)
+
+
+def grouped() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Conv1d(16, 24, 3, groups=2), nn.ConvTranspose1d(24, 12, 2, stride=2), nn.Flatten()), torch.randn(64, 16, 20)
+
+
+def embedding() -> tuple[nn.Module, Tensor]:
+    layers = nn.Embedding(50, 24), nn.Flatten(), nn.Linear(120, 24), nn.LayerNorm(24)
+    return nn.Sequential(*layers), torch.randint(50, (80, 5))
+
+
+def twice() -> tuple[nn.Module, Tensor]:
+    shared = nn.Linear(32, 32)
+    return nn.Sequential(shared, nn.Tanh(), shared), torch.randn(90, 32)
+
+
+def half() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Linear(60, 60), nn.ReLU(), nn.Linear(60, 9)).bfloat16(), torch.randn(90, 60).bfloat16()
+
+
+NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {made.__name__: made for made in (low_rank, grouped, embedding, twice, half)}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("sequential", [True, False])
+def test_kinds_of_networks_meet_their_bytes(name: str, sequential: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = NETWORKS[name]()
+    model = model.eval()
+    held = sum(tensor.nbytes for tensor in model.state_dict().values())
+    share = 0.55 if name == "half" else 0.3
+    made = round_to(model, [(x, torch.zeros(len(x)))], share, sequential=sequential, progress=False)
+    assert made.packed.coded_bytes <= share * held
+    assert made.unexplained < 0.05
+    pack(made.model, tmp_path / "n.spz")
+    back = unpack(tmp_path / "n.spz")
+    assert all(torch.equal(back[key], tensor) for key, tensor in made.model.state_dict().items())
+
+
+def test_recurrent_and_tied_weights_are_rounded_without_feedback() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.look, self.run, self.say = nn.Embedding(40, 24), nn.LSTM(24, 24, batch_first=True), nn.Linear(24, 40, bias=False)
+            self.say.weight = self.look.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.say(self.run(self.look(x))[0])
+            return logits
+
+    torch.manual_seed(0)
+    made = round_to(Tied(), [torch.randint(40, (32, 6))], 0.3, progress=False)
+    assert made.model.say.weight is made.model.look.weight
+    assert set(made.bits) == {"look.weight", "run.weight_ih_l0", "run.weight_hh_l0"}
+    assert made.unexplained < 0.1
+
+
+class Branch(Skip):
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits; torch.fx cannot follow the branch."""
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    model, data = skip()
+    with pytest.raises(SettingError, match="round_to: coded_bytes must be a fraction"):
+        round_to(model, data, 0, progress=False)
+    with pytest.raises(SettingError, match="call merge"):
+        round_to(sp.factorize(model), data, 0.1, progress=False)
+    with pytest.raises(SettingError, match="fold must be False for this network"):
+        round_to(Branch(), data, 1000, progress=False)
+    norm = nn.BatchNorm1d(300)
+    norm(torch.randn(64, 300))  # statistics are kept as they are
+    with pytest.raises(SettingError, match="met by some steps; the fewest bytes reached are"):
+        round_to(nn.Sequential(norm, nn.Linear(300, 2)), [torch.randn(64, 300)], 1000, progress=False)
