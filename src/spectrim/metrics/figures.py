@@ -25,7 +25,7 @@ def figure(columns: int) -> tuple[Any, Any]:
     return made, made.subplots(1, columns, squeeze=False)[0]
 
 
-def curve(axes: Any, points: Sequence[tuple[float, float]], *, title: str, x: str, y: str, label: str = "", color: str = COLORS[0]) -> None:
+def curve(axes: Any, points: Sequence[tuple[float | int, float]], *, title: str, x: str, y: str, label: str = "", color: str = COLORS[0]) -> None:
     """Draw points, joined in the order of x.
 
     Args:
