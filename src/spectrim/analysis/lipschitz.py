@@ -228,8 +228,8 @@ class _Bounds:
     def of_function(self, node: fx.Node, before: list[float]) -> float:
         """Return the constant of a node that calls a function or a method."""
         target: Any = node.target
-        if target in JOINED:
-            return JOINED[target](before)
+        if target in JOINED and set(node.kwargs) <= {"dim", "axis"}:
+            return JOINED[target](self.joined(node))
         numbers = [value for value in node.args if isinstance(value, int | float)]
         if target in (operator.mul, torch.mul, "mul") and len(before) == len(numbers) == 1:
             return before[0] * abs(numbers[0])
@@ -242,9 +242,21 @@ class _Bounds:
             return before[0] * constant_of(node.name, pool, self.shape(node.all_input_nodes[0]))
         if target is F.pad and node.kwargs.get("mode", (*node.args, "constant", "constant")[2]) == "constant":
             return before[0]
+        if target is operator.getitem and not sliced(node.args[1]):
+            raise LayerError(
+                node.name, "indexes with a list or a tensor, which may repeat entries", hint="slices and integers are supported"
+            )
+        if target is F.dropout and node.kwargs.get("training", (*node.args, None, None)[2]) is not False:
+            raise LayerError(node.name, "drops out in eval mode, too", hint="pass training=self.training, or use nn.Dropout")
         if len(before) == 1 and (target in FUNCTIONS if node.op == "call_function" else target in METHODS):
             return before[0]
         raise LayerError(node.name, f"calls {getattr(target, '__name__', target)}, whose Lipschitz constant is not known", hint=KNOWN)
+
+    def joined(self, node: fx.Node) -> list[float]:
+        """Return the constants of all arguments of a function, repeated ones each."""
+        found: list[float] = []
+        fx.node.map_arg((node.args, node.kwargs), lambda one: found.append(self.constants[one] or 0.0))
+        return found
 
     def shape(self, node: fx.Node) -> torch.Size:
         size: torch.Size = node.meta["tensor_meta"].shape
@@ -260,6 +272,12 @@ JOINED: Mapping[Any, Callable[[list[float]], float]] = {
     torch.cat: lambda constants: math.sqrt(sum(constant**2 for constant in constants)),
 }
 """Functions that pool, and functions of several tensors."""
+
+
+def sliced(index: Any) -> bool:
+    """Whether an index takes each entry once at most."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts)
 
 
 def check_size(name: str, parts: tuple[Convolution, ...], shape: torch.Size) -> None:

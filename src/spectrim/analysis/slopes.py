@@ -32,7 +32,9 @@ def constant_of(name: str, module: Any, shape: torch.Size) -> float:
         if getattr(module, "divisor_override", None) is None and (module.count_include_pad or not any(tuples(module.padding, 1))):
             return math.sqrt(read / count)
     if isinstance(module, nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d):
-        out = tuples(module.output_size, len(shape) - 2)
+        axes = len(shape) - 2
+        asked = (module.output_size,) * axes if isinstance(module.output_size, int | None) else tuple(module.output_size)
+        out = [size if wanted is None else wanted for size, wanted in zip(shape[2:], asked, strict=True)]
         if all(size % wanted == 0 for size, wanted in zip(shape[2:], out, strict=True)):
             return 1 / math.sqrt(math.prod(size // wanted for size, wanted in zip(shape[2:], out, strict=True)))
     raise LayerError(name, f"is a {type(module).__name__}, whose Lipschitz constant is not known", hint=KNOWN)

@@ -85,7 +85,7 @@ def pack(model: nn.Module | Mapping[str, Tensor] | str | Path, path: str | Path)
         WriteError: the file cannot be written; the one that was there before is left as it was.
 
     Examples:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> path = Path(tempfile.mkdtemp()) / "model.spz"
         >>> packed = pack({"weight": torch.randint(-3, 4, (64, 64)) * 0.25}, path)
         >>> packed.coded_bytes < 1700, packed.size_bytes
