@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from spectrim.metrics.measurement import measure
     from spectrim.penalties import Hoyer, Orthogonality
     from spectrim.pipeline.compress import compress
+    from spectrim.pipeline.elastic import load
     from spectrim.report import write_report
     from spectrim.runtimes.export import export
     from spectrim.runtimes.int8 import quantize
-    from spectrim.storage.save import load, save
+    from spectrim.storage.save import save
     from spectrim.surgery.calibrate import calibrate
     from spectrim.surgery.correct import correct
     from spectrim.surgery.coverage import coverage
@@ -50,10 +51,11 @@ _PLACES = {
     "metrics.measurement": "measure",
     "penalties": "Hoyer Orthogonality",
     "pipeline.compress": "compress",
+    "pipeline.elastic": "load",
     "report": "write_report",
     "runtimes.export": "export",
     "runtimes.int8": "quantize",
-    "storage.save": "load save",
+    "storage.save": "save",
     "surgery.calibrate": "calibrate",
     "surgery.correct": "correct",
     "surgery.coverage": "coverage",
