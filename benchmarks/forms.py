@@ -22,6 +22,7 @@ from torch import nn
 import spectrim as sp
 from micro.harness import environment
 from spectrim import zoo
+from spectrim.errors import SettingError
 from spectrim.files import write_text
 from spectrim.layers import named_layers
 
@@ -106,10 +107,14 @@ def main() -> None:
             continue
         settings = dict(zip(("network", "budget", "scheme", "seed"), row, strict=True))
         more = {"epochs": 0 if row[3] is None else EPOCHS, "images": None if row[3] is None else IMAGES, "examples": EXAMPLES}
-        found = {"settings": settings | more, "environment": environment()} | run(*row)
+        try:
+            measured = run(*row)
+        except SettingError as error:  # a budget below the smallest network of this scheme
+            measured = {"problem": str(error)}
+        found = {"settings": settings | more, "environment": environment()} | measured
         RESULTS.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(found, indent=1) + "\n")
-        print(path.name, f"{100 * found['test']['accuracy']:.2f} %", flush=True)
+        print(path.name, found.get("problem") or f"{100 * found['test']['accuracy']:.2f} %", flush=True)
 
 
 def page() -> str:
@@ -133,7 +138,7 @@ def page() -> str:
             some = [groups[network, budget, scheme, 0] for scheme in SCHEMES]
             if not any(some):
                 continue
-            dense = next(group for group in some if group)[0]["dense_test"]["accuracy"]
+            dense = next(row for group in some for row in group if "dense_test" in row)["dense_test"]["accuracy"]
             lines += ["", f"## {title}, {100 * budget:g} % of the MACs (dense {100 * dense:.1f} %)", ""]
             lines += [
                 "| form | layers | as cut | BatchNorm renewed | refitted | test, no training | test, fine-tuned |",
@@ -153,6 +158,8 @@ def page() -> str:
 
 
 def _line(scheme: str, row: Any, tuned: list[Any]) -> str:
+    if "problem" in row:
+        return f"| {scheme} | no ranks reach this budget | | | | | |"
     stages = row["val"] | row["tried"]
     parts = [_percent(stages.get(stage)) for stage in ("cut", "recalibrated", "corrected")]
     layers = ", ".join(f"{count} {name}" for name, count in row["schemes"].items())

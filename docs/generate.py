@@ -8,6 +8,7 @@ from typing import Any
 
 import spectrim
 from spectrim import protocols
+from spectrim.forms import Form
 from spectrim.layers import KINDS
 from spectrim.tables import Row
 
@@ -19,6 +20,7 @@ TABLES = [
     ("Distortion", "spectrim.budget.distortion", protocols.Importance),
     ("Courses", "spectrim.training.methods", protocols.Course),
     ("Projections", "spectrim.projections", protocols.Projection),
+    ("Forms of a weight", "spectrim.forms", Form),
 ]
 """Heading, module with ``METHODS`` and ``LAWS``, and contract, in the order of the pages."""
 
@@ -48,6 +50,13 @@ FURTHER = {
         "spectrim.runtimes.Int8",
         "spectrim.runtimes.sensitivity",
         "spectrim.runtimes.evaluate_exported",
+    ],
+    "Coded files": [
+        "spectrim.budget.rounding.round_to.round_to",
+        "spectrim.budget.rounding.round_to.Rounded",
+        "spectrim.storage.pack.pack",
+        "spectrim.storage.pack.unpack",
+        "spectrim.storage.pack.Packed",
     ],
     "Training": [
         "spectrim.training.History",

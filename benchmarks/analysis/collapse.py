@@ -42,6 +42,7 @@ def mnist() -> list[dict[str, Any]]:
     import spectrim as sp
     from spectrim import zoo
     from spectrim.analysis.collapse import LogCollapse, neural_collapse
+    from spectrim.budget.rules import Fixed
 
     splits = zoo.mnist(batch_size=EXAMPLES)
     x, y = next(iter(splits.train))
@@ -58,7 +59,8 @@ def mnist() -> list[dict[str, Any]]:
         optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
         callbacks = [LogCollapse(train, EVERY)] if log else []
-        history = sp.fit(model, data, loss, optimizer, epochs, penalties=penalties, scheduler=schedule, callbacks=callbacks, progress=False)
+        tuning = sp.Tuning(scheduler=schedule)
+        history = sp.fit(model, data, loss, optimizer, epochs, tuning=tuning, penalties=penalties, callbacks=callbacks, progress=False)
         kept = ("nc1", "nc2", "nc3", "nc4", "effective_rank", "loss")
         return [{"epoch": i + 1} | {name: line[name] for name in kept} for i, line in enumerate(history.epochs) if "nc1" in line]
 
@@ -78,7 +80,7 @@ def mnist() -> list[dict[str, Any]]:
         row["svd"] = scores(svd)
         low = sp.factorize(dense)
         for rank in RANKS:
-            cut = sp.prune(low, sp.Fixed(rank))
+            cut = sp.prune(low, Fixed(rank))
             row[f"cut {rank}"] = scores(cut)
             trained(cut, TUNE, RATE / 5)
             row[f"tuned {rank}"] = scores(cut)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from common import SEEDS, write
 from spectrim import zoo
 from spectrim.analysis.convex_program import NeuronGL1, convex_optimum
-from spectrim.analysis.duality import certificate, linear_optimum, rank_one_optimum, relu_optimum, suggest_rank
+from spectrim.analysis.duality import certificate, linear_optimum, rank_one_optimum, relu_optimum
 
 STEPS = 1500
 
@@ -57,12 +57,13 @@ def closed_forms() -> list[dict[str, Any]]:
         torch.manual_seed(seed)
         X, Y = white(12, 5), 3 * torch.randn(12, 3).double()
         one_hot = nn.functional.one_hot(torch.arange(12) % 4 % 3).double()
-        wide, column, row, scalar = white(12, 15), torch.randn(10).double(), torch.randn(4).double(), 3 * torch.randn(10, 1).double()
+        wide, column, row, scalar = white(12, 15), torch.randn(10).double(), torch.randn(4).double(), torch.randn(10, 1).double()
+        scalar = 2 * column[:, None] + scalar  # opposite targets on both sides
         outer = torch.outer(column, row)
         for layers in (2, 3):
             cases = [
                 ("linear, whitened", linear_optimum(X, Y, 1.0, layers), (X, Y, 1.0, layers, False, 5, 2)),
-                ("ReLU, whitened, one-hot", relu_optimum(wide, one_hot, 0.6, layers), (wide, one_hot, 0.6, layers, True, 12, 4)),
+                ("ReLU, whitened, one-hot", relu_optimum(wide, one_hot, 0.6, layers), (wide, one_hot, 0.6, layers, True, 12, 10)),
                 ("ReLU, rank one", rank_one_optimum(column, row, scalar, 0.5, layers), (outer, scalar, 0.5, layers, True, 10, 4)),
             ]
             for name, best, settings in cases:
@@ -129,7 +130,7 @@ def trained_mnist() -> list[dict[str, Any]]:
             loss, weights = descended(X, Y, decay, 2, relu, 64, 1, 600)
             made = certificate(network(weights, relu), X, Y, decay)
             row = {"decay": decay, "relu": relu, "loss": loss, "bound": made.bound, "gap": made.gap, "method": made.method}
-            row |= {"rank": int(torch.linalg.matrix_rank(weights[0], rtol=1e-3)), "suggested": suggest_rank(X, Y, decay)}
+            row |= {"rank": int(torch.linalg.matrix_rank(weights[0], rtol=1e-3))}
             if relu:
                 row["estimate"] = certificate(network(weights, relu), X, Y, decay, method="sampled", samples=200).bound
             rows.append(row)

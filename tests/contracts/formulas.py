@@ -23,6 +23,7 @@ OF_FACTORS: dict[str, Callable[..., Any]] = {
     "Hoyer": lambda U, S, Vh: np.abs(S).sum() / np.sqrt((S**2).sum()) - 1,
     "HoyerSquare": lambda U, S, Vh: np.abs(S).sum() ** 2 / (S**2).sum() - 1,
     "L1": lambda U, S, Vh: np.abs(S).sum(),
+    "CumulativeShrinkage": lambda U, S, Vh: ((1 - (5 / 6) ** np.arange(1, len(S) + 1)) * np.sort(np.abs(S))[::-1]).sum(),
     "PolarHoyer": lambda U, S, Vh: spectrum(U, S, Vh).sum() ** 2 / (spectrum(U, S, Vh) ** 2).sum() - 1,
     "NuclearNorm": lambda U, S, Vh: spectrum(U, S, Vh).sum(),
     "FrobeniusDecay": lambda U, S, Vh: ((U * S @ Vh) ** 2).sum() / 2,

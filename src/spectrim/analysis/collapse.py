@@ -174,8 +174,8 @@ def _features(model: nn.Module, data: Iterable[Any], head: str) -> Iterator[tupl
                 output = call_model(model, inputs)
             if not held or held[-1].dim() != 2:
                 raise LayerError(head, "does not read features (batch, d)", hint="name the classifier with head=")
-            if not isinstance(target, Tensor) or target.is_floating_point() or target.dim() != 1:
-                raise SettingError("neural_collapse", "targets", got=target, rule="classes, integers of shape (batch,)")
+            if not isinstance(target, Tensor) or target.is_floating_point() or target.dim() != 1 or int(target.min()) < 0:
+                raise SettingError("neural_collapse", "targets", got=target, rule="classes, integers >= 0 of shape (batch,)")
             yield held[-1], target, output
     finally:
         handle.remove()

@@ -150,7 +150,8 @@ def _written_out(parts: Sequence[Convolution], sizes: Sequence[int]) -> Tensor:
     """Decompose the operator itself, group by group."""
     groups = parts[0].groups
     ones = basis(1, sizes)[:1].expand(1, inputs_of(parts), *sizes)
-    entries = math.prod(ones.shape) * apply(parts, ones).numel() // groups**2
+    inputs = math.prod(ones.shape) // groups
+    entries = inputs * max(inputs, apply(parts, ones).numel() // groups)
     if entries > DENSE_LIMIT:
         hint = "use method='circular' or 'symbol', or operator_norm for the largest value"
         raise SettingError("conv_singular_values", "size", got=tuple(sizes), rule=f"one with at most {DENSE_LIMIT} entries", hint=hint)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from spectrim.analysis.arrangements import FEW, arrangements, most_arrangements
@@ -61,12 +62,11 @@ def certificate(
 
     The residual ``V = Y - f(X)``, scaled until ``max_{||u|| <= 1} ||V^T g(X u)|| <= decay``, is a point of the dual problem, whose value
     ``<V, Y> - 1/2 ||V||^2`` is a lower bound. At the optimum both agree. For a linear network the maximum is ``||X^T V||``. For ReLU:
-    ``arrangements``: over all patterns of active examples, ``max_D ||X^T D V||``, for few examples; ``relaxed``:
+    ``arrangements``: over all patterns of active examples, for few examples; exact for one output; ``relaxed``:
     ``(||X^T V|| + ||X|| ||V||) / 2``, for any number; ``sampled``: found by search, and no proof.
 
     Args:
-        model: two linear layers without biases, with a ReLU between them or not: an `nn.Sequential`, factorized or not; or one factorized
-            layer, which is two.
+        model: two linear layers without biases, with a ReLU between them or not: an `nn.Sequential`, factorized or not.
         inputs: ``(n, in)``.
         targets: ``(n, out)``.
         decay: > 0, weight decay of the sum of squares, not of the mean.
@@ -99,7 +99,7 @@ def certificate(
     loss = float(V.square().sum() / 2 + decay / 2 * (first.square().sum() + second.square().sum()))
     largest, proof, name = (_norm(X.mT @ V), True, "linear") if not relu else _relu_maximum(X, V, method, samples, seed)
     limit = decay / largest if largest > 0 else math.inf
-    scale = min(limit, float((V * Y).sum() / V.square().sum().clamp(min=1e-300)))
+    scale = max(-limit, min(limit, float((V * Y).sum() / V.square().sum().clamp(min=1e-300))))
     bound = max(0.0, float(scale * (V * Y).sum() - scale**2 * V.square().sum() / 2))
     return Certificate(loss, bound, proof, name)
 
@@ -111,7 +111,7 @@ def _norm(matrix: Tensor) -> float:
 def _relu_maximum(X: Tensor, V: Tensor, method: Bound, samples: int, seed: int) -> tuple[float, bool, str]:
     """Bound or estimate ``max ||V^T relu(X u)||`` over the unit ball."""
     if method == "arrangements" or (method == "auto" and most_arrangements(X) <= FEW):
-        return max(_norm(X.mT @ (D[:, None] * V)) for D in arrangements(X)), True, "arrangements"
+        return max(_on_cone(X, V, D) for D in arrangements(X)), True, "arrangements"
     if method != "sampled":
         return (_norm(X.mT @ V) + _norm(X) * _norm(V)) / 2, True, "relaxed"
     U = torch.randn(X.shape[1], samples, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -123,6 +123,18 @@ def _relu_maximum(X: Tensor, V: Tensor, method: Bound, samples: int, seed: int) 
         best = max(best, float(ahead.norm(dim=0).max()))
         U = X.mT @ ((hidden > 0) * (V @ ahead))
     return best, False, "sampled"
+
+
+def _on_cone(X: Tensor, V: Tensor, D: Tensor) -> float:
+    """Return ``max ||V^T D X u||`` over the directions of the unit ball with the pattern D; with several outputs over the whole ball.
+
+    With one output it is the length of the projection of ``+-X^T D V`` onto the cone ``(2 D - I) X u >= 0``, by non-negative least squares.
+    """
+    ahead = X.mT @ (D[:, None] * V)
+    if V.shape[1] > 1:
+        return _norm(ahead)
+    sides = ((2 * D - 1)[:, None] * X).mT.numpy()
+    return max(nnls(sides, -sign * ahead[:, 0].numpy())[1] for sign in (1, -1))
 
 
 def two_layers(model: nn.Module) -> tuple[Tensor, Tensor, bool]:

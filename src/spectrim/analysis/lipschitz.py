@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from spectrim.analysis.operators import Convolution, operators_of
-from spectrim.analysis.slopes import KNOWN, constant_of
+from spectrim.analysis.slopes import KNOWN, averaged, constant_of, sliced
 from spectrim.analysis.symbols import GRID, sampled_norm, slack, total_strides
 from spectrim.errors import LayerError
 from spectrim.layers import is_factorized
@@ -228,8 +228,8 @@ class _Bounds:
     def of_function(self, node: fx.Node, before: list[float]) -> float:
         """Return the constant of a node that calls a function or a method."""
         target: Any = node.target
-        if target in JOINED:
-            return JOINED[target](before)
+        if target in JOINED and set(node.kwargs) <= {"dim", "axis"}:
+            return JOINED[target](self.joined(node))
         numbers = [value for value in node.args if isinstance(value, int | float)]
         if target in (operator.mul, torch.mul, "mul") and len(before) == len(numbers) == 1:
             return before[0] * abs(numbers[0])
@@ -242,9 +242,21 @@ class _Bounds:
             return before[0] * constant_of(node.name, pool, self.shape(node.all_input_nodes[0]))
         if target is F.pad and node.kwargs.get("mode", (*node.args, "constant", "constant")[2]) == "constant":
             return before[0]
+        if target is operator.getitem and not sliced(node.args[1]):
+            raise LayerError(
+                node.name, "indexes with a list or a tensor, which may repeat entries", hint="slices and integers are supported"
+            )
+        if target is F.dropout and node.kwargs.get("training", (*node.args, None, None)[2]) is not False:
+            raise LayerError(node.name, "drops out in eval mode, too", hint="pass training=self.training, or use nn.Dropout")
         if len(before) == 1 and (target in FUNCTIONS if node.op == "call_function" else target in METHODS):
             return before[0]
         raise LayerError(node.name, f"calls {getattr(target, '__name__', target)}, whose Lipschitz constant is not known", hint=KNOWN)
+
+    def joined(self, node: fx.Node) -> list[float]:
+        """Return the constants of all arguments of a function, repeated ones each."""
+        found: list[float] = []
+        fx.node.map_arg((node.args, node.kwargs), lambda one: found.append(self.constants[one] or 0.0))
+        return found
 
     def shape(self, node: fx.Node) -> torch.Size:
         size: torch.Size = node.meta["tensor_meta"].shape
@@ -281,12 +293,3 @@ def scales(norm: Any) -> Tensor:
         raise LayerError(type(norm).__name__, "has no running statistics, so it is no fixed operator")
     scale: Tensor = (norm.running_var.double() + norm.eps).rsqrt()
     return scale if norm.weight is None else scale * norm.weight.detach().double()
-
-
-def averaged(node: fx.Node, shape: torch.Size) -> float:
-    """Return ``1 / sqrt(count)`` for a mean over some dimensions, none of them the batch."""
-    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    chosen = {int(dim) % len(shape) for dim in (dims if isinstance(dims, tuple | list) else [dims])} if dims is not None else {0}
-    if 0 in chosen:
-        raise LayerError(node.name, "averages over the batch", hint="give the dimensions of the mean")
-    return 1 / math.sqrt(math.prod(shape[dim] for dim in chosen))

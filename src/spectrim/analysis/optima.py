@@ -136,14 +136,18 @@ def relu_optimum(inputs: Tensor, targets: Tensor, decay: float, layers: int = 2)
 def rank_one_optimum(column: Tensor, row: Tensor, targets: Tensor, decay: float, layers: int = 2) -> Optimum:
     """Return the optimum of a deep ReLU network on inputs of rank one, ``X = column row^T``.
 
-    Two paths that do not meet: the examples where the column is positive, and those where it is negative.
+    Two paths: the examples where the column is positive, and those where it is negative. With three layers and more they share the later
+    layers where their targets agree, which is cheaper than two paths, so that there is a closed form for opposite ones only.
 
     Args:
         column: ``(n,)``.
         row: ``(in,)``.
         targets: ``(n, out)``.
         decay: >= 0.
-        layers: >= 2.
+        layers: >= 2; above 2 for one output, and sums of the targets weighted by the column of opposite signs (or zero) on both sides.
+
+    Raises:
+        SettingError: for three layers and more where both paths pull the same way.
 
     Examples:
         >>> column, row = torch.tensor([1.0, -1.0]), torch.tensor([1.0, 0.0])
@@ -151,13 +155,18 @@ def rank_one_optimum(column: Tensor, row: Tensor, targets: Tensor, decay: float,
         2.5
 
     Source: Ergen and Pilanci, arXiv 2002.09773.
-    Deviation: as in `linear_optimum`.
+    Deviation: as in `linear_optimum`; the restriction for three layers and more is ours: gradient descent went below two separate paths.
     """
     column, row = column.double().flatten(), row.double().flatten()
     _, Y = checked("rank_one_optimum", torch.outer(column, row), targets, decay, layers)
     norm = row.norm()
     features = norm * torch.stack([column.clamp(min=0), (-column).clamp(min=0)])  # (2, n)
     ahead = features @ Y
+    if layers > 2 and (Y.shape[1] > 1 or float(ahead.prod()) > 0):
+        rule = "2, or more for one output with opposite targets on both sides"
+        raise SettingError(
+            "rank_one_optimum", "layers", got=layers, rule=rule, hint="else both paths share layers, and no closed form is known"
+        )
     v, c = ahead.norm(dim=1), features.square().sum(1)
     scales = torch.tensor(
         [path_scale(one, decay, layers, two) if two > 0 else 0.0 for one, two in zip(v.tolist(), c.tolist(), strict=True)],

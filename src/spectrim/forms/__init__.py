@@ -1,10 +1,25 @@
-"""How one weight is held while it is trained and cut. `FORMS` is the table of forms, by the fold of the weight."""
+"""How one weight is held while it is trained and cut. `METHODS` is the table of forms, `FORMS` finds one by the fold of the weight."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
 
 from spectrim.forms.form import Form, Size
 from spectrim.forms.svd import Factors
 from spectrim.forms.tucker import Tucker2
-from spectrim.linalg.fold import Fold
+from spectrim.linalg.fold import Fold, to_matrix
+from spectrim.tables import Row
 
 FORMS: dict[Fold, type[Factors | Tucker2]] = {"channel": Factors, "spatial": Factors, "input": Factors, "tucker": Tucker2}
 
-__all__ = ["FORMS", "Factors", "Form", "Size", "Tucker2"]
+METHODS: tuple[Row[Callable[[Tensor], Any]], ...] = (
+    Row(Factors, example=lambda kernel: Factors.of(kernel, to_matrix(kernel)), card="svd-training", laws={"exact distortion"}),
+    Row(Tucker2, example=lambda kernel: Tucker2.of(kernel, to_matrix(kernel, "tucker")), card="tucker"),
+)
+"""Every form: an example is a function that holds a kernel ``(out, in, k...)`` in it."""
+
+LAWS = {"exact distortion": "the distortion of a rung is the squared error of its cut, not only a bound of it"}
+"""What a form may promise beyond the contract of `Form`."""
+
+__all__ = ["FORMS", "LAWS", "METHODS", "Factors", "Form", "Size", "Tucker2"]

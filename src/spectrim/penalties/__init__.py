@@ -1,7 +1,7 @@
 """Penalties on factors and weights, one file for each family.
 
 `METHODS` is the table that contract tests and docs read. It holds the penalties with one strength for the whole model; `TailEnergy`,
-with a strength for each weight, is part of `Squeeze`, and `CumulativeShrinkage` of `spectrim.analysis.bayes`.
+with a strength for each weight, is part of `Squeeze`.
 """
 
 from spectrim.penalties.decay import FrobeniusDecay
@@ -30,6 +30,7 @@ METHODS: tuple[Row[Penalty], ...] = (
     Row(Hoyer, example=Hoyer(0.05), card="svd-training", laws={"spectral", "rank-one", "scale-free"}),
     Row(HoyerSquare, example=HoyerSquare(0.05), card="svd-training", laws={"spectral", "rank-one", "scale-free"}),
     Row(L1, example=L1(0.1), card="svd-training", laws={"spectral", "definite", "degree-1"}),
+    Row(CumulativeShrinkage, example=CumulativeShrinkage(0.1), card="bayesian-ranks", laws={"spectral", "definite", "degree-1"}),
     Row(PolarHoyer, example=PolarHoyer(0.001), card="dense-regularisers", laws={"dense", "spectral", "rank-one", "scale-free"}),
     Row(NuclearNorm, example=NuclearNorm(0.001), card="dense-regularisers", laws={"dense", "spectral", "definite", "degree-1"}),
     Row(FrobeniusDecay, example=FrobeniusDecay(1e-4), card="squeeze", laws={"spectral", "definite", "degree-2"}),

@@ -79,7 +79,7 @@ def test_a_simplex_has_collapsed_and_noise_opens_it() -> None:
 
 
 def test_two_classes_by_hand() -> None:
-    """Means (2, 0) and (-2, 0), deviations of 1 along the first axis: NC1 = (1 / 4) / 2 * 2 ... = tr(S_W S_B^+) / 2 = (1 / 4) / 2."""
+    """Means (2, 0) and (-2, 0), deviations of 1 along the first axis: ``tr(S_W S_B^+) / C = (1 / 4) / 2``."""
     moments = ClassMoments()
     moments.add(torch.tensor([[1.0, 0.0], [3.0, 0.0], [-1.0, 0.0], [-3.0, 0.0]]), torch.tensor([0, 0, 1, 1]))
     found = geometry(moments, torch.tensor([[1.0, 5.0], [-1.0, 5.0]]).double())

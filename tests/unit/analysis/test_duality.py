@@ -22,6 +22,7 @@ from spectrim.analysis.duality import (
 )
 from spectrim.analysis.optima import path_cost, path_scale
 from spectrim.errors import LayerError, SettingError
+from spectrim.penalties import L1
 
 
 def white(n: int, d: int) -> Tensor:
@@ -95,10 +96,22 @@ def test_deep_relu_networks_on_whitened_one_hot_data(layers: int) -> None:
 @pytest.mark.parametrize("layers", [2, 3])
 def test_deep_relu_networks_on_inputs_of_rank_one(layers: int) -> None:
     column, row, Y = torch.randn(10).double(), torch.randn(4).double(), 3 * torch.randn(10, 2).double()
+    if layers == 3:
+        Y = (column + torch.randn(10).double())[:, None]  # opposite targets on both sides
     X = torch.outer(column, row)
     best = rank_one_optimum(column, row, Y, 0.5, layers)
     assert float(loss_of(best.weights, X, Y, 0.5, relu=True)) == pytest.approx(best.loss, rel=1e-9)
     assert descended(X, Y, 0.5, layers, relu=True, width=10) == pytest.approx(best.loss, rel=1e-4)
+
+
+def test_three_layers_share_paths_that_agree_and_no_closed_form_is_given() -> None:
+    """Both sides pull up: one hidden unit of the second layer serves both, at less than two paths."""
+    column, row = torch.tensor([1.0, -1.0]).double(), torch.tensor([1.0]).double()
+    Y = torch.tensor([[2.0], [2.0]]).double()
+    apart = 4.0 + 2 * path_cost(path_scale(2.0, 1.0, 3), 2.0, 1.0, 3)
+    assert descended(torch.outer(column, row), Y, 1.0, 3, relu=True, width=6) < 0.99 * apart
+    with pytest.raises(SettingError, match="opposite targets on both sides"):
+        rank_one_optimum(column, row, Y, 1.0, layers=3)
 
 
 def test_two_linear_layers_by_hand_are_nuclear_norm_shrinkage() -> None:
@@ -110,6 +123,15 @@ def test_two_linear_layers_by_hand_are_nuclear_norm_shrinkage() -> None:
     product = best.weights[1] @ best.weights[0]
     torch.testing.assert_close(product, torch.diag(torch.tensor([4.0, 2.0, 0.0])).double())
     assert float(product.sub(Y.double()).square().sum() / 2 + torch.linalg.svdvals(product).sum()) == pytest.approx(7.125)
+
+
+def test_l1_on_singular_values_is_the_decay_of_two_layers() -> None:
+    """At its balanced factors, ``decay / 2 (||W_1||^2 + ||W_2||^2)`` is ``decay ||W_2 W_1||_*``: `L1` of the factorized product."""
+    best = linear_optimum(white(9, 5), 3 * torch.randn(9, 4).double(), 0.5)
+    layer = nn.Linear(5, 4, bias=False).double()
+    layer.weight.data = best.weights[1] @ best.weights[0]
+    squares = sum(float(weight.square().sum()) for weight in best.weights)
+    assert L1(0.5)(sp.factorize(nn.Sequential(layer), where=sp.match("*"))).item() == pytest.approx(0.5 / 2 * squares)
 
 
 def test_patterns_are_all_that_random_directions_have() -> None:
@@ -177,7 +199,7 @@ def test_certificates_are_tight_at_the_optimum_and_below_it_elsewhere() -> None:
     tight = certificate(sequential(best.weights, relu=False), X, Y, 1.0)
     assert tight.proof
     assert (tight.loss, tight.bound) == pytest.approx((best.loss, best.loss), rel=1e-9)
-    for scale in (0.0, 0.7, 1.3):
+    for scale in (0.0, 0.7, 1.3, 3.0):
         other = certificate(sequential([scale * weight for weight in best.weights], relu=False), X, Y, 1.0)
         assert other.bound <= best.loss * (1 + 1e-9) <= other.loss * (1 + 2e-9)
     X, Y = torch.randn(6, 2).double(), torch.randn(6, 1).double()
@@ -190,6 +212,7 @@ def test_certificates_are_tight_at_the_optimum_and_below_it_elsewhere() -> None:
     assert not sampled.proof
     assert relaxed.bound <= exact.bound <= sampled.bound + 1e-9
     assert exact.bound <= solved.loss + 1e-7
+    assert exact.bound == pytest.approx(solved.loss, rel=1e-4)  # strong duality
     assert sampled.bound == pytest.approx(solved.loss, rel=1e-3)  # its dual constraint is tight at the optimum
     assert certificate(model, X, Y, 0.5).method == "arrangements"
 

@@ -103,7 +103,17 @@ def test_joined_branches_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 1, 1), nn.AvgPool2d(2), nn.AvgPool2d(3, 2, 1), nn.AdaptiveAvgPool2d(2), nn.GELU(), nn.SiLU()]
+    "pool",
+    [
+        nn.MaxPool2d(2),
+        nn.MaxPool2d(3, 1, 1),
+        nn.AvgPool2d(2),
+        nn.AvgPool2d(3, 2, 1),
+        nn.AdaptiveAvgPool2d(2),
+        nn.AdaptiveAvgPool2d((1, None)),
+        nn.GELU(),
+        nn.SiLU(),
+    ],
 )
 def test_modules_without_weights_are_bounded(pool: nn.Module) -> None:
     pool.double()
@@ -139,6 +149,31 @@ def test_no_image_within_the_radius_changes_its_class() -> None:
     F.cross_entropy(model(moved), target).backward()
     direction = moved.grad / moved.grad.flatten(1).norm(dim=1)[:, None, None, None]
     assert torch.equal(model(x + 0.999 * radius[:, None, None, None] * direction).argmax(1), target)
+
+
+class Repeated(nn.Module):
+    def __init__(self, forward: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.function = forward
+
+    def forward(self, x: Any) -> Any:
+        return self.function(x)
+
+
+def test_a_tensor_that_is_used_twice_counts_twice() -> None:
+    x = torch.zeros(1, 2)
+    assert lipschitz_bound(Repeated(lambda x: x + x), x).bound == 2
+    assert lipschitz_bound(Repeated(lambda x: x - x), x).bound == 2
+    assert lipschitz_bound(Repeated(lambda x: torch.cat([x, x], 1)), x).bound == pytest.approx(math.sqrt(2))
+    for refused in (
+        lambda x: x[:, [0, 0]],
+        lambda x: torch.add(x, x, alpha=3),
+        lambda x: F.dropout(x, 0.5),
+        lambda x: F.dropout(x, 0.5, True),
+    ):
+        with pytest.raises(LayerError):
+            lipschitz_bound(Repeated(refused), x)
+    assert lipschitz_bound(Repeated(lambda x: F.dropout(x, 0.5, False)), x).bound == 1
 
 
 def test_what_is_not_known_is_refused_by_name() -> None:

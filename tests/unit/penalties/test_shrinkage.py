@@ -7,7 +7,7 @@ from torch import nn
 import spectrim as sp
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
-from spectrim.penalties import CumulativeShrinkage
+from spectrim.penalties import L1, CumulativeShrinkage
 from spectrim.protocols import Penalty
 
 
@@ -39,7 +39,7 @@ def test_value_equals_the_formula_and_the_gradient_its_weights() -> None:
 
 def test_with_a_small_concentration_it_is_l1_and_with_a_large_one_little() -> None:
     model = network()
-    assert CumulativeShrinkage(1.0, 1e-9)(model).item() == pytest.approx(sp.L1(1.0)(model).item())
+    assert CumulativeShrinkage(1.0, 1e-9)(model).item() == pytest.approx(L1(1.0)(model).item())
     assert CumulativeShrinkage(1.0, 1e9)(model).item() < 1e-6
 
 
