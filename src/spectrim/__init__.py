@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from spectrim.budget.budget import Budget
     from spectrim.budget.latency_table import latency_table
     from spectrim.budget.plan import plan
-    from spectrim.budget.rules import Energy
+    from spectrim.budget.rules import Energy, Fixed
     from spectrim.metrics.clock import compare_latency
     from spectrim.metrics.evaluate import evaluate
     from spectrim.metrics.measurement import measure
@@ -45,7 +45,7 @@ _PLACES = {
     "budget.budget": "Budget",
     "budget.latency_table": "latency_table",
     "budget.plan": "plan",
-    "budget.rules": "Energy",
+    "budget.rules": "Energy Fixed",
     "metrics.clock": "compare_latency",
     "metrics.evaluate": "evaluate",
     "metrics.measurement": "measure",
@@ -100,6 +100,7 @@ __all__ = [
     "Budget",
     "Distillation",
     "Energy",
+    "Fixed",
     "Hoyer",
     "Orthogonality",
     "Ramp",
