@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: help demo test check docs bench format
 help:    ; @echo "make demo | test | check | docs | bench | format"
-demo:    .venv/demo.stamp ; $(BIN)/spectrim run recipes/digits.yaml --out runs/digits
+demo:    .venv/demo.stamp ; $(BIN)/python examples/demo.py
 test:    .venv/dev.stamp  ; $(BIN)/pytest -q -n auto --dist worksteal --ignore tests/compiled && JAXTYPING_DISABLE=1 $(BIN)/pytest -q -n auto --dist worksteal tests/compiled -p no:jaxtyping --override-ini=addopts=-ra
 check:   .venv/dev.stamp  ; $(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/lint-imports
 docs:    .venv/dev.stamp  ; NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -51,6 +51,13 @@ FURTHER = {
         "spectrim.runtimes.sensitivity",
         "spectrim.runtimes.evaluate_exported",
     ],
+    "Coded files": [
+        "spectrim.budget.rounding.round_to.round_to",
+        "spectrim.budget.rounding.round_to.Rounded",
+        "spectrim.storage.pack.pack",
+        "spectrim.storage.pack.unpack",
+        "spectrim.storage.pack.Packed",
+    ],
     "Training": [
         "spectrim.training.History",
         "spectrim.training.EpochCallback",

@@ -197,7 +197,7 @@ TABLE: dict[str, dict[str, tuple[Verb, tuple[Any, ...]]]] = {
     },
     "compress": {
         **{name: (compress, tuple({name: v} for v in values)) for name, values in {
-            "model": (*MODELS[:3], scripted(), low()), "data": SETS, "loss": (*LOSSES, None), "budget": BUDGETS, "epochs": WHOLE,
+            "model": (*MODELS[:3], scripted(), low()), "data": SETS, "loss": LOSSES, "budget": BUDGETS, "epochs": WHOLE,
             "examples": COUNTS,
             "where": (*WHERES, "fc"), "eval_data": (SET, [], X), "squeeze": (1, -0.1, "half", None), "example_inputs": INPUTS,
             "penalties": (sp.Hoyer(0.1), [sp.Hoyer], None), "tuning": (sp.Tuning, {"clip": 1.0}, torch.optim.Adam, scheduled(), None),

@@ -19,6 +19,11 @@ def test_supported_layers_page_is_up_to_date() -> None:
         assert (ROOT / "docs" / "supported-layers.md").read_text() == render(), "run python docs/supported_layers.py"
 
 
+def test_coded_page_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "coded.py", "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("page", ["reference.md", "methods/index.md"])
 def test_pages_from_the_tables_of_methods_are_up_to_date(page: str) -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]

@@ -48,7 +48,7 @@ class FloorError(BudgetError):
         SettingError.__init__(self, "Budget", field, got=got, rule=rule, hint=hint)
 
 
-def as_budget(budget: "Budget | float | Mapping[str, Any]", verb: str, *, drops: bool = False) -> "Budget":
+def as_budget(budget: "Budget | float | Mapping[str, Any] | None", verb: str, *, drops: bool = False) -> "Budget":
     """Return a budget as people write it: a `Budget`, a fraction of the multiply-accumulates, or a dict of a budget's fields.
 
     Args:
@@ -67,7 +67,7 @@ def as_budget(budget: "Budget | float | Mapping[str, Any]", verb: str, *, drops:
     if isinstance(budget, Budget):
         return _within(budget, verb, drops)
     if not isinstance(budget, Mapping):
-        return Budget(macs=float(budget))
+        return Budget(macs=float(budget or 0.0))
     names = [field.name for field in fields(Budget)]
     if unknown := [name for name in budget if name not in names]:
         raise SettingError(verb, "budget", got=dict(budget), rule=f"a dict with the keys {names}", hint=f"{unknown[0]!r} is none of them")

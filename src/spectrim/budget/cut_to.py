@@ -15,7 +15,7 @@ from spectrim.forms.form import Size
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance, Latencies, RankRule
 from spectrim.surgery.correct import correct_
-from spectrim.surgery.decompositions import Decompositions
+from spectrim.surgery.decompositions import Decompositions, with_metric
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.ranks import chooser
@@ -131,7 +131,7 @@ class Workbench:
     ) -> CutNetwork:
         """Cut the network, in place, and improve it where the score says so; see `cut_to`. All calls have one dense network and score."""
         ranks = self.ranks(target, way, importance)
-        known = (way.metric, way.refit, tuple(ranks.values()))
+        known = (way.metric, way.refit and way.refit_metric, tuple(ranks.values()))
         if known in self._made:  # another way came to the same cut
             self.show(self._made[known])
             return replace(self._made[known], way=way.name)
@@ -148,7 +148,9 @@ class Workbench:
             kept = state_of(self.network) if renews else kept
         if way.refit and dense is not None and examples:
             put(self.network, copied(start))
-            correct_(self.network, dense, examples, examples=None)
+            held = self.decomposed.calibration
+            by = None if held is None else with_metric(held, way.refit_metric)
+            correct_(self.network, dense, examples, calibration=by, examples=None)
             if renews:
                 recalibrate(self.network, examples)
             found = score(self.network)

@@ -60,7 +60,7 @@ def schemes_at(model: nn.Module, budget: Budget, inputs: Any, prices: Ladder, *,
         ['0']
     """
     units = {name: (FRACTIONS | ABSOLUTE)[name] for name in budget.limits}
-    if any(unit not in UNITS or unit in prices.missing for unit in units.values()):
+    if any(unit not in UNITS or unit in prices.missing for unit in units.values()) or all(len(_offered(site)) < 2 for site in sites(model)):
         return {}
     choices = _choices(model, inputs, prices, among)
     tables = {

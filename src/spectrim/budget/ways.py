@@ -25,6 +25,7 @@ class Way:
         needs: which part of a calibration the distortion needs: ``none``, ``inputs`` or ``loss``.
         importance: name of the distortion, in plans.
         refit: whether the factors are refitted to the dense network's outputs after the cut, where that lowers the loss.
+        refit_metric: in which the refit measures errors of a layer's output: ``inputs``, all alike; ``both`` and ``loss``, by curvature.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Way:
     needs: Metric
     importance: str
     refit: bool = True
+    refit_metric: Metric = "inputs"
 
     def able(self, calibration: Calibration | None) -> bool:
         """Return whether a calibration has what this way needs.
@@ -41,6 +43,14 @@ class Way:
             calibration: of the network, or None.
         """
         return self.needs == "none" or (calibration is not None and (self.needs == "inputs" or bool(calibration.outputs)))
+
+
+def _whitened(model: nn.Module, decomposed: Decompositions, inputs: Any) -> dict[str, Tensor]:
+    return whitened_energy(decomposed)
+
+
+def _sensitive(model: nn.Module, decomposed: Decompositions, inputs: Any) -> dict[str, Tensor]:
+    return loss_sensitivity(decomposed)
 
 
 def _mixed(model: nn.Module, decomposed: Decompositions, inputs: Any) -> dict[str, Tensor]:
@@ -54,9 +64,11 @@ WAYS: dict[str, Way] = {
     for way in (
         Way("plain", lambda model, decomposed, inputs: spectral_energy(decomposed), "none", "none", "SpectralEnergy"),
         Way("normalized", lambda model, decomposed, inputs: NormalizedEnergy(inputs)(model), "none", "none", "NormalizedEnergy"),
-        Way("whitened", lambda model, decomposed, inputs: whitened_energy(decomposed), "inputs", "inputs", "WhitenedEnergy"),
-        Way("sensitive", lambda model, decomposed, inputs: loss_sensitivity(decomposed), "loss", "loss", "LossSensitivity"),
+        Way("whitened", _whitened, "inputs", "inputs", "WhitenedEnergy"),
+        Way("sensitive", _sensitive, "loss", "loss", "LossSensitivity"),
         Way("mixed", _mixed, "inputs", "inputs", "MixedEnergy"),
+        Way("both", _whitened, "both", "loss", "WhitenedEnergy", refit_metric="both"),
+        Way("curved", _sensitive, "loss", "loss", "LossSensitivity", refit_metric="loss"),
     )
 }
 """Every way by its name: the one place where a name is looked up."""

@@ -17,6 +17,8 @@ SHORT = {
     "plan": "predict the result of each budget, without training",
     "report": "write the HTML page of a folder or of a plan",
     "export": "write a network for another runtime and compare its outputs",
+    "pack": "write the final network of a folder as one coded file",
+    "unpack": "write the tensors of a coded file as safetensors",
 }
 """One line for each command, in ``spectrim --help``."""
 
@@ -59,6 +61,10 @@ EXAMPLES = {
     "export": """\
   spectrim export runs/net-compress-macs0.5 --format onnx
   spectrim export runs/net-compress-macs0.5 --out net-int8.onnx --int8""",
+    "pack": """\
+  spectrim pack runs/net-compress-macs0.5 --out net.spz""",
+    "unpack": """\
+  spectrim unpack net.spz --out net.safetensors""",
 }
 """Calls that work, at the end of each command's ``--help``."""
 

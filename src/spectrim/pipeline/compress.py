@@ -6,7 +6,7 @@ from operator import index
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.budget.allocate import check_floor
 from spectrim.budget.budget import Budget, as_budget
@@ -18,6 +18,7 @@ from spectrim.errors import SettingError
 from spectrim.layers import named_factors
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
+from spectrim.metrics.distance import Unlabeled, relative_distance, with_outputs
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
 from spectrim.metrics.measurement import Measurement
 from spectrim.metrics.verdict import worse_than
@@ -41,6 +42,7 @@ from spectrim.surgery.select import layer_filter
 from spectrim.training.distillation import Distillation, Loss
 from spectrim.training.fit import DEFAULT
 from spectrim.training.history import History
+from spectrim.training.parts import Reconstruction
 from spectrim.training.stopping import Best
 from spectrim.training.tuning import Schedule, Tuning
 
@@ -51,8 +53,8 @@ from spectrim.training.tuning import Schedule, Tuning
 def compress(
     model: nn.Module,
     data: Iterable[Any],
-    loss: Loss,
-    budget: Budget | float | Mapping[str, Any],
+    loss: Loss | None = None,
+    budget: Budget | float | Mapping[str, Any] | None = None,
     epochs: int = 0,
     *,
     example_inputs: Any = None,
@@ -69,6 +71,7 @@ def compress(
     penalties: Sequence[Penalty] = (),
     examples: int = 1024,
     calibration: Calibration | None = None,
+    reconstruct: Reconstruction | None = None,
     latency: Latencies | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -81,8 +84,12 @@ def compress(
 
     Args:
         model: dense and trained; it is left untouched.
-        data: the training split, batches ``(inputs, target)``, iterable more than once.
-        loss: ``(output, target) -> scalar``, a mean over examples.
+        data: the training split, batches ``(inputs, target)``, iterable more than once; without a loss also bare inputs (a tuple or list of
+            two is taken for inputs and target).
+        loss: ``(output, target) -> scalar``, a mean over examples. Without one, nothing needs labels, and nothing is fine-tuned: the loss
+            in all scores is the distance of the outputs from the dense network's, as a share of their variance
+            (`spectrim.metrics.distance.RelativeDistance`), and sensitivities come from random directions of the output. ``Divergence()``,
+            in the same room, compares logits.
         budget: what the whole network may keep: a `Budget`, a fraction of the multiply-accumulates, or a dict of `Budget`'s fields.
             With ``max_drop`` or ``max_loss_rise`` the smallest network that is at most so much worse on `eval_data`, by bisection over
             budgets: five calls with budgets of limits alone, each in a folder inside `folder`.
@@ -98,10 +105,12 @@ def compress(
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
             examples; ``sensitive`` what changes the loss least to second order; ``mixed`` as ``whitened``, with ranks by the mean of the
-            plain and the whitened energy. ``auto`` makes the first three and keeps the one that is best after the refit, on `eval_data` or
-            else on the examples: by accuracy, where there is one and nothing is trained, else by loss. With epochs, ``mixed`` takes its
-            place where it starts little worse: with at most a quarter more added to the dense network's loss, or, with a large loss gap
-            (as under `distill`), from a loss at most a quarter higher, and no higher than that of ``sensitive`` where that is lowest.
+            plain and the whitened energy; ``both`` as ``whitened``, with outputs weighted by the root of their curvature; ``curved`` as
+            ``sensitive``, with a refit in the same metric, for language models. ``auto`` makes the first three and keeps the one that is
+            best after the refit, on `eval_data` or else on the examples: by accuracy, where there is one and nothing is trained, else by
+            loss. With epochs, ``mixed`` takes its place where it starts little worse: with at most a quarter more added to the dense
+            network's loss, or, with a large loss gap (as under `distill`), from a loss at most a quarter higher, and no higher than that of
+            ``sensitive`` where that is lowest.
         importance: ranks by this distortion instead of that of the cut method.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: distillation from the dense network while fine-tuning. ``auto`` uses it for a classifier whose cut network has a large
@@ -115,6 +124,8 @@ def compress(
             `squeeze`, the factors of large weights are fine-tuned as `balance_` leaves them, and orthonormal again in the end.
         examples: number of training examples in the calibration set, >= 1.
         calibration: made before by `calibrate` of ``factorize(model, scheme, where)``, so that several budgets share it.
+        reconstruct: after the cut, train each block for a few steps toward the dense network's block, on inputs without labels, see
+            `Reconstruction`; kept where the loss is lower.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
         folder: for the cut network, checkpoints, the final network and ``result.json``; an interrupted call resumes there. None for none.
         progress: whether to show progress, on stderr: the name of each step.
@@ -141,13 +152,17 @@ def compress(
         >>> made.measured["final"].macs <= 256
         True
     """
-    check("compress", model=model, data=data, loss=loss, epochs=epochs, example_inputs=example_inputs, eval_data=eval_data, where=where)
+    check("compress", model=model, epochs=epochs, example_inputs=example_inputs, where=where)
+    given = data
+    if loss is None or isinstance(loss, Unlabeled):
+        data, eval_data, loss = _without_labels(unwrapped(model), data, eval_data, loss, epochs, examples, batch_dims)
+    check("compress", data=data, loss=loss, eval_data=eval_data)
     check("compress", squeeze=squeeze, tuning=tuning, penalties=penalties, examples=examples, latency=latency)
     model, budget, epochs, examples = unwrapped(model), as_budget(budget, "compress"), index(epochs), index(examples)
     where = layer_filter(where, model, "compress")
-    _check(model, cut, distill)
+    _check(model, cut, distill, reconstruct)
     _check_tuning(tuning, eval_data is not None)
-    ways = 1 if cut != "auto" else 4 if epochs else 3
+    ways = (1 if cut != "auto" else 4 if epochs else 3) + (reconstruct is not None)
     with (
         steps("compress", 6 + ways + (round(epochs * squeeze) > 0) + (epochs > round(epochs * squeeze)), progress) as step,
         ExitStack() as held,
@@ -156,6 +171,8 @@ def compress(
         inputs = one_example(data, model, dims=batch_dims, owner="compress") if example_inputs is None else example_inputs
         batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
         known = first_examples(data, examples, dims=batch_dims)
+        more = None if reconstruct is None else reconstruct.examples
+        unlabeled = [] if more is None else first_examples(given, more, dims=batch_dims)
         step("factorizing", has_bar=True)
         low = factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
         store = Store(None if folder is None else Path(folder))
@@ -166,6 +183,7 @@ def compress(
             scheme=scheme,
             writing=writing,
             cut=cut,
+            measure=type(loss).__name__ if isinstance(loss, Unlabeled) else "loss",
             importance=None if importance is None else repr(importance),
             squeeze=squeeze,
             distill=distill.settings
@@ -176,6 +194,7 @@ def compress(
             penalties=[repr(penalty) for penalty in penalties],
             **tuning.settings,
             examples=examples,
+            reconstruct=None if reconstruct is None else repr(reconstruct),
             **identity_of(model, low, data, known, inputs, loss, tuning.optimizer, latency, calibration) if folder is not None else {},
         )
         step("comparing outputs and pricing ranks")
@@ -185,7 +204,7 @@ def compress(
             low, prices = at_budget(low, budget, inputs, prices, model)
         check_floor(low, budget, prices)
         judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
-        cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims, step)
+        cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims, step, reconstruct, unlabeled, progress)
         step("scoring the dense network")
         scores: dict[str, dict[str, float]] = {"dense": judge.dense}
         history, told = History(), Told()
@@ -236,6 +255,19 @@ def compress(
     return made
 
 
+def _without_labels(
+    model: nn.Module, data: Any, eval_data: Any, loss: Unlabeled | None, epochs: int, examples: int, dims: BatchDims | None
+) -> tuple[list[Any], list[Any] | None, Unlabeled]:
+    """Return the calibration set and the validation split with the dense network's outputs as targets, and the distance from these."""
+    if epochs:
+        hint = "reconstruct=Reconstruction() trains without labels; fit(..., distill=Distillation(model, weight=1.0)) too"
+        raise SettingError("compress", "epochs", got=epochs, rule="0 without a loss", hint=hint)
+    batches = [data] if isinstance(data, Tensor) else data
+    check("compress", batches_again=batches, eval_batches=eval_data, examples=examples)
+    known = with_outputs(model, first_examples(batches, examples, dims=dims))
+    return known, None if eval_data is None else with_outputs(model, eval_data), loss or relative_distance(known)
+
+
 def _finished(low: nn.Module, judge: Judge, inputs: Any, latency: Latencies | None) -> tuple[nn.Module, dict[str, Measurement]]:
     """Merge the network, compare its outputs and measure it beside the dense one."""
     low.eval()
@@ -244,7 +276,7 @@ def _finished(low: nn.Module, judge: Judge, inputs: Any, latency: Latencies | No
     return final, judge.measured(final, inputs)
 
 
-def _check(model: nn.Module, cut: str, distill: Any) -> None:
+def _check(model: nn.Module, cut: str, distill: Any, reconstruct: Any) -> None:
     """Raise a SettingError for a model or a setting that is none of the allowed ones."""
     if next(named_factors(model), None) is not None:
         hint = "merge(model) makes it dense; to cut it as it is, allocate ranks and prune"
@@ -253,6 +285,8 @@ def _check(model: nn.Module, cut: str, distill: Any) -> None:
         raise SettingError("compress", "cut", got=cut, rule=f"one of {', '.join(get_args(Cut))}")
     if not (distill is None or distill == "auto" or isinstance(distill, Distillation)):
         raise SettingError("compress", "distill", got=distill, rule="'auto', a Distillation, or None")
+    if not (reconstruct is None or isinstance(reconstruct, Reconstruction)):
+        raise SettingError("compress", "reconstruct", got=reconstruct, rule="a Reconstruction, or None")
 
 
 def _check_tuning(tuning: Tuning, judged: bool) -> None:

@@ -122,15 +122,19 @@ class Compressed:
 
     def stages(self) -> str:
         """Return one line for each stage that was scored, kept or not, how the cut was made, and the distillation."""
+        relative = self.settings.get("measure") == "RelativeDistance"
+
+        def told(name: str, value: float) -> str:
+            return f"{100 * value:.2g} % of the output's variance lost" if relative and name == "loss" else f"{name} {value:.4g}"
 
         def line(stage: str, found: Mapping[str, float], end: str = "") -> str:
-            return f"{stage:14}" + ", ".join(f"{name} {value:.4g}" for name, value in found.items()) + end
+            return f"{stage:14}" + ", ".join(told(name, value) for name, value in found.items()) + end
 
         lines = [line(stage, found) for stage, found in self.scores.items()]
         why = {"fine-tuned": " (not kept: worse than the cut)"}
         lines += [line(stage, found, why.get(stage, " (not kept: the loss is not lower)")) for stage, found in self.dropped.items()]
-        told = {"weight": "logits", "features": "intermediate features"}
-        by = [way for name, way in told.items() if (self.teacher or {}).get(name)]
+        ways = {"weight": "logits", "features": "intermediate features"}
+        by = [way for name, way in ways.items() if (self.teacher or {}).get(name)]
         taught = [f"distilled from the dense network: {' and '.join(by)}"] if by else []
         searched = [
             f"tried {', '.join(f'{name}={value:.4g}' for name, value in one['budget'].items())}: {one['words']}"

@@ -4,7 +4,7 @@ from typing import Literal
 
 from spectrim.budget.cut_to import CutNetwork
 
-Cut = Literal["auto", "plain", "whitened", "sensitive", "mixed"]
+Cut = Literal["auto", "plain", "whitened", "sensitive", "mixed", "both", "curved"]
 """What ``cut=`` takes: a name in `spectrim.budget.ways.WAYS`, or the choice among them."""
 
 

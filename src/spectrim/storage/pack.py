@@ -68,7 +68,7 @@ class Packed:
 def pack(model: nn.Module | Mapping[str, Tensor] | str | Path, path: str | Path) -> Packed:
     """Write a network, or any tensors, as one coded file.
 
-    Tensors on levels (multiples of a step, one for each row, or of few values) are stored as integers in an adaptive entropy code; zeros
+    Tensors on levels (multiples of a step, one for each row, or of few values) are stored as integers in an entropy code; zeros
     by their gaps or in the code, whichever is smaller. Any other tensor is stored exactly, too: numbers without levels shrink by about a
     tenth. The file holds no code, and decodes without the model's class.
 
@@ -85,7 +85,7 @@ def pack(model: nn.Module | Mapping[str, Tensor] | str | Path, path: str | Path)
         WriteError: the file cannot be written; the one that was there before is left as it was.
 
     Examples:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> path = Path(tempfile.mkdtemp()) / "model.spz"
         >>> packed = pack({"weight": torch.randint(-3, 4, (64, 64)) * 0.25}, path)
         >>> packed.coded_bytes < 1700, packed.size_bytes

@@ -11,6 +11,7 @@ from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_factors
 from spectrim.metrics.batch import BatchDims, stated
 from spectrim.metrics.calls import call_model, loss_of
+from spectrim.metrics.distance import Unlabeled
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.surgery.moments import Calibration, Sums
 from spectrim.surgery.observing import absorbing, batches_of, check_examples, isolated, observable
@@ -40,7 +41,8 @@ def calibrate(
     Args:
         model: factorized, at any rank.
         data: batches ``(inputs, target)``; without a loss bare inputs too (a tuple or list of two is taken for inputs and target).
-        loss: called as ``loss(output, target)``, gives the mean over a batch; None for `inputs` alone.
+        loss: called as ``loss(output, target)``, gives the mean over a batch; None for `inputs` alone. A loss without labels
+            (`spectrim.metrics.distance`) is probed in random directions of the output instead: at the dense network it has no slope.
         examples: stop after the batch that completes this number, counted along the leading dimension, >= 1; None for all data.
         centered: whether to take the mean out of the inputs where a bias absorbs it (see `absorbing`); the sources do not.
         batch_dims: states the batch axes of the inputs, see `spectrim.metrics.batch.BatchDims`; found by agreement of sizes when omitted.
@@ -74,14 +76,17 @@ def calibrate(
         for parameter in factors.slope_parameters():
             parameter.requires_grad_(loss is not None)
     seen = 0
+    labels = loss is not None and not isinstance(loss, Unlabeled)
     with isolated(observed), torch.set_grad_enabled(loss is not None), sums.watching(observed):
-        for inputs, target in batches_of(
-            data, observed, examples, targets=loss is not None, progress=progress, title="calibrate", dims=batch_dims
-        ):
+        if not labels and loss is not None:
+            torch.manual_seed(0)  # of the directions; the caller's generators are put back
+        for inputs, target in batches_of(data, observed, examples, targets=labels, progress=progress, title="calibrate", dims=batch_dims):
             output = call_model(observed, inputs)
             stated_size = None if batch_dims is None else stated(inputs, batch_dims, "calibrate").size
             count = batch_size_of(inputs, stated_size, target=target, output=output)
-            if loss is not None:
+            if isinstance(loss, Unlabeled):
+                sums.add_slopes(held, loss.probe(output))
+            elif loss is not None:
                 sums.add_slopes(held, loss_of(loss, output, target, "calibrate") * count)
             seen += count
     if not seen:

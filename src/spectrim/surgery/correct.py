@@ -182,7 +182,7 @@ def correct_(
                     if refit_by_steps_(layer, original, dense, _finite(name, met)):
                         changed.append(layer.factors_of("weight"))
                     continue
-                if dense.shape[-1] > WIDE_INPUTS:
+                if layer.scheme == "channel" and dense.shape[-1] > WIDE_INPUTS:
                     met = _finite(name, met)
                     basis = basis_of(layer, met, dense, most)
                     dense = dense @ basis.mT

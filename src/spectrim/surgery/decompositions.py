@@ -13,8 +13,11 @@ from spectrim.linalg.spectral import pooled_spectrum, tail_energy, weighted_svd
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.side_by_side import room
 
-Metric = Literal["none", "inputs", "loss"]
-"""What counts in a cut: the weight itself, the layer's output on the calibration set, or the loss to second order."""
+Metric = Literal["none", "inputs", "both", "loss"]
+"""What counts in a cut: the weight itself, the layer's output on the calibration set, or the loss to second order.
+
+``both`` lies between the last two: directions of the output count by the root of their curvature.
+"""
 
 Parts = tuple[Tensor, Tensor, Tensor]
 
@@ -36,6 +39,7 @@ class Decompositions:
         self.calibration, self.keep = calibration, keep and self._fits()
         self._factors: dict[str, Parts] = {}
         self._parts: dict[tuple[str, Metric], Parts] = {}
+        self._roots: dict[str, Tensor] = {}
         self._tails: dict[tuple[str, Metric], Tensor] = {}
         self._values: dict[tuple[str, Metric], Tensor] = {}
 
@@ -70,7 +74,7 @@ class Decompositions:
     def has(self, name: str, metric: Metric) -> bool:
         """Return whether the calibration has this metric for one weight."""
         left, right = self._metrics(name, metric)
-        return right is not None and (metric != "loss" or left is not None)
+        return right is not None and (metric not in ("both", "loss") or left is not None)
 
     def parts(self, name: str, metric: Metric = "none") -> Parts:
         """Return ``X, values, Y`` of one weight in float64."""
@@ -121,7 +125,11 @@ class Decompositions:
         if metric == "none" or self.calibration is None:
             return None, None
         left, right = self.calibration.metrics(name, self.factors[name].shape)
-        return (left if metric == "loss" else None), right
+        if metric == "both" and left is not None:
+            if name not in self._roots:
+                self._roots[name] = root(left)
+            left = self._roots[name]
+        return (left if metric in ("both", "loss") else None), right
 
     def _fits(self) -> bool:
         """Whether all vectors in three metrics take no more than half of the memory that is free."""
@@ -140,6 +148,20 @@ def unit_rows(X: Tensor, Y: Tensor) -> Parts:
     rows = R @ Y.double()
     S = rows.norm(dim=-1)
     return Q, S, rows / S.unsqueeze(-1).clamp_min(torch.finfo(S.dtype).tiny)
+
+
+def root(metric: Tensor) -> Tensor:
+    """Return the positive semidefinite square root of a symmetric matrix, ``(..., n, n)``."""
+    values, vectors = torch.linalg.eigh(metric.double())
+    made: Tensor = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
+    return made
+
+
+def with_metric(calibration: Calibration, metric: Metric) -> Calibration | None:
+    """Return the calibration for a refit in a metric; None where outputs count alike."""
+    if metric not in ("both", "loss") or not calibration.outputs:
+        return None
+    return replace(calibration, outputs={name: root(G) for name, G in calibration.outputs.items()}) if metric == "both" else calibration
 
 
 def without_loss(calibration: Calibration) -> Calibration:

@@ -176,7 +176,7 @@ def test_a_network_meets_its_bytes_with_less_change_than_the_nearest_levels(tmp_
 
 def low_rank() -> tuple[nn.Module, Tensor]:
     dense = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 9))
-    return sp.merge(sp.prune(sp.factorize(dense), sp.Fixed(8))), torch.randn(99, 40)
+    return sp.merge(sp.prune(sp.factorize(dense), sp.budget.Fixed(8))), torch.randn(99, 40)
 
 
 def grouped() -> tuple[nn.Module, Tensor]:
@@ -234,12 +234,20 @@ def test_recurrent_and_tied_weights_are_rounded_without_feedback() -> None:
     assert made.unexplained < 0.1
 
 
+class Branch(Skip):
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits; torch.fx cannot follow the branch."""
+        return super().forward(x if x.sum() > 0 else -x)
+
+
 def test_what_cannot_be_is_refused() -> None:
     model, data = skip()
     with pytest.raises(SettingError, match="round_to: coded_bytes must be a fraction"):
         round_to(model, data, 0, progress=False)
     with pytest.raises(SettingError, match="call merge"):
         round_to(sp.factorize(model), data, 0.1, progress=False)
+    with pytest.raises(SettingError, match="fold must be False for this network"):
+        round_to(Branch(), data, 1000, progress=False)
     norm = nn.BatchNorm1d(300)
     norm(torch.randn(64, 300))  # statistics are kept as they are
     with pytest.raises(SettingError, match="met by some steps; the fewest bytes reached are"):

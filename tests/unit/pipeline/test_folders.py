@@ -283,7 +283,7 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     assert all(word in text for word in ("--quiet", "--verbose", "examples:", f"spectrim {command} "))
     assert not re.search(r"--\w+_", text), "options have hyphens"
-    assert (command == "report") is ("--set" not in text)
+    assert (command in ("report", "pack", "unpack")) is ("--set" not in text)
     for line in EXAMPLES[command].splitlines():
         arguments = re.split(r"\s{2,}", line.strip())[0].split()[1:]
         assert parser().parse_args(arguments)["command"] == command

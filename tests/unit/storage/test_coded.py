@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import spectrim as sp
+from spectrim.cli import main
 from spectrim.errors import FormatError, SettingError
 from spectrim.protocols import Coder
 from spectrim.storage.coded import container
@@ -297,3 +299,21 @@ def test_files_do_not_expand_without_bound(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_digest_is_of_every_byte() -> None:
     assert digest({"a": torch.tensor([1.0])}) != digest({"a": torch.tensor([2.0])})
+
+
+@pytest.mark.parametrize("place", ["", "5-merge"])
+def test_the_command_line_packs_a_folder_and_unpacks_a_file(place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Linear(30, 20)
+    sp.save(model, tmp_path / "run" / place)
+    if place:
+        (tmp_path / "run" / "recipe.yaml").touch()
+    main(["pack", str(tmp_path / "run"), "--json"])
+    packed = json.loads(capsys.readouterr().out)
+    assert packed["coded_bytes"] == (tmp_path / "run" / "model.spz").stat().st_size
+    main(["unpack", str(tmp_path / "run" / "model.spz"), "--out", str(tmp_path / "out.safetensors")])
+    assert "times smaller" in capsys.readouterr().out
+    tensors = load_file(tmp_path / "out.safetensors")
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(SystemExit):
+        main(["unpack", str(tmp_path / "out.safetensors")])
+    assert "is not a coded file of spectrim" in capsys.readouterr().err

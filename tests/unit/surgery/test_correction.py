@@ -359,8 +359,10 @@ def test_a_few_directions_of_wide_inputs_improve_the_cut(scheme: Any, monkeypatc
     dense, data = convolutions(), images(12)
     cut = sp.prune(sp.factorize(dense, scheme, EVERYTHING), sp.budget.Fixed(3))
     whole = correct(cut, dense, data)
-    for name in ("WIDE_INPUTS", "WIDE_PATCHES"):
-        monkeypatch.setattr(module, name, 0)
+    monkeypatch.setattr(module, "WIDE_INPUTS", 0)
+    if scheme != "channel":
+        assert torch.equal(correct(cut, dense, data)[0].weight, whole[0].weight)  # the bound is for the channel scheme alone
+    monkeypatch.setattr(module, "WIDE_PATCHES", 0)
     some = correct(cut, dense, data)
     with torch.no_grad():
         errors = [sum(float((network(x) - dense(x)).square().sum()) for x, _ in data) for network in (whole, some, cut)]
@@ -419,3 +421,14 @@ def test_kernels_of_every_dimension_are_refitted(make: Any, shape: tuple[int, ..
         torch.testing.assert_close(correct(other, dense, data)(x), dense(x), rtol=1e-6, atol=1e-6)  # pseudo-inverses square conditions
         errors = [sum(float((network(x) - dense(x)).square().sum()) for x in data) for network in (refitted, cut)]
     assert errors[0] <= errors[1] + 1e-20  # rank 2 is full in the input scheme of two channels a group
+
+
+def test_a_spatial_layer_of_many_inputs_is_refitted() -> None:
+    """Between the widths at which the two schemes leave the equations for all inputs."""
+    dense = nn.Sequential(nn.Conv2d(180, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    data = [(torch.randn(8, 180, 5, 5), torch.zeros(8))]
+    low = sp.factorize(dense, "spatial", "0")
+    cut = sp.prune(low, {"0": 3})
+    x = data[0][0]
+    before, after = ((dense(x) - net(x)).square().mean() for net in (cut, sp.correct(cut, dense, data)))
+    assert after < before

@@ -1,7 +1,7 @@
 """Distortion as the loss that a cut adds to second order."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,7 +88,7 @@ def loss_sensitivity(decomposed: Decompositions) -> dict[str, Tensor]:
         SettingError: when the gradients consist of rounding errors.
     """
     names = [name for name in decomposed.factors if decomposed.has(name, "loss")]
-    _check_gradients(decomposed, names)
+    check_gradients(decomposed)
     return _of_all(decomposed, {name: decomposed.tail(name, "loss") / 2 for name in names})
 
 
@@ -100,10 +100,10 @@ def _of_all(decomposed: Decompositions, found: Mapping[str, Tensor | None]) -> d
     return {name: known.get(name, typical * relative[name]) for name in relative}
 
 
-def _check_gradients(decomposed: Decompositions, names: Sequence[str]) -> None:
+def check_gradients(decomposed: Decompositions) -> None:
     """Raise a SettingError when no weight has gradients at its outputs that are more than rounding of these outputs."""
     shares = []
-    for name in names:
+    for name in (name for name in decomposed.factors if decomposed.has(name, "loss")):
         factors, calibration = decomposed.factors[name], decomposed.calibration
         assert calibration is not None
         squares = float(calibration.outputs[name].diagonal(dim1=-2, dim2=-1).sum())

@@ -15,7 +15,7 @@ from spectrim.budget.rounding.curves import Curve, Rounding, curve_of, price_for
 from spectrim.budget.rounding.meeting import Moments, beside, moments, outputs
 from spectrim.budget.rounding.weights import Weight, weights_of
 from spectrim.checks import check, outside_inference_mode, unwrapped
-from spectrim.errors import SettingError
+from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_layers
 from spectrim.metrics.calls import evaluating
 from spectrim.metrics.inputs import batch_size_of
@@ -95,8 +95,8 @@ def round_to(
         The network, and the sizes of its file.
 
     Raises:
-        SettingError: for an argument outside its range, a factorized network, or a budget that no steps meet.
-        LayerError: BatchNorms cannot be folded: the network cannot be traced.
+        SettingError: for an argument outside its range, a factorized network, BatchNorms that cannot be folded as the network cannot be
+            traced, or a budget that no steps meet.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
@@ -116,7 +116,10 @@ def round_to(
         raise SettingError("round_to", "model", got="a factorized network", rule="of ordinary layers", hint="call merge(model) first")
     dense = duplicate(model).eval()
     if fold:
-        fold_batchnorms(dense)
+        try:
+            fold_batchnorms(dense)
+        except LayerError as error:
+            raise SettingError("round_to", "fold", got=True, rule="False for this network", hint=str(error)) from error
     held = sum(tensor.nbytes for tensor in model.state_dict().values())
     limit = int(coded_bytes * held if coded_bytes < 1 else coded_bytes)
     batches = [inputs for inputs, _ in batches_of(data, dense, examples, targets=False, progress=progress, title="round_to")]
