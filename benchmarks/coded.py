@@ -23,7 +23,7 @@ from run import git_state
 from spectrim import zoo
 from spectrim.budget.rounding.round_to import round_to
 from spectrim.files import make_folder, write_json
-from spectrim.pipeline.run import environment
+from spectrim.pipeline.environment import environment
 from spectrim.storage.coded.group import decoded, encoded
 from spectrim.storage.pack import coded, pack, unpack
 from spectrim.surgery.batchnorm import fold_batchnorms

@@ -39,7 +39,7 @@ from spectrim.metrics.inputs import one_example
 from spectrim.metrics.macs import count_macs
 from spectrim.penalties import L1, FrobeniusDecay, PolarHoyer
 from spectrim.pipeline.components import make, make_loss, seed_everything
-from spectrim.pipeline.run import environment
+from spectrim.pipeline.environment import environment
 from spectrim.surgery import balance_
 from spectrim.surgery.select import head_of
 from spectrim.training.prepared import Precision

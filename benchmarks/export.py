@@ -31,7 +31,7 @@ from spectrim.files import write_text
 from spectrim.metrics.calls import call_model
 from spectrim.metrics.clock import Latency, compare_latency
 from spectrim.metrics.macs import count_macs
-from spectrim.pipeline.run import environment
+from spectrim.pipeline.environment import environment
 from spectrim.runtimes.export import TOLERANCE, export
 from spectrim.runtimes.formats import TITLES, Runner
 from spectrim.runtimes.readers import open_exported

@@ -26,7 +26,7 @@ from run import git_state
 from spectrim import zoo
 from spectrim.metrics.inputs import one_example
 from spectrim.pipeline.compress import compress
-from spectrim.pipeline.run import environment
+from spectrim.pipeline.environment import environment
 from spectrim.runtimes import Int8, evaluate_exported
 from spectrim.runtimes.evaluation import _Runtime
 from spectrim.runtimes.export import export

@@ -9,6 +9,7 @@ and after the steps; of each the test split (of the language model the validatio
 import argparse
 import itertools
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ from spectrim.surgery.states import orthonormalize_
 from spectrim.training.parts import Reconstruction
 from spectrim.training.reconstruct import reconstruct
 
+CARD = Path(__file__).resolve().parents[1] / "docs" / "methods" / "reconstruction.md"
 RESULTS = Path(__file__).resolve().parent / "results" / "reconstruct"
 
 
@@ -126,12 +128,40 @@ def stories(name: str, budget: float, seed: int, case: Case) -> dict[str, Any]:
     }
 
 
+def table() -> str:
+    """Return the committed runs as a table."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in RESULTS.glob("*.json")]
+    order = list(CASES)
+    lines = ["| network | kept | seed | way | cut and refit | and steps | seconds |", "|---|---|---|---|---|---|---|"]
+    for run in sorted(runs, key=lambda run: (order.index(run["case"]), -run["budget"], run["seed"])):
+        merit = CASES[run["case"]].merit
+        values = [run[row][merit] for row in ("refit", "reconstructed")]
+        before, after = (f"{100 * value:.1f} %" if merit == "accuracy" else f"{value:.3f}" for value in values)
+        seconds = f"{run['refit']['seconds']:.0f} + {run['reconstructed']['seconds']:.0f}"
+        lines.append(f"| {run['case']} | {run['budget']:g} | {run['seed']} | {run['way']} | {before} | {after} | {seconds} |")
+    return "\n".join(lines)
+
+
+def page(text: str) -> str:
+    """Return the method card with the present table."""
+    head, rest = text.split("<!-- table -->", 1)
+    return f"{head}<!-- table -->\n{table()}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("case", choices=sorted(CASES))
+    parser.add_argument("case", choices=[*sorted(CASES), "report"])
     parser.add_argument("--budgets", type=lambda text: [float(part) for part in text.split(",")])
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0])
+    parser.add_argument("--check", action="store_true", help="with report: is the card what the files say?")
     given = parser.parse_args()
+    if given.case == "report":
+        present = CARD.read_text(encoding="utf-8")
+        if given.check and page(present) != present:
+            sys.exit(f"{CARD.name} is not what the result files say: python benchmarks/reconstruct.py report")
+        if not given.check:
+            write_text(CARD, page(present))
+        return
     torch.set_num_threads(1)
     case = CASES[given.case]
     work = stories if given.case == "stories260k" else images

@@ -125,7 +125,7 @@ def closed(result: dict[str, Any]) -> str:
             convex = max((abs(row["convex"] - row["closed"]) / row["closed"] for row in chosen if "convex" in row), default=None)
             cells = [", ".join(f"{row['closed']:.5f}" for row in chosen), f"{worst:.0e}", "" if convex is None else f"{convex:.0e}"]
             rows.append([f"{name}, {layers} layers", *cells])
-    note = "Random data of seeds 0 to 2; the largest relative difference to the best of 2 to 4 starts of Adam, and to the convex program."
+    note = "Random data of seeds 0 to 2; the largest relative difference to the best of 2 to 10 starts of Adam, and to the convex program."
     return table(["case", "closed form", "to gradient descent", "to the program"], rows, note)
 
 

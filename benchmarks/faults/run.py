@@ -32,9 +32,10 @@ from spectrim.errors import RecipeError, SpectrimError, WriteError
 from spectrim.files import write_text
 from spectrim.locks import locked
 from spectrim.metrics.calls import call_model
+from spectrim.pipeline.environment import environment
 from spectrim.pipeline.folders import contents
 from spectrim.pipeline.recipe import parse_recipe, read_recipe
-from spectrim.pipeline.run import Run, environment
+from spectrim.pipeline.run import Run
 from spectrim.report import text_report
 from spectrim.runtimes import run_exported
 from spectrim.runtimes.export import export

@@ -12,16 +12,17 @@ if TYPE_CHECKING:
     from spectrim.budget.budget import Budget
     from spectrim.budget.latency_table import latency_table
     from spectrim.budget.plan import plan
-    from spectrim.budget.rules import Energy
+    from spectrim.budget.rules import Energy, Fixed
     from spectrim.metrics.clock import compare_latency
     from spectrim.metrics.evaluate import evaluate
     from spectrim.metrics.measurement import measure
     from spectrim.penalties import Hoyer, Orthogonality
     from spectrim.pipeline.compress import compress
+    from spectrim.pipeline.elastic import load
     from spectrim.report import write_report
     from spectrim.runtimes.export import export
     from spectrim.runtimes.int8 import quantize
-    from spectrim.storage.save import load, save
+    from spectrim.storage.save import save
     from spectrim.surgery.calibrate import calibrate
     from spectrim.surgery.correct import correct
     from spectrim.surgery.coverage import coverage
@@ -44,16 +45,17 @@ _PLACES = {
     "budget.budget": "Budget",
     "budget.latency_table": "latency_table",
     "budget.plan": "plan",
-    "budget.rules": "Energy",
+    "budget.rules": "Energy Fixed",
     "metrics.clock": "compare_latency",
     "metrics.evaluate": "evaluate",
     "metrics.measurement": "measure",
     "penalties": "Hoyer Orthogonality",
     "pipeline.compress": "compress",
+    "pipeline.elastic": "load",
     "report": "write_report",
     "runtimes.export": "export",
     "runtimes.int8": "quantize",
-    "storage.save": "load save",
+    "storage.save": "save",
     "surgery.calibrate": "calibrate",
     "surgery.correct": "correct",
     "surgery.coverage": "coverage",
@@ -98,6 +100,7 @@ __all__ = [
     "Budget",
     "Distillation",
     "Energy",
+    "Fixed",
     "Hoyer",
     "Orthogonality",
     "Ramp",

@@ -12,7 +12,8 @@ import yaml
 
 from spectrim.files import read_json
 from spectrim.pipeline.recipe import parse_recipe, read_recipe
-from spectrim.pipeline.run import Run, make_model
+from spectrim.pipeline.run import Run
+from spectrim.pipeline.stages import make_model
 from spectrim.storage.save import load
 
 MODULE = """

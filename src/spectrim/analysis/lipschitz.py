@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from spectrim.analysis.operators import Convolution, operators_of
-from spectrim.analysis.slopes import KNOWN, constant_of
+from spectrim.analysis.slopes import KNOWN, averaged, constant_of, sliced
 from spectrim.analysis.symbols import GRID, sampled_norm, slack, total_strides
 from spectrim.errors import LayerError
 from spectrim.layers import is_factorized
@@ -274,12 +274,6 @@ JOINED: Mapping[Any, Callable[[list[float]], float]] = {
 """Functions that pool, and functions of several tensors."""
 
 
-def sliced(index: Any) -> bool:
-    """Whether an index takes each entry once at most."""
-    parts = index if isinstance(index, tuple) else (index,)
-    return all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts)
-
-
 def check_size(name: str, parts: tuple[Convolution, ...], shape: torch.Size) -> None:
     """Refuse a circular convolution on a size that its stride does not divide: no symbol bounds it."""
     circular = [axis for part in parts if part.padding_mode == "circular" for axis in range(part.axes)]
@@ -299,12 +293,3 @@ def scales(norm: Any) -> Tensor:
         raise LayerError(type(norm).__name__, "has no running statistics, so it is no fixed operator")
     scale: Tensor = (norm.running_var.double() + norm.eps).rsqrt()
     return scale if norm.weight is None else scale * norm.weight.detach().double()
-
-
-def averaged(node: fx.Node, shape: torch.Size) -> float:
-    """Return ``1 / sqrt(count)`` for a mean over some dimensions, none of them the batch."""
-    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-    chosen = {int(dim) % len(shape) for dim in (dims if isinstance(dims, tuple | list) else [dims])} if dims is not None else {0}
-    if 0 in chosen:
-        raise LayerError(node.name, "averages over the batch", hint="give the dimensions of the mean")
-    return 1 / math.sqrt(math.prod(shape[dim] for dim in chosen))

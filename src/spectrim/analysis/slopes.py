@@ -1,10 +1,10 @@
-"""Lipschitz constants of modules without weights."""
+"""Lipschitz constants of modules without weights, means and indices."""
 
 import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from spectrim.errors import LayerError, SettingError
 
@@ -51,3 +51,18 @@ def overlap(pool: Any, axes: int) -> tuple[int, int]:
         raise SettingError(type(pool).__name__, "dilation", got=pool.dilation, rule="1")
     sizes, strides = tuples(pool.kernel_size, axes), tuples(pool.stride, axes)
     return math.prod(-(-size // step) for size, step in zip(sizes, strides, strict=True)), math.prod(sizes)
+
+
+def averaged(node: fx.Node, shape: torch.Size) -> float:
+    """Return ``1 / sqrt(count)`` for a mean over some dimensions, none of them the batch."""
+    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    chosen = {int(dim) % len(shape) for dim in (dims if isinstance(dims, tuple | list) else [dims])} if dims is not None else {0}
+    if 0 in chosen:
+        raise LayerError(node.name, "averages over the batch", hint="give the dimensions of the mean")
+    return 1 / math.sqrt(math.prod(shape[dim] for dim in chosen))
+
+
+def sliced(index: Any) -> bool:
+    """Whether an index takes each entry once at most."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return all(part is None or part is Ellipsis or isinstance(part, int | slice) for part in parts)

@@ -11,7 +11,7 @@ from spectrim.forms.form import Form
 from spectrim.layers import FactorizedLayer, Site, named_factors, sites
 from spectrim.layers.uses import Call, Work
 from spectrim.layers.watching import calls_for, runs_factors
-from spectrim.metrics.calls import call_model, evaluating, unfused
+from spectrim.metrics.calls import watched
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.protocols import Latencies
 from spectrim.surgery.coverage import break_evens
@@ -89,13 +89,7 @@ def calls(model: nn.Module, inputs: Any) -> list[Call]:
     def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.extend(calls_for(module, args, kwargs))
 
-    handles = [module.register_forward_pre_hook(called, with_kwargs=True) for module in model.modules() if runs_factors(module)]
-    try:
-        with unfused(), evaluating(model):
-            call_model(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watched(model, inputs, filter(runs_factors, model.modules()), called)
     return found
 
 

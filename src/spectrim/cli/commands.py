@@ -20,7 +20,7 @@ from spectrim.metrics.measurement import measure
 from spectrim.pipeline.components import make_loss
 from spectrim.pipeline.folders import MANIFEST, RECIPE, Contents, contents
 from spectrim.pipeline.recipe import Recipe, read_recipe
-from spectrim.pipeline.run import make_data, make_model
+from spectrim.pipeline.stages import make_data, make_model
 from spectrim.report import text_report, write_report
 from spectrim.runtimes.export import export
 from spectrim.runtimes.formats import _format_of

@@ -23,7 +23,8 @@ from spectrim.pipeline.compress import compress
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.folders import finish
 from spectrim.pipeline.recipe import read_recipe
-from spectrim.pipeline.run import STAGE, Run
+from spectrim.pipeline.run import Run
+from spectrim.pipeline.stages import STAGE
 from spectrim.report import PLAN, write_report
 from spectrim.storage.save import load
 from spectrim.surgery.factorize import factorize

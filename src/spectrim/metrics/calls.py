@@ -1,7 +1,7 @@
 """How a model is called with a batch, and what it puts out."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,37 @@ def unfused() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+"""Called with a module and its arguments, before it runs."""
+
+
+def watched(model: nn.Module, inputs: Any, modules: Iterable[nn.Module], before: Before, after: Callable[..., None] | None = None) -> None:
+    """Run a model once, in eval mode without gradients and with all its children called, and watch some of its modules.
+
+    Args:
+        model: any module.
+        inputs: as for `call_model`.
+        modules: in the model.
+        before: called before each run of one of them.
+        after: called with the module, its positional arguments and its output.
+
+    Examples:
+        >>> model, seen = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4)), []
+        >>> watched(model, torch.ones(5, 2), model, lambda module, args, kwargs: seen.append(tuple(args[0].shape)))
+        >>> seen
+        [(5, 2), (5, 3)]
+    """
+    modules = list(modules)
+    handles = [] if after is None else [module.register_forward_hook(after) for module in modules]
+    handles += [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
+    try:
+        with unfused(), evaluating(model):
+            call_model(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def call_model(model: Callable[..., Any], inputs: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 from spectrim.errors import SpectrimError
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4499")
+COLOR = "#0072b2"
 
 
 def figure(columns: int) -> tuple[Any, Any]:
@@ -25,7 +25,7 @@ def figure(columns: int) -> tuple[Any, Any]:
     return made, made.subplots(1, columns, squeeze=False)[0]
 
 
-def curve(axes: Any, points: Sequence[tuple[float, float]], *, title: str, x: str, y: str, label: str = "", color: str = COLORS[0]) -> None:
+def curve(axes: Any, points: Sequence[tuple[float | int, float]], *, title: str, x: str, y: str) -> None:
     """Draw points, joined in the order of x.
 
     Args:
@@ -34,15 +34,11 @@ def curve(axes: Any, points: Sequence[tuple[float, float]], *, title: str, x: st
         title: of the axes.
         x: label with the unit.
         y: label with the unit.
-        label: of the curve.
-        color: of the curve.
     """
     ordered = sorted(points)
-    axes.plot([point[0] for point in ordered], [point[1] for point in ordered], marker="o", color=color, label=label or None)
+    axes.plot([point[0] for point in ordered], [point[1] for point in ordered], marker="o", color=COLOR)
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
-    if label:
-        axes.legend()
 
 
 def ratios(axes: Any, kept: Mapping[str, float], *, title: str) -> None:
@@ -54,7 +50,7 @@ def ratios(axes: Any, kept: Mapping[str, float], *, title: str) -> None:
         title: of the axes.
     """
     names = list(kept)
-    bars = axes.barh(names, [kept[name] for name in names], color=COLORS[0])
+    bars = axes.barh(names, [kept[name] for name in names], color=COLOR)
     axes.bar_label(bars, [f"{100 * kept[name]:.0f} %" for name in names], padding=3)
     axes.axvline(1.0, color="gray", linestyle="--", linewidth=1)
     axes.set(title=title, xlabel="fraction of the dense network")

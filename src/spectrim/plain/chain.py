@@ -26,7 +26,27 @@ MARKS: dict[type, type] = {nn.Linear: NonDynamicallyQuantizableLinear}
 """Torch's own sub-classes that say to quantizers: not this layer, but those inside."""
 
 
-class PlainPair(nn.Module):
+class TwoLayers(nn.Module):
+    """Base of two layers in place of one: what a merged layer's class asks of them."""
+
+    __jit_unused_properties__ = ("weight", "bias")
+    traced_inside = True  # `torch.fx` looks into it
+    marks = MARKS
+
+    @classmethod
+    def stands_for(cls, base: type) -> bool:
+        """Whether it behaves as a layer of class `base` does, so that a merged layer can stay an instance of that."""
+        return True
+
+    @staticmethod
+    def takes_over(layer: nn.Module) -> tuple[str, ...]:
+        """Return the names of a layer's parameters that the two layers hold in its place."""
+        return "weight", "bias"
+
+    __repr__ = nn.Module.__repr__
+
+
+class PlainPair(TwoLayers):
     """Two ordinary layers in place of one, with its attributes: ``weight`` is the dense weight, ``stride`` its stride.
 
     A merged layer is an instance of its original class and of this one. Models read such attributes without calling the layer. Reading the
@@ -43,10 +63,6 @@ class PlainPair(nn.Module):
         >>> pair.weight.shape, pair.in_features, list(pair.state_dict())
         (torch.Size([6, 8]), 8, ['0.weight', '1.weight', '1.bias'])
     """
-
-    __jit_unused_properties__ = ("weight", "bias")
-    traced_inside = True  # `torch.fx` looks into it
-    marks = MARKS
 
     def __init__(self, first: nn.Module, second: nn.Module, *, conv1d: bool = False) -> None:
         super().__init__()
@@ -111,20 +127,8 @@ class PlainPair(nn.Module):
             return _compose_kernels(first, second, self)
         return (second @ first).T if hasattr(self, "nx") else second @ first  # type: ignore[no-any-return]
 
-    @classmethod
-    def stands_for(cls, base: type) -> bool:
-        """Whether it behaves as a layer of class `base` does, so that a merged layer can stay an instance of that."""
-        return True
-
-    @staticmethod
-    def takes_over(layer: nn.Module) -> tuple[str, ...]:
-        """Return the names of a layer's parameters that the two layers hold in its place."""
-        return "weight", "bias"
-
     def _get_name(self) -> str:
         return "PlainPair"
-
-    __repr__ = nn.Module.__repr__
 
     def extra_repr(self) -> str:
         """Return nothing: the two layers print their settings."""

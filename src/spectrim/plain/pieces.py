@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import MARKS, Composed
+from .chain import Composed, TwoLayers
 
 
-class PlainInterpolative(nn.Module):
+class PlainInterpolative(TwoLayers):
     """Base of `PlainRows` and `PlainColumns`: positions of the pieces, and the dense layer's attributes.
 
     ``weight`` is the dense weight, ``stride`` its stride. Reading dtype, device or shape of ``weight`` costs nothing; any other use of it
@@ -22,9 +22,6 @@ class PlainInterpolative(nn.Module):
         conv1d: the `nn.Linear` layers stand for the ``Conv1D`` of transformers, whose weight is ``(in, out)``.
     """
 
-    __jit_unused_properties__ = ("weight", "bias")
-    traced_inside = True  # `torch.fx` looks into it
-    marks = MARKS
     gather: Tensor | None
 
     def __init__(
@@ -66,18 +63,6 @@ class PlainInterpolative(nn.Module):
             kind = self._get_name()
             raise AttributeError(f"{kind}: its {name} is composed of its two layers' and cannot be set; set those of its kept and mix")
         super().__setattr__(name, value)
-
-    @classmethod
-    def stands_for(cls, base: type) -> bool:
-        """Whether it behaves as a layer of class `base` does, so that a merged layer can stay an instance of that."""
-        return True
-
-    @staticmethod
-    def takes_over(layer: nn.Module) -> tuple[str, ...]:
-        """Return the names of a layer's parameters that the two layers hold in its place."""
-        return "weight", "bias"
-
-    __repr__ = nn.Module.__repr__
 
     def extra_repr(self) -> str:
         """Say where the kept channels stand."""

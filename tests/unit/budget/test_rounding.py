@@ -176,7 +176,7 @@ def test_a_network_meets_its_bytes_with_less_change_than_the_nearest_levels(tmp_
 
 def low_rank() -> tuple[nn.Module, Tensor]:
     dense = nn.Sequential(nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 9))
-    return sp.merge(sp.prune(sp.factorize(dense), sp.Fixed(8))), torch.randn(99, 40)
+    return sp.merge(sp.prune(sp.factorize(dense), sp.budget.Fixed(8))), torch.randn(99, 40)
 
 
 def grouped() -> tuple[nn.Module, Tensor]:

@@ -23,7 +23,8 @@ from spectrim.pipeline import run as runs
 from spectrim.pipeline.components import make_loss
 from spectrim.pipeline.parsing import plain
 from spectrim.pipeline.recipe import parse_recipe, read_recipe
-from spectrim.pipeline.run import Run, make_data, make_model
+from spectrim.pipeline.run import Run
+from spectrim.pipeline.stages import make_data, make_model
 
 MODULE = '''
 """A user's own code, next to the recipe."""

@@ -13,9 +13,11 @@ import yaml
 
 import spectrim as sp
 from spectrim.pipeline import run as runs
+from spectrim.pipeline import stages
 from spectrim.pipeline.data import Source, replayed
 from spectrim.pipeline.recipe import read_recipe
-from spectrim.pipeline.run import Run, make_model
+from spectrim.pipeline.run import Run
+from spectrim.pipeline.stages import make_model
 
 MODULE = '''
 import numpy as np
@@ -116,7 +118,8 @@ def ran(kind: str, out: Path) -> dict[str, Any]:
 def stopped(kind: str, out: Path, place: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Run until a place, stop there, and run again; places are numbered calls of functions."""
     name, moment = place
-    original, calls = getattr(runs, name), 0
+    module = runs if hasattr(runs, name) else stages
+    original, calls = getattr(module, name), 0
 
     def stopping(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
@@ -124,11 +127,11 @@ def stopped(kind: str, out: Path, place: tuple[str, int], monkeypatch: pytest.Mo
         if calls != moment:
             return original(*args, **kwargs)
         if name == "fit":  # inside: after the first epoch
-            original(*args[:4], 1, **kwargs)
+            original(*args, **kwargs | {"epochs": 1})
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, name, stopping)
+        patch.setattr(module, name, stopping)
         with pytest.raises(Stopped):
             ran(kind, out)
     random.seed(9), torch.manual_seed(9)  # what another process begins with

@@ -16,7 +16,7 @@ import spectrim as sp
 from spectrim import cli
 from spectrim.errors import ExportError, FormatError, SettingError
 from spectrim.pipeline.recipe import read_recipe
-from spectrim.pipeline.run import make_model
+from spectrim.pipeline.stages import make_model
 from spectrim.runtimes import run_exported
 from spectrim.runtimes.export import export
 from spectrim.runtimes.tensors import compare_outputs

@@ -16,7 +16,7 @@ from spectrim.layers import named_factors
 from spectrim.layers.uses import Features, Side
 from spectrim.layers.watching import features_read, features_written, runs_factors
 from spectrim.linalg.spectral import tail_energy
-from spectrim.metrics.calls import call_model, evaluating, unfused
+from spectrim.metrics.calls import watched
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,14 +123,7 @@ def _normalisations(model: nn.Module, inputs: Any) -> Scales:
             written[_memory(made.tensor, made.axis)] = made
 
     hooked = [module for module in model.modules() if runs_factors(module) or _is_norm(module)]
-    handles = [module.register_forward_hook(after) for module in hooked]
-    handles += [module.register_forward_pre_hook(before, with_kwargs=True) for module in hooked]
-    try:
-        with unfused(), evaluating(model):
-            call_model(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watched(model, inputs, hooked, before, after)
     return scales
 
 
