@@ -78,7 +78,7 @@ class Cutter:
         before = copy.deepcopy(low.state_dict())
         parts = reconstruct_(low, self.judge.model, self.unlabeled or self.judge.known, settings, progress=self.progress)
         found = self.judge(low)
-        kept = found["loss"] < list(scores.values())[-1]["loss"]
+        kept = any(part.kept for part in parts) and found["loss"] < list(scores.values())[-1]["loss"]
         (scores if kept else told.dropped)["reconstructed"] = found
         if not kept:
             low.load_state_dict(before)
