@@ -27,7 +27,9 @@ from micro.harness import environment
 from spectrim import zoo
 from spectrim.files import write_text
 from spectrim.projections import Levels, Then, TopK, entropy_bits
+from spectrim.storage.pack import coded
 from spectrim.training import ADMM, Gradual, OneShot
+from spectrim.training.statefile import read_state
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "pruning"
@@ -88,6 +90,39 @@ def sizes(model: nn.Module, rounded: bool) -> dict[str, Any]:
     return found | {"total_kept": sum(found["kept"].values())}
 
 
+def rounded(model: nn.Module) -> nn.Module:
+    """Return a copy whose kept weights are rounded to `LEVELS`."""
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer, parameter in weights_of(made).items():
+            parameter.copy_(LEVELS["conv*" if layer.startswith("conv") else "fc*"](parameter.detach().clone()))
+    return made
+
+
+def measured(model: nn.Module, dense: nn.Module) -> dict[str, Any]:
+    """Return the share of the kept weights that were among as many largest ones before, and the bytes of the rounded network's file."""
+    shares = {}
+    for (name, now), (_, before) in zip(weights_of(model).items(), weights_of(dense).items(), strict=True):
+        largest = TopK(int(now.count_nonzero()))(before.detach()) != 0
+        shares[name] = round(float(largest[now != 0].float().mean()), 4)
+    _, file = coded(rounded(model))
+    return {"kept_of_the_largest": shares, "file": {key: file.to_dict()[key] for key in ("coded_bytes", "data_bytes", "index_bytes")}}
+
+
+def measure_again() -> None:
+    """Add what `measured` finds to rows whose checkpoints are still there."""
+    for path in sorted(RESULTS.glob("*x-*.json")):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        start = next(RESULTS.glob(f"dense-{row['settings']['seed']}.json"))
+        models = []
+        for stem, held in ((path.stem, row), (start.stem, json.loads(start.read_text(encoding="utf-8")))):
+            model = zoo.caffe_lenet5()
+            model.load_state_dict(read_state(RUNS / f"{stem}-{held['digest']}" / "checkpoint.pt", "run it again")["model"])
+            models.append(model)
+        log = row.pop("log")
+        write_text(path, json.dumps(row | measured(*models) | {"log": log}, indent=1) + "\n")
+
+
 def pruned(method: str, size: str, seed: int, dense: nn.Module, data: Any) -> None:
     """Run one row unless it is there."""
     settings = {"method": method, "rate": size, "seed": seed, "counts": RATES[size], **TRAINING, **METHODS[method], "dense": DENSE}
@@ -97,12 +132,9 @@ def pruned(method: str, size: str, seed: int, dense: nn.Module, data: Any) -> No
     model, name = copy.deepcopy(dense), f"{label(method, size)}-{seed}-{digest(settings)}"
     knobs = METHODS[method]
     history, seconds = train(model, data, name, knobs["epochs"], knobs["constant"], [course(method, RATES[size])])
-    found = {"plain": sizes(model, rounded=False)}
-    rounded = copy.deepcopy(model)
-    with torch.no_grad():
-        for layer, parameter in weights_of(rounded).items():
-            parameter.copy_(LEVELS["conv*" if layer.startswith("conv") else "fc*"](parameter.detach().clone()))
-    found["rounded"] = sizes(rounded, rounded=True) | {"test": sp.evaluate(rounded, data.test, nn.CrossEntropyLoss())}
+    small = rounded(model)
+    found = {"plain": sizes(model, rounded=False), **measured(model, dense)}
+    found["rounded"] = sizes(small, rounded=True) | {"test": sp.evaluate(small, data.test, nn.CrossEntropyLoss())}
     write_row(label(method, size), seed, settings, model, data, history, seconds, found)
 
 
@@ -181,34 +213,38 @@ def table() -> str:
     dense = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("dense-*.json"))]
     seeds = ", ".join(str(row["settings"]["seed"]) for row in dense)
     heads = ["kept", "method", "seeds", "accuracy", "to 3 and 2 bits, untrained", "values, 32 bits", "values, 3 and 2 bits"]
-    heads += ["positions, gaps", "positions, entropy"]
+    heads += ["positions, gaps", "positions, entropy", "coded file", "kept of the largest, fc1"]
     lines = [
         "LeNet-5 of Caffe (430,500 weights), MNIST, 60,000 training images; test accuracy in %, mean ± sample standard deviation. Dense: "
         f"{mean([score(row) for row in dense])} (seeds {seeds}; {DENSE['epochs']} epochs).",
-        f"{METHODS['gradual']['epochs']} epochs for each method from the same dense network, Adam.",
+        f"{METHODS['gradual']['epochs']} epochs for each method from the same dense network, Adam. The file is that of the rounded network "
+        "by `pack`, with its 580 biases in float32; last column: the share of the weights kept in fc1 that were among as many largest "
+        "ones of the dense network.",
         "",
         f"| {' | '.join(heads)} |",
-        "|---|---|---|---:|---:|---:|---:|---:|---:|",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for size, counts in RATES.items():
         for method in METHODS:
             if found := rows(size, method):
-                plain, rounded = [row["plain"] for row in found], [row["rounded"] for row in found]
+                plain, levels = [row["plain"] for row in found], [row["rounded"] for row in found]
                 cells = [
                     f"{sum(counts.values()):,} ({size})",
                     method,
                     ", ".join(str(row["settings"]["seed"]) for row in found),
                     mean([score(row) for row in found]),
-                    mean([100 * part["test"]["accuracy"] for part in rounded]),
-                    *(f"{statistics.fmean(part[key] for part in parts) / 8:,.0f} B" for parts, key in columns(plain, rounded)),
+                    mean([100 * part["test"]["accuracy"] for part in levels]),
+                    *(f"{statistics.fmean(part[key] for part in parts) / 8:,.0f} B" for parts, key in columns(plain, levels)),
+                    f"{statistics.fmean(row['file']['coded_bytes'] for row in found):,.0f} B",
+                    f"{statistics.fmean(100 * row['kept_of_the_largest']['fc1.weight'] for row in found):.0f} %",
                 ]
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def columns(plain: list[Any], rounded: list[Any]) -> list[tuple[list[Any], str]]:
+def columns(plain: list[Any], levels: list[Any]) -> list[tuple[list[Any], str]]:
     """Return what the columns of bytes show."""
-    return [(plain, "data_bits"), (rounded, "data_bits"), (plain, "index_bits"), (plain, "index_entropy_bits")]
+    return [(plain, "data_bits"), (levels, "data_bits"), (plain, "index_bits"), (plain, "index_entropy_bits")]
 
 
 def score(row: dict[str, Any]) -> float:
@@ -228,7 +264,11 @@ def main() -> None:
     parser.add_argument("--rates", default=",".join(RATES))
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--render", action="store_true", help="write the table into the method card, run nothing")
+    parser.add_argument("--measure", action="store_true", help="add to the rows what their checkpoints say today, train nothing")
     given = parser.parse_args()
+    if given.measure:
+        measure_again()
+        return
     if given.render:
         CARD.write_text(render(CARD.read_text(encoding="utf-8")), encoding="utf-8")
         return

@@ -32,7 +32,7 @@ def members(row: Row[Any], tensor: Tensor, generator: torch.Generator) -> list[T
     """Members of the set, near the tensor and far from it: projections of other tensors, moved as the set allows."""
     found = []
     for noise in (0.02, 0.1, 0.3, 1.0, 3.0):
-        for _ in range(4):
+        for _ in range(3):
             other = row.example(tensor + noise * torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype))
             scale = float((tensor * other).sum() / other.square().sum().clamp(min=1e-12))
             found += [other, other * scale] if "scale-free" in row.laws and scale > 0 else [other]

@@ -53,7 +53,7 @@ METHODS: tuple[Row[Any], ...] = (
     Row(Levels, example=Levels(2, zero=False), card="admm", laws={"nearest", "rounds", "scale-free"}, label="Levels without zero"),
     Row(Levels, example=Levels(3, per="channel"), card="admm", laws={"nearest", "rounds", "scale-free"}, label="Levels per channel"),
     Row(Levels, example=Levels(3, per=8), card="admm", laws={"nearest", "rounds", "scale-free"}, label="Levels per group"),
-    Row(Levels, example=Levels(3, kind="affine"), card="admm", laws={"nearest", "rounds", "scale-free"}, label="Levels, affine"),
+    Row(Levels, example=Levels(2, kind="affine"), card="admm", laws={"nearest", "rounds", "scale-free"}, label="Levels, affine"),
     Row(
         Levels,
         example=Levels(3, kind="affine", zero=False, per="channel"),

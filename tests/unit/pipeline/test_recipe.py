@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from spectrim import cli
 from spectrim.errors import FormatError, RecipeError, SettingError
 from spectrim.files import read_json
 from spectrim.metrics.inputs import one_example
+from spectrim.metrics.measurement import Measurement
 from spectrim.pipeline import recipe as recipes
 from spectrim.pipeline import run as runs
 from spectrim.pipeline.components import make_loss
@@ -460,9 +462,7 @@ def test_the_result(folder: Path) -> None:
     result = Run(changed(), out, progress=False).run()
     assert set(result) == {"dense", "final", "stages", "recipe", "environment", "verdict"}
     for name in ("dense", "final"):
-        assert {"accuracy", "loss", "params", "macs", "size_bytes", "latency_s", "latency_iqr_s", "ranks", "batch", "threads"} == set(
-            result[name]
-        )
+        assert {field.name for field in fields(Measurement)} == set(result[name])
         assert result[name]["batch"] == result[name]["threads"] == 1
     assert result["dense"]["ranks"] == {}
     assert result["dense"]["macs"] == 8 * 12 + 12 * 12 + 12 * 3
@@ -632,7 +632,7 @@ def test_exit_codes_and_output(folder: Path, capsys: pytest.CaptureFixture[str])
     assert text.err == ""
     last = json.loads(text.out)
     assert list(last) == ["dense", "final", "verdict"]
-    assert all({"accuracy", "params", "macs", "size_bytes", "latency_s"} <= set(entry) for entry in last.values())
+    assert all({"accuracy", "params", "macs", "size_bytes", "latency_s"} <= set(last[name]) for name in ("dense", "final"))
     assert set(last["final"]["ranks"]) == {"first", "middle"}
     assert call("run", "base.yaml", "--out", "out", "--quiet", "--set", "dense.epochs=0") == 0
     first = capsys.readouterr().out.splitlines()[0]
@@ -657,7 +657,7 @@ def test_failures_and_wrong_usage(folder: Path, capsys: pytest.CaptureFixture[st
         (["run", "base.yaml", "--out", "out", "--set", "data=mymodule.missing"], 1, "data/x: no such file"),
         (["measure", "nothing"], 2, "no such file"),
         (["measure", str(folder)], 1, "is not the folder of a run"),
-        (["coverage", "base.yaml", "--set", "foo=1"], 2, "set"),
+        (["coverage", "base.yaml", "--set", "foo=1"], 2, "recipe key 'foo'"),
     ):
         assert call(*arguments) == code, arguments
         assert words in capsys.readouterr().err, arguments

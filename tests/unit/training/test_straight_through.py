@@ -40,8 +40,8 @@ def test_it_is_gradient_descent_by_the_gradient_at_the_projection() -> None:
 
 def trained(course: Any) -> tuple[nn.Module, float]:
     model = network()
-    sp.fit(model, batches(), nn.MSELoss(), torch.optim.Adam(model.parameters(), 0.01), 40, progress=False)
-    sp.fit(model, batches(), nn.MSELoss(), torch.optim.Adam(model.parameters(), 0.003), 30, courses=[course], progress=False)
+    sp.fit(model, batches(), nn.MSELoss(), torch.optim.Adam(model.parameters(), 0.02), 20, progress=False)
+    sp.fit(model, batches(), nn.MSELoss(), torch.optim.Adam(model.parameters(), 0.003), 20, courses=[course], progress=False)
     return model, sp.evaluate(model, batches(), nn.MSELoss())["loss"]
 
 
