@@ -4,13 +4,14 @@
 .venv/bin/python benchmarks/forms.py --table    # renders docs/forms.md from them
 
 Ranks and cuts by spectral energy (``cut="plain"``), the same data, steps and learning rates for all. The refit to the dense outputs exists
-for matrices only, so that what it gives is a column beside those that all forms have. The validation split (5,000 images) scores every
+for matrices only: in a Tucker row it changes the other layers. So it is a column beside those that all forms have. The validation split (5,000 images) scores every
 stage, the test split is read once, by the finished row.
 """
 
 import argparse
 import json
 import statistics
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,7 +98,13 @@ def main() -> None:
     """Run what is missing, or render the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="write docs/forms.md from the result files")
-    if parser.parse_args().table:
+    parser.add_argument("--check", action="store_true", help="is docs/forms.md what --table would write?")
+    given = parser.parse_args()
+    if given.check:
+        sys.exit(
+            None if PAGE.read_text(encoding="utf-8") == page() else "docs/forms.md is not up to date: python benchmarks/forms.py --table"
+        )
+    if given.table:
         write_text(PAGE, page())
         return
     torch.set_num_threads(1)
@@ -130,7 +137,7 @@ def page() -> str:
         "<!-- written by benchmarks/forms.py --table -->",
         "",
         "Ranks and cuts by spectral energy at equal multiply-accumulates. *As cut* and *BatchNorm renewed* are on the validation split,",
-        "for all forms; the refit to the dense network's outputs exists for matrices only. *Test* is the finished network on 10,000 test "
+        "for all forms; the refit to the dense network's outputs leaves Tucker layers as they are. *Test* is the finished network on 10,000 test "
         "images.",
     ]
     for network, title in NETWORKS.items():

@@ -24,6 +24,11 @@ def test_coded_page_is_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_forms_page_is_up_to_date() -> None:
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "forms.py", "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("page", ["reference.md", "methods/index.md"])
 def test_pages_from_the_tables_of_methods_are_up_to_date(page: str) -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]

@@ -17,7 +17,9 @@ class PlainRows(PlainInterpolative):
         kept: `nn.Linear`, `nn.Embedding` (of which r columns are kept) or a convolution, plain or transposed, to r channels; with the bias
             of the kept channels.
         mix: ``r -> m - r``; with ``b_others - mix b_kept`` as bias.
-        start, order, conv1d: as for `PlainInterpolative`; channels of the output.
+        start: as for `PlainInterpolative`; channels of the output.
+        order: as for `PlainInterpolative`.
+        conv1d: as for `PlainInterpolative`.
 
     Examples:
         >>> rows = PlainRows(nn.Linear(8, 2), nn.Linear(2, 4), start=3)
@@ -102,7 +104,9 @@ class PlainColumns(PlainInterpolative):
     Args:
         kept: `nn.Linear` or a convolution, plain or transposed, of r channels; with the bias.
         mix: ``n - r -> r``, without bias.
-        start, order, conv1d: as for `PlainInterpolative`; channels of the input.
+        start: as for `PlainInterpolative`; channels of the input.
+        order: as for `PlainInterpolative`.
+        conv1d: as for `PlainInterpolative`.
 
     Examples:
         >>> columns = PlainColumns(nn.Linear(2, 6), nn.Linear(6, 2, bias=False), start=0)
