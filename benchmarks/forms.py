@@ -137,8 +137,8 @@ def page() -> str:
         "<!-- written by benchmarks/forms.py --table -->",
         "",
         "Ranks and cuts by spectral energy at equal multiply-accumulates. *As cut* and *BatchNorm renewed* are on the validation split,",
-        "for all forms; the refit to the dense network's outputs leaves Tucker layers as they are. *Test* is the finished network on 10,000 test "
-        "images.",
+        "for all forms; the refit to the dense network's outputs leaves Tucker layers as they are. *Test* is the finished network on",
+        "10,000 test images.",
     ]
     for network, title in NETWORKS.items():
         for budget in BUDGETS:
