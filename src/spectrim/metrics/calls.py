@@ -13,13 +13,43 @@ from spectrim.checks import unwrapped
 from spectrim.errors import SettingError, SpectrimError
 
 
+class _Seen(Exception):  # noqa: N818 it is no error
+    """Ends a pass through a network early."""
+
+
+def seen_calls(model: nn.Module, module: nn.Module, inputs: Any, count: int = 1) -> list[tuple[tuple[Any, ...], dict[str, Any], Any]]:
+    """Run a model to the end of so many calls of one of its modules; return arguments, keyword arguments and output of each.
+
+    Args:
+        model: runs up to there, in its present mode.
+        module: inside it.
+        inputs: a tensor, a tuple of arguments or a dict of keyword arguments.
+        count: calls to wait for; fewer come back where there are fewer.
+    """
+    found: list[tuple[tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def keep(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        found.append((args, kwargs, output))
+        if len(found) == count:
+            raise _Seen
+
+    handle = module.register_forward_hook(keep, prepend=True, with_kwargs=True)
+    try:
+        call_model(model, inputs)
+    except _Seen:
+        pass
+    finally:
+        handle.remove()
+    return found
+
+
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients inside; training flags are restored afterwards."""
+def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
+    """Eval mode inside, without gradients unless they are asked for; training flags are restored afterwards."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             yield
     finally:
         for module, flag in training:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spectrim.layers.uses import first_argument
 from spectrim.layers.weights import OneWeight
-from spectrim.metrics.calls import call_model
+from spectrim.metrics.calls import call_model, seen_calls
 
 ALIVE = 8
 """Tensors as large as the largest input of a layer that a network may hold at once, for each batch, in both networks together."""
@@ -83,27 +83,10 @@ def _layer_by_layer(both: _Both, order: Mapping[str, int]) -> Iterator[tuple[str
         yield name, ((y, now) for before, after in seen for (_, y), (now, _) in zip(before, after, strict=True))
 
 
-class _Seen(Exception):  # noqa: N818 it is no error
-    """Ends a pass through a network early."""
-
-
 def _inputs_of(layer: nn.Module, model: nn.Module, inputs: Any, calls: int) -> list[tuple[Tensor, Tensor]]:
     """Run the model to the last of that many calls of a layer; return the input and the output of each."""
-    found: list[tuple[Tensor, Tensor]] = []
-
-    def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        found.append((first_argument(args, kwargs).detach(), output.detach()))
-        if len(found) == calls:
-            raise _Seen
-
-    handle = layer.register_forward_hook(keep, prepend=True, with_kwargs=True)
-    try:
-        call_model(model, inputs)
-    except _Seen:
-        pass
-    finally:
-        handle.remove()
-    return found
+    found = seen_calls(model, layer, inputs, calls)
+    return [(first_argument(args, kwargs).detach(), output.detach()) for args, kwargs, output in found]
 
 
 class _Unsteady(Exception):  # noqa: N818 it is no error

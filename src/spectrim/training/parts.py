@@ -14,7 +14,7 @@ from spectrim.errors import LayerError, SettingError
 from spectrim.forms.derived import balance_
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
-from spectrim.metrics.calls import call_model, scores_of
+from spectrim.metrics.calls import call_model, scores_of, seen_calls
 
 WARMUP = 0.1
 """Share of the steps in which the learning rate rises; it falls along a cosine to zero in the rest."""
@@ -242,26 +242,9 @@ def _tensor(output: Any, name: str) -> Tensor:
     raise LayerError(name, "returns no tensor of numbers", hint="name other blocks: Reconstruction(blocks=[...])")
 
 
-class _Seen(Exception):  # noqa: N818 it is no error
-    """Ends a pass through a network early."""
-
-
 def _met(model: nn.Module, module: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
     """Run a model to the end of one of its modules; return what that was called with, and what it returned."""
-    found: list[Any] = []
-
-    def keep(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        found.append((args, kwargs, output))
-        raise _Seen
-
-    handle = module.register_forward_hook(keep, with_kwargs=True)
-    try:
-        call_model(model, inputs)
-    except _Seen:
-        pass
-    finally:
-        handle.remove()
+    found = seen_calls(model, module, inputs)
     if not found:
         raise LayerError(type(module).__name__, "is not called by the network", hint="name other blocks: Reconstruction(blocks=[...])")
-    made: tuple[tuple[Any, ...], dict[str, Any], Any] = found[0]
-    return made
+    return found[0]

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import nn
@@ -59,26 +58,13 @@ def reconstruct_(
     counts = dict.fromkeys(names, settings.steps) | ({"output": settings.whole} if settings.whole else {})
     deadline = None if settings.seconds is None else time.monotonic() + settings.seconds
     told: list[Reconstructed] = []
-    with isolated(low), evaluating(dense), _trainable(low), _bar(counts, progress) as tick:
+    with isolated(low), evaluating(dense), evaluating(low, gradients=True), _bar(counts, progress) as tick:
         for name, steps in counts.items():
             if deadline is not None and time.monotonic() > deadline:
                 break
             part = Part.output(low, dense, batches, settings) if name == "output" else Part.block(name, low, dense, batches, settings)
             told.append(part.train(steps, deadline, partial(tick, name)))
     return told
-
-
-@contextmanager
-def _trainable(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and gradients on."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for module, flag in training:
-            module.training = flag
 
 
 @contextmanager
