@@ -293,12 +293,14 @@ def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixtu
 
 
 def test_signals_end_with_their_codes(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits that it is ignored
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         monkeypatch.setattr(Run, "run", lambda self, number=number: os.kill(os.getpid(), number))
         before = signal.getsignal(signal.SIGTERM)
         assert call("run", "net.yaml", "--out", "run", "--quiet") == code
         assert "the same command resumes from the last checkpoint" in capsys.readouterr().err
         assert signal.getsignal(signal.SIGTERM) is before
+    signal.signal(signal.SIGINT, ignored)
 
 
 def test_a_second_run_in_one_folder_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

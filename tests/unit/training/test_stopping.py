@@ -170,11 +170,13 @@ def test_a_plateau_schedule_that_looks_the_wrong_way_is_refused(mode: Any, setti
 # SIGTERM
 
 PROGRAM = """
+import signal
 import sys
 import torch
 from torch import nn
 import spectrim as sp
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell inherits that it is ignored
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = nn.Linear(64, 64)
