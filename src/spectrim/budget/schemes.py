@@ -77,7 +77,7 @@ def schemes_at(model: nn.Module, budget: Budget, inputs: Any, prices: Ladder, *,
     try:
         limits = [_limit(name, value, tables[units[name]], places) for name, value in budget.limits.items()]
         picked = _knapsack(losses, limits, 1.0)
-    except (BudgetError, ValueError):  # the error is that of `allocate`, on the schemes at hand
+    except BudgetError:  # `allocate` says why, on the schemes at hand
         return {}
     named = {site.name: site for site in sites(model)}
     taken = {name: found[place] for (name, found), place in zip(choices.items(), picked, strict=True)}

@@ -29,8 +29,15 @@ def has_shards(model: nn.Module) -> bool:
 
 
 def refuse_sharded_factors(model: nn.Module) -> None:
-    """Raise a LayerError where factors are a separate FSDP2 module: they have no forward pass that would gather them."""
+    """Raise a LayerError where factors are a separate FSDP2 module, which no forward pass gathers, or of a form that cannot be sharded.
+
+    Args:
+        model: that is sharded, or will be.
+    """
     for name, module in model.named_modules():
+        if isinstance(module, Form) and not module.is_matrix:
+            hint = "factorize with scheme='channel', 'spatial' or 'input', or train without FSDP2"
+            raise LayerError(name, "is a Tucker form, whose penalties and cuts need whole tensors", hint=hint)
         if isinstance(module, Form) and _is_fsdp(module):
             raise LayerError(name, "is sharded by itself", hint="call fully_shard on the layer that holds it, or on the block around that")
 

@@ -15,9 +15,10 @@ import spectrim as sp
 from spectrim.budget.distortion import LossSensitivity, MeasuredLoss, NormalizedEnergy, SpectralEnergy, WhitenedEnergy
 from spectrim.budget.distortion.base import distortions_of
 from spectrim.budget.rules import Fixed
-from spectrim.errors import RankError, SettingError
+from spectrim.errors import LayerError, RankError, SettingError
 from spectrim.forms import Tucker2
 from spectrim.layers import named_factors
+from spectrim.layers.sharded import refuse_sharded_factors
 from spectrim.linalg.tucker import hooi, hosvd
 from spectrim.surgery.optimizer_state import _carry
 from spectrim.training.ramp import Ramp
@@ -241,6 +242,12 @@ def test_distortions_of_every_kind_fit_the_path() -> None:
             assert len(distortion) == dict(named_factors(low))[name].rank + 1
     cut = sp.prune(low, sp.allocate(low, sp.Budget(macs=0.5), images(), importance=WhitenedEnergy(moments)), calibration=moments)
     assert cut(images()).isfinite().all()
+
+
+def test_shards_are_refused() -> None:
+    refuse_sharded_factors(sp.factorize(network(), scheme="channel"))
+    with pytest.raises(LayerError, match=r"layer '0.factors.weight': is a Tucker form, whose penalties and cuts need whole tensors"):
+        refuse_sharded_factors(low_network())
 
 
 def test_a_zero_kernel_is_held_and_trains() -> None:
