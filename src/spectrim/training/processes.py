@@ -172,9 +172,10 @@ def _check_shardable(accelerator: Any, model: nn.Module) -> None:
     """Raise what `shard` raises."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise SettingError("fit", "model", got="DistributedDataParallel", rule="the model itself: fit wraps it", hint="pass model.module")
-    if has_shards(model) or _uses_fsdp(accelerator):
+    if has_shards(model):
         refuse_sharded_factors(model)
-    if not has_shards(model) and _uses_fsdp(accelerator):
+    elif _uses_fsdp(accelerator):
+        refuse_sharded_factors(model)
         if not accelerator.is_fsdp2:
             raise SettingError("fit", "accelerator", got="FSDP version 1", rule="FSDP2", hint="set fsdp_version=2")
         policy = accelerator.state.fsdp_plugin.auto_wrap_policy
