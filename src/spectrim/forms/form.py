@@ -7,6 +7,7 @@ from typing import Any, ClassVar, SupportsIndex, TypeVar
 import torch
 from torch import Tensor, nn
 
+from spectrim import linalg
 from spectrim.errors import LayerError, RankError
 from spectrim.linalg.gram import Metric
 
@@ -228,6 +229,12 @@ class Form(nn.Module):
     def sides(self) -> tuple[Tensor, ...]:
         """Return the parameters whose columns are orthonormal, ``(..., rows, columns)``: what orthogonality penalties see."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def retract_(self) -> None:
+        """Move `sides` toward orthonormal columns, in place: see `linalg.retracted`. What a side loses in length its `values` gain."""
+        for side in self.sides():
+            side.copy_(linalg.retracted(side))
 
     def values(self) -> tuple[Tensor, ...]:
         """Return what sparsity penalties see: a signed or non-negative value for each column that can be cut, differentiable."""

@@ -8,6 +8,7 @@ from spectrim.tables import Row
 from spectrim.training.admm import ADMM
 from spectrim.training.magnitude import Gradual, Hold, OneShot
 from spectrim.training.ramp import Ramp
+from spectrim.training.retraction import Retraction
 from spectrim.training.squeeze import Squeeze
 from spectrim.training.straight_through import StraightThrough
 
@@ -16,6 +17,7 @@ LAWS: dict[str, str] = {}
 
 METHODS: tuple[Row[Any], ...] = (
     Row(Ramp, example=Ramp(Budget(macs=0.5)), card="svd-training"),
+    Row(Retraction, example=Retraction(), card="svd-training"),
     Row(Squeeze, example=Squeeze(Budget(macs=0.5)), card="squeeze"),
     Row(ADMM, example=ADMM({"*": TopK(0.1)}), card="admm"),
     Row(OneShot, example=OneShot({"*": TopK(0.1)}), card="magnitude-pruning"),
