@@ -28,14 +28,12 @@ RESULTS = Path(__file__).resolve().parent / "results" / "orthogonality"
 MEANS: dict[str, dict[str, Any]] = {
     "none": {},
     "penalty, every step": {"penalties": [sp.Orthogonality(1.0)]},
-    "penalty, every 4": {"penalties": [sp.Orthogonality(1.0, every=4)]},
     "penalty, every 8": {"penalties": [sp.Orthogonality(1.0, every=8)]},
     "penalty, every 16": {"penalties": [sp.Orthogonality(1.0, every=16)]},
-    "retraction, every 4": {"courses": [Retraction(4)]},
     "retraction, every 16": {"courses": [Retraction(16)]},
     "retraction, every 64": {"courses": [Retraction(64)]},
 }
-SEEDS, EPOCHS, IMAGES, RATE, HOYER, BUDGET = (0, 1, 2), (3, 2), 10_000, 0.01, 0.01, 0.5
+SEEDS, EPOCHS, IMAGES, RATE, HOYER, BUDGET = (0, 1, 2), (3, 2), 5_000, 0.01, 0.01, 0.5
 
 
 def run(means: str, seed: int) -> dict[str, Any]:
