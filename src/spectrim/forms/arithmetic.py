@@ -77,4 +77,4 @@ class Computed(nn.Module):
             return operation(x, kernel)
         y = operation(*self.enter(at, x, kernel))
         held.macs[at] += y.numel() * kernel[0].numel()
-        return y if held.gradient_bits >= EXACT else RoundedGradient.apply(y, held.gradient_bits)  # type: ignore[no-any-return, no-untyped-call]
+        return y if held.gradient_bits >= EXACT else RoundedGradient.apply(y, held.gradient_bits)  # type: ignore[no-untyped-call]

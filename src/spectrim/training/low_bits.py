@@ -75,7 +75,7 @@ class Rounding:
 
 @contextmanager
 def rounding(model: nn.Module, bits: int | Mapping[str, int]) -> Iterator[None]:
-    """Let a network compute with rounded inputs and weights inside, and in float behind.
+    """Simulate a network in fewer bits: inside, it computes with rounded inputs and weights, and in float behind.
 
     Args:
         model: dense or factorized.

@@ -27,9 +27,9 @@ FAINT = 1e-6
 
 @dataclass(frozen=True)
 class StaticPrecision(Rounding):
-    """Train with inputs and weights of every layer rounded to the same bits all the time, and gradients, too: the baseline.
+    """Simulate training in cheaper arithmetic: inputs, weights and gradients of every layer in the same bits all the time.
 
-    A simulation of cheaper arithmetic: nothing gets faster, see `LearnedPrecision`. A `Course`: give it to ``fit(..., courses=[...])``.
+    Nothing gets faster, see `LearnedPrecision`. The baseline. A `Course`: give it to ``fit(..., courses=[...])``.
 
     Args:
         bits: of inputs and weights, in [2, 16], or 32 to round nothing.
@@ -56,10 +56,10 @@ class StaticPrecision(Rounding):
 
 @dataclass(frozen=True)
 class CyclicPrecision(Rounding):
-    """Train with bits that rise along half a cosine, again and again: ``b = rint(least + (most - least) (1 - cos(pi t)) / 2)``.
+    """Simulate training in cheaper arithmetic, in bits that rise along half a cosine, again and again, the same for all layers.
 
-    ``t`` goes from 0 to 1 in each cycle, the same for all layers. A simulation of cheaper arithmetic: nothing gets faster, see `LearnedPrecision`. A `Course`: give
-    it to ``fit(..., courses=[...])``.
+    ``b = rint(least + (most - least) (1 - cos(pi t)) / 2)``; ``t`` goes from 0 to 1 in each cycle. Nothing gets faster, see
+    `LearnedPrecision`. A `Course`: give it to ``fit(..., courses=[...])``.
 
     Args:
         least: bits at the begin of a cycle, in [2, most].
@@ -100,17 +100,17 @@ class CyclicPrecision(Rounding):
 
 @dataclass(frozen=True)
 class LearnedPrecision(Rounding):
-    """Train with bits that every layer, and every factor, learns by gradient while it trains, at a given cost of the whole training.
+    """Simulate training in cheaper arithmetic: every layer, and every factor, learns its bits by gradient, at a given cost of the whole.
 
-    A simulation of cheaper arithmetic: inputs, weights and gradients are rounded, but products are float, and nothing gets faster. In each
-    step, inputs and weights of an operation are rounded to ``round(b)`` bits and the gradients of its outputs to `gradient_bits`. ``dL/db``
-    comes from the same backward pass, see `linalg.rounding.Rounded`, and ``p = -dL/db / (d cost / db)`` is what a bit operation more gains
-    there. As ``p`` falls by a factor of four with each bit, ``b + log2(p) / 2`` is where all gains are equal, up to a shift of all bits by a
-    common number; bits move a share `rate` of the way, and the shift is the one that costs what the plan wants.
+    Inputs, weights and gradients are rounded, but products are float, and nothing gets faster. In each step, inputs and weights of an
+    operation are rounded to ``round(b)`` bits and the gradients of its outputs to `gradient_bits`. ``dL/db`` comes from the same backward
+    pass, see `linalg.rounding.Rounded`, and ``p = -dL/db / (d cost / db)`` is what a bit operation more gains there. As ``p`` falls by a
+    factor of four with each bit, ``b + log2(p) / 2`` is where all gains are equal, up to a shift of all bits by a common number; bits move
+    a share `rate` of the way, and the shift is the one that costs what the plan wants.
 
-    The plan of the cost rises linearly from that of `least` bits, for a share `rise` of the training, and is constant then. Its mean is
-    99 % of `cost`, which is never exceeded. Multiply-accumulates are counted by running the network, again after each cut: a smaller rank leaves
-    more for bits.
+    The planned cost of a step is constant; with `rise` it grows linearly from that of `least` bits for a share of the training first. Its
+    mean is 99 % of `cost`, which is never exceeded. Multiply-accumulates are counted by running the network, again after each cut: a
+    smaller rank leaves more for bits.
 
     A `Course`: give it to ``fit(..., courses=[...])``. Costs and bits are in the log, see `noted`; between steps and after training the
     network is in float, and ``with rounding(model, bits_of(history.last)):`` runs it in bits.
@@ -146,7 +146,7 @@ class LearnedPrecision(Rounding):
     most: int = 8
     gradient_bits: int = 8
     rate: float = 0.02
-    rise: float = 0.5
+    rise: float = 0.0
     learns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -177,7 +177,7 @@ class LearnedPrecision(Rounding):
 
     def noted(self, memory: Mapping[str, Any]) -> dict[str, float]:
         """Return what the log of an epoch gets: costs so far, and the bits that were learned, rounded."""
-        return super().noted(memory | {"bits": _rounded(memory["values"])})
+        return super().noted({**memory, "bits": _rounded(memory["values"])})
 
     def _share(self, bits: int) -> float:
         return float(bit_operations(1.0, bits, self.gradient_bits) / bit_operations(1.0, STATIC, STATIC))
@@ -185,7 +185,7 @@ class LearnedPrecision(Rounding):
     def _goal(self, step: int, steps: int, memory: Mapping[str, Any]) -> float:
         """Return the bit operations that a step shall cost: those planned, and what earlier steps left or took too early."""
         late = memory["planned"] - memory["bit_operations"]
-        return memory["reference"] * self.planned(step, steps) + late / max(1.0, HORIZON * steps)
+        return float(memory["reference"] * self.planned(step, steps) + late / max(1.0, HORIZON * steps))
 
     def _shifted(self, values: Vector, macs: Vector, goal: float) -> Vector:
         return shifted_to(values, goal, macs, (self.least, self.most), self.gradient_bits)

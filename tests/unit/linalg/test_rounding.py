@@ -29,7 +29,9 @@ def test_the_nearest_of_so_many_levels_and_the_extremes_stay(bits: int, by_row: 
     torch.testing.assert_close(on_grid(found, bits, by_row=by_row), found)
 
 
-@pytest.mark.parametrize("x", [torch.zeros(3, 4), torch.full((2, 2), 1e-42), torch.empty(0, 3), torch.tensor(1.5)], ids=lambda x: str(tuple(x.shape)))
+@pytest.mark.parametrize(
+    "x", [torch.zeros(3, 4), torch.full((2, 2), 1e-42), torch.empty(0, 3), torch.tensor(1.5)], ids=lambda x: str(tuple(x.shape))
+)
 def test_what_has_no_range_stays(x: Tensor) -> None:
     torch.testing.assert_close(on_grid(x, 3), x, rtol=0, atol=0)
 

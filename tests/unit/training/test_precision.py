@@ -90,7 +90,13 @@ def test_32_bits_train_to_the_bits_of_float() -> None:
 
 
 def test_the_plan_has_the_mean_that_was_asked_for() -> None:
-    for settings in ({"cost": 0.6}, {"cost": 0.9, "rise": 1.0}, {"cost": 1.0}, {"cost": 0.4, "rise": 0.0}, {"cost": 0.5, "most": 5, "rise": 1.0}):
+    for settings in (
+        {"cost": 0.6},
+        {"cost": 0.9, "rise": 1.0},
+        {"cost": 1.0},
+        {"cost": 0.4, "rise": 0.0},
+        {"cost": 0.5, "most": 5, "rise": 1.0},
+    ):
         course = LearnedPrecision(**settings)
         plan = [course.planned(step, 1000) for step in range(1000)]
         assert sum(plan) / 1000 == pytest.approx(0.99 * course.cost, rel=1e-5)
@@ -103,7 +109,15 @@ def test_bits_go_where_they_gain_most_for_an_operation() -> None:
     course = LearnedPrecision(0.6, rise=0.0, rate=0.2)
     macs, harm = {"a": 100.0, "b": 10.0, "c": 40.0}, {"a": 1.0, "b": 0.3, "c": 30.0}
     reference = float(bit_operations(150.0, 8, 8))
-    memory: dict[str, Any] = {"macs": macs, "reference": reference, "bit_operations": 0.0, "done": 0, "planned": 0.0, "slopes": {}, "learned": 0}
+    memory: dict[str, Any] = {
+        "macs": macs,
+        "reference": reference,
+        "bit_operations": 0.0,
+        "done": 0,
+        "planned": 0.0,
+        "slopes": {},
+        "learned": 0,
+    }
     memory["values"] = dict.fromkeys(macs, 5.0)
     for step in range(700):
         values = memory["values"]
@@ -141,7 +155,9 @@ def test_ranks_and_bits_share_one_budget() -> None:
     assert columns(history, "cost")[-1] <= 0.6
     means = [np.mean(list(bits_of(history.epochs[epoch]).values())) for epoch in (2, -1)]
     assert means[1] > means[0] + 0.5
-    assert columns(history, "BOPs")[-1] == pytest.approx(columns(history, "cost")[-1] * 192 * sum(macs_of(sp.factorize(net(), where=EVERYTHING))))
+    assert columns(history, "BOPs")[-1] == pytest.approx(
+        columns(history, "cost")[-1] * 192 * sum(macs_of(sp.factorize(net(), where=EVERYTHING)))
+    )
 
 
 def macs_of(model: nn.Module) -> list[float]:
