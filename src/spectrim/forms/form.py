@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spectrim import linalg
 from spectrim.errors import LayerError, RankError
+from spectrim.forms.arithmetic import Computed
 from spectrim.linalg.gram import Metric
 
 Size = int | tuple[int, ...]
@@ -37,7 +38,7 @@ def stored(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Form(nn.Module):
+class Form(Computed):
     """Holds one weight, and is the only holder of its tensors.
 
     A weight is folded first (`linalg.fold`): `shape` is that of its rows and columns. A half-precision weight keeps its parameters in

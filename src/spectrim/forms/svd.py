@@ -75,6 +75,7 @@ class Factors(Form):
     U: nn.Parameter
     S: nn.Parameter
     Vh: nn.Parameter
+    operations = ("Vh", "U")
 
     @classmethod
     def of(

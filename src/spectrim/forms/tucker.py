@@ -36,6 +36,7 @@ class Tucker2(Form):
     A: nn.Parameter
     core: nn.Parameter
     B: nn.Parameter
+    operations = ("B", "core", "A")
 
     def __init__(
         self, A: Tensor, core: Tensor, B: Tensor, *, dtype: torch.dtype | None = None, requires_grad: bool = True, exact: bool = False

@@ -5,7 +5,9 @@ from spectrim.training.distillation import Distillation
 from spectrim.training.execution import choose_execution
 from spectrim.training.fit import EpochCallback
 from spectrim.training.history import History
+from spectrim.training.low_bits import bits_of, float_in_int8, rounding
 from spectrim.training.magnitude import Gradual, Hold, OneShot
+from spectrim.training.precision import CyclicPrecision, LearnedPrecision, StaticPrecision
 from spectrim.training.ramp import Ramp
 from spectrim.training.retraction import Retraction
 from spectrim.training.squeeze import Squeeze
@@ -14,16 +16,22 @@ from spectrim.training.tuning import Tuning
 
 __all__ = [
     "ADMM",
+    "CyclicPrecision",
     "Distillation",
     "EpochCallback",
     "Gradual",
     "History",
     "Hold",
+    "LearnedPrecision",
     "OneShot",
     "Ramp",
     "Retraction",
     "Squeeze",
+    "StaticPrecision",
     "StraightThrough",
     "Tuning",
+    "bits_of",
     "choose_execution",
+    "float_in_int8",
+    "rounding",
 ]

@@ -7,6 +7,7 @@ from spectrim.projections import TopK
 from spectrim.tables import Row
 from spectrim.training.admm import ADMM
 from spectrim.training.magnitude import Gradual, Hold, OneShot
+from spectrim.training.precision import CyclicPrecision, LearnedPrecision, StaticPrecision
 from spectrim.training.ramp import Ramp
 from spectrim.training.retraction import Retraction
 from spectrim.training.squeeze import Squeeze
@@ -24,4 +25,7 @@ METHODS: tuple[Row[Any], ...] = (
     Row(Gradual, example=Gradual({"*": TopK(0.1)}), card="magnitude-pruning"),
     Row(StraightThrough, example=StraightThrough({"*": TopK(0.1)}), card="admm"),
     Row(Hold, example=Hold(), card="magnitude-pruning"),
+    Row(LearnedPrecision, example=LearnedPrecision(0.6), card="learned-precision"),
+    Row(CyclicPrecision, example=CyclicPrecision(), card="learned-precision"),
+    Row(StaticPrecision, example=StaticPrecision(8), card="learned-precision"),
 )

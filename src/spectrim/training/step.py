@@ -127,6 +127,12 @@ class Step:
         if optimizer is not None:
             stop_moments(model, optimizer, self.frees())
 
+    def end(self, model: nn.Module) -> None:
+        """Tell courses that training ends, also where it ends within a step."""
+        for course in self.courses.values():
+            if hasattr(course, "closed"):
+                course.closed(model)
+
     def noted(self) -> dict[str, float]:
         """Return what courses add to the log of an epoch, by the course's name and the entry's."""
         told = ((name, course.noted(self.memories[name])) for name, course in self.courses.items() if hasattr(course, "noted"))
@@ -152,7 +158,7 @@ class Step:
 
     @contextmanager
     def watching(self, model: nn.Module, device: torch.device, compiled: bool = False) -> Iterator[None]:
-        """Give lessons the layer outputs of the model during training.
+        """Give lessons the layer outputs of the model during training, and tell courses when it ends.
 
         Args:
             model: what learns; its layers are watched by forward hooks, which are gone afterwards.
@@ -169,6 +175,7 @@ class Step:
                 yield
             finally:
                 self._called, self._seen = dict(self.lessons), {}
+                self.end(model)
 
     def mixed(self, inputs: Any, loss: Any) -> tuple[Any, Any]:
         """Return the inputs and the loss of a batch as lessons prepare them."""

@@ -17,6 +17,7 @@ from spectrim.protocols import Change, Course, Lesson, Seen
 from spectrim.training.admm import ADMM
 from spectrim.training.course import Cuts
 from spectrim.training.magnitude import Gradual, Hold, OneShot
+from spectrim.training.precision import CyclicPrecision, LearnedPrecision, StaticPrecision
 from spectrim.training.retraction import Retraction
 from spectrim.training.step import Step
 from spectrim.training.straight_through import StraightThrough
@@ -80,6 +81,9 @@ COURSES = [
     Gradual({"*": TopK(0.1)}, cuts=5),
     StraightThrough({"*.S": TopK(3), "2.*.U": Levels(2)}, begin=0.2, end=0.8),
     Hold(),
+    LearnedPrecision(0.6),
+    CyclicPrecision(cycles=3),
+    StaticPrecision(5),
     Cuts(lambda model, inputs, step, steps: {"0": 5} if step == 3 else None),
 ]
 
