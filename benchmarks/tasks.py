@@ -1,7 +1,8 @@
 """Tasks one after the other in one network: ``python benchmarks/tasks.py CASE [METHOD...] [--seeds 0,1,2]``; then ``report``.
 
-Cases: ``pmnist`` (permuted MNIST, 20 tasks), ``cifar`` (CIFAR-10 in five tasks of two classes, ResNet-8). Methods: `METHODS`. Every method
-sees each task's data once, with the same epochs, rate and schedule; the task is known when it is asked. A run is one file in
+Cases: ``pmnist`` (permuted MNIST, 20 tasks), ``cifar`` (CIFAR-10 in five tasks of two classes, a small VGG with BatchNorm). Methods: `METHODS`. Every method
+sees each task's data once, with the same epochs, batches and schedule; the rate is one for columns, one
+for adapters and one for dense networks; the task is known when it is asked. A run is one file in
 ``benchmarks/results/tasks``, skipped where it is there with the same settings. ``--val`` scores on images held out from training, to choose
 settings, and writes no file; otherwise test images are read, after each task. Seconds are processor time on one thread.
 """
@@ -48,13 +49,13 @@ class Case:
     images: int | None
     epochs: int
     batch: int
-    rate: float
+    rates: dict[str, float]
     first: int
 
 
 CASES = {
-    "pmnist": Case(tasks=20, images=None, epochs=4, batch=128, rate=3e-3, first=11),
-    "cifar": Case(tasks=5, images=4000, epochs=8, batch=64, rate=3e-3, first=8),
+    "pmnist": Case(tasks=20, images=None, epochs=5, batch=512, rates={"columns": 3e-2, "lora": 2e-2, "dense": 3e-3}, first=11),
+    "cifar": Case(tasks=5, images=2000, epochs=6, batch=64, rates={"columns": 1e-2, "lora": 1e-2, "dense": 3e-3}, first=8),
 }
 
 
@@ -108,14 +109,12 @@ def split(data: zoo.Splits, classes: Tensor, case: Case, seed: int) -> Task:
 def dense(name: str) -> nn.Module:
     """Return an untrained network."""
     if name == "cifar":
-        net = zoo.mlperftiny_resnet8()
-        net.linear = nn.Linear(64, 2)
-        return net
+        return zoo.vgg.VGG((16, 32, 64), 2, 3)
     return nn.Sequential(nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
-def train(model: nn.Module, task: Task, case: Case, penalties: Iterable[Any] = ()) -> None:
-    tuning = sp.Tuning(optimizer=partial(torch.optim.Adam, lr=case.rate), scheduler=one_cycle, scheduler_steps="batch", clip=5.0)
+def train(model: nn.Module, task: Task, case: Case, kind: str, penalties: Iterable[Any] = ()) -> None:
+    tuning = sp.Tuning(optimizer=partial(torch.optim.Adam, lr=case.rates[kind]), scheduler=one_cycle, scheduler_steps="batch", clip=5.0)
     task.train.set_epoch(0)
     sp.fit(model.train(), task.train, nn.CrossEntropyLoss(), epochs=case.epochs, tuning=tuning, penalties=list(penalties), progress=False)
 
@@ -126,15 +125,16 @@ class Columns:
     def __init__(
         self, name: str, case: Case, rank: int, reuse: bool = True, start: Any = "copy", l1: float = 0.0, keep: float = 1.0
     ) -> None:
-        self.case, self.rank, self.reuse, self.start, self.l1, self.keep = case, rank, reuse, start, l1, keep
-        self.model = sp.factorize(dense(name), scheme="channel", rank=case.first)
+        self.case, self.rank, self.reuse, self.l1, self.keep = case, rank, reuse, l1, keep
+        self.start = more.get("start", "copy")
+        self.model = sp.factorize(dense(name), scheme="channel", rank=more.get("first", case.first))
         self.learned, self.left = 0, []
 
     def learn(self, task: Task) -> None:
         penalties = [L1(self.l1), Orthogonality(0.1)] if self.l1 and self.learned else []
         if self.learned:
             add_task(self.model, self.rank, reuse=self.reuse, start=self.start)
-        train(self.model, task, self.case, penalties)
+        train(self.model, task, self.case, "columns", penalties)
         if self.learned and self.keep < 1:
             self.left.append(list(prune_task(self.model, self.keep).values()))
         self.learned += 1
@@ -151,12 +151,12 @@ class FineTuning:
 
     def __init__(self, name: str, case: Case) -> None:
         self.case, self.model, self.heads = case, dense(name), []
-        self.head = "linear" if name == "cifar" else "4"
+        self.head = "classifier" if name == "cifar" else "4"
 
     def learn(self, task: Task) -> None:
         self.heads.append(copy.deepcopy(self.model.get_submodule(self.head)))
         self.heads[-1].reset_parameters()
-        train(self.network(-1), task, self.case)
+        train(self.network(-1), task, self.case, "dense")
 
     def network(self, task: int) -> nn.Module:
         setattr(self.model, self.head, self.heads[task])
@@ -174,7 +174,7 @@ class Separate:
 
     def learn(self, task: Task) -> None:
         self.models.append(dense(self.name))
-        train(self.models[-1], task, self.case)
+        train(self.models[-1], task, self.case, "dense")
 
     def network(self, task: int) -> nn.Module:
         return self.models[task]
@@ -213,7 +213,7 @@ class Lora(Separate):
             layer.weight.requires_grad_(False)
             parametrize.register_parametrization(layer, "weight", Adapter(layer.weight, self.rank))
         self.models.append(model)
-        train(model, task, self.case)
+        train(model, task, self.case, "lora")
 
     def numbers(self, task: int) -> int:
         state = self.models[task].state_dict()
@@ -223,15 +223,26 @@ class Lora(Separate):
 METHODS: dict[str, dict[str, Any]] = {
     "rank0": {"kind": Columns, "rank": 0, "label": "selectors alone, rank 0"},
     "rank1": {"kind": Columns, "rank": 1, "label": "columns, rank 1"},
+    "wide1": {"kind": Columns, "rank": 1, "first": 40, "label": "columns, rank 1, first task of rank 40"},
+    "rank2": {"kind": Columns, "rank": 2, "label": "columns, rank 2"},
     "rank4": {"kind": Columns, "rank": 4, "label": "columns, rank 4"},
+    "zeros1": {"kind": Columns, "rank": 1, "start": 0.0, "label": "columns, rank 1, selectors start at 0"},
     "pruned": {"kind": Columns, "rank": 4, "l1": 1e-3, "keep": 0.99, "label": "columns, rank 4, l1 and pruned"},
     "alone1": {"kind": Columns, "rank": 1, "reuse": False, "label": "rank 1 without reuse"},
+    "alone2": {"kind": Columns, "rank": 2, "reuse": False, "label": "rank 2 without reuse"},
     "alone4": {"kind": Columns, "rank": 4, "reuse": False, "label": "rank 4 without reuse"},
     "lora1": {"kind": Lora, "rank": 1, "label": "LoRA, rank 1"},
+    "lora2": {"kind": Lora, "rank": 2, "label": "LoRA, rank 2"},
     "lora4": {"kind": Lora, "rank": 4, "label": "LoRA, rank 4"},
     "finetuning": {"kind": FineTuning, "label": "fine-tuning"},
     "separate": {"kind": Separate, "label": "a network for each task"},
 }
+
+SHOWN = {
+    "pmnist": ("wide1", "rank4", "rank1", "alone1", "finetuning", "lora1", "separate", "lora4", "pruned", "rank0", "zeros1", "alone4"),
+    "cifar": ("rank2", "alone2", "finetuning", "lora2", "separate", "rank1", "rank4", "rank0"),
+}
+"""The methods of each case, in the order in which they run when none is named."""
 
 
 @torch.no_grad()
@@ -281,7 +292,10 @@ def run(name: str, method: str, case: Case, seed: int, val: bool) -> dict[str, A
 
 def settings_of(name: str, method: str, case: Case, seed: int) -> dict[str, Any]:
     given = {key: value for key, value in METHODS[method].items() if key not in ("kind", "label")}
-    return {"case": name, "method": method, "seed": seed} | asdict(case) | given
+    kind = {Columns: "columns", Lora: "lora"}.get(METHODS[method]["kind"], "dense")
+    used = asdict(case) | {"rate": case.rates[kind]}
+    del used["rates"]
+    return {"case": name, "method": method, "seed": seed} | used | given
 
 
 def stored() -> Iterator[dict[str, Any]]:
@@ -356,7 +370,6 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="with report: is the card what the files say?")
     for key in ("tasks", "images", "epochs"):
         parser.add_argument(f"--{key}", type=int)
-    parser.add_argument("--rate", type=float)
     given = parser.parse_args()
     if given.case == "report":
         present = CARD.read_text(encoding="utf-8")
@@ -367,11 +380,11 @@ def main() -> None:
             plot()
         return
     torch.set_num_threads(1)
-    asked = {key: getattr(given, key) for key in ("tasks", "images", "epochs", "rate") if getattr(given, key) is not None}
+    asked = {key: getattr(given, key) for key in ("tasks", "images", "epochs") if getattr(given, key) is not None}
     case = replace(CASES[given.case], **asked)
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in given.seeds:
-        for method in given.methods or METHODS:
+        for method in given.methods or SHOWN[given.case]:
             path = RESULTS / f"{given.case}-{method}-{seed}.json"
             settings = settings_of(given.case, method, case, seed)
             if not given.val and path.exists() and json.loads(path.read_text(encoding="utf-8"))["settings"] == settings:

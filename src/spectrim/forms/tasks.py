@@ -113,7 +113,7 @@ class TaskFactors(Factors):
         """Number of columns that the selected task added."""
         return self._width(self.selected)
 
-    def sides(self) -> tuple[Tensor, ...]:
+    def sides(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         """Return ``U`` and ``Vh^T``, so that new columns are held orthogonal to earlier ones, too.
 
         The new columns alone where more columns are held than fit; nothing for a task without new columns.
@@ -279,4 +279,5 @@ def fresh(old: Tensor, count: int) -> Tensor:
         basis = torch.linalg.qr(old.double()).Q
         for _ in range(2):  # once more takes away what rounding has left
             drawn = drawn - basis @ (basis.mT @ drawn)
-    return torch.linalg.qr(drawn).Q
+    columns: Tensor = torch.linalg.qr(drawn).Q
+    return columns

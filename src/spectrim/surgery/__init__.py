@@ -3,7 +3,7 @@
 from spectrim.surgery.balance import balance_
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.optimizer_state import prune_optimizer_state
-from spectrim.surgery.sharing import params_of_task, sharing
+from spectrim.surgery.shared import params_of_task, sharing
 from spectrim.surgery.tasks import add_task, one_task, prune_task, select_task, selected_task, tasks_of
 
 __all__ = [

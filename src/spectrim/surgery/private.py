@@ -83,8 +83,9 @@ def slots_of(model: nn.Module, whole: Callable[[nn.Module], bool]) -> list[Slot]
     found = []
     for module in _layers(model):
         for key, parameter in module._parameters.items():
-            trained = parameter is not None and parameter.requires_grad
-            if trained and (parameter.dim() < 2 or isinstance(module, NORMS) or whole(module)):
+            if parameter is None or not parameter.requires_grad:
+                continue
+            if parameter.dim() < 2 or isinstance(module, NORMS) or whole(module):
                 found.append(Slot(module, key))
         saved = (key for key, b in module._buffers.items() if b is not None and key not in module._non_persistent_buffers_set)
         found += [Slot(module, key) for key in saved]
@@ -167,8 +168,8 @@ def restart(slots: Sequence[Slot], head: nn.Module | None, outputs: int | None) 
 
     Args:
         slots: of the model; the selected task's tensors are changed.
-        head: whose number of outputs changes.
-        outputs: that number, or None.
+        head: whose number of outputs changes; None for none.
+        outputs: that number.
     """
     holders: dict[int, int] = {}
     for slot in slots:
@@ -176,7 +177,8 @@ def restart(slots: Sequence[Slot], head: nn.Module | None, outputs: int | None) 
     matrices = (slot for slot in slots if slot.value.dim() > 1 and isinstance(slot.value, nn.Parameter))
     for module in {slot.module: None for slot in matrices if not isinstance(slot.module, NORMS)}:
         own = [slot for slot in slots if slot.module is module]
-        for slot in own if module is head and outputs is not None else ():
+        for slot in own if module is head else ():
+            assert outputs is not None
             slot.put(nn.Parameter(slot.value.new_zeros(outputs, *slot.value.shape[1:])))
         again: Any = getattr(module, "reset_parameters", None)
         if again is not None and all(holders.get(id(slot.value), 1) == 1 for slot in own):
