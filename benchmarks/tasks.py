@@ -1,10 +1,10 @@
 """Tasks one after the other in one network: ``python benchmarks/tasks.py CASE [METHOD...] [--seeds 0,1,2]``; then ``report``.
 
-Cases: ``pmnist`` (permuted MNIST, 20 tasks), ``cifar`` (CIFAR-10 in five tasks of two classes, a small VGG with BatchNorm). Methods: `METHODS`. Every method
-sees each task's data once, with the same epochs, batches and schedule; the rate is one for columns, one
-for adapters and one for dense networks; the task is known when it is asked. A run is one file in
-``benchmarks/results/tasks``, skipped where it is there with the same settings. ``--val`` scores on images held out from training, to choose
-settings, and writes no file; otherwise test images are read, after each task. Seconds are processor time on one thread.
+Cases: ``pmnist`` (permuted MNIST, 20 tasks), ``cifar`` (CIFAR-10 in five tasks of two classes, a small VGG with BatchNorm). Methods:
+`METHODS`. Every method sees each task's data once, with the same epochs, batches and schedule; the rate is one for columns, one for
+adapters and one for dense networks; the task is known when it is asked. A run is one file in ``benchmarks/results/tasks``, skipped where it
+is there with the same settings. ``--val`` scores on images held out from training, to choose settings, and writes no file; otherwise test
+images are read, after each task. Seconds are processor time on one thread.
 """
 
 import argparse
@@ -122,9 +122,7 @@ def train(model: nn.Module, task: Task, case: Case, kind: str, penalties: Iterab
 class Columns:
     """The subject: columns of earlier tasks, a few new ones and a selector."""
 
-    def __init__(
-        self, name: str, case: Case, rank: int, reuse: bool = True, start: Any = "copy", l1: float = 0.0, keep: float = 1.0
-    ) -> None:
+    def __init__(self, name: str, case: Case, rank: int, reuse: bool = True, l1: float = 0.0, keep: float = 1.0, **more: Any) -> None:
         self.case, self.rank, self.reuse, self.l1, self.keep = case, rank, reuse, l1, keep
         self.start = more.get("start", "copy")
         self.model = sp.factorize(dense(name), scheme="channel", rank=more.get("first", case.first))
@@ -224,6 +222,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rank0": {"kind": Columns, "rank": 0, "label": "selectors alone, rank 0"},
     "rank1": {"kind": Columns, "rank": 1, "label": "columns, rank 1"},
     "wide1": {"kind": Columns, "rank": 1, "first": 40, "label": "columns, rank 1, first task of rank 40"},
+    "full1": {"kind": Columns, "rank": 1, "first": 256, "label": "columns, rank 1, first task of full rank"},
     "rank2": {"kind": Columns, "rank": 2, "label": "columns, rank 2"},
     "rank4": {"kind": Columns, "rank": 4, "label": "columns, rank 4"},
     "zeros1": {"kind": Columns, "rank": 1, "start": 0.0, "label": "columns, rank 1, selectors start at 0"},
@@ -239,7 +238,21 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 SHOWN = {
-    "pmnist": ("wide1", "rank4", "rank1", "alone1", "finetuning", "lora1", "separate", "lora4", "pruned", "rank0", "zeros1", "alone4"),
+    "pmnist": (
+        "wide1",
+        "rank4",
+        "rank1",
+        "alone1",
+        "finetuning",
+        "lora1",
+        "separate",
+        "lora4",
+        "pruned",
+        "rank0",
+        "zeros1",
+        "full1",
+        "alone4",
+    ),
     "cifar": ("rank2", "alone2", "finetuning", "lora2", "separate", "rank1", "rank4", "rank0"),
 }
 """The methods of each case, in the order in which they run when none is named."""
