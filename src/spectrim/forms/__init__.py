@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spectrim.forms.form import Form, Size
 from spectrim.forms.svd import Factors
+from spectrim.forms.tasks import TaskFactors
 from spectrim.forms.tucker import Tucker2
 from spectrim.linalg.fold import Fold, to_matrix
 from spectrim.tables import Row
@@ -22,4 +23,4 @@ METHODS: tuple[Row[Callable[[Tensor], Any]], ...] = (
 LAWS = {"exact distortion": "the distortion of a rung is the squared error of its cut, not only a bound of it"}
 """What a form may promise beyond the contract of `Form`."""
 
-__all__ = ["FORMS", "LAWS", "METHODS", "Factors", "Form", "Size", "Tucker2"]
+__all__ = ["FORMS", "LAWS", "METHODS", "Factors", "Form", "Size", "TaskFactors", "Tucker2"]
