@@ -8,8 +8,10 @@ from spectrim.tables import Row
 from spectrim.training.admm import ADMM
 from spectrim.training.magnitude import Gradual, Hold, OneShot
 from spectrim.training.ramp import Ramp
+from spectrim.training.sampling import Sampling
 from spectrim.training.squeeze import Squeeze
 from spectrim.training.straight_through import StraightThrough
+from spectrim.training.trajectory import Trajectory
 
 LAWS: dict[str, str] = {}
 """No laws beyond those of every schedule."""
@@ -22,4 +24,5 @@ METHODS: tuple[Row[Any], ...] = (
     Row(Gradual, example=Gradual({"*": TopK(0.1)}), card="magnitude-pruning"),
     Row(StraightThrough, example=StraightThrough({"*": TopK(0.1)}), card="admm"),
     Row(Hold, example=Hold(), card="magnitude-pruning"),
+    Row(Sampling, example=Sampling(Trajectory()), card="subspace"),
 )
