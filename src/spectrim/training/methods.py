@@ -10,8 +10,10 @@ from spectrim.training.magnitude import Gradual, Hold, OneShot
 from spectrim.training.precision import CyclicPrecision, LearnedPrecision, StaticPrecision
 from spectrim.training.ramp import Ramp
 from spectrim.training.retraction import Retraction
+from spectrim.training.sampling import Sampling
 from spectrim.training.squeeze import Squeeze
 from spectrim.training.straight_through import StraightThrough
+from spectrim.training.trajectory import Trajectory
 
 LAWS: dict[str, str] = {}
 """No laws beyond those of every schedule."""
@@ -28,4 +30,5 @@ METHODS: tuple[Row[Any], ...] = (
     Row(LearnedPrecision, example=LearnedPrecision(0.6), card="learned-precision"),
     Row(CyclicPrecision, example=CyclicPrecision(), card="learned-precision"),
     Row(StaticPrecision, example=StaticPrecision(8), card="learned-precision"),
+    Row(Sampling, example=Sampling(Trajectory()), card="subspace"),
 )
