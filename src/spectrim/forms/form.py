@@ -57,6 +57,9 @@ class Form(Computed):
     is_matrix: ClassVar[bool] = True
     """Whether the folded weight is a matrix that multiplies the rows of a layer's input, and the form its ``U diag(S) Vh``."""
 
+    called: ClassVar[str] = "a product of two matrices"
+    """What errors call it."""
+
     _dtype: Tensor
 
     def __init__(self, parts: dict[str, Tensor], *, dtype: torch.dtype, requires_grad: bool = True) -> None:
