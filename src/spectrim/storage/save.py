@@ -119,6 +119,25 @@ def rebuilt(model: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Ten
     return built
 
 
+def replayed(model: nn.Module, plan: Mapping[str, Any], path: Path) -> nn.Module:
+    """Return a copy of `model` rebuilt by a plan, with any values in the tensors that are new.
+
+    Args:
+        model: the original architecture, dense, on the meta device too; it is left untouched.
+        plan: what `plan_of` returned.
+        path: of the plan, for errors.
+
+    Raises:
+        FormatError: for another architecture.
+    """
+    try:
+        return _rebuild(model, plan, path)[0]
+    except FormatError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise FormatError(path, f"its plan does not fit the model ({error!r})", hint=_hint(plan)) from error
+
+
 def plan_of(model: nn.Module) -> dict[str, Any]:
     """Return what it takes, beside the original architecture, to build this model again: plain data for JSON."""
     merged, inside = {}, set[int]()
