@@ -249,7 +249,10 @@ def whole_in(model: nn.Module, private: Where | None) -> Any:
         chosen = {model.get_submodule(head)} if head is not None else set[nn.Module]()
         return lambda module: module in chosen
     RULES["where"]("add_task", "private", private)
-    select = layer_filter(private, model, "add_task")
+    try:
+        select = layer_filter(private, model, "add_task")
+    except SettingError as error:
+        raise SettingError("add_task", "private", got=error.got, rule=error.rule) from error
     assert select is not None
     named = {module: name for name, module in model.named_modules() if not isinstance(module, Form) and select(name, module)}
     for module, name in named.items():
