@@ -206,7 +206,7 @@ def columns_in(model: nn.Module) -> dict[str, Factors]:
     kinds = TaskFactors if many else Factors
     found = {name: form for name, form in named_factors(model) if isinstance(form, kinds) and (many or form.trained)}
     if not found:
-        hint = "call factorize(model, rank=...) first, in any scheme but Tucker's; frozen weights take no columns"
+        hint = "call factorize(model, rank=...) first, in a scheme of matrices; frozen weights take no columns"
         raise LayerError(type(model).__name__, "has no factorized weight that takes columns", hint=hint)
     return found
 
