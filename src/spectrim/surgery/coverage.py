@@ -131,7 +131,7 @@ def _factorized_line(site: Site, limit: int, latency: Latencies | None) -> Layer
     if latency is not None:
         verdict = latency.verdict(site.name, factors.rank)
     elif factors.rank <= limit:
-        layers = "two" if factors.is_matrix else "three"
+        layers = ("two", "three", "four", "five")[len(factors.chain()) - 2]
         verdict = f"merges to {layers} layers (rank {shown(factors.size)} <= {shown(most)})"
     else:
         verdict = f"merges to one dense layer (rank {shown(factors.size)} > {shown(most)})"

@@ -58,7 +58,7 @@ def layer_lines(model: nn.Module) -> list[dict[str, Any]]:
     for name, factors in named_factors(model):
         sides = whole_sides(factors)
         sides = [side.cpu() if side.device.type == "mps" else side for side in sides]  # which has no float64
-        ranks[name], defects[name] = factors.size, max(map(orthogonality_defect, sides))
+        ranks[name], defects[name] = factors.size, max(map(orthogonality_defect, sides), default=0.0)
     return [{"ranks": ranks, "defects": defects}] if ranks else []
 
 
