@@ -76,8 +76,8 @@ def comparison(rows: list[Row]) -> str:
     parts.append(
         f"ResNet-8, CIFAR-10, crops and flips, batches of {task['batch_size']}, {knobs}. The first {task['sampled']:.0%} of SGD's epochs, "
         f"at a constant rate, are the same for all rows of a seed; {task['samples_per_epoch']} samples an epoch are taken there. Epochs "
-        "count all passes that compute gradients, sampling and line search included; so do processor seconds. Mean ± sample standard deviation "
-        "over seeds; differences are within a seed."
+        "count all passes that compute gradients, sampling and line search included; so do processor seconds. Mean ± sample standard "
+        "deviation over seeds; differences are within a seed."
     )
     for images, epochs in sorted({size_of(row) for row in rows}, reverse=True):
         own = [row for row in rows if size_of(row) == (images, epochs)]
