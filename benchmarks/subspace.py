@@ -253,7 +253,7 @@ def tune(task: dict[str, Any]) -> None:
 
 BALANCE: dict[str, Any] = {"images": 5_000, "batch_size": 64, "rate": 0.05, "momentum": 0.9, "samples_per_epoch": 8, "sampled": [2, 4, 8]}
 BALANCE |= {"sizes": [2, 5, 10, 20], "epochs": 2, "subspace_rate": 0.2, "falls": {"0.75": 0.1}, "short": 0.1}
-RANKS = (None, 0.5, 0.25, 0.125, 0.0625)
+RANKS = (None, 0.5, 0.25, 0.125)
 """Fractions of the full rank of every weight but the last layer's; None for dense weights."""
 
 
