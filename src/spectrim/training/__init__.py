@@ -7,6 +7,7 @@ from spectrim.training.fit import EpochCallback
 from spectrim.training.history import History
 from spectrim.training.magnitude import Gradual, Hold, OneShot
 from spectrim.training.ramp import Ramp
+from spectrim.training.rise import Rise
 from spectrim.training.squeeze import Squeeze
 from spectrim.training.straight_through import StraightThrough
 from spectrim.training.tuning import Tuning
@@ -20,6 +21,7 @@ __all__ = [
     "Hold",
     "OneShot",
     "Ramp",
+    "Rise",
     "Squeeze",
     "StraightThrough",
     "Tuning",

@@ -3,11 +3,13 @@
 from typing import Any
 
 from spectrim.budget.budget import Budget
+from spectrim.penalties import L1
 from spectrim.projections import TopK
 from spectrim.tables import Row
 from spectrim.training.admm import ADMM
 from spectrim.training.magnitude import Gradual, Hold, OneShot
 from spectrim.training.ramp import Ramp
+from spectrim.training.rise import Rise
 from spectrim.training.squeeze import Squeeze
 from spectrim.training.straight_through import StraightThrough
 
@@ -17,6 +19,7 @@ LAWS: dict[str, str] = {}
 METHODS: tuple[Row[Any], ...] = (
     Row(Ramp, example=Ramp(Budget(macs=0.5)), card="svd-training"),
     Row(Squeeze, example=Squeeze(Budget(macs=0.5)), card="squeeze"),
+    Row(Rise, example=Rise(L1(0.1)), card="rank-measures"),
     Row(ADMM, example=ADMM({"*": TopK(0.1)}), card="admm"),
     Row(OneShot, example=OneShot({"*": TopK(0.1)}), card="magnitude-pruning"),
     Row(Gradual, example=Gradual({"*": TopK(0.1)}), card="magnitude-pruning"),
