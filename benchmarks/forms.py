@@ -4,8 +4,8 @@
 .venv/bin/python benchmarks/forms.py --table    # renders docs/forms.md from them
 
 Ranks and cuts by spectral energy (``cut="plain"``), the same data, steps and learning rates for all. The refit to the dense outputs exists
-for matrices only: in a row of another form it changes the other layers. So it is a column beside those that all forms have. The validation split
-(5,000 images) scores every stage, the test split is read once, by the finished row.
+for matrices only: in a row of another form it changes the other layers. So it is a column beside those that all forms have. The
+validation split (5,000 images) scores every stage, the test split is read once, by the finished row.
 """
 
 import argparse
