@@ -1,13 +1,17 @@
-"""What an older version of the library costs beside this one: ``python benchmarks/micro/rebuild.py FOLDER``.
+"""What an older version of the library costs beside this one: ``python benchmarks/micro/rebuild.py FOLDER [steps]``.
 
 FOLDER is a checkout of the older version (``git worktree add FOLDER COMMIT``). Both run the same work in processes that take turns, on one
 thread each; ratios are of seconds in the same round. Peak memory is what the process holds beyond the model and its factors.
+
+With ``steps`` nothing runs: the result files of ``step.py`` and ``latency.py`` in both checkouts, run one after the other on one machine,
+are joined. Each of their ratios is to the dense network in the same round, so that they can be compared.
 """
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +75,15 @@ if sys.argv[1] == "linear":
     timed("prune", lambda: sp.prune(low, ranks))
     found["all three"] = found["factorize"] + found["allocate"] + found["prune"]
 else:
-    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(500)))
-    timed("plan of 500 layers", lambda: sp.plan(model, torch.randn(4, 16), budgets=[0.7, 0.5, 0.35], where=everything))
+    import torch._dynamo  # torch imports it at the first count of operations, in both versions
+
+    model, x = nn.Sequential(*(nn.Linear(16, 16) for _ in range(500))), torch.randn(4, 16)
+    timed("plan of 500 layers, 3 budgets", lambda: sp.plan(model, x, budgets=[0.7, 0.5, 0.35], where=everything))
+    timed("plan of 500 layers", lambda: sp.plan(model, x, where=everything))
+    data = [(torch.randn(4, 16), torch.randint(16, (4,))) for _ in range(2)]
+    timed("plan of 500 layers, with a loss", lambda: sp.plan(model, x, data, nn.functional.cross_entropy, where=everything))
+    model, x = nn.Sequential(*(nn.Conv2d(16, 16, 3, padding=1) for _ in range(500))), torch.randn(4, 16, 4, 4)
+    timed("plan of 500 convolutions", lambda: sp.plan(model, x, where=everything))
 print(json.dumps(found))
 '''
 
@@ -90,6 +101,32 @@ def commit(folder: Path) -> str:
 def summary(values: list[float]) -> dict[str, float]:
     low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
     return {"median": float(median), "q1": float(low), "q3": float(high)}
+
+
+def _ratios(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield what a result file says of each variant: its ratio to dense, with the quartiles."""
+    parts = ("low", "median", "high")
+    for variant, entry in found.get("ratios", {}).items():
+        yield f"step, {found['network']}, {variant}", {part: round(entry[part], 3) for part in parts}
+    for point in found.get("points", []):
+        for runtime in ("onnx", "eager", "compiled"):
+            for variant, entry in point.get(runtime, {}).items():
+                yield f"latency, {point['network']}, {runtime}, {variant}", {part: round(entry[part], 3) for part in parts}
+
+
+def steps(older: Path) -> None:
+    """Join the results of ``step.py`` and ``latency.py`` in both checkouts: the ratio to dense of every variant, older and this."""
+    here, rows = Path("benchmarks/micro/results"), dict[str, Any]()
+    for path in sorted([*(ROOT / here).glob("step-*.json"), ROOT / here / "latency.json"]):
+        held = {side: folder / here / path.name for side, folder in (("older", older), ("this", ROOT))}
+        sides = {side: json.loads(file.read_text()) for side, file in held.items() if file.exists()}
+        if len(sides) < 2 or sides["older"]["environment"]["commit"] != commit(older):
+            continue  # not run there
+        tables = {side: dict(_ratios(found)) for side, found in sides.items()}
+        for name in tables["this"]:
+            if name in tables["older"]:
+                rows[name] = {side: table[name] for side, table in tables.items()}
+    write("rebuild-steps", {"kind": "rebuild-steps", "older": commit(older), "rows": rows})
 
 
 def main() -> None:
@@ -117,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    steps(Path(sys.argv[1]).resolve()) if "steps" in sys.argv[2:] else main()

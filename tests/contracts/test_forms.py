@@ -69,6 +69,26 @@ def test_prices_rise_and_distortions_fall_along_the_rungs(row: Row[Any]) -> None
 
 
 @every_form
+@pytest.mark.parametrize("far", [1e-3, 3.0], ids=["near", "far"])
+def test_retraction_makes_sides_orthonormal_and_keeps_what_it_can_of_the_weight(row: Row[Any], far: float) -> None:
+    form = form_of(row)
+    with torch.no_grad():
+        for side in form.sides():
+            side.add_(far * torch.randn(side.shape, dtype=side.dtype, generator=torch.Generator().manual_seed(1)))
+            side.mul_(1 + far)
+    defects, before, held = [orthogonality_defect(side) for side in form.sides()], form.matrix().detach(), copy.deepcopy(form)
+    form.retract_()
+    for side, defect in zip(form.sides(), defects, strict=True):
+        assert orthogonality_defect(side) <= (2 * defect**2 if defect < 0.1 else 1e-6)
+    with torch.no_grad():
+        for side, made in zip(held.sides(), form.sides(), strict=True):
+            side.copy_(made)  # the values not adapted
+    adapted, not_adapted = (float((made.matrix().detach() - before).norm()) for made in (form, held))
+    assert adapted < 0.9 * not_adapted
+    assert form.product().requires_grad
+
+
+@every_form
 def test_after_training_a_cut_is_that_of_the_weight_it_has_then(row: Row[Any]) -> None:
     form = form_of(row)
     assert form.exact

@@ -184,3 +184,20 @@ def test_pruning_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> 
                 f"{path}: the settings have changed since"
             )
             assert row["plain"]["total_kept"] == sum(pruning.RATES[row["settings"]["rate"]].values())
+
+
+def test_precision_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import precision
+
+    text = precision.CARD.read_text(encoding="utf-8")
+    assert text == precision.render(text), "run python benchmarks/precision.py --render"
+    paths = list(precision.RESULTS.glob("*.json"))
+    assert paths
+    for path in paths:
+        row = json.loads(path.read_text(encoding="utf-8"))
+        given = row["settings"]
+        today = precision.settings_of(given["network"], given["method"], given["seed"], given["full"])
+        assert row["digest"] == precision.digest(given) == precision.digest(today), f"{path}: the settings have changed since"

@@ -1,9 +1,11 @@
-"""The multiple-choice knapsack: dynamic programming where the units allow it, else mixed-integer programming."""
+"""The multiple-choice knapsack: by its relaxation where that is close enough, by dynamic programming, else mixed-integer programming."""
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -82,14 +84,33 @@ STATES = 2**28
 """Choices times units of cost up to which the knapsack is solved by dynamic programming: a second or two."""
 
 
+FEW_STATES = 2**22
+"""Choices times units of cost up to which that is done first: a few hundredths of a second."""
+
+
+GAP = 1e-4
+"""Relative loss by which a solution may exceed the bound of its relaxation."""
+
+
+CORE = 24
+"""Weights that are solved exactly after the relaxation of all."""
+
+
 RESOLVED = 1e-2
 """Loss, in the unit that the solver sees, above which its absolute gap of 1e-6 is no wider than its relative one of 1e-4."""
 
 
 def _solve(objective: NDArray[np.float64], starts: NDArray[np.int64], limits: Sequence[_Limit]) -> list[int]:
     """Return the place of the choice for each weight, whose choices are those from its start to the next."""
-    if len(limits) == 1 and (exact := _by_dynamic_programming(objective, starts, limits[0])) is not None:
-        return exact
+    if len(limits) == 1:
+        for solve in (partial(_by_dynamic_programming, states=FEW_STATES), _by_relaxation, _by_dynamic_programming):
+            if (found := solve(objective, starts, limits[0])) is not None:
+                return found
+    return _by_integer_programming(objective, starts, limits)
+
+
+def _by_integer_programming(objective: NDArray[np.float64], starts: NDArray[np.int64], limits: Sequence[_Limit]) -> list[int]:
+    """Return the optimum within the solver's relative gap, for any number of limits."""
     from scipy.optimize import Bounds, LinearConstraint, milp  # here, because it takes long to import and few commands need it
     from scipy.sparse import csr_array
 
@@ -107,7 +128,7 @@ def _solve(objective: NDArray[np.float64], starts: NDArray[np.int64], limits: Se
                 integrality=np.ones(len(choices), int),
                 bounds=Bounds(0, 1),
                 constraints=[LinearConstraint(one_each, 1, 1), *rows],
-                options={"mip_rel_gap": 1e-4, "time_limit": 60},
+                options={"mip_rel_gap": GAP, "time_limit": 60},
             )
         if solution.x is None:
             break
@@ -123,7 +144,81 @@ def _solve(objective: NDArray[np.float64], starts: NDArray[np.int64], limits: Se
     raise BudgetError(f"no ranks for {together} were found in a minute; multiple=4 leaves fewer ranks to choose from")
 
 
-def _by_dynamic_programming(objective: NDArray[np.float64], starts: NDArray[np.int64], limit: _Limit) -> list[int] | None:
+def _by_relaxation(objective: NDArray[np.float64], starts: NDArray[np.int64], limit: _Limit) -> list[int] | None:
+    """Return a solution within `GAP` of the optimum, from the linear relaxation; None where it is not shown to be that close.
+
+    The relaxation takes steps along the lower convex hull of each weight's choices, the steepest first, and a part of the step that no
+    longer fits. The weights whose steps are about as steep as that one, the core, are then solved exactly for what is left of the limit.
+
+    Source: Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), sections 11.2 and 11.4.
+    """
+    pairs = [(limit.row[start:end], objective[start:end]) for start, end in itertools.pairwise(starts)]
+    hulls = [_lower_hull(costs, losses) for costs, losses in pairs]
+    picked = [hull[0] for hull in hulls]
+    room = limit.most - sum(float(costs[place]) for (costs, _), place in zip(pairs, picked, strict=True))
+    bound = sum(float(losses[place]) for (_, losses), place in zip(pairs, picked, strict=True))
+    if room < 0:
+        return None
+    if (np.mod(limit.row, 1) == 0).all() and limit.row.max() < 2**53:  # what is left of the last unit buys nothing
+        unit = np.gcd.reduce(np.concatenate([costs - costs.min() for costs, _ in pairs]).astype(np.int64))
+        room = float(room // unit * unit) if unit else 0.0
+    steps = sorted(
+        ((losses[new] - losses[old]) / (costs[new] - costs[old]), weight, new)
+        for weight, ((costs, losses), hull) in enumerate(zip(pairs, hulls, strict=True))
+        for old, new in itertools.pairwise(hull)
+    )
+    taken = len(steps)
+    for at, (slope, weight, new) in enumerate(steps):
+        costs, losses = pairs[weight]
+        extra = float(costs[new] - costs[picked[weight]])
+        if extra > room:
+            bound, taken = bound + float(slope) * room, at
+            break
+        bound, room = bound + float(losses[new] - losses[picked[weight]]), room - extra
+        picked[weight] = new
+    if core := _core(steps, taken, [costs for costs, _ in pairs]):
+        left = room + sum(float(pairs[weight][0][picked[weight]]) for weight in core)
+        row, losses = (np.concatenate([pairs[weight][part] for weight in core]) for part in (0, 1))
+        own = np.cumsum([0, *(len(pairs[weight][0]) for weight in core)])
+        for weight, place in zip(core, _by_integer_programming(losses, own, [replace(limit, row=row, most=left)]), strict=True):
+            picked[weight] = place
+    lost = sum(float(losses[place]) for (_, losses), place in zip(pairs, picked, strict=True))
+    return picked if lost - bound <= GAP * abs(lost) else None
+
+
+def _core(steps: Sequence[tuple[float, int, int]], taken: int, costs: Sequence[NDArray[np.float64]]) -> list[int]:
+    """Return weights with steps about as steep as the first that was not taken, of as many different prices as there are."""
+    core, alike = dict[int, None](), Counter[float]()
+    for at in sorted(range(len(steps)), key=lambda at: abs(at - taken)) if taken < len(steps) else ():
+        _, weight, new = steps[at]
+        price = float(costs[weight][new] - costs[weight].min()) / (new + 1)
+        if weight not in core and alike[price] < CORE // 4:
+            core[weight] = None
+            alike[price] += 1
+        if len(core) == CORE:
+            break
+    return list(core)
+
+
+def _lower_hull(costs: NDArray[np.float64], losses: NDArray[np.float64]) -> list[int]:
+    """Return the places of the choices on the lower convex hull, by rising cost and falling loss."""
+    hull: list[int] = []
+    for place in np.lexsort((losses, costs)).tolist():
+        if hull and losses[place] >= losses[hull[-1]]:
+            continue
+        while len(hull) > 1:
+            before, last = hull[-2], hull[-1]
+            gained = (losses[before] - losses[last]) * (costs[place] - costs[before])
+            if gained > (losses[before] - losses[place]) * (costs[last] - costs[before]):
+                break
+            hull.pop()
+        hull.append(place)
+    return hull
+
+
+def _by_dynamic_programming(
+    objective: NDArray[np.float64], starts: NDArray[np.int64], limit: _Limit, states: int | None = None
+) -> list[int] | None:
     """Return the optimum for one limit of whole numbers, in units of their greatest common divisor; None where that takes too long.
 
     Ranks of one layer cost multiples of one number, and those numbers have large divisors in common.
@@ -135,7 +230,7 @@ def _by_dynamic_programming(objective: NDArray[np.float64], starts: NDArray[np.i
     extra = [cost - low for cost, low in zip(costs, least, strict=True)]
     unit = int(np.gcd.reduce(np.concatenate(extra))) or 1
     room = min(math.floor(limit.most) - sum(least), sum(int(cost.max()) for cost in extra)) // unit
-    if (room + 1) * len(objective) > STATES:
+    if (room + 1) * len(objective) > (STATES if states is None else states):
         return None
     best, places = np.zeros(room + 1), []  # the least loss of the weights so far, with at most so many units
     for cost, start in zip(extra, starts[:-1], strict=True):

@@ -8,6 +8,7 @@ from torch import Tensor
 from spectrim.forms.cp import CP
 from spectrim.forms.form import Form, Size
 from spectrim.forms.svd import Factors
+from spectrim.forms.tasks import TaskFactors
 from spectrim.forms.tensor_train import TensorTrain
 from spectrim.forms.tucker import Tucker2
 from spectrim.linalg.fold import Fold, to_matrix
@@ -38,4 +39,4 @@ LAWS = {
 }
 """What a form may promise beyond the contract of `Form`."""
 
-__all__ = ["CP", "FORMS", "LAWS", "METHODS", "Factors", "Form", "Size", "TensorTrain", "Tucker2"]
+__all__ = ["CP", "FORMS", "LAWS", "METHODS", "Factors", "Form", "Size", "TaskFactors", "TensorTrain", "Tucker2"]

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from spectrim import linalg
 from spectrim.errors import LayerError
 from spectrim.forms.form import LOST, Form, Size, fitted, rung_of
 from spectrim.forms.kernel import several_ranks
@@ -37,6 +38,7 @@ class Tucker2(Form):
     A: nn.Parameter
     core: nn.Parameter
     B: nn.Parameter
+    operations = ("B", "core", "A")
 
     def __init__(
         self, A: Tensor, core: Tensor, B: Tensor, *, dtype: torch.dtype | None = None, requires_grad: bool = True, exact: bool = False
@@ -251,6 +253,15 @@ class Tucker2(Form):
     def sides(self) -> tuple[Tensor, Tensor]:
         """Return ``A`` and ``B``."""
         return self.A, self.B
+
+    @torch.no_grad()
+    def retract_(self) -> None:
+        """Move both factors toward orthonormal columns, in place; the core takes over what they lose."""
+        for side, equation in zip(self.sides(), ("ab,bst->ast", "cd,rdt->rct"), strict=True):
+            made = linalg.retracted(side)
+            taken = torch.linalg.lstsq(made, side).solution
+            self.core.copy_(torch.einsum(equation, taken, self.core))
+            side.copy_(made)
 
     def values(self) -> tuple[Tensor, ...]:
         """Return the norms of the core's slices along each channel axis, as they are held."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -129,7 +129,9 @@ class FactorizedConv(OneWeight):
         if wants_size:
             dense: Any = super()
             return cast(Tensor, dense.forward(input, *output, **options))
-        if self.composes("weight", input.shape):
+        factors = self.factors_of("weight")
+        rounds = factors.rounds and not module.transposed
+        if not rounds and self.composes("weight", input.shape):
             own = whole(self)
 
             def dense_operation(weight: Tensor) -> Tensor:
@@ -137,9 +139,11 @@ class FactorizedConv(OneWeight):
 
             return self.run_dense("weight", input.shape, dense_operation)
         pieces = self._pieces()
-        kernels = self._kernels(*self.factors_of("weight").chain())
+        kernels = self._kernels(*factors.chain())
         for index, (kernel, piece, groups) in enumerate(zip(kernels, pieces, self._groups(), strict=True)):
-            input = convolve(input, kernel, module.bias if index == len(pieces) - 1 else None, piece, groups)
+            bias = module.bias if index == len(pieces) - 1 else None
+            operation = partial(convolve, bias=bias, piece=piece, groups=groups)
+            input = factors.run(index, operation, input, kernel) if rounds else operation(input, kernel)
         return input
 
     def why_untimed(self, name: str, eager: bool) -> str:

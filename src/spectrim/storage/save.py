@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import FormatError
 from spectrim.forms import FORMS, Form, Size
+from spectrim.forms.tasks import TaskFactors
 from spectrim.layers import kind_of, named_factors, named_layers
 from spectrim.layers.attention import become_attention
 from spectrim.layers.forwards import renew
@@ -25,6 +26,7 @@ from spectrim.plain.pieces import PlainInterpolative
 from spectrim.plain.recurrent import PlainRecurrent
 from spectrim.storage.describe import SETTINGS, construct, dense_settings, describe, difference, found_settings, interpolative
 from spectrim.storage.folder import FORMAT, PLAN, read, tensors_of, write
+from spectrim.storage.tasks import plan_of_tasks, rebuild_tasks
 from spectrim.surgery.batchnorm import NORMS
 from spectrim.surgery.exchange import replace
 from spectrim.surgery.factorize import build
@@ -90,11 +92,12 @@ def rebuilt(model: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Ten
     """
     try:
         built, made = _rebuild(model, plan, path)
+        state = {**tensors, **{alias: tensors[kept] for alias, kept in plan["aliases"].items()}}
+        rebuild_tasks(built, plan, state)
     except FormatError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise FormatError(path, f"its plan does not fit the model ({error!r})", hint=_hint(plan)) from error
-    state = {**tensors, **{alias: tensors[kept] for alias, kept in plan["aliases"].items()}}
     expected = built.state_dict()
     for key in sorted({*expected, *state}):
         if key not in state or key not in expected:
@@ -131,11 +134,12 @@ def plan_of(model: nn.Module) -> dict[str, Any]:
         "versions": {"spectrim": version("spectrim"), "torch": torch.__version__},
         "model": type(model).__name__,
         "factorized": factorized,
-        "ranks": {name: factors.size for name, factors in named_factors(model)},
+        "ranks": {name: 1 if isinstance(factors, TaskFactors) else factors.size for name, factors in named_factors(model)},
         "merged": merged,
         "folded": _folded(model),
         "channels_last": [name for name, p in model.named_parameters() if memory_format_of(p) is not torch.contiguous_format],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        **plan_of_tasks(model),
     }
 
 

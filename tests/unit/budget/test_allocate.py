@@ -134,6 +134,25 @@ def test_dynamic_programming_finds_the_optimum_that_the_solver_comes_near(seed: 
         assert losses[place] == pytest.approx(min(loss for loss, cost in zip(losses, costs, strict=True) if cost <= most))
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_the_relaxation_answers_only_near_the_optimum(seed: int) -> None:
+    """Of many weights with convex losses it does; where a solution is too far from its bound it has none."""
+    random, smooth = np.random.default_rng(seed), seed % 2
+    counts = random.integers(2, 30, size=400 if smooth else 3)
+    starts = np.cumsum([0, *counts])
+    objective = np.concatenate([random.uniform(0.6, 0.95) ** np.arange(n) if smooth else np.sort(random.random(n))[::-1] for n in counts])
+    row = np.concatenate([6.0 * np.arange(1, n + 1) * random.integers(1, 5) for n in counts])
+    most = float(sum(row[starts[1:] - 1]) * 0.35)
+    limit = knapsack._Limit("macs", row, most, float(row.sum()))
+    picked, exact = knapsack._by_relaxation(objective, starts, limit), knapsack._by_dynamic_programming(objective, starts, limit)
+    assert exact is not None
+    assert picked is not None or not smooth
+    if picked is not None:
+        assert row[starts[:-1] + picked].sum() <= most
+        best = objective[starts[:-1] + exact].sum()
+        assert best <= objective[starts[:-1] + picked].sum() <= best * (1 + 1.01 * knapsack.GAP)
+
+
 def test_dynamic_programming_leaves_seconds_and_fine_units_to_the_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     starts, objective, row = np.array([0, 2, 4]), np.array([1.0, 0.0, 1.0, 0.0]), np.array([1.0, 5.0, 2.0, 7.0])
     limit = knapsack._Limit("macs", row, 8.0, 12.0)
