@@ -31,7 +31,6 @@ class CP(Kernel):
     alternating least squares, so that the squared error is at most the distortion.
     """
 
-    is_matrix: ClassVar[bool] = False
     called: ClassVar[str] = "a CP form"
     A: nn.Parameter
     B: nn.Parameter
