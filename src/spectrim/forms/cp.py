@@ -32,6 +32,7 @@ class CP(Kernel):
     """
 
     called: ClassVar[str] = "a CP form"
+    operations = ("B", "C", "A")
     A: nn.Parameter
     B: nn.Parameter
     C: nn.Parameter

@@ -20,8 +20,7 @@ class TensorTrain(Kernel):
     """One kernel ``(out, in, taps...)`` as a tensor train over inputs, the taps of each axis, and outputs, in this order.
 
     A size has a rank between each two of them, from the inputs on: ``(r1, r2, r3)`` for 3x3 taps. The path of sizes is nested: from ones
-    on, the next rung has one more rank where that holds more energy for each number that is stored. It is chosen once, when it is first
-    asked for. Along one axis of taps it would be Tucker-2.
+    on, the next rung has one more rank where that holds more energy for each number that is stored. It is chosen when it is asked for.
 
     Attributes:
         G1: ``(in, r1)``, orthonormal columns where it is exact.
@@ -48,6 +47,7 @@ class TensorTrain(Kernel):
         super().__init__(parts, dtype=dtype or cores[0].dtype, requires_grad=requires_grad)
         self._decomposed = self._fingerprint() if exact else None
         self._path: tuple[tt.Ranks, ...] | None = None
+        self.__dict__["operations"] = tuple(parts)
 
     @classmethod
     def full_size_of(cls, folded: Tensor) -> tt.Ranks:

@@ -24,6 +24,7 @@ from spectrim.layers.sharded import refuse_sharded_factors
 from spectrim.linalg.fold import FOLDS, to_matrix
 from spectrim.plain.chain import PlainPair
 from spectrim.surgery.optimizer_state import _carry
+from spectrim.training.bits import counted
 from spectrim.training.ramp import Ramp
 
 SEED = 3
@@ -296,6 +297,16 @@ def test_spectra_of_the_operator_are_those_of_the_composed_kernel(scheme: Any, m
         found, expected = (conv_singular_values(each, 5, method=method) for each in (layer, dense))
         count = min(len(found), len(expected))
         torch.testing.assert_close(found[:count], expected[:count], rtol=1e-9, atol=1e-9)
+
+
+@both
+def test_each_operation_computes_in_its_own_bits(scheme: Any) -> None:
+    low, x = sp.factorize(network(), scheme, rank=3).eval(), images(2)
+    found = counted("counted", low, x)["macs"]
+    layer = low[3]
+    works = [macs for name, macs in found.items() if name.startswith("3")]
+    assert len(works) == (3 if scheme == "cp" else 4)
+    assert sum(works) == layer.work(layer, "weight", scheme, layer.factors_of("weight").size, (1, 16, 8, 8))
 
 
 def test_a_layer_alone_can_be_priced_in_every_form() -> None:
