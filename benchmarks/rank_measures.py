@@ -223,10 +223,9 @@ def _spread(values: list[float]) -> str:
 
 def render(text: str) -> str:
     """Return a card with today's tables."""
-    for mark, lines in (
-        ("measures", [line for name in NETWORKS if (RESULTS / f"{name}.json").exists() for line in table(name)]),
-        ("safety", safety_table()),
-    ):
+    tables = {"measures": [line for name in NETWORKS if (RESULTS / f"{name}.json").exists() for line in table(name)]}
+    tables["safety"] = safety_table() if (RESULTS / "safety.json").exists() else []
+    for mark, lines in tables.items():
         before, _, rest = text.partition(f"<!-- {mark} -->\n")
         _, _, after = rest.partition(f"<!-- end {mark} -->")
         text = f"{before}<!-- {mark} -->\n" + "\n".join(lines) + f"<!-- end {mark} -->{after}"
