@@ -35,6 +35,9 @@ HERE = Path(__file__).resolve().parent
 RESULTS, CARD = HERE / "results" / "rank_measures", HERE.parent / "docs" / "methods" / "rank-measures.md"
 SEEDS, DENSE, FULL, TUNE, RATE, CLIP, BATCH = (0, 1, 2), 5, 6, 4, 1e-3, 1.0, 100
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
+FINER = {"mlp": {"effective rank": (3e-3, 3e-2)}}
+"""Strengths between those of the grid, for the measure that was said to win."""
+
 MEASURES: dict[str, Callable[[float], Any]] = {
     "l1": L1,
     "nuclear norm": NuclearNorm,
@@ -122,6 +125,7 @@ def wanted(name: str, rows: list[dict[str, Any]]) -> Iterator[tuple[str, float, 
     """Yield the runs in their order: the grid on seed 0, then the chosen strengths on all seeds."""
     budgets = NETWORKS[name]["budgets"]
     yield from ((measure, strength, 0, budgets, False) for measure in MEASURES for strength in NETWORKS[name]["strengths"])
+    yield from ((measure, strength, 0, budgets, False) for measure, finer in FINER.get(name, {}).items() for strength in finer)
     for seed in SEEDS:
         yield "none", 0.0, seed, budgets, True
         for measure in MEASURES:
