@@ -236,7 +236,7 @@ class Form(Computed):
 
     @torch.no_grad()
     def retract_(self) -> None:
-        """Move `sides` toward orthonormal columns, in place: see `linalg.retracted`. What a side loses in length its `values` gain."""
+        """Move `sides` toward orthonormal columns; other parts take over what they lose, where they can (`linalg.retracted`)."""
         for side in self.sides():
             side.copy_(linalg.retracted(side))
 

@@ -123,6 +123,11 @@ class TaskFactors(Factors):
         U, Vh = self._parameters[f"U{self.selected}"], self._parameters[f"Vh{self.selected}"]
         return (self.U, self.Vh.mT) if self.rank <= min(self.shape) else (U, Vh.mT)  # type: ignore[union-attr, return-value]
 
+    def retract_(self) -> None:
+        """Refuse: columns of earlier tasks may not move."""
+        problem = "holds columns of earlier tasks, which a retraction would move"
+        raise LayerError(type(self).__name__, problem, hint="hold new columns orthogonal with Orthogonality()")
+
     def values(self) -> tuple[Tensor, ...]:
         """Return the selector of the new columns, the ones that can be cut; nothing for a task without new columns."""
         return (self.S[..., -self.new :],) if self.new else ()
