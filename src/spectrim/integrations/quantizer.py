@@ -24,7 +24,7 @@ METHOD = "spectrim"
 
 
 @register_quantization_config(METHOD)
-class SpectrimConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class SpectrimConfig(QuantizationConfigMixin):
     """What ``config.json`` says of a merged network.
 
     Args:
@@ -33,13 +33,16 @@ class SpectrimConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(self, plan: dict[str, Any] | None = None, tied: dict[str, str] | None = None, **_: Any) -> None:
-        self.quant_method = METHOD
-        self.plan, self.tied = plan or {}, tied or {}
+        self.quant_method: Any = METHOD
+        self.plan: dict[str, Any] = plan or {}
+        self.tied: dict[str, str] = tied or {}
 
 
 @register_quantizer(METHOD)
-class SpectrimQuantizer(HfQuantizer):  # type: ignore[misc]
+class SpectrimQuantizer(HfQuantizer):
     """Exchanges layers as in the plan before transformers reads their weights."""
+
+    quantization_config: SpectrimConfig
 
     def is_serializable(self) -> bool:
         """Return True: a merged network consists of plain tensors."""
@@ -55,7 +58,7 @@ class SpectrimQuantizer(HfQuantizer):  # type: ignore[misc]
         """True: layers are ordinary ones."""
         return True
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+    def _process_model_before_weight_loading(self, model: Any, **more: Any) -> Any:
         config = given = self.quantization_config
         if config.plan.get("model") != type(model).__name__:
             self.quantization_config = config = _renamed(config, model)
@@ -67,7 +70,7 @@ class SpectrimQuantizer(HfQuantizer):  # type: ignore[misc]
         model.all_tied_weights_keys = (own if config is not given else {}) | config.tied
         return model
 
-    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+    def _process_model_after_weight_loading(self, model: Any, **more: Any) -> Any:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, kept in self.quantization_config.tied.items():
             owner, _, leaf = name.rpartition(".")
@@ -88,7 +91,7 @@ class SpectrimQuantizer(HfQuantizer):  # type: ignore[misc]
         if problem is not None:
             hint = "save_pretrained(model, folder) of spectrim.integrations.pretrained writes it"
             raise LayerError(type(model).__name__, problem, hint=hint)
-        state, tied, first = {}, {}, dict[int, str]()
+        state, tied, first = dict[str, Tensor](), dict[str, str](), dict[int, str]()
         for name, tensor in model.state_dict(keep_vars=True).items():
             if id(tensor) in first:
                 tied[name] = first[id(tensor)]
@@ -143,7 +146,8 @@ def mark(model: nn.Module) -> None:
     """Let transformers save an exchanged network as what it is, not as incomplete weights of the original."""
     if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
         model.config = copy.deepcopy(model.config)
-        model.hf_quantizer = SpectrimQuantizer(SpectrimConfig())
+        held: Any = model
+        held.hf_quantizer = SpectrimQuantizer(SpectrimConfig())
 
 
 FINISHED.append(mark)
