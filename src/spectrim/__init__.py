@@ -8,8 +8,6 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from spectrim.late import when_imported
-
 if TYPE_CHECKING:
     from spectrim.budget.allocate import allocate
     from spectrim.budget.budget import Budget
@@ -101,7 +99,7 @@ def _register() -> None:
         import_module("spectrim.integrations.quantizer")
 
 
-when_imported("transformers.modeling_utils", _register)
+import_module("spectrim.late").when_imported("transformers.modeling_utils", _register)
 
 
 def __dir__() -> list[str]:

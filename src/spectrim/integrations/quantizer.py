@@ -16,7 +16,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spectrim.errors import FormatError, LayerError
 from spectrim.layers import is_factorized
-from spectrim.storage.save import plan_of, replayed
+from spectrim.storage.rebuild import replayed
+from spectrim.storage.save import plan_of
 from spectrim.surgery.exchange import FINISHED
 
 METHOD = "spectrim"
