@@ -356,3 +356,44 @@ def test_clear_refusals(x: Tensor) -> None:
     for cut in (lambda: sp.prune(model, {"fc1": 1}), lambda: sp.prune(model, sp.Energy(0.5))):
         with pytest.raises(LayerError, match="holds the columns of 2 tasks; one_task"):
             cut()
+
+
+class Words(nn.Module):
+    """An embedding, a layer with several weights, and a head."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.words, self.body, self.head = nn.Embedding(9, 8), body, nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.words(x)
+        x = self.body(x)[0] if isinstance(self.body, nn.LSTM | nn.GRU) else self.body(x)
+        out: Tensor = self.head(x.mean(1))
+        return out
+
+
+BODIES = {
+    "lstm": lambda: nn.LSTM(8, 8, batch_first=True),
+    "gru": lambda: nn.GRU(8, 8, batch_first=True, bidirectional=False),
+    "encoder": lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_layers_with_several_weights_and_embeddings_take_columns(body: str) -> None:
+    torch.manual_seed(0)
+    model, words = sp.factorize(Words(BODIES[body]()), rank=3), torch.randint(0, 9, (4, 5))
+    assert "words" in dict(named_factors(model))
+
+    def trained() -> Tensor:
+        optimizer = torch.optim.Adam(model.parameters(), 0.05)
+        model.train()(words).square().sum().backward()
+        optimizer.step()
+        return outputs(model, words)[-1]  # without gradients, as torch has other kernels of a GRU with them
+
+    before = trained()
+    add_task(model, rank=1)
+    after = trained()
+    assert not torch.equal(after, before)
+    assert torch.equal(outputs(model, words)[0], before)
+    torch.testing.assert_close(sp.merge(select_task(model, 1)).eval()(words), after, rtol=1e-4, atol=1e-5)
