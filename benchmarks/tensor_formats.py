@@ -218,13 +218,15 @@ def page() -> str:
         title = f"{given['title']}, {100 * settings['budget']:g} % of the MACs"
         lines += ["", f"## {title} (dense, {settings['epochs']} epochs: {_spread(dense)})", ""]
         lines += [f"{settings['images']:,} training images, seeds {settings['seeds']}, Adam with one cycle up to {settings['rate']:g}.", ""]
-        lines.append("| format | pre-train | pre-set | compression-aware | as cut: pre-train | as cut: compression-aware | strength |")
-        lines.append("|---|---|---|---|---|---|---|")
+        lines.append("| format | pre-train | pre-set | compression-aware | as cut: pre-train | as cut: aware | strength | MACs kept |")
+        lines.append("|---|---|---|---|---|---|---|---|")
+        whole = next(row["macs"] for row in rows if row["format"] == "dense")
         for scheme, name in FORMATS.items():
             of = {category: [row for row in rows if (row["format"], row["category"]) == (scheme, category)] for category in CATEGORIES}
             before, preset, aware = (of[category] for category in CATEGORIES)
             cells = [_of(each, "test") for each in (before, preset, aware)] + [_of(each, "as_cut") for each in (before, aware)]
-            lines.append(f"| {name} | {' | '.join(cells)} | {chosen(held['rows'], scheme, settings['strengths']) or 0:g} |")
+            kept = " / ".join(f"{100 * statistics.mean(row['macs'] / whole for row in each):.0f} %" for each in of.values() if each)
+            lines.append(f"| {name} | {' | '.join(cells)} | {chosen(held['rows'], scheme, settings['strengths']) or 0:g} | {kept} |")
     return "\n".join(lines) + "\n"
 
 
