@@ -84,7 +84,7 @@ def test_retraction_makes_sides_orthonormal_and_keeps_what_it_can_of_the_weight(
         for side, made in zip(held.sides(), form.sides(), strict=True):
             side.copy_(made)  # the values not adapted
     adapted, not_adapted = (float((made.matrix().detach() - before).norm()) for made in (form, held))
-    assert adapted < 0.9 * not_adapted or row.method.retract_ is Form.retract_
+    assert adapted < 0.9 * not_adapted or not defects  # the latter where nothing is orthonormal
     assert form.product().requires_grad
 
 

@@ -31,8 +31,8 @@ class CP(Kernel):
     alternating least squares, so that the squared error is at most the distortion.
     """
 
-    is_matrix: ClassVar[bool] = False
     called: ClassVar[str] = "a CP form"
+    operations = ("B", "C", "A")
     A: nn.Parameter
     B: nn.Parameter
     C: nn.Parameter

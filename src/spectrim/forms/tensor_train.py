@@ -20,8 +20,7 @@ class TensorTrain(Kernel):
     """One kernel ``(out, in, taps...)`` as a tensor train over inputs, the taps of each axis, and outputs, in this order.
 
     A size has a rank between each two of them, from the inputs on: ``(r1, r2, r3)`` for 3x3 taps. The path of sizes is nested: from ones
-    on, the next rung has one more rank where that holds more energy for each number that is stored. It is chosen once, when it is first
-    asked for. Along one axis of taps it would be Tucker-2.
+    on, the next rung has one more rank where that holds more energy for each number that is stored. It is chosen when it is asked for.
 
     Attributes:
         G1: ``(in, r1)``, orthonormal columns where it is exact.
@@ -33,7 +32,6 @@ class TensorTrain(Kernel):
     cuts of the energy behind each rank (theorem 2.2), which the squared error does not exceed.
     """
 
-    is_matrix: ClassVar[bool] = False
     called: ClassVar[str] = "a tensor train"
 
     def __init__(self, *cores: Tensor, dtype: torch.dtype | None = None, requires_grad: bool = True, exact: bool = False) -> None:
@@ -49,6 +47,7 @@ class TensorTrain(Kernel):
         super().__init__(parts, dtype=dtype or cores[0].dtype, requires_grad=requires_grad)
         self._decomposed = self._fingerprint() if exact else None
         self._path: tuple[tt.Ranks, ...] | None = None
+        self.__dict__["operations"] = tuple(parts)
 
     @classmethod
     def full_size_of(cls, folded: Tensor) -> tt.Ranks:
@@ -81,7 +80,7 @@ class TensorTrain(Kernel):
     @property
     def full_size(self) -> tt.Ranks:
         """The ranks that hold any kernel of this shape."""
-        return tt.full_ranks(self._train)
+        return tt.full_ranks(_train(self.folded_shape))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,16 +92,15 @@ class TensorTrain(Kernel):
         """``(out, in, taps...)``."""
         return (*self.shape, *(core.shape[1] for core in self.cores[1:-1]))
 
-    @property
-    def _train(self) -> tuple[int, ...]:
-        return _train(self.folded_shape)
+    def _shapes(self, size: tt.Ranks) -> list[tuple[int, ...]]:
+        return tt.shapes(_train(self.folded_shape), size)
 
     def path(self) -> tuple[tt.Ranks, ...]:
         """Return the sizes from ones to the present one."""
         if self._path is None:
             parts = None if self.cores[0].is_meta else self.parts_in_order()
             energies = [energy.tolist() for energy in tt.right_spectra(parts)] if parts else [[1.0] * rank for rank in self.size]
-            self._path = tt.nested_path(energies, self._train)
+            self._path = tt.nested_path(energies, _train(self.folded_shape))
         return self._path
 
     def size_of(self, rung: int) -> tt.Ranks:
@@ -119,7 +117,7 @@ class TensorTrain(Kernel):
 
     def count(self, size: Size) -> int:
         """``in r1 + r1 taps r2 + ... + r out``."""
-        return tt.count(self._train, _ranks(size))
+        return tt.count(_train(self.folded_shape), _ranks(size))
 
     # The weight
 
@@ -206,6 +204,11 @@ class TensorTrain(Kernel):
         """Return all cores but the last, unfolded to matrices with orthonormal columns."""
         return tuple(core.reshape(-1, core.shape[-1]) for core in self.cores[:-1])
 
+    @torch.no_grad()
+    def retract_(self) -> None:
+        """Give all cores but the last orthonormal columns, in place; the core behind each takes over what it loses."""
+        self.set_(*tt.orthonormalized(self.held()))
+
     def values(self) -> Cores:
         """Return the norms of what is behind each column of each cut: singular values, as long as the cores are orthonormal."""
         return tuple((energy.clamp(min=0) + torch.finfo(energy.dtype).tiny).sqrt() for energy in tt.right_spectra(self.cores))
@@ -226,9 +229,7 @@ class TensorTrain(Kernel):
         if not rank:
             return tuple(torch.zeros_like(core) for core in cores)
         size = self.size_of(rank)
-        return tuple(
-            tt.resized(core, shape) for core, shape in zip(tt.leading(cores, size), tt.shapes(self._train, self.size), strict=True)
-        )
+        return tuple(tt.resized(*each) for each in zip(tt.leading(cores, size), self._shapes(self.size), strict=True))
 
     def turns(self, new: Form) -> dict[str, dict[int, Tensor]]:
         """Return the products of the old columns of each cut with the new ones, which take moments of gradients through a cut."""
@@ -254,7 +255,7 @@ class TensorTrain(Kernel):
             return None
         shapes = [tuple(core.shape) for core in cores if core is not None]
         size = tuple(shape[-1] for shape in shapes[:-1])
-        fits = shapes == tt.shapes(self._train, size) and all(1 <= r <= most for r, most in zip(size, self.full_size, strict=True))
+        fits = shapes == self._shapes(size) and all(1 <= r <= most for r, most in zip(size, self.full_size, strict=True))
         return size if fits else None
 
     def first(self, rank: int, *, device: torch.device | str | None = None) -> "TensorTrain":
@@ -266,12 +267,11 @@ class TensorTrain(Kernel):
 
     def resized(self, size: Size) -> "TensorTrain":
         """Return the leading entries as they are held, or zeros beside them."""
-        shapes = tt.shapes(self._train, _ranks(size))
-        return self.like(*(tt.resized(core.detach(), shape) for core, shape in zip(self.cores, shapes, strict=True)))
+        return self.like(*(tt.resized(core.detach(), shape) for core, shape in zip(self.cores, self._shapes(_ranks(size)), strict=True)))
 
     def random(self, rank: int) -> "TensorTrain":
         """Return random cores at a rung, in float32 or the weight's dtype, to time what they do."""
-        shapes = tt.shapes(self._train, self.size_of(min(rank, self.rank)))
+        shapes = self._shapes(self.size_of(min(rank, self.rank)))
         return type(self)(*(torch.randn(shape, device=self.device) / shape[0] for shape in shapes), dtype=self.dtype)
 
     def like(self, *parts: Tensor, exact: bool = False) -> "TensorTrain":

@@ -22,6 +22,7 @@ from spectrim.layers.geometry import (
     channels_of,
     convolve,
     groups_of,
+    kernels_of_pair,
     length_of,
     memory_format_of,
     owners_of,
@@ -102,18 +103,11 @@ class FactorizedConv(OneWeight):
 
     def _kernels(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Reshape the form's chain to the kernels of the operations, in the memory format that the dense kernel had."""
-        module: Any = self
         factors, pieces = self.factors_of("weight"), self._pieces()
         if self.scheme in KERNELS:
             return tuple([self._laid_out_as(*each) for each in zip(parts, pieces, self._groups(), strict=True)])
-        blocks, rank, (right, left), (one, two) = factors.blocks, factors.rank, parts, pieces
-        in_, out = module.in_channels // blocks, module.out_channels // blocks
-        first = right.reshape(blocks, rank, in_, *one.settings["kernel_size"])
-        if math.prod(two.settings["kernel_size"]) > 1:  # else a view with transposed strides would pass for channels last
-            left = left.reshape(blocks, out, -1, rank).mT
-        second = left.reshape(blocks, out, rank, *two.settings["kernel_size"])
-        kernels = ((kernel.transpose(1, 2) if piece.kind in TRANSPOSED else kernel) for kernel, piece in ((first, one), (second, two)))
-        return tuple([self.laid_out(kernel.flatten(0, 1)) for kernel in kernels])
+        right, left = parts
+        return tuple([self.laid_out(kernel) for kernel in kernels_of_pair(self, right, left, factors.blocks, pieces)])
 
     def _groups(self) -> tuple[int, ...]:
         return groups_of(self, self.scheme, self.factors_of("weight").size)

@@ -151,6 +151,17 @@ def groups_of(module: Any, scheme: Fold, size: Any) -> tuple[int, ...]:
     return (1, size, 1) if scheme == "cp" else (module.groups,) * length_of(module, scheme)
 
 
+def kernels_of_pair(module: Any, right: Tensor, left: Tensor, blocks: int, pieces: Sequence[Piece]) -> list[Tensor]:
+    """Return the kernels of two convolutions from ``(rank, in * taps)`` and ``(out * taps, rank)``, of blocks where there are groups."""
+    (one, two), rank, in_, out = pieces, left.shape[-1], module.in_channels // blocks, module.out_channels // blocks
+    first = right.reshape(blocks, rank, in_, *one.settings["kernel_size"])
+    if math.prod(two.settings["kernel_size"]) > 1:  # else a view with transposed strides would pass for channels last
+        left = left.reshape(blocks, out, -1, rank).mT
+    second = left.reshape(blocks, out, rank, *two.settings["kernel_size"])
+    kernels = [(kernel.transpose(1, 2) if piece.kind in TRANSPOSED else kernel) for kernel, piece in ((first, one), (second, two))]
+    return [kernel.flatten(0, 1) for kernel in kernels]
+
+
 def stored(module: Any, scheme: Fold, size: Any) -> int:
     """Return how many numbers the kernels of the operations of a size have."""
     owners, channels, total = owners_of(module, scheme), channels_of(module, scheme, size), 0

@@ -73,6 +73,24 @@ def right_spectra(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(reversed(found))
 
 
+def orthonormalized(cores: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return cores of the same tensor whose unfoldings have orthonormal columns, all but the last: a QR decomposition of each.
+
+    Signs are those of the given columns, so that cores that are nearly orthonormal hardly change. A core of more columns than rows stays.
+    """
+    held, made = cores[0], []
+    for core in cores[1:]:
+        if held.shape[:-1].numel() < held.shape[-1]:
+            made.append(held)
+            held = core
+            continue
+        Q, R = torch.linalg.qr(held.reshape(-1, held.shape[-1]))
+        signs = torch.where(R.diagonal() < 0, -1.0, 1.0).to(R)
+        made.append((Q * signs).reshape(held.shape))
+        held = torch.tensordot(signs.unsqueeze(1) * R, core, dims=1)
+    return (*made, held)
+
+
 def overlaps(old: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return for each cut the products of the old columns with the new ones, ``(r old, r new)``."""
     found = [old[0].mT @ new[0]]

@@ -241,9 +241,9 @@ def _settings(first: Any, second: Any, conv1d: bool) -> dict[str, Any]:
     return settings
 
 
-def _of_one_group(kernel: Tensor, layer: Any) -> Tensor:
+def of_one_group(kernel: Tensor, groups: int) -> Tensor:
     """Return the kernel of a grouped convolution as that of one group: blocks on the diagonal, zeros beside them."""
-    groups, (lead, inner, *size) = layer.groups, kernel.shape
+    lead, inner, *size = kernel.shape
     whole, each = kernel.new_zeros(groups, lead // groups, groups, inner, *size), torch.arange(groups, device=kernel.device)
     whole[each, :, each] = kernel.reshape(groups, lead // groups, inner, *size)
     return whole.reshape(lead, groups * inner, *size)
@@ -257,7 +257,7 @@ def _compose_kernels(first: Tensor, second: Tensor, pair: Any) -> Tensor:
     def blocks(kernel: Tensor, layer: Any, rows: int, columns: int) -> Tensor:
         """Return ``(groups, rows, columns, size...)``."""
         if layer.groups != groups:
-            kernel = _of_one_group(kernel, layer)
+            kernel = of_one_group(kernel, layer.groups)
         lead = (columns, rows) if layer.transposed else (rows, columns)
         split = kernel.reshape(groups, *lead, *layer.kernel_size)
         return split.transpose(1, 2) if layer.transposed else split

@@ -12,6 +12,7 @@ from spectrim.training.precision import CyclicPrecision, LearnedPrecision, Stati
 from spectrim.training.quasi_newton import BFGS
 from spectrim.training.ramp import Ramp
 from spectrim.training.retraction import Retraction
+from spectrim.training.rise import Rise
 from spectrim.training.sampling import Sampling
 from spectrim.training.squeeze import Squeeze
 from spectrim.training.straight_through import StraightThrough
@@ -33,6 +34,7 @@ __all__ = [
     "OneShot",
     "Ramp",
     "Retraction",
+    "Rise",
     "Sampling",
     "Squeeze",
     "StaticPrecision",

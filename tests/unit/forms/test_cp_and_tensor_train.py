@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as sp
+from spectrim.analysis.conv_spectra import conv_singular_values
 from spectrim.budget.distortion import LossSensitivity, MeasuredLoss, NormalizedEnergy, SpectralEnergy, WhitenedEnergy
 from spectrim.budget.distortion.base import distortions_of
 from spectrim.budget.latency_table import latency_table
@@ -23,6 +24,7 @@ from spectrim.layers.sharded import refuse_sharded_factors
 from spectrim.linalg.fold import FOLDS, to_matrix
 from spectrim.plain.chain import PlainPair
 from spectrim.surgery.optimizer_state import _carry
+from spectrim.training.bits import counted
 from spectrim.training.ramp import Ramp
 
 SEED = 3
@@ -45,6 +47,13 @@ def network() -> nn.Module:
 
 def images(count: int = 8) -> Tensor:
     return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(SEED))
+
+
+def dense_with(layer: Any, weight: Tensor) -> Any:
+    """Return a copy of a layer with another weight."""
+    made = copy.deepcopy(layer)
+    made.weight = nn.Parameter(weight.detach())
+    return made
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:
@@ -75,13 +84,18 @@ def test_the_budget_is_met_by_count_and_the_merged_network_is_plain(scheme: Any)
 
 
 @both
-def test_a_merged_layer_has_the_attributes_of_the_dense_one(scheme: Any) -> None:
-    cut = sp.prune(low_network(scheme), Fixed(2))
-    layer, dense = sp.merge(cut)[3], network()[3]
+@pytest.mark.parametrize(
+    "dense", [nn.Conv2d(6, 8, 3, 2, 1), nn.ConvTranspose2d(6, 8, (3, 2), 2, 1, 1), nn.Conv2d(6, 8, (2, 3), dilation=2)]
+)
+def test_a_merged_layer_has_the_attributes_and_the_weight_of_the_dense_one(scheme: Any, dense: Any) -> None:
+    cut = sp.factorize(nn.Sequential(dense), scheme, "*", rank=2)
+    (layer,) = sp.merge(cut)
     assert isinstance(layer, PlainPair)
     for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
         assert getattr(layer, name) == getattr(dense, name), name
-    torch.testing.assert_close(layer.weight + 0, cut[3].weight + 0)
+    torch.testing.assert_close(layer.weight + 0, cut[0].weight + 0)
+    x = torch.randn(1, 6, 7, 8)
+    torch.testing.assert_close(layer(x), type(dense).forward(dense_with(dense, layer.weight + 0), x))
 
 
 @both
@@ -271,6 +285,28 @@ def test_a_zero_kernel_is_held_and_trains(scheme: Any) -> None:
     low(images()).sum().backward()
     (form,) = (form for _, form in named_factors(low))
     assert float(form.slope_parameters()[0].grad.abs().sum()) > 0
+
+
+@both
+@pytest.mark.parametrize("merged", [False, True])
+def test_spectra_of_the_operator_are_those_of_the_composed_kernel(scheme: Any, merged: bool) -> None:
+    low = sp.factorize(nn.Sequential(nn.Conv2d(4, 6, 3, padding=1).double()), scheme, "*", rank=2)
+    dense = dense_with(nn.Conv2d(4, 6, 3, padding=1), low[0].weight + 0)
+    layer = sp.merge(low)[0] if merged else low[0]
+    for method in ("exact", "circular", "symbol"):
+        found, expected = (conv_singular_values(each, 5, method=method) for each in (layer, dense))
+        count = min(len(found), len(expected))
+        torch.testing.assert_close(found[:count], expected[:count], rtol=1e-9, atol=1e-9)
+
+
+@both
+def test_each_operation_computes_in_its_own_bits(scheme: Any) -> None:
+    low, x = sp.factorize(network(), scheme, rank=3).eval(), images(2)
+    found = counted("counted", low, x)["macs"]
+    layer = low[3]
+    works = [macs for name, macs in found.items() if name.startswith("3")]
+    assert len(works) == (3 if scheme == "cp" else 4)
+    assert sum(works) == layer.work(layer, "weight", scheme, layer.factors_of("weight").size, (1, 16, 8, 8))
 
 
 def test_a_layer_alone_can_be_priced_in_every_form() -> None:

@@ -73,3 +73,16 @@ def test_overlaps_of_a_train_with_itself_are_identities() -> None:
     cores = tt.tt_svd(tensor(*SHAPE), (4, 6, 5))
     for found, rank in zip(tt.overlaps(cores, cores), (4, 6, 5), strict=True):
         torch.testing.assert_close(found, torch.eye(rank, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_orthonormalized_cores_hold_the_same_tensor() -> None:
+    cores = [torch.randn(shape, dtype=torch.float64) for shape in tt.shapes(SHAPE, (4, 6, 5))]
+    made = tt.orthonormalized(cores)
+    torch.testing.assert_close(tt.contract(made), tt.contract(cores), rtol=1e-9, atol=1e-9)
+    for core in made[:-1]:
+        unfolded = core.reshape(-1, core.shape[-1])
+        torch.testing.assert_close(unfolded.mT @ unfolded, torch.eye(core.shape[-1], dtype=torch.float64), rtol=0, atol=1e-12)
+    for again, core in zip(tt.orthonormalized(made), made, strict=True):
+        torch.testing.assert_close(again, core, rtol=1e-9, atol=1e-9)
+    wide = [torch.randn(shape, dtype=torch.float64) for shape in tt.shapes(SHAPE, (7, 6, 5))]  # seven columns of six
+    torch.testing.assert_close(tt.contract(tt.orthonormalized(wide)), tt.contract(wide), rtol=1e-9, atol=1e-9)
