@@ -4,7 +4,7 @@ OMP_NUM_THREADS=1 python benchmarks/subspace.py resnet8                    # Res
 OMP_NUM_THREADS=1 python benchmarks/subspace.py resnet8 --tune             # the settings that were tried on the validation split, seed 0
 OMP_NUM_THREADS=1 python benchmarks/subspace.py balance                    # rank x subspace x epochs on LeNet-5, Fashion-MNIST
 python benchmarks/subspace_report.py                                       # the tables of docs/methods/subspace.md and the picture
-OMP_NUM_THREADS=1 python benchmarks/subspace.py resnet8 --images 45000 --epochs 150
+OMP_NUM_THREADS=1 python benchmarks/subspace.py resnet8 --images 45000 --epochs 150    # the full size
 
 A row is one file in ``benchmarks/results/subspace``, skipped as long as its settings are the same. The first epochs of SGD, at a constant
 rate, are those of all methods of a seed: samples are taken there. The validation split (5,000 images) chose the settings, on seed 0; the
@@ -19,6 +19,7 @@ import json
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,18 @@ from spectrim.training import BFGS, Basis, Sampling, Subspace, Trajectory
 HERE = Path(__file__).resolve().parent
 RESULTS, RUNS = HERE / "results" / "subspace", HERE.parent / "runs" / "subspace"
 LOSS = nn.CrossEntropyLoss()
-TASK: dict[str, Any] = {"images": 10_000, "epochs": 30, "sampled": 0.4, "samples_per_epoch": 4, "batch_size": 128, "rate": 0.1}
+TASK: dict[str, Any] = {"images": 10_000, "epochs": 30, "sampled": 0.5, "samples_per_epoch": 4, "batch_size": 128, "rate": 0.1}
 TASK |= {"momentum": 0.9, "weight_decay": 5e-4, "augment": True, "precision": "bf16"}
 """``sampled``: share of the epochs at the first rate in which samples are taken. P-BFGS computes in float32, as it compares losses."""
 
 FORMS: dict[str, dict[str, Any]] = {"dense": {}, "factors": {"scheme": "spatial", "orthogonality": 0.1}}
 METHODS: dict[str, dict[str, Any]] = {
-    "sgd": {"share": 0.6, "falls": {0.333: 0.1, 0.722: 0.01}},
-    "short-sgd": {"share": 0.2, "falls": {0.0: 0.1, 0.667: 0.01}},
+    "sgd": {"share": 0.5, "falls": {0.2: 0.1, 0.667: 0.01}},
+    "short-sgd": {"share": 0.1, "falls": {0.0: 0.1, 0.667: 0.01}},
     "mean": {"share": 0.0, "first": 0.5},
-    "p-sgd": {"share": 0.2, "size": 40, "rate": 1.0, "falls": {0.75: 0.1}},
-    "p-bfgs": {"share": 0.2, "size": 40, "batch_size": 1024, "curvature": "batch"},
-    "random": {"share": 0.2, "size": 40, "rate": 1.0, "falls": {0.75: 0.1}},
+    "p-sgd": {"share": 0.1, "size": 20, "rate": 1.0, "falls": {0.75: 0.1}},
+    "p-bfgs": {"share": 0.1, "size": 10, "batch_size": 128, "curvature": "steps", "recalibrated": 2560},
+    "random": {"share": 0.1, "size": 20, "rate": 1.0, "falls": {0.75: 0.1}},
 }
 """``share``: of the epochs, after the sampled ones. ``falls``: factor of the rate from a share of these on."""
 
@@ -147,6 +148,8 @@ def trained(task: dict[str, Any], form: str, seed: int, method: str, knobs: dict
         if method == "p-bfgs":
             train = data_of(task, seed, knobs["batch_size"]).train
             found |= quasi_newton(model, basis, train, epochs, form, knobs, task["weight_decay"], before["epochs"])
+            if "recalibrated" in knobs:
+                sp.recalibrate(model, list(islice(train, knobs["recalibrated"] // train.batch_size)))
         else:
             make = partial(Subspace, basis=basis, lr=knobs["rate"], weight_decay=task["weight_decay"])
             half = {"scheduler": stepwise(knobs["falls"]), "scheduler_steps": "batch", "precision": task["precision"]}
@@ -194,7 +197,7 @@ def quasi_newton(
                 loss.backward()
                 return loss
 
-            losses.append(float(optimizer.step(closure)))
+            losses.append(optimizer.step(closure).item())
             if optimizer.memory["calls"] >= passes * len(train):
                 return {"steps": len(losses), "calls": optimizer.memory["calls"], "losses": [round(loss, 4) for loss in losses]}
         epoch += 1
@@ -204,7 +207,9 @@ def run(task: dict[str, Any], form: str, seed: int, method: str, knobs: dict[str
     """Write one row unless it is there."""
     settings = {**task, "form": form, **FORMS[form], "seed": seed, "method": method, "knobs": plain(knobs)}
     tag = "" if read_test else f"-{digest(settings)[:6]}"
-    path = folder / f"resnet8-{form}-{method}-{seed}{tag}.json"
+    size = tuple(task[key] for key in ("images", "epochs"))
+    other = "" if size == (TASK["images"], TASK["epochs"]) else f"-{size[0]}x{size[1]}"
+    path = folder / f"resnet8{other}-{form}-{method}-{seed}{tag}.json"
     if is_written(path, settings):
         return
     model, found = trained(task, form, seed, method, knobs)
@@ -221,26 +226,34 @@ def resnet8(task: dict[str, Any], seeds: list[int], forms: list[str], methods: l
                 run(task, form, seed, method, METHODS[method], RESULTS, read_test=True)
 
 
-TRIED: dict[str, list[dict[str, Any]]] = {
-    "p-sgd": [{"size": 10}, {"size": 20}, {}, {"rate": 0.3}, {"rate": 3.0}],
-    "p-bfgs": [{}, {"batch_size": 256}, {"curvature": "steps"}],
-}
-"""What differs from `METHODS` in the settings that were tried."""
+FIRST = {"sampled": 0.4}, {"share": 0.2}
+"""With fewer sampled epochs and more in the subspace."""
+
+TRIED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    *(("p-sgd", FIRST[0], FIRST[1] | {"size": size}) for size in (10, 20, 40)),
+    *(("p-sgd", FIRST[0], FIRST[1] | {"size": 40, "rate": rate}) for rate in (0.3, 3.0)),
+    *(("p-sgd", {}, {"size": size}) for size in (20, 40)),
+    *(("p-bfgs", {}, {"size": 40, "batch_size": size, "curvature": "batch"}) for size in (1024, 256)),
+    ("p-bfgs", {}, {"size": 40, "batch_size": 256, "curvature": "steps"}),
+    *(("p-bfgs", {}, {"size": 40, "batch_size": 128, "curvature": how, "recalibrated": 2560}) for how in ("batch", "steps")),
+    *(("p-bfgs", {}, {"size": size, "batch_size": 128, "curvature": "steps", "recalibrated": 2560}) for size in (20, 10)),
+]
+"""Method, and what differs from `TASK` and `METHODS`, in the settings that were tried."""
 
 
 def tune(task: dict[str, Any]) -> None:
     """Score settings on the validation split, seed 0, dense."""
-    for method, tried in TRIED.items():
-        for changed in tried:
-            run(task, "dense", 0, method, METHODS[method] | changed, RESULTS / "tried", read_test=False)
+    for method, other, changed in TRIED:
+        knobs = changed if method == "p-bfgs" else METHODS[method] | changed
+        run(task | other, "dense", 0, method, {"share": METHODS[method]["share"]} | knobs, RESULTS / "tried", read_test=False)
 
 
 # Space and time
 
 
-BALANCE: dict[str, Any] = {"images": 10_000, "batch_size": 128, "rate": 0.05, "momentum": 0.9, "samples_per_epoch": 8, "sampled": [1, 2, 4]}
-BALANCE |= {"sizes": [2, 5, 10, 20], "epochs": 2, "subspace_rate": 0.05, "falls": {"0.75": 0.1}, "short": 0.1}
-RANKS = (None, 0.5, 0.25, 0.125, 0.0625)
+BALANCE: dict[str, Any] = {"images": 5_000, "batch_size": 64, "rate": 0.05, "momentum": 0.9, "samples_per_epoch": 8, "sampled": [2, 4, 8]}
+BALANCE |= {"sizes": [2, 5, 10, 20], "epochs": 2, "subspace_rate": 0.2, "falls": {"0.75": 0.1}, "short": 0.1}
+RANKS = (None, 0.5, 0.25, 0.125)
 """Fractions of the full rank of every weight but the last layer's; None for dense weights."""
 
 
@@ -285,9 +298,10 @@ def cells(rank: float | None, seed: int) -> dict[str, Any]:
         fit(model, optimizer=optimizer, tuning=short, first_epoch=epochs)
         rows.append({"sampled": epochs, "size": None, "epochs": epochs + BALANCE["epochs"]} | scores(model, data))
         for size in BALANCE["sizes"]:
-            basis = trajectory.basis(size, last=1 + epochs * BALANCE["samples_per_epoch"]) if size <= epochs * 8 else None
-            if basis is None:
+            samples = 1 + epochs * BALANCE["samples_per_epoch"]
+            if size >= samples:
                 continue
+            basis = trajectory.basis(size, last=samples)
             trajectory.restore(model)
             make = partial(Subspace, basis=basis, lr=BALANCE["subspace_rate"])
             falls = {float(share): factor for share, factor in BALANCE["falls"].items()}

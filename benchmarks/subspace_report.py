@@ -16,6 +16,7 @@ TITLES = {
     "p-bfgs": "P-BFGS from the start",
     "random": "P-SGD in random directions",
 }
+NAMES = {"batch_size": "batches of", "recalibrated": "BatchNorm recalibrated on"}
 Row = dict[str, Any]
 
 
@@ -42,9 +43,13 @@ def by_seed(rows: list[Row], form: str, method: str) -> dict[int, Row]:
     return {row["settings"]["seed"]: row for row in rows if (row["settings"]["form"], row["settings"]["method"]) == (form, method)}
 
 
-def comparison(rows: list[Row]) -> str:
-    """Return the table of methods, and what they have in common."""
-    task = rows[0]["settings"]
+def size_of(row: Row) -> tuple[int, int]:
+    """Return images and epochs of the whole training."""
+    return row["settings"]["images"], row["settings"]["epochs"]
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows of methods for one number of images and epochs."""
     lines = []
     for form in ("dense", "factors"):
         whole = by_seed(rows, form, "sgd")
@@ -58,28 +63,38 @@ def comparison(rows: list[Row]) -> str:
             seconds = [row["cpu_seconds"] + row["cpu_seconds_before"] for row in own.values()]
             values = [spread([percent(row, split) for row in own.values()]) for split in ("val", "test")]
             difference = "" if method == "sgd" else spread(behind)
-            shown = [form, title, str(len(own)), f"{epochs}", f"{epochs / task['epochs']:.0%}", *values, difference]
+            shown = [form, title, str(len(own)), f"{epochs}", f"{epochs / size_of(rows[0])[1]:.0%}", *values, difference]
             lines.append([*shown, f"{statistics.fmean(seconds):.0f}"])
     head = ["weights", "method", "seeds", "epochs", "of SGD's", "validation, %", "test, %", "to SGD, points", "processor s"]
-    epochs = round(task["sampled"] * task["epochs"])
+    return markdown(head, lines)
+
+
+def comparison(rows: list[Row]) -> str:
+    """Return the tables of methods, and what they have in common."""
+    task, parts = rows[0]["settings"], []
     knobs = f"rate {task['rate']}, momentum {task['momentum']}, decay {task['weight_decay']}"
-    about = (
-        f"ResNet-8, CIFAR-10, {task['images']:,} training images, crops and flips, batches of {task['batch_size']}, {knobs}. "
-        f"The first {epochs} epochs, at a constant rate, are the same for all rows of a seed; {task['samples_per_epoch']} samples an epoch "
-        "are taken there. Epochs count all passes over the data, sampling and line search included. Mean ± sample standard deviation over "
-        "seeds; differences are within a seed."
+    parts.append(
+        f"ResNet-8, CIFAR-10, crops and flips, batches of {task['batch_size']}, {knobs}. The first {task['sampled']:.0%} of SGD's epochs, "
+        f"at a constant rate, are the same for all rows of a seed; {task['samples_per_epoch']} samples an epoch are taken there. Epochs "
+        "count all passes that compute gradients, sampling and line search included; so do processor seconds. Mean ± sample standard "
+        "deviation over seeds; differences are within a seed."
     )
-    return f"{about}\n\n{markdown(head, lines)}"
+    for images, epochs in sorted({size_of(row) for row in rows}, reverse=True):
+        own = [row for row in rows if size_of(row) == (images, epochs)]
+        parts.append(f"{images:,} training images, {epochs} epochs of SGD:\n\n{table(own)}")
+    return "\n\n".join(parts)
 
 
 def tried(rows: list[Row]) -> str:
     """Return the settings that were tried on the validation split."""
     lines = []
-    for row in sorted(rows, key=lambda row: -percent(row, "val")):
+    for row in sorted(rows, key=lambda row: (row["settings"]["method"] != "p-sgd", -percent(row, "val"))):
         settings, knobs = row["settings"], row["settings"]["knobs"]
-        shown = ", ".join(f"{key} {value}" for key, value in knobs.items() if key not in ("share", "falls"))
-        lines.append([settings["method"], shown, f"{100 * row['kept']:.1f}", f"{percent(row, 'val'):.2f}"])
-    return markdown(["method", "settings", "variance kept, %", "validation, %"], lines)
+        shown = ", ".join(f"{NAMES.get(key, key)} {value}" for key, value in knobs.items() if key not in ("share", "falls"))
+        first = round(settings["sampled"] * settings["epochs"])
+        kept, found = f"{100 * row['kept']:.1f}", f"{percent(row, 'val'):.2f}"
+        lines.append([TITLES[settings["method"]].partition(" ")[0], shown, f"{first} + {row['epochs'] - first}", kept, found])
+    return markdown(["method", "settings", "epochs", "variance kept, %", "validation, %"], lines)
 
 
 def cell(rows: list[Row], rank: float | None, sampled: int, size: int | None, split: str = "val") -> list[float]:

@@ -94,6 +94,7 @@ def test_every_committed_result_was_written_by_the_runner_for_its_recipe() -> No
 
 
 LATER = {"mix": 0.0, "compiled": False, "features": 0.0, "until": 1.0, "cut": "plain", "correct": False, "examples": 1024, "courses": []}
+LATER |= {"every": 1}
 """Settings that came after the first results, and what they do not do by default."""
 
 

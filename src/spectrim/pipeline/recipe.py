@@ -200,6 +200,9 @@ def _check(recipe: Recipe, cut: bool) -> None:
             raise RecipeError(
                 f"prune.budget.{name}", problem, allowed="macs, params, size, size_bytes; or latency_table and allocate in Python"
             )
+    if recipe.prune.budget is not None and recipe.prune.budget.coded_bytes is not None:
+        problem = "is met by rounding, which a recipe does not do"
+        raise RecipeError("prune.budget.coded_bytes", problem, allowed="macs, params, size, size_bytes; or spectrim compress --coded-bytes")
     least_values = (
         ("threads", recipe.threads, 0),
         ("latency_threads", recipe.latency_threads, 1),

@@ -22,7 +22,7 @@ from spectrim.linalg.fold import KERNELS, MATRICES, Fold
 from spectrim.linalg.spectral import OVERSAMPLE
 from spectrim.plain.encoder import follow_layers
 from spectrim.protocols import Where
-from spectrim.surgery.exchange import HELD, copy_without
+from spectrim.surgery.exchange import FINISHED, HELD, copy_without
 from spectrim.surgery.head import call_order
 from spectrim.surgery.ranks import Ranks, check_names, chooser
 from spectrim.surgery.select import decide, layer_filter
@@ -253,4 +253,6 @@ def build(
             scheme, factors[key] = made[id(weight)]
         kind.adopt(copied.layers[name], factors, scheme)
     follow_layers(copied.model)
+    for mark in FINISHED:
+        mark(copied.model)
     return copied.model

@@ -12,7 +12,7 @@ from spectrim.plain.encoder import follow_layers
 from spectrim.protocols import Latencies
 from spectrim.surgery.batchnorm import fold_batchnorms
 from spectrim.surgery.coverage import break_evens
-from spectrim.surgery.exchange import duplicate
+from spectrim.surgery.exchange import FINISHED, duplicate
 from spectrim.surgery.factorize import set_writing
 from spectrim.surgery.tasks import settle_
 
@@ -79,4 +79,6 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
     follow_layers(clone)
     if fold_batchnorm:
         fold_batchnorms(clone)
+    for mark in FINISHED:
+        mark(clone)
     return clone

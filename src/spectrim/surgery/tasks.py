@@ -206,7 +206,7 @@ def columns_in(model: nn.Module) -> dict[str, Factors]:
     kinds = TaskFactors if many else Factors
     found = {name: form for name, form in named_factors(model) if isinstance(form, kinds) and (many or form.trained)}
     if not found:
-        hint = "call factorize(model, rank=...) first, in any scheme but Tucker's; frozen weights take no columns"
+        hint = "call factorize(model, rank=...) first, in a scheme of matrices; frozen weights take no columns"
         raise LayerError(type(model).__name__, "has no factorized weight that takes columns", hint=hint)
     return found
 
@@ -249,7 +249,10 @@ def whole_in(model: nn.Module, private: Where | None) -> Any:
         chosen = {model.get_submodule(head)} if head is not None else set[nn.Module]()
         return lambda module: module in chosen
     RULES["where"]("add_task", "private", private)
-    select = layer_filter(private, model, "add_task")
+    try:
+        select = layer_filter(private, model, "add_task")
+    except SettingError as error:
+        raise SettingError("add_task", "private", got=error.got, rule=error.rule) from error
     assert select is not None
     named = {module: name for name, module in model.named_modules() if not isinstance(module, Form) and select(name, module)}
     for module, name in named.items():

@@ -1,5 +1,6 @@
 """Whether the components of factors kept their places between two samples: a permutation or a change of sign leaves the weight as it is."""
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -16,7 +17,8 @@ def jumps(model: nn.Module, before: Mapping[int, Tensor]) -> list[str]:
     """Return the names of factorized weights of which a component took the place or the opposite sign of another sample's.
 
     Column ``k`` of a side jumped where it is nearer to another column of the earlier sample than to its own (a cosine above 0.7), or to
-    its own with the opposite sign. A line between the two samples then passes through weights that are like neither.
+    its own with the opposite sign. A line between the two samples then passes through weights that are like neither. Forms without
+    orthonormal sides, such as CP, are not compared.
 
     Args:
         model: at the later sample.
@@ -24,9 +26,9 @@ def jumps(model: nn.Module, before: Mapping[int, Tensor]) -> list[str]:
     """
     found = []
     for name, form in named_factors(model):
-        if any(id(parameter) not in before for parameter in form.parameters()):
-            continue  # frozen: not sampled
-        earlier = form.like(*(before[id(parameter)] for parameter in form.parameters()))
+        earlier = copy.deepcopy(form)
+        for now, then in zip(form.parameters(), earlier.parameters(), strict=True):
+            then.data.copy_(before.get(id(now), now))  # one that is frozen has not moved
         if any(_moved(old, new) for old, new in zip(whole_sides(earlier), whole_sides(form), strict=True)):
             found.append(name)
     return found

@@ -21,21 +21,21 @@ class BFGS:
         shrink: factor of the length after a trial that does not, in (0, 1).
         trials: at most, >= 1. Where none is accepted the parameters stay, and the estimate begins again.
         least: an update is skipped where ``y^T s`` is at most this, so that ``H`` stays positive definite.
-        curvature: whether ``y`` is the difference of the gradients of one ``batch``, before and after a step, or of two consecutive
-            ``steps``, each on its batch, as in the published code.
+        curvature: whether ``y`` is the difference of the gradients of two consecutive ``steps``, each on its batch, as in the published
+            code, or of one ``batch``, before and after a step.
 
     Raises:
         SettingError: for a value outside its range.
 
     Source: Li et al., TPAMI 2022, algorithm P-BFGS, and its code; Nocedal and Wright, Numerical Optimization, equation 6.17.
-    Deviation: `curvature`; a failed line search makes no step, where the published code makes the shortest one.
+    Deviation: a failed line search makes no step, where the published code makes the shortest one.
     """
 
     armijo: float = 0.4
     shrink: float = 0.4
     trials: int = 20
     least: float = 1e-20
-    curvature: Literal["batch", "steps"] = "batch"
+    curvature: Literal["steps", "batch"] = "steps"
 
     def __post_init__(self) -> None:
         if not 0 < self.armijo <= 0.5:
@@ -46,8 +46,8 @@ class BFGS:
             raise SettingError("BFGS", "trials", got=self.trials, rule="an integer >= 1")
         if not self.least >= 0:
             raise SettingError("BFGS", "least", got=self.least, rule="a number >= 0")
-        if self.curvature not in ("batch", "steps"):
-            raise SettingError("BFGS", "curvature", got=self.curvature, rule="'batch' or 'steps'")
+        if self.curvature not in ("steps", "batch"):
+            raise SettingError("BFGS", "curvature", got=self.curvature, rule="'steps' or 'batch'")
 
     def updated(
         self, inverse: Float[Tensor, "size size"], step: Float[Tensor, " size"], change: Float[Tensor, " size"]

@@ -258,6 +258,29 @@ def test_fit_trains_the_last_task_alone(x: Tensor) -> None:
     assert torch.equal(select_task(model, 0).eval()(x), before)
 
 
+def test_a_run_with_tasks_resumes_with_the_same_bits(x: Tensor, tmp_path: Path) -> None:
+    data = [(torch.randn(8, 2, 6, 6), torch.randint(0, 3, (8,))) for _ in range(2)]
+
+    def fitted(epochs: int, checkpoint: Path | None) -> nn.Module:
+        model = low()
+        train(model)
+        add_task(model, rank=1)
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        sp.fit(model, data, nn.CrossEntropyLoss(), optimizer, epochs, checkpoint=checkpoint, progress=False)
+        return model
+
+    fitted(1, tmp_path)
+    for now, before in zip(outputs(fitted(2, tmp_path), x), outputs(fitted(2, None), x), strict=True):
+        assert torch.equal(now, before)
+
+
+def test_what_else_reads_a_network_takes_the_selected_task(x: Tensor) -> None:
+    model = add_task(low()).eval()
+    assert sp.measure(model, x[:1]).params == sum(p.numel() for p in model.parameters())
+    assert {line.name: line.rank for line in sp.coverage(model) if line.factorized} == {"conv1": 3, "conv2": 3, "fc1": 3, "fc2": 3}
+    sp.same_function(model, one_task(model), x)
+
+
 def test_an_optimizer_stays_valid_while_another_task_is_looked_at(x: Tensor) -> None:
     model = add_task(low())
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -318,6 +341,7 @@ def test_clear_refusals(x: Tensor) -> None:
         ({"rank": 0, "reuse": False}, SettingError, "at least 1 with reuse=False"),
         ({"rank": {"fc9": 1}}, LayerError, "layer 'fc9': is no weight that takes columns"),
         ({"private": "fc1"}, LayerError, "layer 'fc1': is factorized: tasks add columns"),
+        ({"private": "fc9"}, SettingError, "add_task: private must be names of layers, or globs over them, got 'fc9'"),
         ({"outputs": 0}, SettingError, "outputs must be an integer of at least 1"),
     ):
         with pytest.raises(error, match=words):
@@ -332,3 +356,44 @@ def test_clear_refusals(x: Tensor) -> None:
     for cut in (lambda: sp.prune(model, {"fc1": 1}), lambda: sp.prune(model, sp.Energy(0.5))):
         with pytest.raises(LayerError, match="holds the columns of 2 tasks; one_task"):
             cut()
+
+
+class Words(nn.Module):
+    """An embedding, a layer with several weights, and a head."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.words, self.body, self.head = nn.Embedding(9, 8), body, nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.words(x)
+        x = self.body(x)[0] if isinstance(self.body, nn.LSTM | nn.GRU) else self.body(x)
+        out: Tensor = self.head(x.mean(1))
+        return out
+
+
+BODIES = {
+    "lstm": lambda: nn.LSTM(8, 8, batch_first=True),
+    "gru": lambda: nn.GRU(8, 8, batch_first=True, bidirectional=False),
+    "encoder": lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True),
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_layers_with_several_weights_and_embeddings_take_columns(body: str) -> None:
+    torch.manual_seed(0)
+    model, words = sp.factorize(Words(BODIES[body]()), rank=3), torch.randint(0, 9, (4, 5))
+    assert "words" in dict(named_factors(model))
+
+    def trained() -> Tensor:
+        optimizer = torch.optim.Adam(model.parameters(), 0.05)
+        model.train()(words).square().sum().backward()
+        optimizer.step()
+        return outputs(model, words)[-1]  # without gradients, as torch has other kernels of a GRU with them
+
+    before = trained()
+    add_task(model, rank=1)
+    after = trained()
+    assert not torch.equal(after, before)
+    assert torch.equal(outputs(model, words)[0], before)
+    torch.testing.assert_close(sp.merge(select_task(model, 1)).eval()(words), after, rtol=1e-4, atol=1e-5)

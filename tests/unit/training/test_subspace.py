@@ -237,7 +237,7 @@ def test_the_line_search_by_hand() -> None:
     """``f(w) = 8 w^2`` from 1 along its gradient of 16: lengths 1, 0.4 and 0.16 rise, 0.064 falls enough (Armijo)."""
     model = nn.Linear(1, 1, bias=False).double()
     model.weight.data.fill_(1.0)
-    optimizer = Subspace(model.parameters(), Basis.of(model, torch.ones(1, 1, dtype=torch.float64)), bfgs=BFGS())
+    optimizer = Subspace(model.parameters(), Basis.of(model, torch.ones(1, 1, dtype=torch.float64)), bfgs=BFGS(curvature="batch"))
     seen = []
 
     def closure() -> Tensor:

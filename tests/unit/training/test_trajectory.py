@@ -270,7 +270,7 @@ def test_samples_that_do_not_fit_are_refused() -> None:
 # Factors
 
 
-@pytest.mark.parametrize("scheme", ["channel", "tucker"])
+@pytest.mark.parametrize("scheme", ["channel", "tucker", "cp", "tt"])
 def test_training_keeps_the_places_of_components(scheme: str) -> None:
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1))
