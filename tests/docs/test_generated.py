@@ -187,6 +187,14 @@ def test_pruning_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> 
             assert row["plain"]["total_kept"] == sum(pruning.RATES[row["settings"]["rate"]].values())
 
 
+def test_table_of_orthonormal_factors_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import orthogonality
+
+    assert list(orthogonality.RESULTS.glob("*.json"))
+    assert orthogonality.table() in orthogonality.CARD.read_text(encoding="utf-8"), "run python benchmarks/orthogonality.py --render"
+
+
 def test_precision_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 
