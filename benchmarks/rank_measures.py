@@ -184,6 +184,8 @@ def safety() -> None:
 def table(name: str) -> list[str]:
     """Return the lines of one network's table, the best measure at the first budget first."""
     held = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    if not held["dense"]:  # the strengths are not chosen yet
+        return []
     budgets, dense = held["settings"]["budgets"], [100 * value for value in held["dense"].values()]
     lines = [f"**{NETWORKS[name]['title']}**, {held['settings']['images']:,} images; dense {_spread(dense)} %.", ""]
     head = "".join(f" strength | as cut, validation | test at {100 * budget:g} % |" for budget in budgets)
