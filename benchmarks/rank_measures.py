@@ -35,8 +35,8 @@ HERE = Path(__file__).resolve().parent
 RESULTS, CARD = HERE / "results" / "rank_measures", HERE.parent / "docs" / "methods" / "rank-measures.md"
 SEEDS, DENSE, FULL, TUNE, RATE, CLIP, BATCH = (0, 1, 2), 5, 6, 4, 1e-3, 1.0, 100
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1)
-FINER = {"mlp": {"effective rank": (3e-3, 3e-2)}}
-"""Strengths between those of the grid, for the measure that was said to win."""
+FINER = {"mlp": {"effective rank": (3e-3, 3e-2), "Hoyer": (0.3,)}}
+"""Further strengths: between those of the grid, for the measure that was said to win; behind its end, where that was best."""
 
 MEASURES: dict[str, Callable[[float], Any]] = {
     "l1": L1,
@@ -184,6 +184,8 @@ def safety() -> None:
 def table(name: str) -> list[str]:
     """Return the lines of one network's table, the best measure at the first budget first."""
     held = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    if not held["dense"]:  # the strengths are not chosen yet
+        return []
     budgets, dense = held["settings"]["budgets"], [100 * value for value in held["dense"].values()]
     lines = [f"**{NETWORKS[name]['title']}**, {held['settings']['images']:,} images; dense {_spread(dense)} %.", ""]
     head = "".join(f" strength | as cut, validation | test at {100 * budget:g} % |" for budget in budgets)

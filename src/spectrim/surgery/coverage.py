@@ -13,6 +13,7 @@ from torch import nn
 from spectrim.checks import check, unwrapped
 from spectrim.forms.form import Size, shown
 from spectrim.layers import Site, sites
+from spectrim.metrics.figures import frame
 from spectrim.metrics.table import html_of, markdown_table
 from spectrim.protocols import Latencies, Where
 from spectrim.surgery.head import call_order
@@ -77,6 +78,10 @@ class Coverage(tuple[LayerCoverage, ...]):
 
     def _repr_html_(self) -> str:
         return html_of(markdown_table(self._rows(), TITLES))
+
+    def to_pandas(self) -> Any:
+        """Return the lines as a pandas data frame, by layer."""
+        return frame([vars(line) for line in self], "name")
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = []

@@ -10,6 +10,7 @@ from spectrim.forms.form import ranks_in
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import reshard, whole, whole_sides
 from spectrim.linalg.spectral import orthogonality_defect
+from spectrim.metrics.figures import frame
 
 
 @dataclass
@@ -39,6 +40,10 @@ class History:
     def last(self) -> dict[str, float]:
         """The last line; empty before the first epoch."""
         return self.epochs[-1] if self.epochs else {}
+
+    def to_pandas(self) -> Any:
+        """Return the epochs as a pandas data frame, a row for each, counted from 1."""
+        return frame([{"epoch": number} | line for number, line in enumerate(self.epochs, 1)], "epoch")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; ``best`` and ``stopped`` where there are."""
