@@ -24,6 +24,14 @@ DROPS = ("max_drop", "max_loss_rise")
 UNITS = {"size_bytes": "bytes", "latency_s": "seconds"}
 
 
+CODED = "coded_bytes"
+"""Field of a budget that no rank decides: it is met by rounding, after the cut."""
+
+
+FEWEST_BYTES = 1000
+"""Numbers of coded bytes below 1 are fractions; from this on they are bytes."""
+
+
 class BudgetError(SettingError):
     """Limits that no network reaches, alone or together.
 
@@ -48,13 +56,14 @@ class FloorError(BudgetError):
         SettingError.__init__(self, "Budget", field, got=got, rule=rule, hint=hint)
 
 
-def as_budget(budget: "Budget | float | Mapping[str, Any] | None", verb: str, *, drops: bool = False) -> "Budget":
+def as_budget(budget: "Budget | float | Mapping[str, Any] | None", verb: str, *, drops: bool = False, coded: bool = False) -> "Budget":
     """Return a budget as people write it: a `Budget`, a fraction of the multiply-accumulates, or a dict of a budget's fields.
 
     Args:
         budget: in any of these forms.
         verb: that was called, for errors.
         drops: whether it may say how much worse the network may be.
+        coded: whether it may limit the bytes of the coded file.
 
     Raises:
         SettingError: for anything else.
@@ -65,17 +74,20 @@ def as_budget(budget: "Budget | float | Mapping[str, Any] | None", verb: str, *,
     """
     check(verb, budget=budget)
     if isinstance(budget, Budget):
-        return _within(budget, verb, drops)
+        return _within(budget, verb, drops, coded)
     if not isinstance(budget, Mapping):
         return Budget(macs=float(budget or 0.0))
     names = [field.name for field in fields(Budget)]
     if unknown := [name for name in budget if name not in names]:
         raise SettingError(verb, "budget", got=dict(budget), rule=f"a dict with the keys {names}", hint=f"{unknown[0]!r} is none of them")
-    return _within(Budget(**budget), verb, drops)
+    return _within(Budget(**budget), verb, drops, coded)
 
 
-def _within(budget: "Budget", verb: str, drops: bool) -> "Budget":
-    """Return a budget; refuse one that says how much worse the network may be where nothing is scored."""
+def _within(budget: "Budget", verb: str, drops: bool, coded: bool) -> "Budget":
+    """Return a budget; refuse coded bytes where nothing is rounded, and drops where nothing is scored."""
+    if budget.coded_bytes is not None and not coded:
+        rule = "without coded_bytes, which compress meets by rounding after the cut"
+        raise SettingError(verb, "budget", got=budget, rule=rule, hint="round_to(model, data, coded_bytes) rounds a network")
     if budget.drops and not drops:
         rule = f"without {' and '.join(budget.drops)}, which compress and the prune key of a recipe search for"
         raise SettingError(verb, "budget", got=budget, rule=rule)
@@ -96,6 +108,8 @@ class Budget:
         max_drop: points of accuracy, at least 0, by which the network may be worse than the dense one on the validation split: `compress`
             then looks for the smallest network that is not. 0.5 allows 92.0 % to fall to 91.5 %. Other limits hold as well.
         max_loss_rise: the same for the loss, as a fraction of the dense network's, at least 0; 0.05 allows 5 % more.
+        coded_bytes: of the coded file that `pack` writes: a fraction of the dense network's bytes, in (0, 1), or a number of bytes of at
+            least 1000. `compress` rounds the weights for it, after the cut that other limits ask for.
 
     Raises:
         SettingError: for a fraction outside (0, 1], for a number of bytes, seconds or points that is none, or when nothing is limited.
@@ -115,12 +129,13 @@ class Budget:
     latency_s: float | None = None
     max_drop: float | None = None
     max_loss_rise: float | None = None
+    coded_bytes: float | int | None = None
 
     def __post_init__(self) -> None:
         hint = "Budget(macs=0.4) keeps 40 %"
-        if not self.limits and not self.drops:
+        if not self.asked:
             raise SettingError("Budget", f"one of {', '.join(f.name for f in fields(self))}", got=None, rule="given", hint=hint)
-        for name, value in (self.limits | self.drops).items():
+        for name, value in self.asked.items():
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise SettingError("Budget", name, got=value, rule="a number", hint=hint)
             if name in FRACTIONS and not 0 < value <= 1:
@@ -133,20 +148,28 @@ class Budget:
             raise SettingError("Budget", "size_bytes", got=self.size_bytes, rule="bytes, at least 1", hint="Budget(size=0.4) keeps 40 %")
         if self.latency_s is not None and not 0 < self.latency_s < math.inf:
             raise SettingError("Budget", "latency_s", got=self.latency_s, rule="seconds, above 0", hint="Budget(latency=0.4) keeps 40 %")
+        if self.coded_bytes is not None and not (0 < self.coded_bytes < 1 or FEWEST_BYTES <= self.coded_bytes < math.inf):
+            rule = f"a fraction in (0, 1), or a number of bytes of at least {FEWEST_BYTES}"
+            raise SettingError("Budget", CODED, got=self.coded_bytes, rule=rule, hint="Budget(coded_bytes=0.07)")
 
     @property
     def limits(self) -> dict[str, float | int]:
-        """What is limited: field to value."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None and name not in DROPS}
+        """What is limited and ranks decide: field to value."""
+        return {name: value for name, value in self.asked.items() if name not in (*DROPS, CODED)}
 
     @property
     def drops(self) -> dict[str, float]:
         """How much worse the network may be: field to value."""
         return {name: getattr(self, name) for name in DROPS if getattr(self, name) is not None}
 
+    @property
+    def asked(self) -> dict[str, float | int]:
+        """All that is given: field to value."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
     def __repr__(self) -> str:
-        return f"Budget({', '.join(f'{name}={value!r}' for name, value in (self.limits | self.drops).items())})"
+        return f"Budget({', '.join(f'{name}={value!r}' for name, value in self.asked.items())})"
 
 
 def _number(owner: str, name: str, value: object) -> float:

@@ -16,7 +16,10 @@ __all__ = ["BATCHES", "INPUTS", "READ_ONCE", "RULES", "WHERE", "check", "naming"
 P = ParamSpec("P")
 R = TypeVar("R")
 
-INNER = ("factorize", "fit", "calibrate", "allocate", "prune", "correct", "recalibrate", "merge", "evaluate", "measure", "compare_latency")
+INNER = (
+    "factorize", "fit", "calibrate", "allocate", "prune", "correct", "recalibrate", "merge", "evaluate", "measure", "compare_latency",
+    "round_to",
+)  # fmt: skip
 """Verbs that others call."""
 
 

@@ -25,7 +25,8 @@ SHORT = {
 HELP = {
     "run": "Run a recipe stage by stage; finished stages are skipped. The recipe's components are imported and called.",
     "compress": "Compress a recipe's dense network to a budget; only its model, data, loss, dense and factorize keys are read.",
-    "measure": "Measure the network of a recipe; or show the results in a finished folder, without importing or calling its code. "
+    "measure": "Measure the network of a recipe; or show the results in a finished folder, without importing or calling its code; "
+    "or the bytes of a coded file. "
     "With --split, --threads, --set or --seed the folder's final network is measured again, which calls the code that its recipe names.",
     "coverage": "List every parameterized layer: factorized, or why not. The code of a finished folder is neither imported nor called.",
     "plan": "Predict the result of each budget, without training: ranks, costs, and the error right after the cut. "
@@ -45,10 +46,12 @@ EXAMPLES = {
   spectrim compress net.yaml --macs 0.5                    half of the multiply-accumulates, no training
   spectrim compress net.yaml --macs 0.7,0.5,0.35           three networks, one table, one page
   spectrim compress net.yaml --max-drop 0.5 --epochs 5     the smallest one at most half a point worse
-  spectrim compress net.yaml --latency 0.7 --backend onnx  at most 70 % of the dense network's seconds""",
+  spectrim compress net.yaml --latency 0.7 --backend onnx  at most 70 % of the dense network's seconds
+  spectrim compress net.yaml --coded-bytes 0.07            a coded file of at most 7 % of the bytes, no training""",
     "measure": """\
   spectrim measure runs/net-compress-macs0.5
-  spectrim measure runs/net-compress-macs0.5 --split val --threads 4 --json""",
+  spectrim measure runs/net-compress-macs0.5 --split val --threads 4 --json
+  spectrim measure net.spz                                 bytes of a coded file""",
     "coverage": """\
   spectrim coverage net.yaml
   spectrim coverage runs/net-compress-macs0.5""",
@@ -144,18 +147,34 @@ exit codes: 0 done, 1 failure, 2 wrong usage or a bad recipe, 130 stopped by Ctr
     )
     sub.add_argument("--max-loss-rise", type=float, help="the same by the loss, as a fraction of the dense network's: 0.05 for 5 percent")
     sub.add_argument(
+        "--coded-bytes",
+        type=str,
+        help="size of the coded file model.spz: a share of the dense network's bytes, in (0, 1), or bytes; alone, nothing is cut; "
+        "or several",
+    )
+    sub.add_argument(
         "--backend", choices=["eager", "compile", "onnx"], help="time layers in this backend; layers that no rank makes faster stay dense"
     )
     sub.add_argument("--epochs", type=NonNegativeInt, default=0, help="of fine-tuning (default: none, calibration only)")
     sub.add_argument("--examples", type=PositiveInt, default=1024, help="training examples for calibration")
-    sub.add_argument("--cut", choices=["auto", "plain", "whitened", "sensitive", "mixed"], default="auto", help="how the cut is made")
+    ways = ["auto", "plain", "whitened", "sensitive", "mixed", "both", "curved"]
+    sub.add_argument("--cut", choices=ways, default="auto", help="how the cut is made")
+    sub.add_argument("--writing", choices=["pair", "interpolative"], default="pair", help="how cut weights are written")
+    sub.add_argument(
+        "--reconstruct",
+        type=NonNegativeInt,
+        default=0,
+        help="after the cut, train each block for so many steps toward the dense one's output",
+    )
     sub.add_argument("--squeeze", type=float, default=0.0, help="share of the epochs spent training toward the budget before the cut")
     sub.add_argument("--out", type=str, help="folder (default: runs/NAME-compress-BUDGET)")
     _changes(sub)
     _json(sub, ": {dense: ..., final: ..., verdict: ...}")
 
     sub = _command(commands, "measure")
-    sub.add_argument("target", type=str, help="a recipe (its dense network) or the folder of a run (its final one)")
+    sub.add_argument(
+        "target", type=str, help="a recipe (its dense network), the folder of a run (its final one), or a file that pack wrote"
+    )
     sub.add_argument("--split", choices=["train", "val", "test"], help="split for accuracy and loss (default for a recipe: val)")
     sub.add_argument("--threads", type=PositiveInt, help="CPU threads of the latency measurement (default: 1)")
     _changes(sub)

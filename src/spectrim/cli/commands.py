@@ -25,7 +25,7 @@ from spectrim.report import text_report, write_report
 from spectrim.runtimes.export import export
 from spectrim.runtimes.formats import _format_of
 from spectrim.runtimes.int8 import quantize
-from spectrim.storage.pack import pack, unpack_file
+from spectrim.storage.pack import SUFFIX, pack, packed_sizes, unpack_file
 from spectrim.storage.save import load
 from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import factorize
@@ -33,7 +33,11 @@ from spectrim.tables import SUFFIXES
 
 
 def measure_(args: Namespace) -> None:
-    """Measure the network of a recipe or of a folder, or show what was measured when the folder was finished."""
+    """Measure the network of a recipe or of a folder, or show what was measured when the folder was finished; or a coded file."""
+    if args.target.endswith(SUFFIX):
+        packed = packed_sizes(args.target)
+        show(args, packed.summary(), packed.to_dict())
+        return
     found, held, verdict = None, _contents(args.target), ""
     if held is not None and args.split is None and args.threads is None and not changes(args):
         found, verdict = held.measured("final"), held.verdict()

@@ -10,10 +10,10 @@ from jsonargparse import Namespace
 from rich.console import Console
 
 from spectrim.budget.allocate import allocate
-from spectrim.budget.budget import Budget
+from spectrim.budget.budget import CODED, Budget
 from spectrim.budget.latency_table import latency_table
 from spectrim.budget.plan import plan
-from spectrim.cli.shared import changes, fractions, show
+from spectrim.cli.shared import changes, coded_bytes, fractions, show
 from spectrim.errors import RecipeError, SettingError
 from spectrim.files import read_json, temporary_beside
 from spectrim.metrics.evaluate import evaluate
@@ -28,9 +28,10 @@ from spectrim.pipeline.stages import STAGE
 from spectrim.report import PLAN, write_report
 from spectrim.storage.save import load
 from spectrim.surgery.factorize import factorize
+from spectrim.training.parts import Reconstruction
 from spectrim.training.tuning import Tuning
 
-LIMITS = ("macs", "params", "size", "size_bytes", "latency", "latency_s", "max_drop", "max_loss_rise")
+LIMITS = ("macs", "params", "size", "size_bytes", "latency", "latency_s", "max_drop", "max_loss_rise", "coded_bytes")
 
 
 PAGE_BUDGETS = (0.65, 0.5, 0.33)
@@ -57,7 +58,7 @@ def compress_(args: Namespace) -> None:
     """Compress a recipe's dense network to a budget, or to several, each in a folder inside; one page shows them all."""
     budgets = _budgets(args)
     recipe = read_recipe(args.recipe, changes(args), cut=False)
-    names = ["-".join(f"{unit}{value:g}" for unit, value in (budget.limits | budget.drops).items()) for budget in budgets]
+    names = ["-".join(f"{unit}{value:g}" for unit, value in budget.asked.items()) for budget in budgets]
     out = Path(args.out or Path("runs") / f"{Path(args.recipe).stem}-compress-{'-'.join(names)}")
     job = Run(recipe, out, progress=not args.quiet)
     with job.hold():
@@ -128,6 +129,7 @@ def _compressed(job: Run, budget: Budget, args: Namespace) -> tuple[Compressed, 
     made = compress(
         dense, data.train, job.loss, budget, args.epochs, example_inputs=job.example, eval_data=data.val,
         scheme=recipe.factorize.scheme, where=recipe.factorize.layers(), cut=args.cut, squeeze=args.squeeze, examples=args.examples,
+        writing=args.writing, reconstruct=Reconstruction(args.reconstruct) if args.reconstruct else None,
         tuning=Tuning(precision=recipe.precision, compiled=recipe.compiled), latency=table, folder=job.out / "compress",
         progress=not args.quiet,
     )  # fmt: skip
@@ -145,7 +147,8 @@ def _budgets(args: Namespace) -> list[Budget]:
     listed: dict[str, list[float]] = {}
     for name in LIMITS:
         if (value := getattr(args, name)) is not None:
-            listed[name] = fractions(_option(name), value) if isinstance(value, str) else [value]
+            read = coded_bytes if name == CODED else fractions
+            listed[name] = read(_option(name), value) if isinstance(value, str) else [value]
     if not listed:
         raise RecipeError("compress", "no budget", allowed=", ".join(map(_option, LIMITS)) + "; --macs 0.4 keeps 40 %")
     count = max(map(len, listed.values()))
@@ -165,7 +168,7 @@ def _option(name: str) -> str:
 
 def _check_budgets(job: Run, budgets: list[Budget]) -> None:
     """Check that ranks can meet the budgets before the dense network is trained, as far as no seconds are asked for."""
-    limited = [replace(budget, max_drop=None, max_loss_rise=None) for budget in budgets if budget.limits]
+    limited = [replace(budget, max_drop=None, max_loss_rise=None, coded_bytes=None) for budget in budgets if budget.limits]
     counted = [budget for budget in limited if not {"latency", "latency_s"} & set(budget.limits)]
     if not counted or not job.recipe.dense.epochs or (job.out / "1-dense" / STAGE).exists():
         return

@@ -20,6 +20,22 @@ def fractions(option: str, text: str) -> list[float]:
     return values
 
 
+def coded_bytes(option: str, text: str) -> list[float]:
+    """Return the sizes of coded files in a list with commas: fractions of the dense network's bytes, or bytes."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if (
+        not values
+        or not all(0 < value < 1 or (value >= 1000 and value == int(value)) for value in values)
+        or len(set(values)) < len(values)
+    ):
+        allowed = "fractions of the dense network's bytes, in (0, 1), or bytes from 1000 on, each once, with commas: 0.1,0.05"
+        raise RecipeError(option, f"got {text!r}", allowed=allowed)
+    return [value if value < 1 else int(value) for value in values]
+
+
 def show(args: Namespace, text: str, values: Any) -> None:
     """Print a result: for people, or as JSON alone."""
     print(json.dumps(values) if args.json else text)

@@ -1,11 +1,15 @@
 """Rounding of a matrix to levels, so that later entries make up for the errors of earlier ones, in given metrics of inputs and outputs."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
 LARGEST = 1 << 18
 """Largest level."""
+
+TRIES = 12
+"""Attempts to factor a second moment, each with ten times the damping of the one before."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +36,17 @@ def metric_of(moment: np.ndarray, damping: float) -> Metric:
     """
     size = len(moment)
     mean = float(np.trace(moment)) / size
-    damped = moment + (damping * mean if mean > 0 else 1.0) * np.eye(size)
-    order = np.argsort(-np.diag(damped), kind="stable")
-    flipped = damped[np.ix_(order, order)][::-1, ::-1]
-    upper = np.linalg.cholesky(flipped)[::-1, ::-1]  # A = upper upper^T
+    added = damping * mean if mean > 0 else 1.0
+    for _ in range(TRIES):  # of inputs that hardly vary, rounding errors of single precision are left
+        damped = moment + added * np.eye(size)
+        order = np.argsort(-np.diag(damped), kind="stable")
+        flipped = damped[np.ix_(order, order)][::-1, ::-1]
+        with suppress(np.linalg.LinAlgError):
+            upper = np.linalg.cholesky(flipped)[::-1, ::-1]  # A = upper upper^T
+            break
+        added = 10 * max(added, 1e-12 * abs(mean))
+    else:
+        raise np.linalg.LinAlgError("a second moment is far from positive semi-definite")
     scale = np.diag(upper)
     return Metric(order, np.ascontiguousarray((upper / scale).T), scale**2)
 

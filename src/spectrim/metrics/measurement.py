@@ -36,6 +36,9 @@ class Measurement:
         targets: number of class labels that the accuracy is a mean over.
         chance: accuracy of the most frequent label as a constant answer.
         loss_error: standard error of the loss, from its spread over batches.
+        coded_bytes: of the coded file that `pack` writes, everything in it.
+        data_bytes: of the values in it, by their code lengths.
+        index_bytes: of the positions of zeros in it, likewise.
 
     Examples:
         >>> m = Measurement(params=270_256, macs=40_813_184, size_bytes=1_081_024, accuracy=0.9173)
@@ -61,6 +64,9 @@ class Measurement:
     targets: int | None = None
     chance: float | None = None
     loss_error: float | None = None
+    coded_bytes: int | None = None
+    data_bytes: int | None = None
+    index_bytes: int | None = None
 
     def scored(self, scores: Scores) -> "Measurement":
         """Return this measurement with the scores of `evaluate`, and how sure they are, in place of its scores."""
@@ -161,11 +167,20 @@ def measure(
     model = unwrapped(model)
     found = Measurement(
         params=sum(tensor.numel() for tensor in _distinct(model.parameters())),
-        size_bytes=sum(tensor.numel() * tensor.element_size() for tensor in _distinct(tree_leaves(model.state_dict()))),
+        size_bytes=size_bytes_of(model),
         ranks={name: factors.size for name, factors in named_factors(model)},
         **fields,
     )
     return found if scores is None else found.scored(scores)
+
+
+def size_bytes_of(model: nn.Module) -> int:
+    """Return the bytes of a model's state dict, shared tensors once.
+
+    Args:
+        model: any module.
+    """
+    return sum(tensor.numel() * tensor.element_size() for tensor in _distinct(tree_leaves(model.state_dict())))
 
 
 def measure_together(
@@ -222,6 +237,7 @@ def compare_table(measurements: Mapping[str, Measurement]) -> str:
             _texts(m)
             | {
                 "compression": _ratio(first.size_bytes, m.size_bytes),
+                "compression, coded": _ratio(first.size_bytes, m.coded_bytes),
                 "MAC reduction": _ratio(first.macs, m.macs),
                 "speedup": _ratio(first.latency_s, m.latency_s) if same else "",
             }
@@ -243,6 +259,9 @@ def _texts(m: Measurement) -> dict[str, str]:
         "parameters": f"{m.params:,}",
         "MACs": "" if m.macs is None else f"{m.macs:,}",
         "size": f"{m.size_bytes:,} B{mib}",
+        "coded file": "" if m.coded_bytes is None else f"{m.coded_bytes:,} B",
+        "values in it": "" if m.data_bytes is None else f"{m.data_bytes:,} B",
+        "zeros' positions": "" if m.index_bytes is None else f"{m.index_bytes:,} B",
         "ranks": f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f} ({len(m.ranks)})" if ranks else "",
         "latency": "" if m.latency_s is None else f"{1e3 * m.latency_s:,.3f} ms",
         "latency IQR": "" if m.latency_iqr_s is None else f"{1e3 * m.latency_iqr_s:,.3f} ms",

@@ -91,18 +91,22 @@ def verdict(
     if slower:
         why = ": its recurrent layers run step by step, outside torch's fused kernel" if loops else ""
         warnings.append(f"slower than the dense network here{why}")
-    if final.size_bytes > dense.size_bytes:
+    if (final.coded_bytes or final.size_bytes) > dense.size_bytes:
         warnings.append("larger than the dense network")
     if cut:
         warnings.append("fine-tuning ended worse than the cut" + (", and the cut was kept" if cut == "kept" else ""))
     told = _next(
-        chance=chance, slower=slower, level_speed=speed.startswith("Speed"), loops=loops, worse=worse, trained=trained, lost=bool(cut)
-    )
+        chance=chance, slower=slower, level_speed=speed.startswith("Speed"), loops=loops, worse=worse, trained=trained, lost=bool(cut),
+        coded=final.coded_bytes is not None,
+    )  # fmt: skip
     return Verdict(_size(dense, final), speed, quality, told, tuple(warnings))
 
 
 def _size(dense: Measurement, final: Measurement) -> str:
     before, after = dense.size_bytes, final.size_bytes
+    if final.coded_bytes:
+        parts = f"values {final.data_bytes:,}, positions of zeros {final.index_bytes:,}"
+        return f"{before / final.coded_bytes:.2f}x smaller as a coded file ({before:,} to {final.coded_bytes:,} B: {parts})"
     mib = max(before, after) >= 2**19
     texts = f"({before / 2**20:.2f} to {after / 2**20:.2f} MiB)" if mib else f"({before:,} to {after:,} B)"
     if not after or f"{before / after:.2f}" == "1.00":
@@ -185,6 +189,10 @@ def _next(**told: bool) -> str:
         return by_clock
     if told["lost"]:
         return "a lower learning rate or more data for fine-tuning"
+    if told["coded"]:
+        return (
+            "more coded_bytes, or fine-tuning on the levels (fit_rounded)" if told["worse"] else "fewer coded_bytes, or pack(model, path)"
+        )
     if told["worse"]:
         more = "more epochs" if told["trained"] else "fine-tuning (epochs=)"
         return f"{more}, a larger budget, or Budget(max_drop=1.0) for the smallest network at most 1 point worse"

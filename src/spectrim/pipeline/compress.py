@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from operator import index
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from spectrim.budget.allocate import check_floor
 from spectrim.budget.budget import Budget, as_budget
@@ -14,14 +15,14 @@ from spectrim.budget.ladder import ladder
 from spectrim.budget.promise import counted, recounted
 from spectrim.budget.schemes import at_budget
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
-from spectrim.errors import SettingError
-from spectrim.layers import named_factors
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
-from spectrim.metrics.distance import Unlabeled, relative_distance, with_outputs
+from spectrim.metrics.distance import Unlabeled
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
 from spectrim.metrics.measurement import Measurement
 from spectrim.metrics.verdict import worse_than
+from spectrim.pipeline.checking import check_settings, check_tuning, without_labels
+from spectrim.pipeline.coding import uncut, with_levels
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.cutter import Cutter
 from spectrim.pipeline.judge import Judge, scores_of_measurement
@@ -43,8 +44,7 @@ from spectrim.training.distillation import Distillation, Loss
 from spectrim.training.fit import DEFAULT
 from spectrim.training.history import History
 from spectrim.training.parts import Reconstruction
-from spectrim.training.stopping import Best
-from spectrim.training.tuning import Schedule, Tuning
+from spectrim.training.tuning import Tuning
 
 
 @outside_inference_mode
@@ -53,7 +53,7 @@ from spectrim.training.tuning import Schedule, Tuning
 def compress(
     model: nn.Module,
     data: Iterable[Any],
-    loss: Loss | None = None,
+    loss: Loss | Budget | None = None,
     budget: Budget | float | Mapping[str, Any] | None = None,
     epochs: int = 0,
     *,
@@ -90,7 +90,9 @@ def compress(
             in all scores is the distance of the outputs from the dense network's, as a share of their variance
             (`spectrim.metrics.distance.RelativeDistance`), and sensitivities come from random directions of the output. ``Divergence()``,
             in the same room, compares logits.
-        budget: what the whole network may keep: a `Budget`, a fraction of the multiply-accumulates, or a dict of `Budget`'s fields.
+        budget: what the whole network may keep: a `Budget`, a fraction of the multiply-accumulates, or a dict of `Budget`'s fields. It may
+            take the place of a loss that is left out. ``coded_bytes`` limits the file that `pack` writes: the network is rounded last, see
+            `spectrim.budget.rounding.round_to.round_to`; alone, nothing is cut.
             With ``max_drop`` or ``max_loss_rise`` the smallest network that is at most so much worse on `eval_data`, by bisection over
             budgets: five calls with budgets of limits alone, each in a folder inside `folder`.
         epochs: passes over `data`, >= 0; 0 for calibration only.
@@ -127,7 +129,8 @@ def compress(
         reconstruct: after the cut, train each block for a few steps toward the dense network's block, on inputs without labels, see
             `Reconstruction`; kept where the loss is lower.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
-        folder: for the cut network, checkpoints, the final network and ``result.json``; an interrupted call resumes there. None for none.
+        folder: for the cut network, checkpoints, the final network, under ``coded_bytes`` ``model.spz``, and ``result.json``; an
+            interrupted call resumes there. None for none.
         progress: whether to show progress, on stderr: the name of each step.
 
     With epochs, a network that ends worse than its cut is not kept, and the cut is: a lower accuracy, or a higher loss at a level one,
@@ -137,7 +140,7 @@ def compress(
         The networks, their measurements side by side, and the choices made.
 
     Raises:
-        SettingError: for a setting outside its range, or a budget that no ranks reach (the smallest feasible one is named).
+        SettingError: for a setting outside its range, or a budget that no ranks or no steps reach (the smallest feasible one is named).
         LayerError: when nothing can be factorized, or when the factorized or the merged network does not compute what the one before it
             does (see `same_function`).
         FormatError: when `folder` belongs to a call with other weights, data, layers or settings.
@@ -155,14 +158,15 @@ def compress(
     check("compress", model=model, epochs=epochs, example_inputs=example_inputs, where=where)
     given = data
     if loss is None or isinstance(loss, Unlabeled):
-        data, eval_data, loss = _without_labels(unwrapped(model), data, eval_data, loss, epochs, examples, batch_dims)
+        data, eval_data, loss = without_labels(unwrapped(model), data, eval_data, loss, epochs, examples, batch_dims)
     check("compress", data=data, loss=loss, eval_data=eval_data)
+    assert not isinstance(loss, Budget)  # `searching` has put it in its place
     check("compress", squeeze=squeeze, tuning=tuning, penalties=penalties, examples=examples, latency=latency)
-    model, budget, epochs, examples = unwrapped(model), as_budget(budget, "compress"), index(epochs), index(examples)
+    model, budget, epochs, examples = unwrapped(model), as_budget(budget, "compress", coded=True), index(epochs), index(examples)
     where = layer_filter(where, model, "compress")
-    _check(model, cut, distill, reconstruct)
-    _check_tuning(tuning, eval_data is not None)
-    ways = (1 if cut != "auto" else 4 if epochs else 3) + (reconstruct is not None)
+    check_settings(model, budget, epochs, cut, distill, reconstruct)
+    check_tuning(tuning, eval_data is not None)
+    ways = (1 if cut != "auto" else 4 if epochs else 3) + (reconstruct is not None) + (budget.coded_bytes is not None)
     with (
         steps("compress", 6 + ways + (round(epochs * squeeze) > 0) + (epochs > round(epochs * squeeze)), progress) as step,
         ExitStack() as held,
@@ -173,8 +177,12 @@ def compress(
         known = first_examples(data, examples, dims=batch_dims)
         more = None if reconstruct is None else reconstruct.examples
         unlabeled = [] if more is None else first_examples(given, more, dims=batch_dims)
-        step("factorizing", has_bar=True)
-        low = factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
+        judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
+        split = "calibration" if eval_data is None else "validation"
+        low = model
+        if budget.limits:
+            step("factorizing", has_bar=True)
+            low = factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
         store = Store(None if folder is None else Path(folder))
         held.enter_context(store.held())
         store.claim(
@@ -197,13 +205,18 @@ def compress(
             reconstruct=None if reconstruct is None else repr(reconstruct),
             **identity_of(model, low, data, known, inputs, loss, tuning.optimizer, latency, calibration) if folder is not None else {},
         )
+        if not budget.limits:
+            step("scoring the dense network")
+            made = uncut(judge, where, inputs, store.settings, split)
+            step("rounding", has_bar=True)
+            return _finish(with_levels(made, judge, budget, inputs, examples, progress=progress), store)
+        whole, budget = budget, replace(budget, coded_bytes=None)
         step("comparing outputs and pricing ranks")
         same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
         prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True)
         if scheme == "auto" and latency is None and calibration is None:
             low, prices = at_budget(low, budget, inputs, prices, model)
         check_floor(low, budget, prices)
-        judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
         cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims, step, reconstruct, unlabeled, progress)
         step("scoring the dense network")
         scores: dict[str, dict[str, float]] = {"dense": judge.dense}
@@ -247,25 +260,19 @@ def compress(
         taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
         lines = coverage(low, where, inputs=inputs, latency=latency)
         notes = [*told.notes, *([untaught] if untaught else [])]
-        split = "calibration" if eval_data is None else "validation"
         made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes, split)
-        store.finish(made)
+        if whole.coded_bytes is not None:
+            step("rounding", has_bar=True)
+            made = with_levels(made, judge, whole, inputs, examples, progress=progress)
+        return _finish(made, store)
+
+
+def _finish(made: Compressed, store: Store) -> Compressed:
+    """Write what was made, and log the warnings of its verdict."""
+    store.finish(made)
     for warning in made.verdict.warnings:
         LOGGER.warning("compress: %s", warning)
     return made
-
-
-def _without_labels(
-    model: nn.Module, data: Any, eval_data: Any, loss: Unlabeled | None, epochs: int, examples: int, dims: BatchDims | None
-) -> tuple[list[Any], list[Any] | None, Unlabeled]:
-    """Return the calibration set and the validation split with the dense network's outputs as targets, and the distance from these."""
-    if epochs:
-        hint = "reconstruct=Reconstruction() trains without labels; fit(..., distill=Distillation(model, weight=1.0)) too"
-        raise SettingError("compress", "epochs", got=epochs, rule="0 without a loss", hint=hint)
-    batches = [data] if isinstance(data, Tensor) else data
-    check("compress", batches_again=batches, eval_batches=eval_data, examples=examples)
-    known = with_outputs(model, first_examples(batches, examples, dims=dims))
-    return known, None if eval_data is None else with_outputs(model, eval_data), loss or relative_distance(known)
 
 
 def _finished(low: nn.Module, judge: Judge, inputs: Any, latency: Latencies | None) -> tuple[nn.Module, dict[str, Measurement]]:
@@ -274,25 +281,3 @@ def _finished(low: nn.Module, judge: Judge, inputs: Any, latency: Latencies | No
     final = merge(low, latency=latency)
     same_function(low, final, inputs_of(judge.known[0]), names=("cut", "merged"))
     return final, judge.measured(final, inputs)
-
-
-def _check(model: nn.Module, cut: str, distill: Any, reconstruct: Any) -> None:
-    """Raise a SettingError for a model or a setting that is none of the allowed ones."""
-    if next(named_factors(model), None) is not None:
-        hint = "merge(model) makes it dense; to cut it as it is, allocate ranks and prune"
-        raise SettingError("compress", "model", got="one that is factorized already", rule="dense", hint=hint)
-    if cut not in get_args(Cut):
-        raise SettingError("compress", "cut", got=cut, rule=f"one of {', '.join(get_args(Cut))}")
-    if not (distill is None or distill == "auto" or isinstance(distill, Distillation)):
-        raise SettingError("compress", "distill", got=distill, rule="'auto', a Distillation, or None")
-    if not (reconstruct is None or isinstance(reconstruct, Reconstruction)):
-        raise SettingError("compress", "reconstruct", got=reconstruct, rule="a Reconstruction, or None")
-
-
-def _check_tuning(tuning: Tuning, judged: bool) -> None:
-    """Raise a SettingError for what only `fit` takes: a schedule of an optimizer that `compress` does not have."""
-    if isinstance(tuning.scheduler, Schedule):
-        rule = "a function (optimizer, steps) -> schedule"
-        raise SettingError("compress", "scheduler", got=tuning.scheduler, rule=rule, hint="the optimizer is made inside")
-    if tuning.keep_best:
-        Best(tuning.keep_best, judged)

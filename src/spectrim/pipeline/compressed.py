@@ -8,10 +8,11 @@ from torch import nn
 
 from spectrim.forms.form import Size
 from spectrim.layers import named_factors
-from spectrim.metrics.figures import curve, figure, ratios
+from spectrim.metrics.figures import curve, figure, frame, ratios
 from spectrim.metrics.measurement import Measurement, compare_table
 from spectrim.metrics.table import html_of
 from spectrim.metrics.verdict import Verdict, has_loops, verdict
+from spectrim.storage.pack import Packed
 from spectrim.surgery.coverage import Coverage
 from spectrim.training.history import History
 
@@ -27,8 +28,8 @@ class Compressed:
         model: `torch.nn` layers (two in place of one are a `PlainPair`), in eval mode, for deployment.
         low: the same network before `merge`, factorized: to train on, to cut further, to `save`.
         measured: ``dense`` and ``final``: costs, latency side by side, and loss and accuracy as in `scores`.
-        scores: loss and accuracy by stage: ``dense``, ``squeezed``, ``cut``, ``recalibrated``, ``corrected``, ``final``; skipped
-            stages are missing. On the evaluation split, or without one on the calibration set.
+        scores: loss and accuracy by stage: ``dense``, ``squeezed``, ``cut``, ``recalibrated``, ``corrected``, ``final``, ``rounded``;
+            skipped stages are missing. On the evaluation split, or without one on the calibration set.
         cut: how the cut was made.
         teacher: the distillation used (the fields of `Distillation`); None without one.
         history: of the fine-tuning; empty without epochs.
@@ -38,6 +39,7 @@ class Compressed:
         notes: cut methods that were not tried, and why.
         split: what scores are on: ``validation`` (the data given as `eval_data`) or ``calibration`` (training examples).
         tried: with a budget that has ``max_drop`` or ``max_loss_rise``: each budget that was tried, its scores, and whether it was allowed.
+        packed: with a budget of coded bytes: the sizes of the file that `pack` writes of `model`, and of each tensor in it.
     """
 
     model: nn.Module
@@ -53,6 +55,7 @@ class Compressed:
     notes: list[str] = field(default_factory=list)
     split: str = "calibration"
     tried: list[dict[str, Any]] = field(default_factory=list)
+    packed: Packed | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -79,7 +82,7 @@ class Compressed:
         """Everything but the networks, as plain data for JSON."""
         measured = {name: entry.to_dict() for name, entry in self.measured.items()}
         measured["final"]["ranks"] = self.ranks
-        rest = {
+        rest: dict[str, Any] = {
             "scores": self.scores,
             "cut": self.cut,
             "teacher": self.teacher,
@@ -91,22 +94,32 @@ class Compressed:
             "tried": self.tried,
             "verdict": self.verdict.to_dict(),
         }
+        if self.packed is not None:
+            rest["packed"] = self.packed.to_dict()
         return measured | rest | {"coverage": [vars(line) for line in self.coverage]}
 
     def summary(self) -> str:
         """Return a table of the dense and the low-rank network side by side, and the verdict as its last line."""
-        return f"{compare_table({'dense': self.measured['dense'], 'low-rank': self.measured['final']})}\n{self.verdict}"
+        name = "low-rank" if self.packed is None else "rounded"
+        return f"{compare_table({'dense': self.measured['dense'], name: self.measured['final']})}\n{self.verdict}"
 
     def _repr_html_(self) -> str:
         return html_of(self.summary())
+
+    def to_pandas(self) -> Any:
+        """Return the measurements as a pandas data frame, a row for each network."""
+        rows = ({"network": name} | entry.to_dict() for name, entry in self.measured.items())
+        return frame([{key: value for key, value in row.items() if key != "ranks"} for row in rows], "network")
 
     def plot(self) -> Any:
         """Return a matplotlib figure: what is kept of each cost, the scores of each stage, and where budgets were searched, those."""
         dense, final = self.measured["dense"], self.measured["final"]
         costs = {"bytes": "size_bytes", "parameters": "params", "MACs": "macs", "latency": "latency_s"}
+        coded = {} if final.coded_bytes is None else {"coded file": final.coded_bytes / dense.size_bytes}
         kept = {
             name: getattr(final, key) / getattr(dense, key) for name, key in costs.items() if getattr(dense, key) and getattr(final, key)
         }
+        kept |= coded
         merit = "accuracy" if dense.accuracy is not None else "loss"
         tried = [(one["budget"], one[merit]) for one in self.tried if merit in one]
         made, axes = figure(3 if tried else 2)

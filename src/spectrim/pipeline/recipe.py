@@ -76,7 +76,8 @@ class Factorization:
     """How dense layers become factorized ones.
 
     Args:
-        scheme: how 2-D kernels are folded.
+        scheme: how kernels are folded, see `factorize`. ``auto`` does not look at the budget of the cut, unlike that of `compress`:
+            one trained network serves every budget.
         where: globs over layer names, ``!`` excludes; all but the classifier head when omitted.
         start: from the ``dense`` stage's weights, or from the ``initial`` ones (the paper's random start).
     """
@@ -200,6 +201,9 @@ def _check(recipe: Recipe, cut: bool) -> None:
             raise RecipeError(
                 f"prune.budget.{name}", problem, allowed="macs, params, size, size_bytes; or latency_table and allocate in Python"
             )
+    if recipe.prune.budget is not None and recipe.prune.budget.coded_bytes is not None:
+        problem = "is met by rounding, which a recipe does not do"
+        raise RecipeError("prune.budget.coded_bytes", problem, allowed="macs, params, size, size_bytes; or spectrim compress --coded-bytes")
     least_values = (
         ("threads", recipe.threads, 0),
         ("latency_threads", recipe.latency_threads, 1),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from spectrim.budget.budget import FRACTIONS, Budget, BudgetError, as_budget
+from spectrim.budget.budget import CODED, FRACTIONS, Budget, BudgetError, as_budget
 from spectrim.errors import SettingError
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.steps import LOGGER
@@ -16,19 +16,23 @@ from spectrim.pipeline.store import Store
 RESOLUTION = 1 / 32
 """Bisection ends when the smallest budget that is allowed is known up to this share of the dense network."""
 
+SMALLEST, NEAR = 32, 1.12
+"""Of coded bytes: the smallest budget that is tried is that part of the largest, and bisection ends when it is known up to this factor."""
+
 P = ParamSpec("P")
 T = TypeVar("T")
 Scores = Mapping[str, float]
 
 
 def unit_of(budget: Budget, *, by_clock: bool = False) -> str:
-    """Return the unit that is made small: the first fraction that the budget limits, else seconds where there is a table, else MACs.
+    """Return the unit that is made small: the first fraction that is limited, else coded bytes, seconds where there is a table, or MACs.
 
     Examples:
-        >>> unit_of(Budget(max_drop=0.5)), unit_of(Budget(max_drop=0.5, params=0.3))
-        ('macs', 'params')
+        >>> unit_of(Budget(max_drop=0.5)), unit_of(Budget(max_drop=0.5, params=0.3)), unit_of(Budget(max_drop=0.5, coded_bytes=0.2))
+        ('macs', 'params', 'coded_bytes')
     """
-    return next((name for name in FRACTIONS if name in budget.limits), "latency" if by_clock else "macs")
+    other = CODED if budget.coded_bytes is not None else "latency" if by_clock else "macs"
+    return next((name for name in FRACTIONS if name in budget.limits), other)
 
 
 def drop_of(budget: Budget, dense: Scores, found: Scores) -> tuple[bool, str]:
@@ -66,8 +70,8 @@ def smallest(
 ) -> tuple[T, list[dict[str, Any]]]:
     """Return what is made for the smallest budget that is not too much worse, and what was tried.
 
-    A share of the dense network is halved again and again; a budget that no ranks reach counts as too small. Larger networks are taken to
-    be no worse than smaller ones; where one is, the smallest one that was tried and allowed is returned.
+    A share of the dense network is halved again and again, of coded bytes its logarithm; a budget that cannot be met counts as too small.
+    Larger networks are taken to be no worse than smaller ones; where one is, the smallest one that was tried and allowed is returned.
 
     Args:
         budget: its limits hold for every try; that of `unit` is the largest share.
@@ -78,7 +82,10 @@ def smallest(
     Raises:
         BudgetError: when even the largest share is too much worse.
     """
-    least, most = 0.0, budget.limits.get(unit, 1.0)
+    largest = float(budget.asked.get(unit, 1.0))
+    if largest > 1:
+        raise SettingError("Budget", unit, got=largest, rule=f"a fraction in (0, 1) with {' and '.join(budget.drops)}")
+    least, most = largest / SMALLEST if unit == CODED else 0.0, largest
     best: T | None = None
     tried: list[dict[str, Any]] = []
 
@@ -87,26 +94,25 @@ def smallest(
         try:
             made = make(one)
         except BudgetError as error:
-            if share == budget.limits.get(unit, 1.0):
+            if share == largest:
                 raise
-            tried.append({"budget": one.limits, "kept": False, "words": f"no ranks reach it ({error})"})
+            tried.append({"budget": one.asked, "kept": False, "words": f"it cannot be met ({error})"})
             return None
         dense, found = scores(made)
         over, words = drop_of(budget, dense, found)
-        tried.append({"budget": one.limits, "kept": not over, "words": words, **found})
+        tried.append({"budget": one.asked, "kept": not over, "words": words, **found})
         LOGGER.info("tried %r: %s", one, words)
         return None if over else made
 
-    while most - least > RESOLUTION:
-        middle = (least + most) / 2
+    while most / least > NEAR if unit == CODED else most - least > RESOLUTION:
+        middle = (least * most) ** 0.5 if unit == CODED else (least + most) / 2
         made = attempt(middle)
         best, least, most = (best, middle, most) if made is None else (made, least, middle)
     if best is None:
-        share = budget.limits.get(unit, 1.0)
-        best = attempt(share)
+        best = attempt(largest)
         if best is None:
             asked = ", ".join(f"{name}={value:g}" for name, value in budget.drops.items())
-            raise BudgetError(f"at {unit}={share:g} the network is too much worse for {asked}: {tried[-1]['words']}; relax one of them")
+            raise BudgetError(f"at {unit}={largest:g} the network is too much worse for {asked}: {tried[-1]['words']}; relax one of them")
     return best, tried
 
 
@@ -117,15 +123,17 @@ def searching(compress: Callable[P, Compressed]) -> Callable[P, Compressed]:
     @functools.wraps(compress)
     def called(*args: P.args, **kwargs: P.kwargs) -> Compressed:
         given = dict(signature.bind(*args, **kwargs).arguments)
-        budget = given["budget"]
-        if not isinstance(budget, Mapping | Budget) or not (budget := as_budget(budget, "compress", drops=True)).drops:
-            return compress(*args, **kwargs)
+        if isinstance(given.get("loss"), Budget) and given.get("budget") is None:
+            given["budget"] = given.pop("loss")
+        budget = given.get("budget")
+        if not isinstance(budget, Mapping | Budget) or not (budget := as_budget(budget, "compress", drops=True, coded=True)).drops:
+            return compress(**given)  # type: ignore[call-arg]
         if given.get("eval_data") is None:
             raise SettingError("compress", "eval_data", got=None, rule=f"a validation split, with {' and '.join(budget.drops)}")
         unit, folder = unit_of(budget, by_clock=given.get("latency") is not None), given.get("folder")
 
         def make(one: Budget) -> Compressed:
-            inside = {} if folder is None else {"folder": Path(folder) / "-".join(f"{name}{value:g}" for name, value in one.limits.items())}
+            inside = {} if folder is None else {"folder": Path(folder) / "-".join(f"{name}{value:g}" for name, value in one.asked.items())}
             return compress(**(given | {"budget": one} | inside))  # type: ignore[call-arg]
 
         made, tried = smallest(budget, unit, make, lambda made: (made.scores["dense"], list(made.scores.values())[-1]))

@@ -16,9 +16,10 @@ from spectrim.layers import named_factors
 from spectrim.locks import locked
 from spectrim.pipeline import identity
 from spectrim.pipeline.compressed import Compressed
+from spectrim.storage.pack import pack
 from spectrim.storage.save import load, save
 
-RESULT, SETTINGS, CUT = "result.json", "settings.json", "cut.json"
+RESULT, SETTINGS, CUT, CODED_FILE = "result.json", "settings.json", "cut.json", "model.spz"
 AGAIN = "delete the folder to begin again"
 
 
@@ -112,4 +113,6 @@ class Store:
         if self.folder is not None:
             save(made.low, self.folder / "low")
             save(made.model, self.folder / "final")
+            if made.packed is not None:
+                made.packed = pack(made.model, self.folder / CODED_FILE)
             write_json(self.folder / RESULT, made.report)

@@ -188,7 +188,8 @@ def result_data(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any
         "split": _split(result),
         "verdict": _verdict(result),
         "tried": [dict(one) for one in result.get("tried") or []],
-        "measured": {LABELS.get(name, name): entry for name, entry in result.items() if isinstance(entry, dict) and "size_bytes" in entry},
+        "measured": {LABELS.get(name, name): entry for name, entry in result.items() if name != "packed" and _is_measured(entry)},
+        "coded": _coded(result),
         "stages": [*(_stage(name, numbers) for name, numbers in stages.items()), *_compress_stages(result)],
         "ranks": _ranks(result, stages),
         "spectra": _spectra(stages),
@@ -199,6 +200,17 @@ def _verdict(result: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the verdict as plain data, checked."""
     found = result.get("verdict")
     return None if found is None else Verdict.from_dict(found).to_dict()
+
+
+def _is_measured(entry: Any) -> bool:
+    return isinstance(entry, dict) and "size_bytes" in entry
+
+
+def _coded(result: Mapping[str, Any]) -> list[list[Any]]:
+    """Return name, bytes of values and of positions of each tensor in the coded file, the largest first."""
+    tensors = (result.get("packed") or {}).get("tensors") or {}
+    listed = [[name, float(data), float(index)] for name, (data, index) in tensors.items()]
+    return sorted(listed, key=lambda line: -line[1] - line[2])
 
 
 def _split(result: Mapping[str, Any]) -> str:

@@ -235,8 +235,19 @@ function overview(parent) {
     DATA.shortfalls.forEach((line) => add(list, "li", {}, line));
   }
   if (run && Object.keys(run.measured).length) compared(add(parent, "div", { class: "beside" }), run.measured, run.split);
+  if (run && (run.coded || []).length) codedBytes(parent, run.coded);
   if (PLAN) budgets(parent);
   settings(parent, run);
+}
+
+// Where the bytes of the coded file are: the tensors that take most.
+function codedBytes(parent, tensors) {
+  const most = 20, part = tensors.slice(0, most), rest = tensors.slice(most);
+  const sum = (lines, place) => lines.reduce((total, line) => total + line[place], 0);
+  const rows = part.map(([name, data, index]) => [name, whole(Math.round(data)), whole(Math.round(index))]);
+  if (rest.length) rows.push([`${rest.length} more`, whole(Math.round(sum(rest, 1))), whole(Math.round(sum(rest, 2)))]);
+  add(parent, "h2", {}, "Where the bytes of the coded file are");
+  table(parent, ["tensor", "values, bytes", "positions of zeros, bytes"], rows);
 }
 
 function compared(pair, measured, split) {
@@ -250,9 +261,13 @@ function compared(pair, measured, split) {
     ["MACs", (m) => m.macs !== null && whole(m.macs)],
     ["parameters", (m) => whole(m.params)],
     ["bytes", (m) => whole(m.size_bytes)],
+    ["coded file, bytes", (m) => m.coded_bytes && whole(m.coded_bytes)],
+    ["values in it, bytes", (m) => m.coded_bytes && whole(m.data_bytes)],
+    ["positions of zeros, bytes", (m) => m.coded_bytes && whole(m.index_bytes)],
     ["latency", (m) => m.latency_s && `${milliseconds(m.latency_s)} ± ${(500 * m.latency_iqr_s).toFixed(3)}`],
     ["MAC reduction", ratio("macs")],
     ["compression (bytes)", ratio("size_bytes")],
+    ["compression (coded file)", (m) => m.coded_bytes && `${(dense.size_bytes / m.coded_bytes).toFixed(2)}x`],
     ["speedup (measured)", ratio("latency_s")],
   ].map(([title, cell]) => [title, ...names.map((name) => cell(measured[name]) || "")]);
   table(parent, ["", ...names], rows.filter((row) => row.slice(1).some(Boolean)));
@@ -480,7 +495,7 @@ function pin(weight, place) {
   onPin();
 }
 
-// What a weight is cut to: a rank, or the ranks of outputs and inputs of a Tucker form, whose choices are numbered.
+// What a weight is cut to: a rank, or the ranks of a Tucker form or a tensor train, whose choices are numbered.
 function sizeOf(weight, place) {
   return weight.sizes ? weight.sizes[place] : weight.ranks[place];
 }
@@ -524,7 +539,8 @@ function rankRow(body, weight) {
     row.dataset.rank = rank;
     box.checked = pinned;
     full.setAttribute("aria-pressed", String(state.pins[weight.name] === last));
-    const layers = weight.sizes ? `three layers, ${sizeOf(weight, place).join(" x ")}` : "two layers";
+    const parts = weight.sizes ? sizeOf(weight, place).length + 1 : weight.scheme === "cp" ? 3 : 2;
+    const layers = `${["two", "three", "four", "five"][parts - 2]} layers`.concat(weight.sizes ? `, ${sizeOf(weight, place).join(" x ")}` : "");
     form.textContent = rank > weight.breakEven ? "one dense layer" : layers;
     macs.textContent = `${brief(weight.macs[place])} (${percent(weight.macs[place] / weight.dense.macs || 0, 0)})`;
     params.textContent = `${brief(weight.params[place])} (${percent(weight.params[place] / weight.dense.params || 0, 0)})`;

@@ -54,8 +54,9 @@ class Packed:
             f"{self.size_bytes:,} bytes as tensors, {self.coded_bytes:,} as a file: {self.compression:.2f} times smaller",
             f"values {self.data_bytes:,}, positions of zeros {self.index_bytes:,}, header, tables and scales "
             f"{self.coded_bytes - self.data_bytes - self.index_bytes:,}",
-            "most in " + ", ".join(f"{name} {sum(sizes):,.0f}" for name, sizes in most),
         ]
+        if most:
+            lines.append("most in " + ", ".join(f"{name} {sum(sizes):,.0f}" for name, sizes in most))
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -164,6 +165,19 @@ def unpack(path: str | Path, model: nn.Module | None = None) -> Any:
         return {**content.tensors, **{alias: content.tensors[kept] for alias, kept in plan["aliases"].items()}}
     check("unpack", model=model)
     return rebuilt(unwrapped(model), plan, content.tensors, path)
+
+
+def packed_sizes(path: str | Path) -> Packed:
+    """Return the sizes of a coded file, without those of each tensor.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FormatError: for a missing, truncated, altered or foreign file.
+    """
+    content = read_file(Path(path))
+    return Packed(content.size, *content.totals, sum(tensor.nbytes for tensor in content.tensors.values()), {}, Path(path))
 
 
 def unpack_file(path: str | Path, out: str | Path) -> Packed:

@@ -63,6 +63,7 @@ class Step:
         self.memories: dict[str, dict[str, Any]] = {}
         self._columns = [name for name, course in self.courses.items() if getattr(course, "penalizes", False)]
         self._pulls: dict[str, Penalty | None] = {}
+        self._at = 0
 
     @property
     def kind(self) -> str:
@@ -87,7 +88,7 @@ class Step:
         Returns:
             The ranks after a cut that changed one, else None.
         """
-        ranks = None
+        ranks, self._at = None, step
         for name, course in self.courses.items():
             if name not in self.memories:
                 self.memories[name] = course.start(model, inputs, steps)
@@ -143,10 +144,15 @@ class Step:
 
     def added(self, model: nn.Module) -> list[Tensor]:
         """Return what each of `terms` adds to the loss of this step, scalars."""
-        pulls = [self._pulls.get(name) for name in self._columns]
-        return [penalty(model) for penalty in self.penalties.values()] + [
-            torch.zeros(()) if pull is None else pull(model) for pull in pulls
-        ]
+        pulls = [*self.penalties.values(), *(self._pulls.get(name) for name in self._columns)]
+        return [torch.zeros(()) if pull is None else self._of_this_step(pull, model) for pull in pulls]
+
+    def _of_this_step(self, penalty: Penalty, model: nn.Module) -> Tensor:
+        """Return the penalty; of one for `every` few steps that many times as much then, and zero between."""
+        every = getattr(penalty, "every", 1)
+        if every == 1:
+            return penalty(model)
+        return torch.zeros(()) if self._at % every else every * penalty(model)
 
     # Lessons
 

@@ -187,7 +187,7 @@ class _Search:
             price = price_for(self.curves, goal)
         if best is None:
             raise SettingError(
-                "round_to", "coded_bytes", got=limit, rule=f"met by some steps; the fewest bytes reached are {packed.coded_bytes:,}"
+                "round_to", "coded_bytes", got=limit, rule=f"at least {packed.coded_bytes:,}, the fewest bytes that were reached"
             )
         model, packed, steps, bits = best
         return Rounded(model, packed, steps, bits, self._unexplained(model))

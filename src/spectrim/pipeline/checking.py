@@ -1,0 +1,57 @@
+"""What `compress` refuses before any work, and data without labels."""
+
+from typing import Any, get_args
+
+from torch import Tensor, nn
+
+from spectrim.budget.budget import Budget
+from spectrim.checks import check
+from spectrim.errors import SettingError
+from spectrim.layers import named_factors
+from spectrim.metrics.batch import BatchDims
+from spectrim.metrics.distance import Unlabeled, relative_distance, with_outputs
+from spectrim.metrics.inputs import first_examples
+from spectrim.pipeline.ways import Cut
+from spectrim.training.distillation import Distillation
+from spectrim.training.parts import Reconstruction
+from spectrim.training.stopping import Best
+from spectrim.training.tuning import Schedule, Tuning
+
+
+def without_labels(
+    model: nn.Module, data: Any, eval_data: Any, loss: Unlabeled | None, epochs: int, examples: int, dims: BatchDims | None
+) -> tuple[list[Any], list[Any] | None, Unlabeled]:
+    """Return the calibration set and the validation split with the dense network's outputs as targets, and the distance from these."""
+    if epochs:
+        hint = "reconstruct=Reconstruction() trains without labels; fit(..., distill=Distillation(model, weight=1.0)) too"
+        raise SettingError("compress", "epochs", got=epochs, rule="0 without a loss", hint=hint)
+    batches = [data] if isinstance(data, Tensor) else data
+    check("compress", batches_again=batches, eval_batches=eval_data, examples=examples)
+    known = with_outputs(model, first_examples(batches, examples, dims=dims))
+    return known, None if eval_data is None else with_outputs(model, eval_data), loss or relative_distance(known)
+
+
+def check_settings(model: nn.Module, budget: Budget, epochs: int, cut: str, distill: Any, reconstruct: Any) -> None:
+    """Raise a SettingError for a model or a setting that is none of the allowed ones."""
+    if next(named_factors(model), None) is not None:
+        hint = "merge(model) makes it dense; to cut it as it is, allocate ranks and prune"
+        raise SettingError("compress", "model", got="one that is factorized already", rule="dense", hint=hint)
+    if cut not in get_args(Cut):
+        raise SettingError("compress", "cut", got=cut, rule=f"one of {', '.join(get_args(Cut))}")
+    if not (distill is None or distill == "auto" or isinstance(distill, Distillation)):
+        raise SettingError("compress", "distill", got=distill, rule="'auto', a Distillation, or None")
+    if not (reconstruct is None or isinstance(reconstruct, Reconstruction)):
+        raise SettingError("compress", "reconstruct", got=reconstruct, rule="a Reconstruction, or None")
+    if not budget.limits and (epochs or reconstruct is not None):
+        hint = "limit macs or params too; or fine-tune the rounded network on its levels"
+        field, got = ("epochs", epochs) if epochs else ("reconstruct", reconstruct)
+        raise SettingError("compress", field, got=got, rule="left out where coded_bytes alone is limited and nothing is cut", hint=hint)
+
+
+def check_tuning(tuning: Tuning, judged: bool) -> None:
+    """Raise a SettingError for what only `fit` takes: a schedule of an optimizer that `compress` does not have."""
+    if isinstance(tuning.scheduler, Schedule):
+        rule = "a function (optimizer, steps) -> schedule"
+        raise SettingError("compress", "scheduler", got=tuning.scheduler, rule=rule, hint="the optimizer is made inside")
+    if tuning.keep_best:
+        Best(tuning.keep_best, judged)
