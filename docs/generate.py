@@ -68,6 +68,13 @@ FURTHER = {
         "spectrim.storage.pack.unpack",
         "spectrim.storage.pack.Packed",
     ],
+    "Crossbars": [
+        "spectrim.runtimes.crossbar.Device",
+        "spectrim.runtimes.crossbar.Mapping",
+        "spectrim.runtimes.crossbar.on_crossbars",
+        "spectrim.runtimes.crossbar.monte_carlo",
+        "spectrim.runtimes.crossbar.price_on_crossbars",
+    ],
     "Training": [
         "spectrim.training.History",
         "spectrim.training.EpochCallback",

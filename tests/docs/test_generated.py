@@ -187,6 +187,14 @@ def test_pruning_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> 
             assert row["plain"]["total_kept"] == sum(pruning.RATES[row["settings"]["rate"]].values())
 
 
+def test_table_of_crossbars_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import crossbar
+
+    assert list(crossbar.RESULTS.glob("*.json"))
+    assert crossbar.table() in crossbar.CARD.read_text(encoding="utf-8"), "run python benchmarks/crossbar.py --render"
+
+
 def test_table_of_orthonormal_factors_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import orthogonality

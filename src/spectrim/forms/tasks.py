@@ -250,9 +250,8 @@ class TaskFactors(Factors):
 
     def become(self, other: Form) -> None:
         """Raise a LayerError: a cut would change what other tasks use."""
-        raise LayerError(
-            "", f"holds the columns of {self.tasks} tasks", hint="one_task(model, task) gives one task's network, which can be cut"
-        )
+        hint = "one_task(model, task) gives one task's network, which can be cut"
+        raise LayerError(type(self).__name__, f"holds the columns of {self.tasks} tasks", hint=hint)
 
     def set_(self, *parts: Tensor) -> None:
         """Raise a LayerError, as `become`."""

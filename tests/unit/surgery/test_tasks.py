@@ -354,7 +354,7 @@ def test_clear_refusals(x: Tensor) -> None:
     with pytest.raises(SettingError, match=r"prune_task: keep must be a fraction in \(0, 1\]"):
         prune_task(model, 2.0)
     for cut in (lambda: sp.prune(model, {"fc1": 1}), lambda: sp.prune(model, sp.Energy(0.5))):
-        with pytest.raises(LayerError, match="holds the columns of 2 tasks; one_task"):
+        with pytest.raises(LayerError, match="layer 'TaskFactors': holds the columns of 2 tasks; one_task"):
             cut()
 
 
