@@ -1,11 +1,11 @@
-"""The forms of a convolution side by side at equal multiply-accumulates: three SVD folds, Tucker-2, and the choice at the budget.
+"""The forms of a convolution side by side at equal multiply-accumulates: three SVD folds, Tucker-2, CP, tensor trains, and `auto`.
 
 .venv/bin/python benchmarks/forms.py            # writes benchmarks/results/forms/*.json, one file a row; a finished row is skipped
 .venv/bin/python benchmarks/forms.py --table    # renders docs/forms.md from them
 
 Ranks and cuts by spectral energy (``cut="plain"``), the same data, steps and learning rates for all. The refit to the dense outputs exists
-for matrices only: in a Tucker row it changes the other layers. So it is a column beside those that all forms have. The validation split
-(5,000 images) scores every stage, the test split is read once, by the finished row.
+for matrices only: in a row of another form it changes the other layers. So it is a column beside those that all forms have. The
+validation split (5,000 images) scores every stage, the test split is read once, by the finished row.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from spectrim.layers import named_layers
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PAGE = HERE / "results" / "forms", HERE.parent / "docs" / "forms.md"
-SCHEMES = ("channel", "spatial", "input", "tucker", "auto")
+SCHEMES = ("channel", "spatial", "input", "tucker", "cp", "tt", "auto")
 NETWORKS = {"resnet8": "ResNet-8, CIFAR-10", "lenet5": "LeNet-5, Fashion-MNIST"}
 BUDGETS, SEEDS, EPOCHS, IMAGES, EXAMPLES, DENSE_EPOCHS = (0.5, 0.33), (0, 1, 2), 2, 10_000, 512, 5
 
@@ -97,6 +97,8 @@ def name_of(network: str, budget: float, scheme: str, seed: int | None) -> str:
 def main() -> None:
     """Run what is missing, or render the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="rows of these networks and schemes, such as lenet5 cp tt")
+    parser.add_argument("--calibrated", action="store_true", help="rows without training alone")
     parser.add_argument("--table", action="store_true", help="write docs/forms.md from the result files")
     parser.add_argument("--check", action="store_true", help="is docs/forms.md what --table would write?")
     given = parser.parse_args()
@@ -108,7 +110,11 @@ def main() -> None:
         write_text(PAGE, page())
         return
     torch.set_num_threads(1)
+    chosen = {*given.only}
     for row in rows():
+        left_out = any(names & chosen and name not in chosen for name, names in ((row[0], {*NETWORKS}), (row[2], {*SCHEMES})))
+        if left_out or (given.calibrated and row[3] is not None):
+            continue
         path = RESULTS / name_of(*row)
         if path.exists():
             continue
@@ -137,8 +143,8 @@ def page() -> str:
         "<!-- written by benchmarks/forms.py --table -->",
         "",
         "Ranks and cuts by spectral energy at equal multiply-accumulates. *As cut* and *BatchNorm renewed* are on the validation split,",
-        "for all forms; the refit to the dense network's outputs leaves Tucker layers as they are. *Test* is the finished network on",
-        "10,000 test images.",
+        "for all forms; the refit to the dense network's outputs leaves Tucker, CP and tensor-train layers as they are. *Test* is the",
+        "finished network on 10,000 test images.",
     ]
     for network, title in NETWORKS.items():
         for budget in BUDGETS:

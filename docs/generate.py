@@ -41,6 +41,16 @@ FURTHER = {
         "spectrim.surgery.prune_optimizer_state",
         "spectrim.training.choose_execution",
     ],
+    "Many tasks": [
+        "spectrim.surgery.add_task",
+        "spectrim.surgery.select_task",
+        "spectrim.surgery.prune_task",
+        "spectrim.surgery.one_task",
+        "spectrim.surgery.sharing",
+        "spectrim.surgery.params_of_task",
+        "spectrim.surgery.tasks_of",
+        "spectrim.surgery.selected_task",
+    ],
     "Results of the verbs": [
         "spectrim.metrics.Measurement",
         "spectrim.metrics.compare_table",
@@ -57,6 +67,13 @@ FURTHER = {
         "spectrim.storage.pack.pack",
         "spectrim.storage.pack.unpack",
         "spectrim.storage.pack.Packed",
+    ],
+    "Crossbars": [
+        "spectrim.runtimes.crossbar.Device",
+        "spectrim.runtimes.crossbar.Mapping",
+        "spectrim.runtimes.crossbar.on_crossbars",
+        "spectrim.runtimes.crossbar.monte_carlo",
+        "spectrim.runtimes.crossbar.price_on_crossbars",
     ],
     "Training": [
         "spectrim.training.History",

@@ -21,8 +21,9 @@ Forward, loss, penalties (`Orthogonality` and `Hoyer`), backward and an SGD step
 faster. `factored` runs two operations at every rank and writes the penalties layer by layer, as published code does; `composed` always
 composes the weight; `auto`, the default, chooses for each layer the execution with fewer multiply-accumulates; `measured` the faster one
 by measurement (`choose_execution`); `PolarHoyer` regularizes the weights of the dense network; *penalty sampled* is
-`Orthogonality(sample=0.125)`. The number after the name is the rank as a fraction of the full rank. *Memory* is the peak within a step
-above the memory in use before it, relative to dense; *without factors* excludes the gradients of the factors.
+`Orthogonality(sample=0.125)`, *no penalty* has `Hoyer` alone, and *retraction alone* is `Retraction` once, without a step: every 16
+steps, it adds a sixteenth of that to *no penalty*. The number after the name is the rank as a fraction of the full rank. *Memory* is
+the peak within a step above the memory in use before it, relative to dense; *without factors* excludes the gradients of the factors.
 """
 LATENCY = """
 ## Inference, at half the multiply-accumulates

@@ -3,6 +3,7 @@
 What is not here lives in its room: ``spectrim.penalties.L1``, ``spectrim.budget.LatencyTable``, ``spectrim.layers.named_factors``.
 """
 
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,15 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'spectrim' has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+def _register() -> None:
+    """Let ``AutoModel.from_pretrained`` read compressed networks; a version of transformers that cannot is left alone."""
+    with suppress(ImportError):
+        import_module("spectrim.integrations.quantizer")
+
+
+import_module("spectrim.late").when_imported("transformers.modeling_utils", _register)
 
 
 def __dir__() -> list[str]:

@@ -70,7 +70,8 @@ class Course(Protocol):
 
     One that holds entries of weights may have ``free(memory) -> {name of a parameter: boolean tensor}``: gradients and the optimizer's
     moments of all other entries are then set to zero at each step (`after` has to put the weights back). One that has ``noted(memory) ->
-    {name: number}`` adds to the log of an epoch.
+    {name: number}`` adds to the log of an epoch. One that lets layers run differently between `before` and `after` has
+    ``closed(model)``, which is called when training ends, also by an error within a step.
     """
 
     def start(self, model: nn.Module, inputs: Any, steps: int, /) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from spectrim.plain.chain import PlainPair
 from spectrim.plain.recurrent import PlainRecurrent
 from spectrim.runtimes import run_exported
 from spectrim.runtimes.export import Exported, export
+from spectrim.surgery.tensor_train import tensor_train
 from spectrim.tables import SUFFIXES
 
 PACKAGES = {".pt2": (), ".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pte": ("executorch",), ".xml": ("openvino", "onnx", "onnxscript")}
@@ -116,6 +117,22 @@ def test_a_file_computes_what_the_model_computes(network: str, suffix: str, tmp_
             torch.testing.assert_close(found, (expected["logits"], expected["mean"]))
         else:
             torch.testing.assert_close(run_exported(made.path, given), low(given))
+
+
+def test_a_file_of_tensor_formats_has_plain_operators_and_computes_what_the_model_computes(tmp_path: Path) -> None:
+    """CP and a tensor train in one network, and a TT-matrix: convolutions, one of them depthwise, and products."""
+    onnx = pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.Flatten(), nn.Linear(72, 12)).eval()
+    for index, scheme in ((0, "cp"), (2, "tt")):
+        model[index] = sp.merge(sp.factorize(nn.Sequential(model[index]), scheme, "*", rank=3))[0]
+    model[4] = tensor_train(model[4], 4)
+    made = export(model, torch.randn(3, 3, 8, 8), tmp_path / "file.onnx")
+    graph = onnx.load(made.path).graph
+    groups = [attribute.i for node in graph.node if node.op_type == "Conv" for attribute in node.attribute if attribute.name == "group"]
+    assert groups == [1, 3, 1, 1, 1, 1, 1]
+    assert {node.op_type for node in graph.node} <= {"Conv", "Relu", "Reshape", "Transpose", "MatMul", "Add"}
+    torch.testing.assert_close(run_exported(made.path, torch.ones(5, 3, 8, 8)), model(torch.ones(5, 3, 8, 8)))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

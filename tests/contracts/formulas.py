@@ -18,11 +18,19 @@ def spectrum(U: NDArray[Any], S: NDArray[Any], Vh: NDArray[Any]) -> NDArray[Any]
     return np.linalg.svd(U * S @ Vh, compute_uv=False)
 
 
+def shares(S: NDArray[Any]) -> NDArray[Any]:
+    made: NDArray[Any] = np.abs(S) / np.abs(S).sum()
+    return made
+
+
 OF_FACTORS: dict[str, Callable[..., Any]] = {
     "Orthogonality": orthogonality,
     "Hoyer": lambda U, S, Vh: np.abs(S).sum() / np.sqrt((S**2).sum()) - 1,
     "HoyerSquare": lambda U, S, Vh: np.abs(S).sum() ** 2 / (S**2).sum() - 1,
     "L1": lambda U, S, Vh: np.abs(S).sum(),
+    "EffectiveRank": lambda U, S, Vh: np.exp(-(shares(S) * np.log(shares(S) + 1e-6)).sum()) - 1,
+    "LogDeterminant": lambda U, S, Vh: np.log(1 + np.abs(S) / 0.1).sum(),
+    "Schatten": lambda U, S, Vh: (np.sqrt(np.abs(S) + 1e-3) - np.sqrt(1e-3)).sum(),
     "CumulativeShrinkage": lambda U, S, Vh: ((1 - (5 / 6) ** np.arange(1, len(S) + 1)) * np.sort(np.abs(S))[::-1]).sum(),
     "PolarHoyer": lambda U, S, Vh: spectrum(U, S, Vh).sum() ** 2 / (spectrum(U, S, Vh) ** 2).sum() - 1,
     "NuclearNorm": lambda U, S, Vh: spectrum(U, S, Vh).sum(),

@@ -20,7 +20,7 @@ from spectrim.protocols import Penalty
 from spectrim.tables import Row
 
 EVERYTHING = sp.match("*")
-DEGREES = {"scale-free": 0, "degree-1": 1, "degree-2": 2}
+DEGREES = {"scale-free": 0, "in a unit": 0, "degree-1": 1, "degree-2": 2}
 IDEAL: dict[str, Callable[[Tensor], Tensor]] = {
     "orthonormal": lambda S: S,
     "rank-one": lambda S: only_rank_one(S),

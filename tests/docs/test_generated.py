@@ -29,6 +29,16 @@ def test_forms_page_is_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_pages_of_formats_and_measures_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import rank_measures
+    import tensor_formats
+
+    assert tensor_formats.PAGE.read_text(encoding="utf-8") == tensor_formats.page(), "run python benchmarks/tensor_formats.py --table"
+    text = rank_measures.CARD.read_text(encoding="utf-8")
+    assert text == rank_measures.render(text), "run python benchmarks/rank_measures.py --render"
+
+
 @pytest.mark.parametrize("page", ["reference.md", "methods/index.md"])
 def test_pages_from_the_tables_of_methods_are_up_to_date(page: str) -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]
@@ -84,6 +94,7 @@ def test_every_committed_result_was_written_by_the_runner_for_its_recipe() -> No
 
 
 LATER = {"mix": 0.0, "compiled": False, "features": 0.0, "until": 1.0, "cut": "plain", "correct": False, "examples": 1024, "courses": []}
+LATER |= {"every": 1}
 """Settings that came after the first results, and what they do not do by default."""
 
 
@@ -174,3 +185,36 @@ def test_pruning_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> 
                 f"{path}: the settings have changed since"
             )
             assert row["plain"]["total_kept"] == sum(pruning.RATES[row["settings"]["rate"]].values())
+
+
+def test_table_of_crossbars_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import crossbar
+
+    assert list(crossbar.RESULTS.glob("*.json"))
+    assert crossbar.table() in crossbar.CARD.read_text(encoding="utf-8"), "run python benchmarks/crossbar.py --render"
+
+
+def test_table_of_orthonormal_factors_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import orthogonality
+
+    assert list(orthogonality.RESULTS.glob("*.json"))
+    assert orthogonality.table() in orthogonality.CARD.read_text(encoding="utf-8"), "run python benchmarks/orthogonality.py --render"
+
+
+def test_precision_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import precision
+
+    text = precision.CARD.read_text(encoding="utf-8")
+    assert text == precision.render(text), "run python benchmarks/precision.py --render"
+    paths = list(precision.RESULTS.glob("*.json"))
+    assert paths
+    for path in paths:
+        row = json.loads(path.read_text(encoding="utf-8"))
+        given = row["settings"]
+        today = precision.settings_of(given["network"], given["method"], given["seed"], given["full"])
+        assert row["digest"] == precision.digest(given) == precision.digest(today), f"{path}: the settings have changed since"

@@ -419,6 +419,11 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     result = json.loads(out.splitlines()[-1])
     assert result["final"]["macs"] <= 0.5 * result["dense"]["macs"]
     assert len(out.splitlines()) == 1
+    cli.main([*arguments[:-3], str(tmp_path / "more"), "--cut", "both", "--writing", "interpolative", "--reconstruct", "2", "--quiet"])
+    written = json.loads((tmp_path / "more" / "compress" / "result.json").read_text())
+    assert written["cut"] == "both"
+    assert any("reconstructed" in note for note in written["notes"])
+    capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         cli.main(["compress", str(recipe), "--quiet"])
     assert "no budget" in capsys.readouterr().err

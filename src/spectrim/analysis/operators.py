@@ -12,7 +12,7 @@ from spectrim.errors import LayerError, SettingError
 from spectrim.layers import is_factorized
 from spectrim.layers.base import share_nothing
 from spectrim.layers.geometry import PLAIN, TRANSPOSED, padded_sides
-from spectrim.plain.chain import PlainPair
+from spectrim.plain.chain import PlainPair, of_one_group
 
 CONV = (None, F.conv1d, F.conv2d, F.conv3d)
 PADDED = {"zeros": "constant", "circular": "circular"}
@@ -138,7 +138,7 @@ def operators_of(layer: Any) -> tuple[Convolution, ...]:
         keys = [key for key, _ in layer.named_factors()]
         pair = layer.split(share_nothing, keys) if keys == ["weight"] else None
     if isinstance(pair, PlainPair) and not isinstance(pair[0], nn.Embedding):
-        return tuple(part for half in pair for part in operators_of(half))
+        return _of_equal_groups(tuple(part for half in pair for part in operators_of(half)))
     if isinstance(layer, nn.Linear):
         return (Convolution(layer.weight.detach().double() + 0),)
     if not isinstance(layer, PLAIN) or isinstance(layer, TRANSPOSED):
@@ -147,6 +147,13 @@ def operators_of(layer: Any) -> tuple[Convolution, ...]:
         raise LayerError(type(layer).__name__, f"pads by {layer.padding_mode!r}, which has no symbol", hint="zeros and circular have one")
     kernel = layer.weight.detach().double() + 0  # composed, where it is made of parts
     return (Convolution(kernel, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode),)
+
+
+def _of_equal_groups(parts: tuple[Convolution, ...]) -> tuple[Convolution, ...]:
+    """Return parts of which some are depthwise as parts of one group each."""
+    if len({part.groups for part in parts}) == 1:
+        return parts
+    return tuple(replace(part, kernel=of_one_group(part.kernel, part.groups), groups=1) for part in parts)
 
 
 def of_group(parts: Sequence[Convolution], group: int) -> tuple[Convolution, ...]:

@@ -264,7 +264,7 @@ def _weights(bench: Workbench, lines: Iterable[LayerCoverage], distortions: Mapp
                 rung_of(line.break_even or 0),
                 factors.dtype.itemsize,
                 bench.latency.multiple(name) if bench.latency else 1,
-                None if factors.is_matrix else factors.path(),
+                None if isinstance(factors.full_size, int) else factors.path(),
             )
         )
     return tuple(found)

@@ -8,7 +8,7 @@ from typing import Any
 from spectrim.errors import FormatError
 from spectrim.files import read_json, write_json
 from spectrim.forms.form import Size, ranks_in, rung_of, shown
-from spectrim.metrics.figures import curve, figure
+from spectrim.metrics.figures import curve, figure, frame
 from spectrim.metrics.table import html_of, markdown_table
 
 FORMAT = 1
@@ -155,6 +155,12 @@ class Plan:
             whole = [] if dense is None else [(1.0, float(dense))]
             curve(place, [*points, *whole], title=f"{merits[name]} after the cut", x="MACs, fraction of dense", y=merits[name])
         return made
+
+    def to_pandas(self) -> Any:
+        """Return the budgets as a pandas data frame, a row for each: its limits and its totals."""
+        limits = ({f"budget_{name}": value for name, value in row.budget.items()} for row in self.budgets)
+        totals = ({} if row.totals is None else vars(row.totals) for row in self.budgets)
+        return frame([limit | {"problem": row.problem} | found for limit, found, row in zip(limits, totals, self.budgets, strict=True)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a dict that `json.dumps` takes; `from_dict` is its inverse."""

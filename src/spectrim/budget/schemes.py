@@ -16,6 +16,7 @@ from spectrim.budget.knapsack import _knapsack, _limit
 from spectrim.budget.ladder import Ladder, UnitCost, ladder
 from spectrim.forms import FORMS, Size
 from spectrim.layers import Site, sites
+from spectrim.layers.geometry import stored
 from spectrim.linalg.fold import MATRICES, Fold
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.surgery.refold import refold_
@@ -148,7 +149,7 @@ def _priced(site: Site, fold: Fold, shapes: Iterable[Any], batch: int) -> list[C
     dense = layer.work(layer, site.key, fold, None, None)
     short = layer.writing == "interpolative" and layer.interpolated_kind(layer, fold) is not None
     for rung in _thinned(len(sizes)):
-        size, params = sizes[rung - 1], blocks * _count(site, fold, sizes[rung - 1])
+        size, params = sizes[rung - 1], stored(layer, fold, sizes[rung - 1])
         if short and isinstance(size, int):
             single, *each = (layer.interpolated_work(layer, fold, size, shape) for shape in shapes)
             params -= blocks * size**2
@@ -171,17 +172,6 @@ def _distortions(site: Site, fold: Fold) -> tuple[Tensor, Sequence[Size]]:
         return tail, range(1, len(tail))
     form = FORMS[fold].of(folded, folded)
     return form.tail(), form.path()
-
-
-def _count(site: Site, fold: Fold, size: Size) -> int:
-    """Return the numbers that one block stores at a size: the kernels of its small operations at a single position."""
-    layer: Any = site.layer
-    if isinstance(size, tuple):
-        taps = int(np.prod(layer.kernel_size))
-        return int(layer.out_channels * size[0] + taps * size[0] * size[1] + layer.in_channels * size[1])
-    leading = linalg.leading(fold, layer.kernel_size)
-    first, second = (int(np.prod(axes)) for axes in (layer.kernel_size[:leading], layer.kernel_size[leading:]))
-    return int(size * (layer.out_channels * second + layer.in_channels * first) // layer.groups)
 
 
 def _share(tail: Tensor, rung: int) -> float:

@@ -157,7 +157,15 @@ exit codes: 0 done, 1 failure, 2 wrong usage or a bad recipe, 130 stopped by Ctr
     )
     sub.add_argument("--epochs", type=NonNegativeInt, default=0, help="of fine-tuning (default: none, calibration only)")
     sub.add_argument("--examples", type=PositiveInt, default=1024, help="training examples for calibration")
-    sub.add_argument("--cut", choices=["auto", "plain", "whitened", "sensitive", "mixed"], default="auto", help="how the cut is made")
+    ways = ["auto", "plain", "whitened", "sensitive", "mixed", "both", "curved"]
+    sub.add_argument("--cut", choices=ways, default="auto", help="how the cut is made")
+    sub.add_argument("--writing", choices=["pair", "interpolative"], default="pair", help="how cut weights are written")
+    sub.add_argument(
+        "--reconstruct",
+        type=NonNegativeInt,
+        default=0,
+        help="after the cut, train each block for so many steps toward the dense one's output",
+    )
     sub.add_argument("--squeeze", type=float, default=0.0, help="share of the epochs spent training toward the budget before the cut")
     sub.add_argument("--out", type=str, help="folder (default: runs/NAME-compress-BUDGET)")
     _changes(sub)

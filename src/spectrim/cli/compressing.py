@@ -28,6 +28,7 @@ from spectrim.pipeline.stages import STAGE
 from spectrim.report import PLAN, write_report
 from spectrim.storage.save import load
 from spectrim.surgery.factorize import factorize
+from spectrim.training.parts import Reconstruction
 from spectrim.training.tuning import Tuning
 
 LIMITS = ("macs", "params", "size", "size_bytes", "latency", "latency_s", "max_drop", "max_loss_rise", "coded_bytes")
@@ -128,6 +129,7 @@ def _compressed(job: Run, budget: Budget, args: Namespace) -> tuple[Compressed, 
     made = compress(
         dense, data.train, job.loss, budget, args.epochs, example_inputs=job.example, eval_data=data.val,
         scheme=recipe.factorize.scheme, where=recipe.factorize.layers(), cut=args.cut, squeeze=args.squeeze, examples=args.examples,
+        writing=args.writing, reconstruct=Reconstruction(args.reconstruct) if args.reconstruct else None,
         tuning=Tuning(precision=recipe.precision, compiled=recipe.compiled), latency=table, folder=job.out / "compress",
         progress=not args.quiet,
     )  # fmt: skip

@@ -5,21 +5,38 @@ from typing import Any
 
 from torch import Tensor
 
+from spectrim.forms.cp import CP
 from spectrim.forms.form import Form, Size
 from spectrim.forms.svd import Factors
+from spectrim.forms.tasks import TaskFactors
+from spectrim.forms.tensor_train import TensorTrain
 from spectrim.forms.tucker import Tucker2
 from spectrim.linalg.fold import Fold, to_matrix
 from spectrim.tables import Row
 
-FORMS: dict[Fold, type[Factors | Tucker2]] = {"channel": Factors, "spatial": Factors, "input": Factors, "tucker": Tucker2}
+FORMS: dict[Fold, type[Factors | Tucker2 | CP | TensorTrain]] = {
+    "channel": Factors,
+    "spatial": Factors,
+    "input": Factors,
+    "tucker": Tucker2,
+    "cp": CP,
+    "tt": TensorTrain,
+}
 
 METHODS: tuple[Row[Callable[[Tensor], Any]], ...] = (
-    Row(Factors, example=lambda kernel: Factors.of(kernel, to_matrix(kernel)), card="svd-training", laws={"exact distortion"}),
-    Row(Tucker2, example=lambda kernel: Tucker2.of(kernel, to_matrix(kernel, "tucker")), card="tucker"),
+    Row(
+        Factors, example=lambda kernel: Factors.of(kernel, to_matrix(kernel)), card="svd-training", laws={"exact distortion", "truncation"}
+    ),
+    Row(Tucker2, example=lambda kernel: Tucker2.of(kernel, to_matrix(kernel, "tucker")), card="tucker", laws={"truncation"}),
+    Row(CP, example=lambda kernel: CP.of(kernel, to_matrix(kernel, "cp")), card="cp", laws={"truncation"}),
+    Row(TensorTrain, example=lambda kernel: TensorTrain.of(kernel, to_matrix(kernel, "tt")), card="tensor-train"),
 )
 """Every form: an example is a function that holds a kernel ``(out, in, k...)`` in it."""
 
-LAWS = {"exact distortion": "the distortion of a rung is the squared error of its cut, not only a bound of it"}
+LAWS = {
+    "exact distortion": "the distortion of a rung is the squared error of its cut, not only a bound of it",
+    "truncation": "the distortion of a rung is the squared error of zeros beyond it, not only a bound of it",
+}
 """What a form may promise beyond the contract of `Form`."""
 
-__all__ = ["FORMS", "LAWS", "METHODS", "Factors", "Form", "Size", "Tucker2"]
+__all__ = ["CP", "FORMS", "LAWS", "METHODS", "Factors", "Form", "Size", "TaskFactors", "TensorTrain", "Tucker2"]

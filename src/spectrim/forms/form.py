@@ -7,7 +7,9 @@ from typing import Any, ClassVar, SupportsIndex, TypeVar
 import torch
 from torch import Tensor, nn
 
+from spectrim import linalg
 from spectrim.errors import LayerError, RankError
+from spectrim.forms.arithmetic import Computed
 from spectrim.linalg.gram import Metric
 
 Size = int | tuple[int, ...]
@@ -36,7 +38,7 @@ def stored(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Form(nn.Module):
+class Form(Computed):
     """Holds one weight, and is the only holder of its tensors.
 
     A weight is folded first (`linalg.fold`): `shape` is that of its rows and columns. A half-precision weight keeps its parameters in
@@ -54,6 +56,9 @@ class Form(nn.Module):
 
     is_matrix: ClassVar[bool] = True
     """Whether the folded weight is a matrix that multiplies the rows of a layer's input, and the form its ``U diag(S) Vh``."""
+
+    called: ClassVar[str] = "a product of two matrices"
+    """What errors call it."""
 
     _dtype: Tensor
 
@@ -228,6 +233,12 @@ class Form(nn.Module):
     def sides(self) -> tuple[Tensor, ...]:
         """Return the parameters whose columns are orthonormal, ``(..., rows, columns)``: what orthogonality penalties see."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def retract_(self) -> None:
+        """Move `sides` toward orthonormal columns; other parts take over what they lose, where they can (`linalg.retracted`)."""
+        for side in self.sides():
+            side.copy_(linalg.retracted(side))
 
     def values(self) -> tuple[Tensor, ...]:
         """Return what sparsity penalties see: a signed or non-negative value for each column that can be cut, differentiable."""

@@ -75,6 +75,7 @@ class Factors(Form):
     U: nn.Parameter
     S: nn.Parameter
     Vh: nn.Parameter
+    operations = ("Vh", "U")
 
     @classmethod
     def of(
@@ -285,6 +286,14 @@ class Factors(Form):
     def sides(self) -> tuple[Tensor, Tensor]:
         """Return ``U`` and ``Vh^T``: columns are singular vectors."""
         return self.U, self.Vh.mT
+
+    @torch.no_grad()
+    def retract_(self) -> None:
+        """Move singular vectors toward orthonormal ones, in place; singular values take over the lengths of their vectors."""
+        for side in self.sides():
+            made = linalg.retracted(side)
+            self.S.mul_((made * side).sum(-2) / made.square().sum(-2))
+            side.copy_(made)
 
     def values(self) -> tuple[Tensor, ...]:
         """Return the singular values as they are held, signed."""

@@ -6,8 +6,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import LayerError, RankError
+from spectrim import linalg
+from spectrim.errors import LayerError
 from spectrim.forms.form import LOST, Form, Size, fitted, rung_of
+from spectrim.forms.kernel import several_ranks
 from spectrim.linalg.gram import Metric
 from spectrim.linalg.spectral import LEFT_FLOOR, metric_root
 from spectrim.linalg.tucker import core_of, hooi, hosvd, nested_path
@@ -32,9 +34,11 @@ class Tucker2(Form):
     """
 
     is_matrix: ClassVar[bool] = False
+    called: ClassVar[str] = "a Tucker form"
     A: nn.Parameter
     core: nn.Parameter
     B: nn.Parameter
+    operations = ("B", "core", "A")
 
     def __init__(
         self, A: Tensor, core: Tensor, B: Tensor, *, dtype: torch.dtype | None = None, requires_grad: bool = True, exact: bool = False
@@ -138,14 +142,7 @@ class Tucker2(Form):
         Raises:
             RankError: for one below 1 or above the present size.
         """
-        held = self.size
-        if isinstance(size, int) and not isinstance(size, bool) and 1 <= size <= max(held):
-            return min(size, held[0]), min(size, held[1])
-        pair = tuple(size) if isinstance(size, tuple | list) else ()
-        whole = len(pair) == 2 and all(isinstance(rank, int) and not isinstance(rank, bool) for rank in pair)
-        if not whole or not all(1 <= rank <= most for rank, most in zip(pair, held, strict=True)):
-            raise RankError(name, got=size, out=self.shape[0], in_=self.shape[1], held=held)
-        return pair
+        return _pair(several_ranks(self, name, size))
 
     def count(self, size: Size) -> int:
         """``out r + taps r s + in s``."""
@@ -256,6 +253,15 @@ class Tucker2(Form):
     def sides(self) -> tuple[Tensor, Tensor]:
         """Return ``A`` and ``B``."""
         return self.A, self.B
+
+    @torch.no_grad()
+    def retract_(self) -> None:
+        """Move both factors toward orthonormal columns, in place; the core takes over what they lose."""
+        for side, equation in zip(self.sides(), ("ab,bst->ast", "cd,rdt->rct"), strict=True):
+            made = linalg.retracted(side)
+            taken = torch.linalg.lstsq(made, side).solution
+            self.core.copy_(torch.einsum(equation, taken, self.core))
+            side.copy_(made)
 
     def values(self) -> tuple[Tensor, ...]:
         """Return the norms of the core's slices along each channel axis, as they are held."""

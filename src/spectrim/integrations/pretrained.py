@@ -35,7 +35,8 @@ except ImportError as error:  # pragma: no cover
     raise ImportError("spectrim.integrations.pretrained needs transformers: pip install 'spectrim[hf]'") from error
 
 INSIDE = "spectrim"
-"""Within the folder: what `spectrim.save` writes. Also the key of the config under which dtypes that deviate are kept."""
+"""Within the folder: what `spectrim.save` writes. Also the key of the config under which dtypes that deviate are kept, and the name under
+which transformers knows merged networks, see `spectrim.integrations.quantizer`."""
 
 CARD = "README.md"
 FOREIGN = ("model*.safetensors", "pytorch_model*.bin", "*.index.json")
@@ -158,7 +159,8 @@ def _check(model: nn.Module) -> None:
     if not isinstance(config, transformers.PretrainedConfig):
         hint = "spectrim.save(model, folder) and spectrim.load(folder, model) take any model"
         raise LayerError(owner, "is no model of transformers: it has no config", hint=hint)
-    if getattr(config, "quantization_config", None) is not None or getattr(model, "hf_quantizer", None) is not None:
+    methods = [getattr(config, "quantization_config", None), getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)]
+    if any(method is not None and getattr(method, "quant_method", None) != INSIDE for method in methods):
         raise LayerError(owner, "is quantized", hint="compress the model before it is quantized")
 
 
@@ -172,6 +174,8 @@ def _config_for(model: Any) -> Any:
         dtypes[name] = dtype
     config.dtype = sizes.most_common(1)[0][0]
     config.architectures = [type(model).__name__]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the plan is in the folder inside
     other = {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items() if dtype != config.dtype}
     setattr(config, INSIDE, {"version": version("spectrim"), "dtypes": other})
     return config

@@ -81,7 +81,7 @@ class Steps(Step):
         self.called, self.heard, self.at = False, False, None
         self._reset()
         self.close()
-        if self.lessons:
+        if self.lessons or self.courses:
             device = device or next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
             self.stack.enter_context(self.watching(model, device))
 

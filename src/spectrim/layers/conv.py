@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,11 @@ from spectrim.layers.geometry import (
     Piece,
     chain,
     chain_macs,
+    channels_of,
     convolve,
+    groups_of,
+    kernels_of_pair,
+    length_of,
     memory_format_of,
     owners_of,
     padded_sides,
@@ -28,7 +32,7 @@ from spectrim.layers.geometry import (
 )
 from spectrim.layers.uses import Features, first_argument
 from spectrim.layers.weights import ROWS_SIZE, OneWeight
-from spectrim.linalg.fold import Fold, folds, leading
+from spectrim.linalg.fold import KERNELS, Fold, folds, leading
 from spectrim.plain.chain import PlainPair
 
 
@@ -57,9 +61,10 @@ class FactorizedConv(OneWeight):
 
     @classmethod
     def schemes(cls, module: Any) -> tuple[Fold, ...]:
-        """Those that differ: one for a kernel of one tap, whose Tucker form is its SVD; else ``tucker`` too, unless there are groups."""
+        """Those that differ: one for a kernel of one tap; without groups also ``tucker`` and ``cp``, and ``tt`` for two axes with taps."""
         found = folds(module.kernel_size)
-        return (*found, "tucker") if len(found) > 1 and module.groups == 1 else found
+        kernels = KERNELS[: len(found)] if module.groups == 1 and len(found) > 1 else ()  # along one axis a train is Tucker's
+        return (*found, *kernels)
 
     @classmethod
     def fold(cls, module: Any, name: str, weight: Tensor, scheme: Fold) -> Tensor:
@@ -75,12 +80,10 @@ class FactorizedConv(OneWeight):
 
     @classmethod
     def work(cls, module: Any, name: str, scheme: Fold, size: Any, shape: Sequence[int] | None) -> float:
-        """Multiply-accumulates of one convolution, of two of a rank, or of three of Tucker's ranks, see `chain_macs`."""
-        in_, out = module.in_channels, module.out_channels
+        """Multiply-accumulates of one convolution, or of those of a size, see `chain_macs`."""
         if size is None:
-            return chain_macs(module, (0,) * len(module.kernel_size), (in_, out), shape)
-        inner = (size[1], size[0]) if scheme == "tucker" else (module.groups * size,)
-        return chain_macs(module, owners_of(module, scheme), (in_, *inner, out), shape)
+            return chain_macs(module, (0,) * len(module.kernel_size), (module.in_channels, module.out_channels), shape)
+        return chain_macs(module, owners_of(module, scheme), channels_of(module, scheme, size), shape, groups_of(module, scheme, size))
 
     @classmethod
     def interpolated_kind(cls, module: Any, scheme: Fold) -> str | None:
@@ -96,26 +99,22 @@ class FactorizedConv(OneWeight):
 
     def _pieces(self) -> tuple[Piece, ...]:
         """Return the geometry of the operations."""
-        return chain(self, owners_of(self, self.scheme), 3 if self.scheme == "tucker" else 2)
+        return chain(self, owners_of(self, self.scheme), length_of(self, self.scheme))
 
     def _kernels(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """Reshape the form's chain to the kernels of the operations, in the memory format that the dense kernel had."""
-        module: Any = self
         factors, pieces = self.factors_of("weight"), self._pieces()
-        if self.scheme == "tucker":
-            shaped = [part.reshape(*part.shape[:2], *piece.settings["kernel_size"]) for part, piece in zip(parts, pieces, strict=True)]
-            return tuple([self._laid_out_as(piece, kernel) for kernel, piece in zip(shaped, pieces, strict=True)])
-        blocks, rank, (right, left), (one, two) = factors.blocks, factors.rank, parts, pieces
-        in_, out = module.in_channels // blocks, module.out_channels // blocks
-        first = right.reshape(blocks, rank, in_, *one.settings["kernel_size"])
-        if math.prod(two.settings["kernel_size"]) > 1:  # else a view with transposed strides would pass for channels last
-            left = left.reshape(blocks, out, -1, rank).mT
-        second = left.reshape(blocks, out, rank, *two.settings["kernel_size"])
-        kernels = ((kernel.transpose(1, 2) if piece.kind in TRANSPOSED else kernel) for kernel, piece in ((first, one), (second, two)))
-        return tuple([self.laid_out(kernel.flatten(0, 1)) for kernel in kernels])
+        if self.scheme in KERNELS:
+            return tuple([self._laid_out_as(*each) for each in zip(parts, pieces, self._groups(), strict=True)])
+        right, left = parts
+        return tuple([self.laid_out(kernel) for kernel in kernels_of_pair(self, right, left, factors.blocks, pieces)])
 
-    def _laid_out_as(self, piece: Piece, kernel: Tensor) -> Tensor:
-        return self.laid_out(kernel.transpose(0, 1) if piece.kind in TRANSPOSED else kernel)
+    def _groups(self) -> tuple[int, ...]:
+        return groups_of(self, self.scheme, self.factors_of("weight").size)
+
+    def _laid_out_as(self, part: Tensor, piece: Piece, groups: int) -> Tensor:
+        kernel = part.reshape(*part.shape[:2], *piece.settings["kernel_size"])
+        return self.laid_out(kernel.transpose(0, 1) if piece.kind in TRANSPOSED and groups == 1 else kernel)
 
     def forward(self, input: Tensor, *output: Any, **options: Any) -> Tensor:
         """Convolve ``(batch, in, size...)`` or ``(in, size...)``; a transposed convolution takes ``output_size`` too, as torch's does."""
@@ -124,7 +123,9 @@ class FactorizedConv(OneWeight):
         if wants_size:
             dense: Any = super()
             return cast(Tensor, dense.forward(input, *output, **options))
-        if self.composes("weight", input.shape):
+        factors = self.factors_of("weight")
+        rounds = factors.rounds and not module.transposed
+        if not rounds and self.composes("weight", input.shape):
             own = whole(self)
 
             def dense_operation(weight: Tensor) -> Tensor:
@@ -132,14 +133,17 @@ class FactorizedConv(OneWeight):
 
             return self.run_dense("weight", input.shape, dense_operation)
         pieces = self._pieces()
-        kernels = self._kernels(*self.factors_of("weight").chain())
-        for index, (kernel, piece) in enumerate(zip(kernels, pieces, strict=True)):
-            input = convolve(input, kernel, module.bias if index == len(pieces) - 1 else None, piece, module.groups)
+        kernels = self._kernels(*factors.chain())
+        for index, (kernel, piece, groups) in enumerate(zip(kernels, pieces, self._groups(), strict=True)):
+            bias = module.bias if index == len(pieces) - 1 else None
+            operation = partial(convolve, bias=bias, piece=piece, groups=groups)
+            input = factors.run(index, operation, input, kernel) if rounds else operation(input, kernel)
         return input
 
     def why_untimed(self, name: str, eager: bool) -> str:
-        """A table times ranks, not pairs of them."""
-        return "a Tucker form has two ranks" if self.scheme == "tucker" else super().why_untimed(name, eager)
+        """A table times pairs of operations."""
+        form = self.factors_of(name)
+        return super().why_untimed(name, eager) if form.is_matrix else f"{form.called} is no pair of operations"
 
     def features_read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Features]:
         """The input's features are the weight's columns."""
@@ -160,7 +164,7 @@ class FactorizedConv(OneWeight):
         module: Any = self
         kernel, after = module.kernel_size, output_shape[-len(module.kernel_size) :]
         scheme = scheme or self.scheme
-        count, inside = len(kernel), leading("input" if scheme == "tucker" else scheme, kernel)
+        count, inside = len(kernel), leading("input" if scheme in KERNELS else scheme, kernel)
         x = self._padded(x if x.dim() == count + 2 else x.unsqueeze(0))
         if count == inside == 2 and not module.transposed:
             yield from self._unfolded(x, self._part(after, module.in_channels))
@@ -192,7 +196,7 @@ class FactorizedConv(OneWeight):
         """
         module: Any = self
         kernel, before = module.kernel_size, input_shape[-len(module.kernel_size) :]
-        count, inside = len(kernel), leading("channel" if self.scheme == "tucker" else self.scheme, kernel)
+        count, inside = len(kernel), leading("channel" if self.scheme in KERNELS else self.scheme, kernel)
         y = y if y.dim() == count + 2 else y.unsqueeze(0)
         sides = [sum(pair) if module.padding_mode != "zeros" else 0 for pair in self._sides()]
         width = module.out_channels * math.prod(kernel[inside:])
@@ -247,7 +251,7 @@ class FactorizedConv(OneWeight):
         return weight.contiguous(memory_format=CHANNELS_LAST[weight.dim()] if self.channels_last else torch.contiguous_format)
 
     def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
-        """Convolutions in → groups * rank → out or in → s → r → out, the bias in the last; or two that hold channels and mix the others."""
+        """Convolutions through the ranks of the form, the bias in the last; or two that hold channels and mix the others."""
         if "weight" not in paying:
             return None
         if (written := self.interpolated(share)) is not None:
@@ -255,14 +259,13 @@ class FactorizedConv(OneWeight):
         module: Any = self
         factors: Any = self.factors_of("weight")
         kernels = self._kernels(*factors.written())
-        inner = (factors.size[1], factors.size[0]) if self.scheme == "tucker" else (factors.blocks * factors.size,)
-        channels = (module.in_channels, *inner, module.out_channels)
+        channels, groups = channels_of(self, self.scheme, factors.size), self._groups()
         made: list[Any] = []
         for index, piece in enumerate(self._pieces()):
-            biased = index == len(inner) and module.bias is not None
-            common = {"groups": module.groups, "bias": biased, "padding_mode": piece.padding_mode, "device": "meta"}
+            biased = index == len(kernels) - 1 and module.bias is not None
+            common = {"groups": groups[index], "bias": biased, "padding_mode": piece.padding_mode, "device": "meta"}
             made.append(piece.kind(channels[index], channels[index + 1], **piece.settings, **common))
-            made[-1].weight = share(factors, ("first", "second", "third")[index], kernels[index])
+            made[-1].weight = share(factors, f"operation {index}", kernels[index])
         if module.bias is not None:
             made[-1].bias = module.bias
         chained: nn.Module = reduce(lambda behind, before: PlainPair(before, behind), reversed(made))

@@ -4,6 +4,7 @@ The law of a chain: an axis's size, stride, padding and dilation belong to the p
 neutral there.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from spectrim.linalg.fold import Fold, leading
+from spectrim.linalg.fold import KERNELS, Fold, leading
 
 CONVOLUTIONS: dict[type[nn.Module], Any] = {
     nn.Conv1d: F.conv1d,
@@ -115,19 +116,64 @@ def _part(own: Mapping[str, Any], owners: tuple[int, ...], piece: int) -> dict[s
 
 
 def owners_of(module: Any, scheme: Fold) -> tuple[int, ...]:
-    """Return for each axis of a convolution which of the operations it belongs to: the one that has its taps, the middle one of Tucker's.
+    """Return for each axis of a convolution which of the operations it belongs to: the one that has its taps, the middle one of three.
 
     An axis of one tap belongs to the first operation, which then works at fewer positions where it has a stride; of a transposed
-    convolution, whose stride makes more positions, to the second one.
+    convolution, whose stride makes more positions, to the last one. So in matrices and tensor trains.
     """
-    if scheme == "tucker":
-        return (1,) * len(module.kernel_size)
-    count = leading(scheme, module.kernel_size)
-    single = int(module.transposed)
-    return tuple(int(axis >= count) if size > 1 else single for axis, size in enumerate(module.kernel_size))
+    kernel = module.kernel_size
+    if scheme in ("tucker", "cp"):
+        return (1,) * len(kernel)
+    single = (length_of(module, scheme) - 1) * int(module.transposed)
+    if scheme == "tt":
+        return tuple(sum(size > 1 for size in kernel[: axis + 1]) if size > 1 else single for axis, size in enumerate(kernel))
+    count = leading(scheme, kernel)
+    return tuple(int(axis >= count) if size > 1 else single for axis, size in enumerate(kernel))
 
 
-def chain_macs(module: Any, owners: Sequence[int], channels: Sequence[int], shape: Sequence[int] | None) -> float:
+def length_of(module: Any, scheme: Fold) -> int:
+    """Return the number of operations: two for a matrix, three of Tucker's and of CP, one for each axis with taps and two of a train."""
+    if scheme == "tt":
+        return 2 + len([size for size in module.kernel_size if size > 1])
+    return 3 if scheme in KERNELS else 2
+
+
+def channels_of(module: Any, scheme: Fold, size: Any) -> tuple[int, ...]:
+    """Return the channels of the input, between the operations of a size, and of the output."""
+    if scheme == "tt":
+        return (module.in_channels, *size, module.out_channels)
+    ranks = size if scheme == "tucker" else (size,) * (length_of(module, scheme) - 1)
+    return (module.in_channels, *(module.groups * rank for rank in reversed(ranks)), module.out_channels)
+
+
+def groups_of(module: Any, scheme: Fold, size: Any) -> tuple[int, ...]:
+    """Return the groups of each operation: the one in the middle of CP's is depthwise."""
+    return (1, size, 1) if scheme == "cp" else (module.groups,) * length_of(module, scheme)
+
+
+def kernels_of_pair(module: Any, right: Tensor, left: Tensor, blocks: int, pieces: Sequence[Piece]) -> list[Tensor]:
+    """Return the kernels of two convolutions from ``(rank, in * taps)`` and ``(out * taps, rank)``, of blocks where there are groups."""
+    (one, two), rank, in_, out = pieces, left.shape[-1], module.in_channels // blocks, module.out_channels // blocks
+    first = right.reshape(blocks, rank, in_, *one.settings["kernel_size"])
+    if math.prod(two.settings["kernel_size"]) > 1:  # else a view with transposed strides would pass for channels last
+        left = left.reshape(blocks, out, -1, rank).mT
+    second = left.reshape(blocks, out, rank, *two.settings["kernel_size"])
+    kernels = [(kernel.transpose(1, 2) if piece.kind in TRANSPOSED else kernel) for kernel, piece in ((first, one), (second, two))]
+    return [kernel.flatten(0, 1) for kernel in kernels]
+
+
+def stored(module: Any, scheme: Fold, size: Any) -> int:
+    """Return how many numbers the kernels of the operations of a size have."""
+    owners, channels, total = owners_of(module, scheme), channels_of(module, scheme, size), 0
+    for piece, (in_, out, groups) in enumerate(zip(channels, channels[1:], groups_of(module, scheme, size), strict=False)):
+        taps = math.prod(length for length, owner in zip(module.kernel_size, owners, strict=True) if owner == piece)
+        total += in_ * out // groups * taps
+    return total
+
+
+def chain_macs(
+    module: Any, owners: Sequence[int], channels: Sequence[int], shape: Sequence[int] | None, groups: Sequence[int] | None = None
+) -> float:
     """Multiply-accumulates of a chain in place of a convolution.
 
     A plain convolution multiplies once for each output position, a transposed one once for each input position.
@@ -138,8 +184,10 @@ def chain_macs(module: Any, owners: Sequence[int], channels: Sequence[int], shap
         channels: of the input, between the pieces, and of the output; one more than there are pieces.
         shape: of the input, ``(batch, in, size...)`` or ``(in, size...)``; None for one output position of a large plane (one input
             position of a transposed convolution).
+        groups: of each piece; those of the convolution when omitted.
     """
     count = len(module.kernel_size)
+    groups = groups or (module.groups,) * (len(channels) - 1)
     if shape is None:
         batch, unit, stride = 1, [1.0] * count, [float(step) for step in module.stride]
         before, after = (unit, stride) if module.transposed else (stride, unit)
@@ -150,7 +198,7 @@ def chain_macs(module: Any, owners: Sequence[int], channels: Sequence[int], shap
     total = 0.0
     for piece, (in_, out) in enumerate(pairwise(channels)):
         done = piece if module.transposed else piece + 1  # pieces that have made their output where this one multiplies
-        macs = float(in_ * out // module.groups)
+        macs = float(in_ * out // groups[piece])
         for axis, owner in enumerate(owners):
             macs *= after[axis] if owner < done else before[axis]
             if owner == piece:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,10 +83,11 @@ class FactorizedLinear(OneWeight, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
-        if self.composes("weight", input.shape):
+        factors = self.factors_of("weight")
+        if not factors.rounds and self.composes("weight", input.shape):
             return self.run_dense("weight", input.shape, lambda weight: F.linear(input, weight, self.bias))
-        left, right = self.factors_of("weight").pair()
-        return F.linear(F.linear(input, right), left, self.bias)
+        left, right = factors.pair()
+        return factors.run(1, partial(F.linear, bias=self.bias), factors.run(0, F.linear, input, right), left)
 
     def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
         """Two `Linear` layers, in → rank → out, or two that hold rows or columns and mix the others."""
@@ -143,10 +145,11 @@ class FactorizedConv1D(OneWeight):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., nx)`` to ``(..., nf)``."""
-        if self.composes("weight", x.shape):
+        factors = self.factors_of("weight")
+        if not factors.rounds and self.composes("weight", x.shape):
             return self.run_dense("weight", x.shape, lambda weight: F.linear(x, weight.T, self.bias))
-        left, right = self.factors_of("weight").pair()
-        return F.linear(F.linear(x, right), left, self.bias)
+        left, right = factors.pair()
+        return factors.run(1, partial(F.linear, bias=self.bias), factors.run(0, F.linear, x, right), left)
 
     def split(self, share: Share, paying: Collection[str]) -> nn.Module | None:
         """Two `Linear` layers, in → rank → out, or two that hold rows or columns and mix the others."""

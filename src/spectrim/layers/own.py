@@ -13,6 +13,7 @@ from spectrim.layers.base import FactorizedLayer
 from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.forwards import renew
 from spectrim.layers.weights import OneWeight
+from spectrim.linalg.fold import MATRICES
 
 TOLERANCE = 1e-9
 """Relative, in float64: far above rounding, far below any mistake."""
@@ -74,7 +75,7 @@ def _factors(kind: type[FactorizedLayer], dense: nn.Module, name: str, scheme: A
     if not isinstance(weight, nn.Parameter):
         raise LayerError(kind.__name__, f"'{name}' is not a parameter of the example", hint="name the weights in the method weights")
     matrix = kind.fold(dense, name, weight.detach(), scheme)
-    if matrix.dim() not in (2, 3):  # in Tucker's scheme the third axis holds the taps
+    if scheme in MATRICES and matrix.dim() not in (2, 3):
         raise LayerError(kind.__name__, f"fold must return (out, in) or (blocks, out, in), got {tuple(matrix.shape)}")
     back = kind.unfold(dense, name, matrix, scheme)
     if back.shape != weight.shape or not torch.equal(back, weight):
@@ -87,8 +88,8 @@ def _check_cost(kind: type[FactorizedLayer], dense: nn.Module, names: Sequence[s
     shapes: list[Any] = [None, *(tuple(x.shape) for x in inputs[:1] if isinstance(x, Tensor))]
     for name in names:
         for shape in shapes:
-            if scheme == "tucker":
-                continue  # sizes are pairs there, and work is not proportional to them
+            if scheme not in MATRICES:
+                continue  # of sizes with several ranks, work is not proportional to them
             whole, one, two = (kind.work(dense, name, scheme, rank, shape) for rank in (None, 1, 2))
             if not (whole >= 0 and one > 0 and two == 2 * one):
                 problem = f"work on an input of {shape} is {whole} dense, {one} at rank 1 and {two} at rank 2"

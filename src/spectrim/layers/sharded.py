@@ -37,7 +37,7 @@ def refuse_sharded_factors(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Form) and not module.is_matrix:
             hint = "factorize with scheme='channel', 'spatial' or 'input', or train without FSDP2"
-            raise LayerError(name, "is a Tucker form, whose penalties and cuts need whole tensors", hint=hint)
+            raise LayerError(name, f"is {module.called}, whose penalties and cuts need whole tensors", hint=hint)
         if isinstance(module, Form) and _is_fsdp(module):
             raise LayerError(name, "is sharded by itself", hint="call fully_shard on the layer that holds it, or on the block around that")
 

@@ -2,7 +2,7 @@
 
 from spectrim.linalg.fold import Fold, from_matrix, leading, to_matrix
 from spectrim.linalg.gram import Metric, ProjectedMetric
-from spectrim.linalg.polar import polar_factor, polar_schedule
+from spectrim.linalg.polar import polar_factor, polar_schedule, retracted
 from spectrim.linalg.spectral import (
     orthogonality_defect,
     pooled_spectrum,
@@ -28,6 +28,7 @@ __all__ = [
     "pooled_spectrum",
     "randomized_svd",
     "rank_at_energy",
+    "retracted",
     "spectrum",
     "svd",
     "svd_of_product",

@@ -8,12 +8,16 @@ from torch import Tensor
 
 from spectrim.errors import SettingError
 
-Fold = Literal["channel", "spatial", "input", "tucker"]
-"""``channel``: all taps on the input side; ``spatial``: those of the first axis that has some; ``input``: none; ``tucker``: on no side."""
+Fold = Literal["channel", "spatial", "input", "tucker", "cp", "tt"]
+"""``channel``: all taps on the input side; ``spatial``: those of the first axis that has some; ``input``: none; the others: on no side."""
 
 
 MATRICES: tuple[Fold, ...] = ("channel", "spatial", "input")
 """Folds that give a matrix."""
+
+
+KERNELS: tuple[Fold, ...] = ("tucker", "cp", "tt")
+"""Folds that leave the kernel a tensor, of one group."""
 
 
 FOLDS: tuple[Fold, ...] = get_args(Fold)
@@ -59,7 +63,8 @@ def to_matrix(weight: Tensor, fold: Fold = "channel", groups: int = 1, transpose
     """Fold a weight into a matrix ``(out * taps, in * taps)``: each axis of the kernel is on one of the two sides, see `leading`.
 
     ``channel``: ``(out, in*k...)``; ``spatial``: ``(out*kw, in*kh)`` of a 2-D kernel, ``(out*kh*kw, in*kt)`` of a 3-D one; ``input``:
-    ``(out*k..., in)``. With groups, one matrix per block. ``tucker`` is no matrix: ``(out, in, taps)``, of one group.
+    ``(out*k..., in)``. With groups, one matrix per block. ``tucker`` and ``cp`` are no matrices: ``(out, in, taps)``, of one group; nor is
+    ``tt``: ``(out, in, k...)`` without the axes of a single tap.
 
     Args:
         weight: ``(out, in/groups, k...)``, or ``(in, out/groups, k...)`` when `transposed`; any number of kernel axes.
@@ -81,8 +86,9 @@ def to_matrix(weight: Tensor, fold: Fold = "channel", groups: int = 1, transpose
 
     Source: Yang et al., arXiv 2004.09031, section 3.1 (``channel`` and ``spatial``); ``input`` is the mirror image of ``channel``.
     """
-    if fold == "tucker":
-        return (weight.transpose(0, 1) if transposed else weight).flatten(2)
+    if fold in KERNELS:
+        kernel = weight.transpose(0, 1) if transposed else weight
+        return kernel.reshape(*kernel.shape[:2], *(size for size in kernel.shape[2:] if size > 1)) if fold == "tt" else kernel.flatten(2)
     first, second = _taps(fold, weight.shape[2:])
     blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     if transposed:
@@ -105,7 +111,7 @@ def from_matrix(matrix: Tensor, shape: Sequence[int], fold: Fold = "channel", gr
     Raises:
         SettingError: for an unknown fold.
     """
-    if fold == "tucker":
+    if fold in KERNELS:
         kernels = matrix.reshape(*matrix.shape[:2], *shape[2:])
         return kernels.transpose(0, 1) if transposed else kernels
     lead, inner, *kernel = shape

@@ -69,3 +69,27 @@ def polar_factor(matrix: Float[Tensor, "*blocks out in_"], steps: int = 7) -> Fl
         polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
         X = X @ polynomial
     return X.mT if matrix.shape[-2] < matrix.shape[-1] else X
+
+
+def retracted(A: Float[Tensor, "*blocks rows rank"]) -> Float[Tensor, "*blocks rows rank"]:
+    """Return matrices with columns nearer to orthonormal ones: one Newton-Schulz step ``A (3 I - A^T A) / 2``.
+
+    The defect ``||A^T A - I||`` falls to about three quarters of its square. Where it is 1 or more in the Frobenius norm, the step would
+    not bring singular values nearer to one, and the polar factor is returned instead.
+
+    Args:
+        A: float32 or wider; lower precision is computed in float32. ``rows >= rank``.
+
+    Examples:
+        >>> A = torch.linalg.qr(torch.randn(9, 4, dtype=torch.float64)).Q * 1.01
+        >>> bool((retracted(A).mT @ retracted(A) - torch.eye(4)).norm() < 0.001)
+        True
+
+    Source: Higham, "Functions of Matrices", section 8.3.
+    """
+    wide = A.detach().to(torch.promote_types(A.dtype, torch.float32))
+    defect = wide.mT @ wide
+    defect.diagonal(dim1=-2, dim2=-1).sub_(1)
+    if bool((defect.square().sum((-2, -1)) < 1).all()):
+        return (wide - 0.5 * wide @ defect).to(A.dtype)
+    return polar_factor(wide).to(A.dtype)

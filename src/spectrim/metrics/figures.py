@@ -1,4 +1,4 @@
-"""Figures for notebooks, by matplotlib (extra ``plot``)."""
+"""Figures and data frames for notebooks, by matplotlib and pandas (extra ``plot``)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,3 +56,21 @@ def ratios(axes: Any, kept: Mapping[str, float], *, title: str) -> None:
     axes.set(title=title, xlabel="fraction of the dense network")
     axes.set_xlim(0, 1.2 * max(1.0, *kept.values()))
     axes.invert_yaxis()
+
+
+def frame(rows: Sequence[Mapping[str, Any]], index: str | None = None) -> Any:
+    """Return rows as a pandas data frame.
+
+    Args:
+        rows: of plain values, by column.
+        index: the column that names the rows.
+
+    Raises:
+        SpectrimError: pandas is missing.
+    """
+    try:
+        from pandas import DataFrame
+    except ImportError as error:
+        raise SpectrimError("to_pandas: needs pandas; pip install pandas, or install the extra 'plot'") from error
+    made = DataFrame(list(rows))
+    return made if index is None or made.empty else made.set_index(index)

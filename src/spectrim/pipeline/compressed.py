@@ -8,7 +8,7 @@ from torch import nn
 
 from spectrim.forms.form import Size
 from spectrim.layers import named_factors
-from spectrim.metrics.figures import curve, figure, ratios
+from spectrim.metrics.figures import curve, figure, frame, ratios
 from spectrim.metrics.measurement import Measurement, compare_table
 from spectrim.metrics.table import html_of
 from spectrim.metrics.verdict import Verdict, has_loops, verdict
@@ -105,6 +105,11 @@ class Compressed:
 
     def _repr_html_(self) -> str:
         return html_of(self.summary())
+
+    def to_pandas(self) -> Any:
+        """Return the measurements as a pandas data frame, a row for each network."""
+        rows = ({"network": name} | entry.to_dict() for name, entry in self.measured.items())
+        return frame([{key: value for key, value in row.items() if key != "ranks"} for row in rows], "network")
 
     def plot(self) -> Any:
         """Return a matplotlib figure: what is kept of each cost, the scores of each stage, and where budgets were searched, those."""

@@ -76,7 +76,8 @@ class Factorization:
     """How dense layers become factorized ones.
 
     Args:
-        scheme: how 2-D kernels are folded.
+        scheme: how kernels are folded, see `factorize`. ``auto`` does not look at the budget of the cut, unlike that of `compress`:
+            one trained network serves every budget.
         where: globs over layer names, ``!`` excludes; all but the classifier head when omitted.
         start: from the ``dense`` stage's weights, or from the ``initial`` ones (the paper's random start).
     """

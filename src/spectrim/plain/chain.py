@@ -228,7 +228,8 @@ def _settings(first: Any, second: Any, conv1d: bool) -> dict[str, Any]:
         return {name: getattr(first, name) for name in own} | {"embedding_dim": second.out_features}
     if isinstance(first, nn.Linear):
         return dict(zip(("nx", "nf") if conv1d else ("in_features", "out_features"), (first.in_features, second.out_features), strict=True))
-    settings = {"in_channels": first.in_channels, "out_channels": second.out_channels, "groups": first.groups}
+    groups = first.groups if first.groups == second.groups else 1  # a depthwise convolution before or behind one of all channels
+    settings = {"in_channels": first.in_channels, "out_channels": second.out_channels, "groups": groups}
     settings["transposed"] = first.transposed or second.transposed
     settings["padding_mode"] = second.padding_mode if first.padding_mode == "zeros" else first.padding_mode
     for name in ("kernel_size", "stride", "dilation"):  # of the two operations one has the neutral value along each axis
@@ -240,6 +241,14 @@ def _settings(first: Any, second: Any, conv1d: bool) -> dict[str, Any]:
     return settings
 
 
+def of_one_group(kernel: Tensor, groups: int) -> Tensor:
+    """Return the kernel of a grouped convolution as that of one group: blocks on the diagonal, zeros beside them."""
+    lead, inner, *size = kernel.shape
+    whole, each = kernel.new_zeros(groups, lead // groups, groups, inner, *size), torch.arange(groups, device=kernel.device)
+    whole[each, :, each] = kernel.reshape(groups, lead // groups, inner, *size)
+    return whole.reshape(lead, groups * inner, *size)
+
+
 def _compose_kernels(first: Tensor, second: Tensor, pair: Any) -> Tensor:
     """Return the kernel of one convolution that does what two do, one after the other."""
     groups, sizes, axes = pair.groups, (pair[0].kernel_size, pair[1].kernel_size), range(len(pair.kernel_size))
@@ -247,6 +256,8 @@ def _compose_kernels(first: Tensor, second: Tensor, pair: Any) -> Tensor:
 
     def blocks(kernel: Tensor, layer: Any, rows: int, columns: int) -> Tensor:
         """Return ``(groups, rows, columns, size...)``."""
+        if layer.groups != groups:
+            kernel = of_one_group(kernel, layer.groups)
         lead = (columns, rows) if layer.transposed else (rows, columns)
         split = kernel.reshape(groups, *lead, *layer.kernel_size)
         return split.transpose(1, 2) if layer.transposed else split

@@ -495,7 +495,7 @@ function pin(weight, place) {
   onPin();
 }
 
-// What a weight is cut to: a rank, or the ranks of outputs and inputs of a Tucker form, whose choices are numbered.
+// What a weight is cut to: a rank, or the ranks of a Tucker form or a tensor train, whose choices are numbered.
 function sizeOf(weight, place) {
   return weight.sizes ? weight.sizes[place] : weight.ranks[place];
 }
@@ -539,7 +539,8 @@ function rankRow(body, weight) {
     row.dataset.rank = rank;
     box.checked = pinned;
     full.setAttribute("aria-pressed", String(state.pins[weight.name] === last));
-    const layers = weight.sizes ? `three layers, ${sizeOf(weight, place).join(" x ")}` : "two layers";
+    const parts = weight.sizes ? sizeOf(weight, place).length + 1 : weight.scheme === "cp" ? 3 : 2;
+    const layers = `${["two", "three", "four", "five"][parts - 2]} layers`.concat(weight.sizes ? `, ${sizeOf(weight, place).join(" x ")}` : "");
     form.textContent = rank > weight.breakEven ? "one dense layer" : layers;
     macs.textContent = `${brief(weight.macs[place])} (${percent(weight.macs[place] / weight.dense.macs || 0, 0)})`;
     params.textContent = `${brief(weight.params[place])} (${percent(weight.params[place] / weight.dense.params || 0, 0)})`;

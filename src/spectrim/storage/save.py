@@ -10,24 +10,14 @@ from torch import Tensor, nn
 
 from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import FormatError
-from spectrim.forms import FORMS, Form, Size
-from spectrim.layers import kind_of, named_factors, named_layers
-from spectrim.layers.attention import become_attention
-from spectrim.layers.forwards import renew
+from spectrim.forms.tasks import TaskFactors
+from spectrim.layers import named_factors, named_layers
 from spectrim.layers.geometry import CHANNELS_LAST, memory_format_of
 from spectrim.layers.sharded import refuse_shards
-from spectrim.layers.taking_over import become
-from spectrim.linalg.fold import MATRICES, Fold
-from spectrim.plain.attention import PlainAttention
-from spectrim.plain.chain import PlainPair
-from spectrim.plain.encoder import follow_layers
-from spectrim.plain.pieces import PlainInterpolative
-from spectrim.plain.recurrent import PlainRecurrent
-from spectrim.storage.describe import SETTINGS, construct, dense_settings, describe, difference, found_settings, interpolative
+from spectrim.storage.describe import SETTINGS, describe
 from spectrim.storage.folder import FORMAT, PLAN, read, tensors_of, write
-from spectrim.surgery.batchnorm import NORMS
-from spectrim.surgery.exchange import replace
-from spectrim.surgery.factorize import build
+from spectrim.storage.rebuild import exchanged, hint_of
+from spectrim.storage.tasks import plan_of_tasks, rebuild_tasks
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -89,21 +79,22 @@ def rebuilt(model: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Ten
         FormatError: for another architecture; nothing is changed then.
     """
     try:
-        built, made = _rebuild(model, plan, path)
+        built, made = exchanged(model, plan, path)
+        state = {**tensors, **{alias: tensors[kept] for alias, kept in plan["aliases"].items()}}
+        rebuild_tasks(built, plan, state)
     except FormatError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise FormatError(path, f"its plan does not fit the model ({error!r})", hint=_hint(plan)) from error
-    state = {**tensors, **{alias: tensors[kept] for alias, kept in plan["aliases"].items()}}
+        raise FormatError(path, f"its plan does not fit the model ({error!r})", hint=hint_of(plan)) from error
     expected = built.state_dict()
     for key in sorted({*expected, *state}):
         if key not in state or key not in expected:
             whose = "the model" if key in expected else "the file"
-            raise FormatError(path, f"is of another architecture: only {whose} has '{key}'", hint=_hint(plan))
+            raise FormatError(path, f"is of another architecture: only {whose} has '{key}'", hint=hint_of(plan))
         if state[key].shape != expected[key].shape or state[key].dtype != expected[key].dtype:
             came, wanted = (f"{tuple(t.shape)} {t.dtype}" for t in (state[key], expected[key]))
             problem = f"is of another architecture: '{key}' is {came} in the file, {wanted} in the model"
-            raise FormatError(path, problem, hint=_hint(plan))
+            raise FormatError(path, problem, hint=hint_of(plan))
     _tie(built, plan, state, made, path)
     _materialize(built, state, path)
     built.load_state_dict(state)
@@ -131,90 +122,13 @@ def plan_of(model: nn.Module) -> dict[str, Any]:
         "versions": {"spectrim": version("spectrim"), "torch": torch.__version__},
         "model": type(model).__name__,
         "factorized": factorized,
-        "ranks": {name: factors.size for name, factors in named_factors(model)},
+        "ranks": {name: 1 if isinstance(factors, TaskFactors) else factors.size for name, factors in named_factors(model)},
         "merged": merged,
         "folded": _folded(model),
         "channels_last": [name for name, p in model.named_parameters() if memory_format_of(p) is not torch.contiguous_format],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        **plan_of_tasks(model),
     }
-
-
-def _hint(plan: Mapping[str, Any]) -> str:
-    return f"pass the dense {plan['model']} it was made from, in the same dtype"
-
-
-def _rebuild(model: nn.Module, plan: Mapping[str, Any], path: Path) -> tuple[nn.Module, list[nn.Module]]:
-    """Replay a plan on the original architecture; return the model, with any values in the new tensors, and what `merge` had written."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name, entry in plan["factorized"].items():
-        found = type(modules[name]).__name__ if name in modules else "nothing"
-        if found == entry["kind"] and kind_of(modules[name]) is None:
-            raise _unregistered(path, name, found)
-        if found != entry["kind"] or kind_of(modules[name]) is None:
-            raise FormatError(
-                path, f"is of another architecture: layer '{name}' was a {entry['kind']}, the model has {found}", hint=_hint(plan)
-            )
-
-    def make(name: str, weight: Tensor, matrix: Tensor, scheme: Fold) -> Form:
-        rank = _size(plan["ranks"].get(name))
-        if rank is None or not _fits(rank, FORMS[scheme].full_size_of(matrix)):
-            problem = f"is of another architecture: '{name}' has rank {rank} in the file, {tuple(matrix.shape)} in the model"
-            raise FormatError(path, problem, hint=_hint(plan))
-        return FORMS[scheme].empty(weight, matrix, rank)
-
-    built = build(model, lambda name, module: plan["factorized"].get(name, {}).get("scheme"), make)
-    targets = dict(built.named_modules())
-    built = replace(built, _without_batchnorms(targets, plan.get("folded")))
-    written = []
-    for name, description in plan["merged"].items():
-        target = targets.get(name)
-        if target is None:
-            raise FormatError(path, f"is of another architecture: the model has no layer '{name}'", hint=_hint(plan))
-        kind = kind_of(target)
-        if kind is None:
-            if isinstance(
-                target, PlainPair | PlainInterpolative | PlainRecurrent | PlainAttention
-            ):  # the original has such a module itself
-                continue
-            raise _unregistered(path, name, type(target).__name__)
-        if description[0]["kind"] in ("PlainRows", "PlainColumns"):
-            parts = interpolative(description[0])
-            if (problem := difference(parts, target)) is not None:
-                raise FormatError(path, f"is of another architecture: layer '{name}' had {problem}", hint=_hint(plan))
-            weight = next(target.parameters())
-            written.append(become(target, parts.to(weight.device, weight.dtype), kind.base_of(type(target))))
-            continue
-        wanted, own = dense_settings(description), found_settings(target, description)
-        if plan.get("folded") and wanted.get("bias") and own.get("bias") is False:
-            own["bias"] = True  # it came with a BatchNorm
-        replayed = None if wanted == own else _replayed(target, description)
-        if wanted != own and replayed is None:
-            key = next(key for key in wanted if wanted[key] != own.get(key))
-            problem = f"layer '{name}' had {key}={wanted[key]}, the model has {own.get(key)}"
-            raise FormatError(path, f"is of another architecture: {problem}", hint=_hint(plan))
-        weight = next(target.parameters())
-        with torch.random.fork_rng(devices=[]):
-            made = replayed if replayed is not None else construct(description, conv1d=hasattr(target, "nx"))
-        written.append(made.to(weight.device, weight.dtype))
-        if isinstance(made, PlainAttention):
-            become_attention(target, made)
-        else:
-            become(target, made, kind.base_of(type(target)))
-    for name, layer in named_layers(built):
-        layer.__dict__["writing"] = plan["factorized"][name].get("writing", "pair")
-    follow_layers(built)
-    return built, written
-
-
-def _size(stored: Any) -> Size | None:
-    """Return a size as JSON holds it: a number, or a list of them."""
-    return tuple(stored) if isinstance(stored, list) else stored
-
-
-def _fits(size: Size, full: Size) -> bool:
-    """Whether a size is at most the full one, along as many axes."""
-    mine, most = (given if isinstance(given, tuple) else (given,) for given in (size, full))
-    return len(mine) == len(most) and all(rank <= limit for rank, limit in zip(mine, most, strict=True))
 
 
 def _materialize(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
@@ -228,27 +142,6 @@ def _materialize(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> N
         torch.utils.swap_tensors(tensor, nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty)  # type: ignore[no-untyped-call]
 
 
-def _unregistered(path: Path, name: str, kind: str) -> FormatError:
-    hint = "call spectrim.layers.register(kind, layer, *inputs) before loading"
-    return FormatError(path, f"holds layer '{name}' in low-rank form, which was a {kind}: no kind of layer is registered for it", hint=hint)
-
-
-def _replayed(target: Any, description: list[dict[str, Any]]) -> nn.Module | None:
-    """Return what `merge` writes for a layer of a registered kind at the rank described, with zeros; None where that is something else."""
-    last, kind = description[-1], kind_of(target)
-    if kind is None or kind.weights(target) != ("weight",) or not ("in_features" in last or "in_channels" in last):
-        return None
-    rank = last["in_features"] if "in_features" in last else last["in_channels"] // last["groups"]
-    for scheme in (scheme for scheme in kind.schemes(target) if scheme in MATRICES):
-        matrix = kind.fold(target, "weight", target.weight.detach(), scheme)
-        if rank <= min(matrix.shape[-2:]):
-            factors = {"weight": FORMS[scheme].empty(target.weight, matrix, rank)}
-            made = kind.adopt(renew(target, type(target)), factors, scheme).split(lambda _, part, tensor: nn.Parameter(tensor), ("weight",))
-            if made is not None and describe(made) == description:
-                return made
-    return None
-
-
 def _tie(model: nn.Module, plan: Mapping[str, Any], state: Mapping[str, Tensor], made: list[nn.Module], path: Path) -> None:
     """Tie what was tied when it was saved in the modules that were rebuilt; elsewhere the model must have the same ties itself."""
     new = {id(parameter) for module in made for parameter in module.parameters()}
@@ -257,7 +150,7 @@ def _tie(model: nn.Module, plan: Mapping[str, Any], state: Mapping[str, Tensor],
         if alias in parameters and kept in parameters and parameters[alias] is not parameters[kept]:
             if not {id(parameters[alias]), id(parameters[kept])} & new:
                 raise FormatError(
-                    path, f"is of another architecture: '{alias}' was tied to '{kept}', in the model it is not", hint=_hint(plan)
+                    path, f"is of another architecture: '{alias}' was tied to '{kept}', in the model it is not", hint=hint_of(plan)
                 )
             owner, _, leaf = alias.rpartition(".")
             setattr(model.get_submodule(owner), leaf, parameters[kept])
@@ -265,7 +158,9 @@ def _tie(model: nn.Module, plan: Mapping[str, Any], state: Mapping[str, Tensor],
     for name, tensor in model.state_dict(keep_vars=True).items():
         kept = first.setdefault(id(tensor), name)
         if state[name] is not state[kept] and not torch.equal(state[name], state[kept]):
-            raise FormatError(path, f"is of another architecture: the model ties '{name}' to '{kept}', the file does not", hint=_hint(plan))
+            raise FormatError(
+                path, f"is of another architecture: the model ties '{name}' to '{kept}', the file does not", hint=hint_of(plan)
+            )
 
 
 def _folded(model: nn.Module) -> dict[str, list[str]]:
@@ -273,14 +168,3 @@ def _folded(model: nn.Module) -> dict[str, list[str]]:
     gone = [name for name, module in model.named_modules() if type(module) is nn.Identity]
     biased = [name for name, module in model.named_modules() if type(module) in SETTINGS and getattr(module, "bias", None) is not None]
     return {"identities": gone, "biased": biased} if gone else {}
-
-
-def _without_batchnorms(targets: Mapping[str, Any], folded: Mapping[str, list[str]] | None) -> dict[int, nn.Module]:
-    """Return the replacements of BatchNorms that were folded, by their ``id``; the layers before them get a bias, in place."""
-    gone = [targets[name] for name in (folded or {}).get("identities", []) if isinstance(targets.get(name), NORMS)]
-    for name in (folded or {}).get("biased", []) if gone else []:
-        layer = targets.get(name)
-        if layer is not None and type(layer) in SETTINGS and layer.bias is None:
-            features = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-            layer.bias = nn.Parameter(layer.weight.new_zeros(features))
-    return {id(norm): nn.Identity().train(norm.training) for norm in gone}

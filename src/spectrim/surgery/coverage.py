@@ -13,6 +13,7 @@ from torch import nn
 from spectrim.checks import check, unwrapped
 from spectrim.forms.form import Size, shown
 from spectrim.layers import Site, sites
+from spectrim.metrics.figures import frame
 from spectrim.metrics.table import html_of, markdown_table
 from spectrim.protocols import Latencies, Where
 from spectrim.surgery.head import call_order
@@ -78,6 +79,10 @@ class Coverage(tuple[LayerCoverage, ...]):
     def _repr_html_(self) -> str:
         return html_of(markdown_table(self._rows(), TITLES))
 
+    def to_pandas(self) -> Any:
+        """Return the lines as a pandas data frame, by layer."""
+        return frame([vars(line) for line in self], "name")
+
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = []
         for line in self:
@@ -131,7 +136,7 @@ def _factorized_line(site: Site, limit: int, latency: Latencies | None) -> Layer
     if latency is not None:
         verdict = latency.verdict(site.name, factors.rank)
     elif factors.rank <= limit:
-        layers = "two" if factors.is_matrix else "three"
+        layers = ("two", "three", "four", "five")[len(factors.chain()) - 2]
         verdict = f"merges to {layers} layers (rank {shown(factors.size)} <= {shown(most)})"
     else:
         verdict = f"merges to one dense layer (rank {shown(factors.size)} > {shown(most)})"

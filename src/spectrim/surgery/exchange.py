@@ -6,7 +6,7 @@ import sys
 import types
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,10 @@ from spectrim.plain.encoder import follow_layers
 
 HELD = "its weight is also held outside the layer (in a list, a tuple, a function, an attribute)"
 """Why a layer stays dense whose weight something else refers to."""
+
+
+FINISHED: list[Callable[[nn.Module], None]] = []
+"""Called on every model that `factorize` or `merge` returns: for libraries that save models themselves."""
 
 
 def duplicate(model: nn.Module, without: Iterable[Tensor] = ()) -> nn.Module:

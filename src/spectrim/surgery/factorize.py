@@ -18,16 +18,16 @@ from spectrim.errors import LayerError, SettingError
 from spectrim.forms import FORMS, Factors, Form
 from spectrim.layers import factor_name, kind_of, named_factors, named_layers, sites
 from spectrim.layers.exchanged import Writing
-from spectrim.linalg.fold import MATRICES, Fold
+from spectrim.linalg.fold import KERNELS, MATRICES, Fold
 from spectrim.linalg.spectral import OVERSAMPLE
 from spectrim.plain.encoder import follow_layers
 from spectrim.protocols import Where
-from spectrim.surgery.exchange import HELD, copy_without
+from spectrim.surgery.exchange import FINISHED, HELD, copy_without
 from spectrim.surgery.head import call_order
 from spectrim.surgery.ranks import Ranks, check_names, chooser
 from spectrim.surgery.select import decide, layer_filter
 
-Scheme = Literal["auto", "channel", "spatial", "input", "tucker"]
+Scheme = Literal["auto", "channel", "spatial", "input", "tucker", "cp", "tt"]
 
 
 Method = Literal["exact", "randomized", "auto"]
@@ -49,6 +49,8 @@ def pick_scheme(module: Any, scheme: Scheme) -> Fold:
     kind = kind_of(module)
     assert kind is not None
     offered = kind.schemes(module)
+    if scheme == "tt" and scheme not in offered and "tucker" in offered:
+        return "tucker"  # which a tensor train along one axis of taps is
     if scheme != "auto":
         return scheme if scheme in offered else offered[0]
     offered = tuple(fold for fold in offered if fold in MATRICES)
@@ -98,9 +100,10 @@ def factorize(
         model: any module; it is left untouched.
         scheme: how convolution kernels are folded, see `linalg.to_matrix`: ``channel``, all taps first and then a 1x1; ``input``, a 1x1 and
             then all taps; ``spatial``, the taps of one axis and then those of the others; ``tucker``, a 1x1, all taps and a 1x1, with two
-            ranks (`spectrim.forms.Tucker2`); or ``auto``, which takes for each layer the one
+            ranks (`spectrim.forms.Tucker2`); ``cp``, the same with depthwise taps and one rank (`spectrim.forms.CP`); ``tt``, a 1x1, the
+            taps of each axis and a 1x1 (`spectrim.forms.TensorTrain`); or ``auto``, which takes for each layer the matrix
             with the fewest MACs at 80 % of the spectral energy (``channel`` on the meta device). A layer without the asked scheme, as
-            1x1 kernels and layers that are no convolutions, takes ``channel``.
+            1x1 kernels and layers that are no convolutions, takes ``channel``; a kernel along one axis, ``tucker`` for ``tt``.
         where: selects layers: a name, a glob, a list of these, or a predicate of name and module, see `match`; everything but the
             classifier head when omitted.
         rank: how many singular values to keep from the start: a number (capped at each layer's full rank), a rank rule, or a mapping
@@ -137,7 +140,7 @@ def factorize(
     check("factorize", model=model, where=where, rank=rank, example_inputs=example_inputs)
     model = unwrapped(model)
     if scheme not in get_args(Scheme):
-        raise SettingError("factorize", "scheme", got=scheme, rule="'auto', 'channel', 'spatial', 'input' or 'tucker'")
+        raise SettingError("factorize", "scheme", got=scheme, rule="'auto', 'channel', 'spatial', 'input', 'tucker', 'cp' or 'tt'")
     if method not in ("exact", "randomized", "auto"):
         raise SettingError("factorize", "method", got=method, rule="'exact', 'randomized' or 'auto'")
     if writing not in ("pair", "interpolative"):
@@ -149,8 +152,8 @@ def factorize(
 
     def of(name: str, weight: Tensor, matrix: Tensor, scheme: Fold) -> Form:
         tick(name)
-        if scheme == "tucker":
-            return tucker(name, weight, matrix)
+        if scheme in KERNELS:
+            return kernel(name, weight, matrix, scheme)
         shape = (matrix.shape[-2], matrix.shape[-1])
         choose = chooser(rank, name, shape, min(shape))
         if weight.is_meta:
@@ -161,12 +164,12 @@ def factorize(
             raise LayerError(name, "its weight holds NaN or infinite values", hint="load an undamaged checkpoint")
         return Factors.of(weight, matrix, choose, decomposition(method, choose(matrix) if stated else None, min(shape)), name)
 
-    def tucker(name: str, weight: Tensor, folded: Tensor) -> Form:
+    def kernel(name: str, weight: Tensor, folded: Tensor, scheme: Fold) -> Form:
         if weight.is_meta:
-            raise SettingError("factorize", "scheme", got="tucker", rule="one of matrices on the meta device: sizes depend on values")
+            raise SettingError("factorize", "scheme", got=scheme, rule="one of matrices on the meta device: sizes depend on values")
         if not torch.isfinite(weight.detach()).all():
             raise LayerError(name, "its weight holds NaN or infinite values", hint="load an undamaged checkpoint")
-        form = FORMS["tucker"].of(weight, folded, None, name=name)
+        form = FORMS[scheme].of(weight, folded, None, name=name)
         if isinstance(rank, Mapping):
             return form.cut_to(form.checked(name, rank.get(name, form.size)))
         return form if rank is None else form.cut(chooser(rank, name, form.shape))
@@ -250,4 +253,6 @@ def build(
             scheme, factors[key] = made[id(weight)]
         kind.adopt(copied.layers[name], factors, scheme)
     follow_layers(copied.model)
+    for mark in FINISHED:
+        mark(copied.model)
     return copied.model

@@ -12,8 +12,9 @@ from spectrim.plain.encoder import follow_layers
 from spectrim.protocols import Latencies
 from spectrim.surgery.batchnorm import fold_batchnorms
 from spectrim.surgery.coverage import break_evens
-from spectrim.surgery.exchange import duplicate
+from spectrim.surgery.exchange import FINISHED, duplicate
 from spectrim.surgery.factorize import set_writing
+from spectrim.surgery.tasks import settle_
 
 
 @outside_inference_mode
@@ -30,7 +31,8 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
     head stays tied by the larger factor; the smaller one is there twice.
 
     Args:
-        model: factorized, wholly or in part; it is left untouched. A dense model comes back as a copy.
+        model: factorized, wholly or in part; it is left untouched. A dense model comes back as a copy. Of a network with tasks the
+            selected one is written.
         latency: a `LatencyTable` of this model, before or after a cut: each layer is written in the form that is faster on that machine.
         fold_batchnorm: multiply each BatchNorm in eval mode that follows a convolution or a linear layer, and nothing else, into that
             layer, see `fold_batchnorms`; an `Identity` takes its place. For deployment: do not train such a network
@@ -50,6 +52,7 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
     """
     check("merge", model=model, latency=latency)
     clone = duplicate(unwrapped(model))
+    settle_(clone)
     shared: dict[tuple[Form, str, tuple[int, ...]], nn.Parameter] = {}
 
     def share(factors: Form, part: str, tensor: Tensor) -> nn.Parameter:
@@ -76,4 +79,6 @@ def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm:
     follow_layers(clone)
     if fold_batchnorm:
         fold_batchnorms(clone)
+    for mark in FINISHED:
+        mark(clone)
     return clone

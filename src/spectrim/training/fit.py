@@ -243,7 +243,7 @@ def _own(optimizer: Any, model: nn.Module, tuning: Tuning) -> Optimizer:
         hint = "make the optimizer after factorize, prune or load, or call prune_optimizer_state after prune"
         raise SettingError("fit", "optimizer", got="one that holds none of them", rule="over the parameters of this model", hint=hint)
     own: Optimizer = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
-    if isinstance(own, LBFGS):
+    if isinstance(own, LBFGS) or getattr(own, "needs_closure", False):
         hint = "write its loop by hand: prune_ and the penalties work in it"
-        raise SettingError("fit", "optimizer", got="LBFGS", rule="one whose step needs no closure", hint=hint)
+        raise SettingError("fit", "optimizer", got=type(own).__name__, rule="one whose step needs no closure", hint=hint)
     return own

@@ -10,6 +10,7 @@ from spectrim.forms.form import ranks_in
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import reshard, whole, whole_sides
 from spectrim.linalg.spectral import orthogonality_defect
+from spectrim.metrics.figures import frame
 
 
 @dataclass
@@ -40,6 +41,10 @@ class History:
         """The last line; empty before the first epoch."""
         return self.epochs[-1] if self.epochs else {}
 
+    def to_pandas(self) -> Any:
+        """Return the epochs as a pandas data frame, a row for each, counted from 1."""
+        return frame([{"epoch": number} | line for number, line in enumerate(self.epochs, 1)], "epoch")
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; ``best`` and ``stopped`` where there are."""
         ends = {name: value for name, value in (("best", self.best), ("stopped", self.stopped)) if value is not None}
@@ -58,7 +63,7 @@ def layer_lines(model: nn.Module) -> list[dict[str, Any]]:
     for name, factors in named_factors(model):
         sides = whole_sides(factors)
         sides = [side.cpu() if side.device.type == "mps" else side for side in sides]  # which has no float64
-        ranks[name], defects[name] = factors.size, max(map(orthogonality_defect, sides))
+        ranks[name], defects[name] = factors.size, max(map(orthogonality_defect, sides), default=0.0)
     return [{"ranks": ranks, "defects": defects}] if ranks else []
 
 

@@ -63,6 +63,7 @@ class Step:
         self.memories: dict[str, dict[str, Any]] = {}
         self._columns = [name for name, course in self.courses.items() if getattr(course, "penalizes", False)]
         self._pulls: dict[str, Penalty | None] = {}
+        self._at = 0
 
     @property
     def kind(self) -> str:
@@ -87,7 +88,7 @@ class Step:
         Returns:
             The ranks after a cut that changed one, else None.
         """
-        ranks = None
+        ranks, self._at = None, step
         for name, course in self.courses.items():
             if name not in self.memories:
                 self.memories[name] = course.start(model, inputs, steps)
@@ -126,6 +127,12 @@ class Step:
         if optimizer is not None:
             stop_moments(model, optimizer, self.frees())
 
+    def end(self, model: nn.Module) -> None:
+        """Tell courses that training ends, also where it ends within a step."""
+        for course in self.courses.values():
+            if hasattr(course, "closed"):
+                course.closed(model)
+
     def noted(self) -> dict[str, float]:
         """Return what courses add to the log of an epoch, by the course's name and the entry's."""
         told = ((name, course.noted(self.memories[name])) for name, course in self.courses.items() if hasattr(course, "noted"))
@@ -137,16 +144,21 @@ class Step:
 
     def added(self, model: nn.Module) -> list[Tensor]:
         """Return what each of `terms` adds to the loss of this step, scalars."""
-        pulls = [self._pulls.get(name) for name in self._columns]
-        return [penalty(model) for penalty in self.penalties.values()] + [
-            torch.zeros(()) if pull is None else pull(model) for pull in pulls
-        ]
+        pulls = [*self.penalties.values(), *(self._pulls.get(name) for name in self._columns)]
+        return [torch.zeros(()) if pull is None else self._of_this_step(pull, model) for pull in pulls]
+
+    def _of_this_step(self, penalty: Penalty, model: nn.Module) -> Tensor:
+        """Return the penalty; of one for `every` few steps that many times as much then, and zero between."""
+        every = getattr(penalty, "every", 1)
+        if every == 1:
+            return penalty(model)
+        return torch.zeros(()) if self._at % every else every * penalty(model)
 
     # Lessons
 
     @contextmanager
     def watching(self, model: nn.Module, device: torch.device, compiled: bool = False) -> Iterator[None]:
-        """Give lessons the layer outputs of the model during training.
+        """Give lessons the layer outputs of the model during training, and tell courses when it ends.
 
         Args:
             model: what learns; its layers are watched by forward hooks, which are gone afterwards.
@@ -163,6 +175,7 @@ class Step:
                 yield
             finally:
                 self._called, self._seen = dict(self.lessons), {}
+                self.end(model)
 
     def mixed(self, inputs: Any, loss: Any) -> tuple[Any, Any]:
         """Return the inputs and the loss of a batch as lessons prepare them."""

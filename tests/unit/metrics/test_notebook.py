@@ -57,6 +57,19 @@ def test_a_plan_shows_itself() -> None:
     assert list(error.lines[0].get_ydata())[:2] == sorted([row.totals.output_error for row in found.budgets if row.totals], reverse=True)
 
 
+def test_data_frames(made: Any) -> None:
+    pytest.importorskip("pandas")
+    networks = made.to_pandas()
+    assert networks.loc["final", "macs"] == made.measured["final"].macs < networks.loc["dense", "macs"]
+    lines = made.coverage.to_pandas()
+    assert list(lines.index) == [line.name for line in made.coverage]
+    assert lines["rank"].dropna().tolist() == list(made.ranks.values())
+    assert made.history.to_pandas().empty
+    found = sp.plan(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(4, 16), budgets=[0.9, 0.01])
+    assert found.to_pandas()["macs"].tolist()[0] == found.budgets[0].totals.macs
+    assert found.to_pandas()["problem"].astype(bool).tolist() == [False, True]
+
+
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 

@@ -17,6 +17,8 @@ from spectrim.protocols import Change, Course, Lesson, Seen
 from spectrim.training.admm import ADMM
 from spectrim.training.course import Cuts
 from spectrim.training.magnitude import Gradual, Hold, OneShot
+from spectrim.training.precision import CyclicPrecision, LearnedPrecision, StaticPrecision
+from spectrim.training.retraction import Retraction
 from spectrim.training.step import Step
 from spectrim.training.straight_through import StraightThrough
 
@@ -79,6 +81,9 @@ COURSES = [
     Gradual({"*": TopK(0.1)}, cuts=5),
     StraightThrough({"*.S": TopK(3), "2.*.U": Levels(2)}, begin=0.2, end=0.8),
     Hold(),
+    LearnedPrecision(0.6),
+    CyclicPrecision(cycles=3),
+    StaticPrecision(5),
     Cuts(lambda model, inputs, step, steps: {"0": 5} if step == 3 else None),
 ]
 
@@ -248,3 +253,31 @@ def test_courses_and_lessons_that_are_none_are_refused() -> None:
     for given in (3, sp.Distillation, lambda seen: seen.loss):
         with pytest.raises(SettingError, match=r"mine: lessons must be a lesson"):
             Step("mine", lessons=[given])
+
+
+# Orthonormal factors at a fraction of the price
+
+
+def test_a_penalty_for_every_third_step_counts_three_times_then_and_not_between() -> None:
+    model = low()
+    with torch.no_grad():
+        for _, factors in named_factors(model):
+            factors.U.mul_(1.1)
+    every, once = sp.Orthogonality(2.0, every=3), float(sp.Orthogonality(2.0)(model).detach())
+    assert float(every(model).detach()) == once > 0, "called by hand it is the penalty"
+    step, optimizer, seen = Step("fit", [every]), torch.optim.SGD(model.parameters(), 0.0), []
+    for at in range(7):
+        step.before(model, None, optimizer, at, 7)
+        seen.append(float(step.added(model)[0].detach()))
+    assert seen == pytest.approx([3 * once, 0, 0, 3 * once, 0, 0, 3 * once])
+    with pytest.raises(SettingError, match="whole number of steps"):
+        sp.Orthogonality(every=0)
+
+
+def test_retraction_keeps_factors_orthonormal_without_a_penalty() -> None:
+    data, defects = batches(12), {}
+    for name, courses in {"none": [], "retraction": [Retraction(every=4)]}.items():
+        model = low()
+        history = sp.fit(model, data, nn.functional.mse_loss, torch.optim.SGD(model.parameters(), 0.3), 3, courses=courses, progress=False)
+        defects[name] = max(history.layers[-1]["defects"].values())
+    assert defects["retraction"] < 0.1 * defects["none"]

@@ -1,0 +1,105 @@
+"""How often the factors must be held orthonormal: the penalty at every step, at every few steps, and by retraction.
+
+.venv/bin/python benchmarks/orthogonality.py            # writes benchmarks/results/orthogonality/*.json; a finished row is skipped
+.venv/bin/python benchmarks/orthogonality.py --render   # writes the table of the method card from them
+
+SVD training of the published ResNet-8 on a part of CIFAR-10: full rank with `Hoyer`, a cut to half the multiply-accumulates, fine-tuning
+with the same means. The validation split (5,000 images) is read after each part, the test split once. What a step costs is measured by
+``benchmarks/micro/step.py``.
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import spectrim as sp
+from micro.harness import environment
+from spectrim import zoo
+from spectrim.files import write_text
+from spectrim.training import Retraction
+
+HERE = Path(__file__).resolve().parent
+RESULTS, CARD = HERE / "results" / "orthogonality", HERE.parent / "docs" / "methods" / "svd-training.md"
+START, END = "<!-- orthogonality -->", "<!-- end -->"
+MEANS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "penalty, every step": {"penalties": [sp.Orthogonality(1.0)]},
+    "penalty, every 8": {"penalties": [sp.Orthogonality(1.0, every=8)]},
+    "retraction, every 16": {"courses": [Retraction(16)]},
+}
+SEEDS, EPOCHS, IMAGES, RATE, HOYER, BUDGET = (0, 1, 2), (3, 2), 5_000, 0.002, 0.01, 0.5
+
+
+def run(means: str, seed: int) -> dict[str, Any]:
+    """Train, cut and fine-tune once."""
+    torch.manual_seed(seed)
+    data, loss, given = zoo.cifar10(batch_size=128, normalize="raw", seed=seed, limit=IMAGES + 5000), nn.CrossEntropyLoss(), MEANS[means]
+    low = sp.factorize(zoo.mlperftiny_resnet8(pretrained=True))
+    scores, defects = {}, {}
+    for part, epochs, rate, more in (("full rank", EPOCHS[0], RATE, [sp.Hoyer(HOYER)]), ("fine-tuned", EPOCHS[1], RATE / 3, [])):
+        optimizer = torch.optim.SGD(low.parameters(), rate, momentum=0.9)
+        penalties = [*given.get("penalties", []), *more]
+        history = sp.fit(low, data.train, loss, optimizer, epochs, penalties=penalties, courses=given.get("courses", []), progress=False)
+        scores[part] = sp.evaluate(low, data.val, loss)
+        defects[part] = max(history.layers[-1]["defects"].values())
+        if part == "full rank":
+            images = next(iter(data.val))[0][:1]
+            low = sp.prune(low, sp.allocate(low, sp.Budget(macs=BUDGET), images))
+            scores["cut"] = sp.evaluate(low, data.val, loss)
+    return {"val": scores, "defects": defects, "test": sp.evaluate(sp.merge(low), data.test, loss)}
+
+
+def table() -> str:
+    """Return the table of all rows: mean and standard deviation over seeds."""
+    found = defaultdict(list)
+    for path in sorted(RESULTS.glob("*.json")):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        found[row["settings"]["means"]].append(row)
+
+    def of(rows: list[Any], *path: str) -> str:
+        values = []
+        for row in rows:
+            for key in path:
+                row = row[key]
+            values.append(100 * row)
+        return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+    lines = ["| held orthonormal by | n | defect | full rank | cut | fine-tuned, test |", "|---|--:|--:|--:|--:|--:|"]
+    for means in MEANS:
+        if rows := found[means]:
+            defect = statistics.mean(row["defects"]["full rank"] for row in rows)
+            cells = [of(rows, "val", "full rank", "accuracy"), of(rows, "val", "cut", "accuracy"), of(rows, "test", "accuracy")]
+            lines.append(f"| {means} | {len(rows)} | {defect:.1e} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run what is missing, or print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--render", action="store_true", help="write the table of the method card from the result files")
+    if parser.parse_args().render:
+        text = CARD.read_text(encoding="utf-8")
+        head, rest = text.split(START)
+        write_text(CARD, f"{head}{START}\n{table()}\n{END}{rest.split(END)[1]}")
+        return
+    torch.set_num_threads(1)
+    for seed in SEEDS:
+        for means in MEANS:
+            path = RESULTS / f"{means.replace(', ', '-').replace(' ', '-')}-seed{seed}.json"
+            if path.exists():
+                continue
+            settings = {"means": means, "seed": seed, "epochs": EPOCHS, "images": IMAGES, "rate": RATE, "hoyer": HOYER, "macs": BUDGET}
+            row = {"settings": settings, "environment": environment()} | run(means, seed)
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            write_text(path, json.dumps(row, indent=1) + "\n")
+            print(path.name, f"{row['defects']['full rank']:.2e} {100 * row['test']['accuracy']:.2f} %", flush=True)
+
+
+if __name__ == "__main__":
+    main()

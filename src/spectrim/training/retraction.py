@@ -1,0 +1,61 @@
+"""Orthonormal factors without a penalty: every few steps they are moved back toward orthonormal columns."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from spectrim.errors import LayerError, SettingError
+from spectrim.layers import named_factors
+from spectrim.layers.sharded import is_sharded
+
+
+@dataclass(frozen=True)
+class Retraction:
+    """Keeps factors near orthonormal by one Newton-Schulz step on each every few optimizer steps, in place of `Orthogonality`.
+
+    ``A <- A (3 I - A^T A) / 2``, after which singular values take over the lengths of their vectors. It costs a fraction of a penalty
+    and adds nothing to the loss.
+
+    Args:
+        every: optimizer steps from one to the next, >= 1.
+
+    Raises:
+        SettingError: for `every` below 1.
+        LayerError: at the first step, for factors that are sharded over processes.
+
+    Examples:
+        >>> from spectrim.surgery.factorize import factorize
+        >>> low = factorize(nn.Linear(6, 4))
+        >>> low.weight_factors.U.data.mul_(1.1)  # doctest: +ELLIPSIS
+        tensor(...)
+        >>> Retraction(every=8).after(low, 7, 100, {})
+        >>> bool((low.weight_factors.U.mT @ low.weight_factors.U - torch.eye(4)).norm() < 0.1)
+        True
+
+    Source: the step is that of Higham, "Functions of Matrices", section 8.3.
+    Deviation: SVD training (Yang et al., arXiv 2004.09031) has a penalty at every step.
+    """
+
+    every: int = 16
+
+    def __post_init__(self) -> None:
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise SettingError("Retraction", "every", got=self.every, rule="a whole number of steps, >= 1")
+
+    def start(self, model: nn.Module, inputs: Any, steps: int) -> dict[str, Any]:
+        """Return an empty memory; refuse sharded factors."""
+        for name, factors in named_factors(model):
+            if any(is_sharded(side) for side in factors.sides()):
+                raise LayerError(name, "has factors that are sharded over processes", hint="use Orthogonality(every=8) there")
+        return {}
+
+    def before(self, model: nn.Module, inputs: Any, step: int, steps: int, memory: dict[str, Any]) -> None:
+        """Do nothing."""
+
+    def after(self, model: nn.Module, step: int, steps: int, memory: dict[str, Any]) -> None:
+        """Retract all factors that learn, after every few steps and after the last one."""
+        if (step + 1) % self.every == 0 or step + 1 == steps:
+            for _, factors in named_factors(model):
+                if any(part.requires_grad for part in factors.parameters()):
+                    factors.retract_()
