@@ -169,9 +169,9 @@ def render(text: str) -> str:
         about = "Settings that were tried on the validation split, seed 0, dense weights, before any test score was read:"
         parts.append(f"{about}\n\n{tried(trials)}")
     if balance:
-        images, seeds = balance[0]["settings"]["images"], sorted({row["settings"]["seed"] for row in balance})
+        images, seeds = balance[0]["settings"]["images"], ", ".join(sorted({str(row["settings"]["seed"]) for row in balance}))
         about = (
-            f"LeNet-5, Fashion-MNIST, {images:,} training images, seeds {', '.join(map(str, seeds))}: rank of the weights (all but the last layer's), size "
+            f"LeNet-5, Fashion-MNIST, {images:,} training images, seeds {seeds}: rank of the weights (all but the last layer's), size "
             "of the subspace, and sampled epochs. Every cell counts its sampled epochs and those after them. *SGD* goes on from the end of "
             "the same sampled epochs at a tenth of the rate."
         )
