@@ -223,6 +223,7 @@ def plot() -> None:
             shift = 0.06 * (index - len(lines[0]) / 2)
             axis.plot(range(1, len(lines) + 1), [bits[name] + shift for bits in lines], marker="o", markersize=3, label=name)
         axis.set(title=f"{network}, {method}, seed {row['settings']['seed']}", xlabel="epoch", ylim=(2.5, 8.6))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=6, frameon=False, ncols=2)
     axes[0][0].set_ylabel("bits after the epoch")
     figure.savefig(PLOT, metadata={"Date": None})
