@@ -111,8 +111,8 @@ def compress(
             ``sensitive``, with a refit in the same metric, for language models. ``auto`` makes the first three, without epochs ``both``
             too, and keeps the one that is best after the refit, on `eval_data` or else on the examples: by accuracy, where there is one and
             nothing is trained, else by loss. With epochs, ``mixed`` takes its place where it starts little worse: with at most a quarter
-            more added to the dense network's loss, or, with a large loss gap (as under `distill`), from a loss at most a quarter higher, and no higher than that of
-            ``sensitive`` where that is lowest.
+            more added to the dense network's loss, or, with a large loss gap (as under `distill`), from a loss at most a quarter higher,
+            and no higher than that of ``sensitive`` where that is lowest.
         importance: ranks by this distortion instead of that of the cut method.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: distillation from the dense network while fine-tuning. ``auto`` uses it for a classifier whose cut network has a large
