@@ -23,7 +23,8 @@ def average_accuracy(R: Matrix) -> float:
         SettingError: for a matrix without tasks, or NaN in what is read.
 
     Examples:
-        >>> average_accuracy(torch.tensor([[0.9, 0.1], [0.7, 0.8]]))
+        >>> import torch
+        >>> round(average_accuracy(torch.tensor([[0.9, 0.1], [0.7, 0.8]])), 4)
         0.75
     """
     return _mean("average_accuracy", R[-1] if len(R) else R.flatten())
@@ -39,6 +40,7 @@ def forgetting(R: Matrix) -> float:
         SettingError: for fewer tasks, or NaN in what is read.
 
     Examples:
+        >>> import torch
         >>> round(forgetting(torch.tensor([[0.9, 0.1], [0.7, 0.8]])), 4)
         0.2
 
@@ -76,6 +78,7 @@ def forward_transfer(R: Matrix, untrained: Float[Tensor, " tasks"]) -> float:
         SettingError: as for `forgetting`.
 
     Examples:
+        >>> import torch
         >>> round(forward_transfer(torch.tensor([[0.9, 0.3], [0.7, 0.8]]), torch.tensor([0.1, 0.1])), 4)
         0.2
 
