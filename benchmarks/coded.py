@@ -1,4 +1,4 @@
-"""Coded bytes against accuracy, without training and labels: ``python benchmarks/coded.py [resnet20] [--render | --check]``.
+"""Coded bytes against accuracy, without training and labels: ``python benchmarks/coded.py [NETWORK] [--rows PART] [--render | --check]``.
 
 Rows are written to ``benchmarks/results/coded/NETWORK.json`` one by one; those that are there are skipped. Settings were chosen by the
 Kullback-Leibler divergence on held-out training images. The test split is read once for each row.
@@ -7,6 +7,7 @@ Kullback-Leibler divergence on held-out training images. The test split is read 
 import argparse
 import io
 import json
+import lzma
 import sys
 import time
 import zlib
@@ -15,19 +16,24 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import spectrim as sp
 from run import git_state
 from spectrim import zoo
+from spectrim.budget.rounding.attempts import Search
+from spectrim.budget.rounding.pairs import with_pairs
 from spectrim.budget.rounding.round_to import round_to
 from spectrim.files import make_folder, write_json
+from spectrim.metrics.inputs import first_examples
 from spectrim.pipeline.environment import environment
 from spectrim.storage.coded.group import decoded, encoded
 from spectrim.storage.pack import coded, pack, unpack
 from spectrim.surgery.batchnorm import fold_batchnorms
 from spectrim.surgery.exchange import duplicate
+from spectrim.surgery.observing import isolated
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "coded", ROOT / "docs" / "coded.md"
@@ -35,14 +41,29 @@ HELD_OUT = 2048
 """Training images on which the divergence is measured."""
 
 
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+    "resnet20": (lambda: zoo.resnet20(pretrained="akamaster"), "imagenet"),
+    "resnet8": (lambda: zoo.mlperftiny_resnet8(pretrained=True), "raw"),
+}
+"""Networks for CIFAR-10, and how their inputs are normalized."""
+
+NETWORK = ["resnet20"]
+
+
 @cache
 def splits(seed: int) -> Any:
-    return zoo.cifar10(batch_size=128, normalize="imagenet", augment=False, seed=seed)
+    return zoo.cifar10(batch_size=128, normalize=NETWORKS[NETWORK[0]][1], augment=False, seed=seed)
+
+
+@cache
+def known(seed: int) -> list[Any]:
+    """Return the calibration set: the same images in each call."""
+    return first_examples(splits(seed).train, 1024)
 
 
 @cache
 def dense() -> nn.Module:
-    return zoo.resnet20(pretrained="akamaster").eval()
+    return NETWORKS[NETWORK[0]][0]().eval()
 
 
 @cache
@@ -87,7 +108,7 @@ def sizes(model: nn.Module, folder: Path) -> dict[str, int]:
 
 
 def levels(model: nn.Module, seed: int, limit: int, **more: Any) -> tuple[nn.Module, dict[str, Any]]:
-    made = round_to(model, splits(seed).train, limit, progress=False, **more)
+    made = round_to(model, known(seed), limit, progress=False, **more)
     return made.model, {"bits": {name: round(value, 3) for name, value in made.bits.items()}, "unexplained": made.unexplained}
 
 
@@ -95,6 +116,34 @@ def low_rank(seed: int, limit: int, params: float) -> tuple[nn.Module, dict[str,
     data = splits(seed)
     made = sp.compress(dense(), data.train, nn.CrossEntropyLoss(), sp.Budget(params=params), progress=False)
     return levels(made.model.eval(), seed, limit)
+
+
+def pairs(seed: int, limit: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Round with ranks and steps by one price of a bit, whether that is better on the calibration set or not."""
+    network = duplicate(folded()).eval()
+    batches = [x for x, _ in known(seed)]
+    with isolated(network):
+        search = Search(network, batches, True, False)
+        options = search.joint(limit)
+        made, counterparts = with_pairs(network, options) if options else (network, {})
+        with isolated(made):
+            found = Search(made, batches, True, False, (search, counterparts)).within(limit)
+    predicted = {name: (option.rank, option.lost) for name, option in options.items()}
+    return found.model, {"ranks": {name: rank for name, (rank, _) in predicted.items()}, "unexplained": found.unexplained}
+
+
+def rank_alone(seed: int, limit: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Cut to the largest share of the parameters whose file meets the bytes, with 8-bit levels, a scale for each output."""
+    low, high, found, share = 0.02, 0.9, folded(), 0.0
+    for _ in range(5):
+        middle = (low + high) / 2
+        made = sp.compress(dense(), known(seed), nn.CrossEntropyLoss(), sp.Budget(params=middle), progress=False).model.eval()
+        fold_batchnorms(made)
+        eight_bits(made)
+        low, high = (low, middle) if len(coded(made)[0]) > limit else (middle, high)
+        if low == middle:
+            found, share = made, middle
+    return found, {"params": share}
 
 
 def one_step(limit: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -113,29 +162,65 @@ def one_step(limit: int) -> tuple[nn.Module, dict[str, Any]]:
     return found, {"step": high}
 
 
+@torch.no_grad()
+def eight_bits(model: nn.Module) -> bytes:
+    """Round each output channel to 8 bits, in place; return the integers and scales as they are."""
+    stored = io.BytesIO()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            stored.write(parameter.numpy().tobytes())
+            continue
+        scale = (parameter.flatten(1).abs().amax(1) / 127).clamp_min(1e-12)
+        spread = scale.reshape(-1, *[1] * (parameter.dim() - 1))
+        numbers = (parameter / spread).round()
+        stored.write(numbers.to(torch.int8).numpy().tobytes() + scale.numpy().tobytes())
+        parameter.copy_(numbers * spread + 0)
+    return stored.getvalue()
+
+
+def general(data: bytes) -> dict[str, int]:
+    """Return the sizes of bytes as they are and by general coders of the standard library: zlib, and xz (LZMA)."""
+    return {"plain_bytes": len(data), "zlib_bytes": len(zlib.compress(data, 9)), "xz_bytes": len(lzma.compress(data, preset=9))}
+
+
 def int8() -> tuple[nn.Module, dict[str, Any]]:
-    """Round each output channel to 8 bits; count the integers and scales as they are, and deflated."""
-    model, stored = duplicate(folded()), io.BytesIO()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                stored.write(parameter.numpy().tobytes())
-                continue
-            scale = parameter.flatten(1).abs().amax(1) / 127
-            spread = scale.reshape(-1, *[1] * (parameter.dim() - 1))
-            numbers = (parameter / spread).round()
-            stored.write(numbers.to(torch.int8).numpy().tobytes() + scale.numpy().tobytes())
-            parameter.copy_(numbers * spread + 0)
-    return model, {"plain_bytes": len(stored.getvalue()), "zlib_bytes": len(zlib.compress(stored.getvalue(), 9))}
+    model = duplicate(folded())
+    return model, general(eight_bits(model))
 
 
 def float32() -> tuple[nn.Module, dict[str, Any]]:
-    data = b"".join(tensor.numpy().tobytes() for tensor in folded().state_dict().values())
-    return folded(), {"plain_bytes": len(data), "zlib_bytes": len(zlib.compress(data, 9))}
+    return folded(), general(b"".join(tensor.numpy().tobytes() for tensor in folded().state_dict().values()))
+
+
+def general_of(model: nn.Module) -> dict[str, int]:
+    """Return the sizes by general coders of the levels of a rounded network, a byte or two for each, and of what is not on levels."""
+    parts = []
+    for tensor in model.state_dict().values():
+        held = tensor.numpy().ravel()
+        step = np.abs(held[held != 0]).min(initial=np.inf)
+        levels = np.rint(held / step) if np.isfinite(step) else np.zeros_like(held)
+        exact = np.isfinite(step) and np.array_equal((levels * step).astype(held.dtype), held) and np.abs(levels).max() < 2**15
+        small = np.int8 if np.abs(levels).max(initial=0) < 128 else np.int16
+        parts.append(np.float32(step).tobytes() + levels.astype(small).tobytes() if exact else held.tobytes())
+    return general(b"".join(parts))
+
+
+def small_rows() -> dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]]:
+    """Return the rows of ResNet-8: levels alone, ranks and levels by one price, rank alone."""
+    made: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"float32": float32, "int8": int8}
+    for seed in (0, 1, 2):
+        for limit in (24_000, 14_000, 9_000):
+            made[f"levels {limit} seed {seed}"] = lambda limit=limit, seed=seed: levels(dense(), seed, limit)
+            made[f"joint {limit} seed {seed}"] = lambda limit=limit, seed=seed: pairs(seed, limit)
+    for limit in (24_000, 14_000):
+        made[f"rank alone {limit} seed 0"] = lambda limit=limit: rank_alone(0, limit)
+    return made
 
 
 def rows() -> dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]]:
     """Return how each row is made, by its name, the most wanted first."""
+    if NETWORK[0] == "resnet8":
+        return small_rows()
     made: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"float32": float32, "int8": int8}
     for limit in (66_000, 50_000):
         made[f"levels {limit} seed 0"] = lambda limit=limit: levels(dense(), 0, limit)
@@ -148,21 +233,26 @@ def rows() -> dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]]:
             made[f"levels {limit} seed {seed}"] = lambda limit=limit, seed=seed: levels(dense(), seed, limit)
     for limit in (66_000, 50_000):
         made[f"static {limit} seed 0"] = lambda limit=limit: levels(dense(), 0, limit, sequential=False)
+    for limit in (50_000, 25_000):
+        made[f"joint {limit} seed 0"] = lambda limit=limit: pairs(0, limit)
+    made["levels 25000 seed 0"] = lambda: levels(dense(), 0, 25_000)
     for limit in (40_000, 90_000, 32_000):
         made[f"levels {limit} seed 0"] = lambda limit=limit: levels(dense(), 0, limit)
     return made
 
 
-def run(path: Path, folder: Path) -> None:
-    """Make the rows that are missing."""
+def run(path: Path, folder: Path, part: str) -> None:
+    """Make the rows that are missing and have a part of a name."""
     result = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     for name, make in rows().items():
-        if name in result["rows"]:
+        if name in result["rows"] or part not in name:
             continue
         began = time.process_time()
         model, more = make()
         seconds = time.process_time() - began
         row = sizes(model, folder) | judged(model) | {"seconds": seconds} | more
+        if name.startswith(("levels", "joint")):
+            row |= general_of(model)
         result["rows"][name] = row | {"git": git_state()}
         result |= {"network": path.stem, "environment": environment(), "examples": 1024, "held_out": HELD_OUT}
         write_json(path, {key: value for key, value in result.items() if key != "sha256"})
@@ -199,6 +289,8 @@ NOTES = {
     "one step": "one step for all weights, nearest level",
     "static": "`round_to(sequential=False)`",
     "levels": "`round_to`",
+    "joint": "ranks and steps by one price",
+    "rank alone": "rank alone, 8-bit levels",
     "rank": "`compress(Budget(params={}))`, then `round_to`",
 }
 
@@ -208,7 +300,9 @@ def table(result: dict[str, Any]) -> list[str]:
     lines = ["| method | calibration draw | bytes | values | zeros' positions | divergence | test accuracy | seconds |"]
     lines += ["|---|---:|---:|---:|---:|---:|---:|---:|"]
     kinds = list(NOTES)
-    listed = sorted(result["rows"].items(), key=lambda item: (next(k for k in range(6) if item[0].startswith(kinds[k])), -item[1]["bytes"]))
+    listed = sorted(
+        result["rows"].items(), key=lambda item: (next(k for k in range(len(kinds)) if item[0].startswith(kinds[k])), -item[1]["bytes"])
+    )
     for name, row in listed:
         kind = next(kind for kind in kinds if name.startswith(kind))
         seed = name.partition("seed ")[2] or "-"
@@ -216,6 +310,26 @@ def table(result: dict[str, Any]) -> list[str]:
         values = f"{row['bytes']:,} | {row['data_bytes']:,} | {row['index_bytes']:,} | {row['kl']:.4f} | {row['accuracy']:.2f}"
         lines.append(f"| {note} | {seed} | {values} | {row['seconds']:.0f} |")
     return lines
+
+
+def joint_lines(result: dict[str, Any]) -> list[str]:
+    """Return the section on ResNet-8: levels alone beside ranks and levels together."""
+    rows = result["rows"]
+    lines = ["## Rank and bits together", "", "ResNet-8 (MLPerf Tiny, published weights, 87.21 %), the same protocol.", ""]
+    lines += [*table(result), ""]
+    cut = [
+        f"`{name}`: {', '.join(f'{layer} in rank {rank}' for layer, rank in row['ranks'].items()) or 'no weight'}"
+        for name, row in rows.items()
+        if "ranks" in row
+    ]
+    lines += ["Which weights one price of a bit made pairs of, whether that helped or not: " + "; ".join(cut) + ".", ""]
+    coders = [
+        f"{row['bytes']:,} bytes coded are {row['xz_bytes']:,} by xz and {row['zlib_bytes']:,} by zlib (`{name}`)"
+        for name, row in rows.items()
+        if name.startswith("levels") and "seed 0" in name
+    ]
+    note = "The same levels, one or two bytes each, by general coders of the standard library (xz is LZMA, preset 9): "
+    return [*lines, note + "; ".join(coders) + ".", ""]
 
 
 def page() -> str:
@@ -240,8 +354,10 @@ def page() -> str:
         "the first 2,000 test images and not by this runner: 128,829 bytes at 91.6 and 100,026 at 90.4.",
         "",
     ]
+    if (RESULTS / "resnet8.json").exists():
+        lines += joint_lines(json.loads((RESULTS / "resnet8.json").read_text()))
     if "speed" in result:
-        lines += ["| speed of the coder, MB of float32 a second of processor time | encode | decode |", "|---|---:|---:|"]
+        lines += ["## Speed", "", "| speed of the coder, MB of float32 a second of processor time | encode | decode |", "|---|---:|---:|"]
         lines += [
             f"| {name}, {row['megabytes']:.1f} MB | {row['encode']:.0f} | {row['decode']:.0f} |" for name, row in result["speed"].items()
         ]
@@ -251,7 +367,8 @@ def page() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("network", nargs="?", default="resnet20", choices=["resnet20"])
+    parser.add_argument("network", nargs="?", default="resnet20", choices=list(NETWORKS))
+    parser.add_argument("--rows", default="", help="make the rows whose name has this part")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--speed", action="store_true", help="measure the coder's speed only")
     parser.add_argument("--render", action="store_true", help="write the page only")
@@ -263,13 +380,15 @@ def main() -> None:
         PAGE.write_text(page(), encoding="utf-8")
         return
     torch.set_num_threads(args.threads)
+    NETWORK[0] = args.network
     make_folder(RESULTS)
     folder = ROOT / "runs" / "coded"
     make_folder(folder)
     path = RESULTS / f"{args.network}.json"
     if not args.speed:
-        run(path, folder)
-    speed(path)
+        run(path, folder, args.rows)
+    if args.network == "resnet20" and not args.rows:
+        speed(path)
     PAGE.write_text(page(), encoding="utf-8")
 
 

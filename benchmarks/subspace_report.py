@@ -119,14 +119,14 @@ def best(rows: list[Row]) -> str:
     lines = []
     for rank in ranks:
         own = [row for row in rows if row["settings"]["rank"] == rank]
-        shown = ["dense" if rank is None else f"{rank:g} of the full rank", f"{own[0]['params']:,}"]
+        shown = ["dense" if rank is None else f"{rank:g} of the full rank", f"{own[0]['params']:,}", str(len(own))]
         for sampled in epochs:
             means = {s: statistics.fmean(cell(rows, rank, sampled, s)) for s in sizes if s and cell(rows, rank, sampled, s)}
             size = max(means, key=lambda s: means[s])
             shown += [f"{spread(cell(rows, rank, sampled, size, 'test'))} ({size})", spread(cell(rows, rank, sampled, None, "test"))]
         lines.append(shown)
     further = rows[0]["settings"]["epochs"]
-    head = ["weights", "parameters"]
+    head = ["weights", "parameters", "seeds"]
     for sampled in epochs:
         head += [f"P-SGD, {sampled} + {further} epochs (size)", f"SGD, {sampled} + {further}"]
     return markdown(head, lines)

@@ -190,9 +190,7 @@ def _next(**told: bool) -> str:
     if told["lost"]:
         return "a lower learning rate or more data for fine-tuning"
     if told["coded"]:
-        return (
-            "more coded_bytes, or fine-tuning on the levels (fit_rounded)" if told["worse"] else "fewer coded_bytes, or pack(model, path)"
-        )
+        return "more coded_bytes, or examples= for a larger calibration set" if told["worse"] else "fewer coded_bytes, or pack(model, path)"
     if told["worse"]:
         more = "more epochs" if told["trained"] else "fine-tuning (epochs=)"
         return f"{more}, a larger budget, or Budget(max_drop=1.0) for the smallest network at most 1 point worse"

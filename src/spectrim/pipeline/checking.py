@@ -43,7 +43,7 @@ def check_settings(model: nn.Module, budget: Budget, epochs: int, cut: str, dist
     if not (reconstruct is None or isinstance(reconstruct, Reconstruction)):
         raise SettingError("compress", "reconstruct", got=reconstruct, rule="a Reconstruction, or None")
     if not budget.limits and (epochs or reconstruct is not None):
-        hint = "limit macs or params too; or fine-tune the rounded network on its levels"
+        hint = "limit macs or params too, or train before"
         field, got = ("epochs", epochs) if epochs else ("reconstruct", reconstruct)
         raise SettingError("compress", field, got=got, rule="left out where coded_bytes alone is limited and nothing is cut", hint=hint)
 

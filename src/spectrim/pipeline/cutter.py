@@ -89,10 +89,11 @@ class Cutter:
 
     def _best(self, bench: Workbench, trains: bool, notes: list[str]) -> CutNetwork:
         made = [self._made(bench, kind) for kind in ("plain", "whitened")]
+        kinds = ("sensitive",) if trains else ("sensitive", "both")
         try:
-            made.append(self._made(bench, "sensitive"))
+            made.extend(self._made(bench, kind) for kind in kinds)
         except SettingError as error:
-            notes.append(f"not tried: sensitive ({error})")
+            notes.append(f"not tried: {', '.join(kinds)} ({error})")
         if not trains:
             return min(made, key=_rank)
         best = min(made, key=lambda one: one.last["loss"])

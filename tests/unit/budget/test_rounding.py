@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as sp
-from spectrim.budget.rounding.curves import Curve, curve_of, price_for, towards
-from spectrim.budget.rounding.meeting import _meeting, beside, moments
+from spectrim.budget.rounding.curves import INPUTS, OUTPUTS, Curve, curve_of, price_for, towards, with_feedback
+from spectrim.budget.rounding.meeting import Moments, _meeting, beside, moments
+from spectrim.budget.rounding.pairs import Option, best_at, options_of, with_pairs
 from spectrim.budget.rounding.round_to import round_to
-from spectrim.budget.rounding.weights import weights_of
+from spectrim.budget.rounding.weights import Weight, weights_of
 from spectrim.errors import SettingError
 from spectrim.linalg.feedback import bits_of, entropy, metric_of, rounded
 from spectrim.storage.pack import coded, pack, unpack
@@ -250,5 +251,77 @@ def test_what_cannot_be_is_refused() -> None:
         round_to(Branch(), data, 1000, progress=False)
     norm = nn.BatchNorm1d(300)
     norm(torch.randn(64, 300))  # statistics are kept as they are
-    with pytest.raises(SettingError, match="met by some steps; the fewest bytes reached are"):
+    with pytest.raises(SettingError, match="the fewest bytes that were reached"):
         round_to(nn.Sequential(norm, nn.Linear(300, 2)), [torch.randn(64, 300)], 1000, progress=False)
+
+
+def pair_options() -> tuple[Weight, Moments, list[Option]]:
+    torch.manual_seed(0)
+    layer, mixed = nn.Linear(24, 16), torch.from_numpy(moment(24, 3))
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(16, 3) @ torch.randn(3, 24) + 0.02 * torch.randn(16, 24))
+    weight = weights_of(nn.Sequential(layer))["0"]
+    blank = torch.zeros(1, 16, 24, dtype=torch.float64)
+    met = Moments(mixed[None], torch.zeros(1, 24), torch.from_numpy(moment(16, 4))[None], blank, blank[..., 0])
+    rounding = with_feedback(weight.matrices(), met)
+    return weight, met, options_of(weight, met, curve_of(rounding, float(rounding.matrices.std())))
+
+
+def test_a_pair_is_the_best_cut_in_the_metric_and_its_loss_is_the_squared_error() -> None:
+    weight, met, options = pair_options()
+    own, left = (
+        m[0].numpy() + share * float(m[0].trace()) / len(m[0]) * np.eye(len(m[0])) for m, share in ((met.own, INPUTS), (met.left, OUTPUTS))
+    )
+    matrix = weight.matrices()[0].numpy()
+    ranks = [option.rank for option in options[1:]]
+    assert ranks == [2, 4, 6, 8]  # from 10 on two take as many numbers as one
+    for option in options[1:]:
+        assert option.factors is not None
+        first, second = option.factors
+        change = second @ first - matrix
+        assert option.lost == pytest.approx(float(np.trace(left @ change @ own @ change.T)), rel=1e-6)
+        u, s, vh = np.linalg.svd(matrix)
+        other = (u[:, : option.rank] * s[: option.rank]) @ vh[: option.rank] - matrix
+        assert option.lost <= float(np.trace(left @ other @ own @ other.T)) * (1 + 1e-9)
+    assert options[0].lost == 0
+    assert options[0].rank is None
+
+
+def test_one_price_chooses_a_low_rank_where_the_weight_has_one_and_bits_are_few() -> None:
+    _, _, options = pair_options()
+    for price in (1e-6, 1e-3, 0.1, 3.0):
+        chosen = best_at({"0": options}, price)["0"]
+        assert chosen.cost(price) == min(option.cost(price) for option in options)
+    ranks = [best_at({"0": options}, price)["0"].rank for price in np.geomspace(1e-6, 10.0, 12)]
+    assert ranks[0] is None
+    assert 4 in ranks
+
+
+def test_pairs_take_the_place_of_layers_and_know_what_they_stand_for() -> None:
+    weight, _, options = pair_options()
+    network = nn.Sequential(weight.layer, nn.ReLU(), nn.Linear(16, 4))
+    made, stands_for = with_pairs(network, {"0": options[2]})
+    assert stands_for == {"0.1": "0"}
+    assert options[2].factors is not None
+    first, second = options[2].factors
+    torch.testing.assert_close(made[0][0].weight.double(), torch.from_numpy(first), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(made[0][1].weight.double(), torch.from_numpy(second), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(made[0][1].bias, weight.layer.bias)
+
+
+def test_ranks_are_kept_where_the_outputs_change_less() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 6))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(48, 4) @ torch.randn(4, 48) / 7)
+    data = [torch.randn(256, 48)]
+    one = round_to(model, data, 1100, progress=False)
+    made = round_to(model, data, 1100, low_rank=True, progress=False)
+    assert set(made.ranks) == {"0"}
+    assert made.tried == (one.unexplained, made.unexplained)
+    assert made.unexplained < 0.7 * one.unexplained
+    assert made.packed.coded_bytes <= 1100
+    assert "0 in rank" in made.summary()
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 6))
+    assert round_to(plain, data, 2500, low_rank=True, progress=False).ranks == {}

@@ -114,16 +114,25 @@ def curve_of(rounding: Callable[[float], tuple[np.ndarray, float]], size: float)
 
 def bits_at(curves: Mapping[str, Curve], price: float) -> float:
     """Return the bits of all weights at a price."""
-    return sum(curve.bits[curve.best(price)] for curve in curves.values())
+    return sum((curve.bits[curve.best(price)] for curve in curves.values()), 0.0)
 
 
 def price_for(curves: Mapping[str, Curve], bits: float) -> float:
-    """Return the lowest price of a bit at which the weights take no more than `bits` together; that of their fewest bits otherwise.
+    """Return the lowest price of a bit at which the weights take no more than `bits` together; that of their fewest bits otherwise."""
+    return lowest_price(lambda price: bits_at(curves, price), bits)
+
+
+def lowest_price(taken: Callable[[float], float], bits: float) -> float:
+    """Return the lowest price of a bit at which no more than `bits` are taken.
 
     At one price for all weights, no bit would lower the distortion more in another weight: the Lagrangian condition.
+
+    Args:
+        taken: bits at a price; falls as the price rises.
+        bits: that may be taken.
     """
     low, high = 1e-18, 1e12
     for _ in range(100):
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if bits_at(curves, middle) > bits else (low, middle)
+        low, high = (middle, high) if taken(middle) > bits else (low, middle)
     return high

@@ -1,0 +1,242 @@
+"""Attempts to meet a number of coded bytes: a network, what is known of its weights, and its rounding at a price of a bit."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from spectrim.budget.rounding.curves import Curve, Rounding, bits_at, curve_of, lowest_price, price_for, towards, with_feedback
+from spectrim.budget.rounding.meeting import Moments, beside, moments, outputs
+from spectrim.budget.rounding.pairs import Option, best_at, options_of
+from spectrim.budget.rounding.weights import Weight, weights_of
+from spectrim.errors import SettingError
+from spectrim.metrics.calls import evaluating
+from spectrim.metrics.inputs import batch_size_of
+from spectrim.storage.pack import Packed, coded
+from spectrim.surgery.exchange import duplicate
+
+BIASES, VECTORS = 127, 2047
+"""Levels on each side of zero: of biases, and of other vectors."""
+
+TRIES = 6
+"""Attempts to meet the budget."""
+
+NEAR = 0.985
+"""Share of the budget that a file may leave unused."""
+
+STEEPNESS = 1.2
+"""Power of the factor by which a file is too large that the next attempt makes steps larger by."""
+
+LARGEST = 8.0
+"""Largest such factor."""
+
+TRIAL = 0.3
+"""Step, in units of the root mean square, by which the curvature of weights without feedback is measured."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A network on levels.
+
+    Attributes:
+        model: ordinary layers; BatchNorms are folded where that can be done.
+        packed: sizes of its coded file.
+        steps: between levels, by the name of the weight.
+        bits: bits of one entry of each weight, on average, by how often each level occurs.
+        unexplained: fraction of variance unexplained: mean squared change of the outputs on the calibration data over their variance.
+        ranks: of the weights that became two small ones, with ``low_rank=True``.
+        tried: the fraction unexplained without and with small weights, where both were tried.
+    """
+
+    model: nn.Module = field(repr=False)
+    packed: Packed
+    steps: Mapping[str, float]
+    bits: Mapping[str, float]
+    unexplained: float
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    tried: tuple[float, float] | None = None
+
+    def summary(self) -> str:
+        """Return sizes, bits and the change of the outputs as text."""
+        bits = f"{min(self.bits.values()):.2f} to {max(self.bits.values()):.2f} bits for each weight"
+        cut = "".join(f"; {name} in rank {rank}" for name, rank in self.ranks.items())
+        return f"{self.packed.summary()}\n{bits}; outputs changed by {self.unexplained:.2%} of their variance{cut}"
+
+
+class Search:
+    """The network, what is known of its weights, and attempts to meet a budget.
+
+    Args:
+        dense: the network to round.
+        batches: inputs.
+        sequential: whether weights are rounded on the inputs of the network rounded so far.
+        progress: whether to show it.
+        before: the same of the network before some of its layers became two, and the names of these by those of the second of the two: what
+            outputs should be.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        batches: Sequence[Any],
+        sequential: bool,
+        progress: bool,
+        before: "tuple[Search, Mapping[str, str]] | None" = None,
+    ) -> None:
+        self.dense, self.batches, self.sequential, self.before = dense, batches, sequential, before
+        self.sizes = [batch_size_of(batch) for batch in batches]
+        self.weights = weights_of(dense)
+        frozen = [parameter for parameter in dense.parameters() if not parameter.requires_grad]
+        dense.requires_grad_(True)
+        self.met = moments(dense, self.weights, batches, self.sizes)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        with evaluating(dense):
+            self.outputs = list(outputs(dense, batches))
+        self.wanted = self.outputs if before is None else before[0].outputs
+        self.roundings = {name: with_feedback(self.weights[name].matrices(), met) for name, met in self.met.items()}
+        own = {id(self.weights[name].layer.weight) for name in self.met}
+        self.others = {name: tensor for name, tensor in dense.named_parameters() if tensor.is_floating_point() and id(tensor) not in own}
+        self.roundings |= {name: self._measured(tensor) for name, tensor in self.others.items() if tensor.dim() > 1}
+        self.curves: dict[str, Curve] = {}
+        console = Console(stderr=True)
+        shown = progress and console.is_terminal
+        self.track: Any = lambda names, title: track(names, title, console=console, transient=True, disable=not shown)
+        for name in self.track(list(self.roundings), "steps"):
+            rounding = self.roundings[name]
+            self.curves[name] = curve_of(rounding, float(np.sqrt((rounding.matrices**2).mean())))
+
+    def _measured(self, tensor: Tensor) -> Rounding:
+        """Return the rounding of a weight without feedback: its curvature is measured on a batch, at a trial step."""
+        kept, matrix = tensor.detach().clone(), tensor.detach().double().cpu().numpy()[None]
+        step = TRIAL * float(np.sqrt((matrix**2).mean())) or 1.0
+        with evaluating(self.dense):
+            tensor.copy_((kept / step).round() * step)
+            changed = next(outputs(self.dense, self.batches))
+            change = float((tensor - kept).double().square().sum())
+            tensor.copy_(kept)
+        moved = float((changed - self.outputs[0]).double().square().sum()) / self.sizes[0]
+        return Rounding(matrix, curvature=moved / max(change, 1e-30))
+
+    def joint(self, limit: int) -> dict[str, Option]:
+        """Return the weights that one price of a bit makes two small ones of, at the bits of a file of that size."""
+        bits = bits_at(self.curves, self._price(limit))
+        options = {name: options_of(self.weights[name], met, self.curves[name]) for name, met in self._shown(self.met, "ranks")}
+        rest = {name: curve for name, curve in self.curves.items() if name not in options}
+
+        def taken(price: float) -> float:
+            return bits_at(rest, price) + sum(option.bits(price) for option in best_at(options, price).values())
+
+        return {name: option for name, option in best_at(options, lowest_price(taken, bits)).items() if option.rank is not None}
+
+    def _shown(self, held: Mapping[str, Any], title: str) -> Iterator[tuple[str, Any]]:
+        return ((name, held[name]) for name in self.track(list(held), title))
+
+    def _price(self, limit: int) -> float:
+        """Return the price of a bit for a file of that size, by fast attempts on the dense network's inputs."""
+        goal = limit * 8.0
+        for attempt in range(TRIES):
+            price = price_for(self.curves, goal)
+            size = coded(self._rounded(price, sequential=False)[0])[1].coded_bytes
+            goal *= NEAR * 1.005 * limit / size
+            if NEAR**2 * limit <= size <= limit or attempt == TRIES - 1:
+                break
+        return price
+
+    def within(self, limit: int) -> Rounded:
+        """Return the network rounded to at most that many bytes: steps by the price, then all of them a little larger or smaller."""
+        price, best, scale = self._price(limit), None, 1.0
+        for attempt in range(TRIES):
+            made, steps, bits = self._rounded(price, self.sequential, scale)
+            packed = coded(made)[1]
+            if packed.coded_bytes <= limit and (best is None or packed.coded_bytes > best[1].coded_bytes):
+                best = made, packed, steps, bits
+            if best is not None and (best[1].coded_bytes >= NEAR * limit or not self.sequential or attempt >= 2):
+                break
+            scale = min(LARGEST, scale * (packed.coded_bytes / (NEAR * 1.005 * limit)) ** STEEPNESS)
+        if best is None:
+            raise SettingError(
+                "round_to", "coded_bytes", got=limit, rule=f"at least {packed.coded_bytes:,}, the fewest bytes that were reached"
+            )
+        model, packed, steps, bits = best
+        return Rounded(model, packed, steps, bits, self._unexplained(model))
+
+    def _rounded(self, price: float, sequential: bool, scale: float = 1.0) -> tuple[nn.Module, dict[str, float], dict[str, float]]:
+        """Return the network rounded at the steps for a price of a bit, times a factor; the steps, and bits for each entry."""
+        made = duplicate(self.dense).eval()
+        weights, parameters = weights_of(made), dict(made.named_parameters())
+        steps = {name: float(np.float32(scale * curve.steps[curve.best(price)])) for name, curve in self.curves.items()}
+        bits, price = {}, price * scale**2
+        for name in self.others:
+            if name in self.roundings:
+                levels, _ = self.roundings[name](steps[name], price)
+                bits[name] = _bits(levels)
+                _put(parameters[name], levels[0], steps[name])
+        with evaluating(made) if sequential else nullcontext(), torch.no_grad():
+            for name in self.track(list(self.met), "rounding") if sequential else self.met:
+                weight, met, rounding = weights[name], self.met[name], self.roundings[name]
+                before = weight.matrices()
+                if sequential and met.once:
+                    met = beside(*self._counterpart(name), made, weight, self.batches, self.sizes, met.left)
+                    rounding = with_feedback(towards(before.cpu(), met), met)
+                levels, _ = rounding(steps[name], price)
+                bits[name] = _bits(levels)
+                weight.set_(torch.from_numpy(levels.astype(np.float32) * np.float32(steps[name])).to(before))
+                _absorb(weight, before, met)
+        taken = {id(weights[name].layer.bias) for name in self.met}
+        for name in self.others:
+            vector = parameters[name]
+            if name not in self.roundings and id(vector) not in taken:
+                _to_levels(vector, BIASES if name.rpartition(".")[2].startswith("bias") else VECTORS)
+        return made, steps, bits
+
+    def _counterpart(self, name: str) -> tuple[nn.Module, Weight]:
+        """Return the network and the weight in it that tell what the output of a weight should be."""
+        if self.before is not None:
+            search, counterparts = self.before
+            place = counterparts.get(name, name)
+            if place in search.weights:
+                return search.dense, search.weights[place]
+        return self.dense, self.weights[name]
+
+    def _unexplained(self, model: nn.Module) -> float:
+        """Return the mean squared change of the outputs over their variance."""
+        with evaluating(model):
+            change = sum(float((a - b).double().square().sum()) for a, b in zip(outputs(model, self.batches), self.wanted, strict=True))
+        count = sum(output.shape[:-1].numel() for output in self.wanted)
+        mean = sum(output.double().flatten(0, -2).sum(0) for output in self.wanted) / count
+        return change / max(1e-30, sum(float((output.double() - mean).square().sum()) for output in self.wanted))
+
+
+def _bits(levels: np.ndarray) -> float:
+    counts = np.unique(levels, return_counts=True)[1] / levels.size
+    return float(-(counts * np.log2(counts)).sum())
+
+
+def _put(tensor: Tensor, levels: np.ndarray, step: float) -> None:
+    with torch.no_grad():
+        tensor.copy_(torch.from_numpy(levels.astype(np.float32) * np.float32(step)))
+
+
+def _absorb(weight: Weight, before: Tensor, met: Moments) -> None:
+    """Let the bias take up what rounding does to the mean of the output, and put it on levels."""
+    bias = weight.layer.bias
+    if bias is None:
+        return
+    shift = (before - weight.matrices()) @ met.mean.to(before).unsqueeze(-1)
+    with torch.no_grad():
+        bias.copy_(bias.double() + shift.flatten() + met.missing.to(before).flatten())
+    _to_levels(bias, BIASES)
+
+
+def _to_levels(vector: Tensor, most: int) -> None:
+    """Round a vector to that many levels on each side of zero."""
+    if vector.numel() and (largest := float(vector.detach().abs().max())) > 0:
+        step = float(np.float32(largest / most))
+        _put(vector, np.rint(vector.detach().double().cpu().numpy() / step), step)
