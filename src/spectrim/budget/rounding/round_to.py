@@ -59,6 +59,7 @@ def round_to(
             traced, or a budget that no steps meet.
 
     Examples:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> made = round_to(model, [torch.randn(256, 64)], coded_bytes=3500, progress=False)
         >>> made.packed.coded_bytes <= 3500, made.unexplained < 0.1
