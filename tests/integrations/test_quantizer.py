@@ -68,13 +68,28 @@ def test_a_base_model_and_another_head_load_what_they_have(tmp_path: Path) -> No
 
 
 def test_what_transformers_would_load_half_random_is_refused(tmp_path: Path) -> None:
-    low: Any = sp.factorize(llama(), rank=2)
-    with pytest.raises(LayerError, match="is factorized"):
-        low.save_pretrained(tmp_path / "low")
-    mixed: Any = sp.merge(low)
+    mixed: Any = sp.merge(sp.factorize(llama(), rank=2))
     mixed.model.norm.to(torch.float64)
     with pytest.raises(LayerError, match="several dtypes"):
         mixed.save_pretrained(tmp_path / "mixed")
+
+
+def test_a_network_that_is_loaded_is_trained_and_factorized_again(tmp_path: Path) -> None:
+    merged: Any = sp.merge(sp.factorize(llama(), rank=6))
+    merged.save_pretrained(tmp_path / "one")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    settings = transformers.TrainingArguments(str(tmp_path / "run"), report_to="none", max_steps=1, save_strategy="no", use_cpu=True)
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+    before = again.get_input_embeddings().weight.detach().clone()
+    transformers.Trainer(again, settings, train_dataset=rows).train()
+    assert not torch.equal(again.get_input_embeddings().weight, before)
+    low: Any = sp.factorize(again, where=sp.match("*"), rank=2)
+    assert getattr(low, "hf_quantizer", None) is None, "checkpoints of a Trainer hold its factors"
+    assert getattr(low.config, "quantization_config", None) is None
+    assert again.config.quantization_config.quant_method == "spectrim"
+    smaller: Any = sp.merge(low)
+    with pytest.raises(LayerError, match="merged more than once"):
+        smaller.save_pretrained(tmp_path / "two")
 
 
 def test_half_precision_and_another_model_in_the_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -55,6 +56,11 @@ class SpectrimQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_qat_trainable(self) -> bool:
+        """True, so that a ``Trainer`` takes a network that was loaded."""
+        return True
+
+    @property
     def is_compileable(self) -> bool:
         """True: layers are ordinary ones."""
         return True
@@ -86,7 +92,8 @@ class SpectrimQuantizer(HfQuantizer):
         """Write the plan of the network as it is now into its config, and return each tensor once.
 
         Raises:
-            LayerError: for a factorized network, or one whose tensors differ in dtype: transformers reads all in one.
+            LayerError: for a factorized network, one whose tensors differ in dtype (transformers reads all in one), or one that its plan
+            does not describe.
         """
         problem = _why_not(model)
         if problem is not None:
@@ -99,7 +106,9 @@ class SpectrimQuantizer(HfQuantizer):
             else:
                 first[id(tensor)] = name
                 state[name] = tensor.detach()
-        self.quantization_config = SpectrimConfig(plan_of(model), tied)
+        config = SpectrimConfig(plan_of(model), tied)
+        _check_replay(model, config.plan)
+        self.quantization_config = config
         model.config.quantization_config = self.quantization_config
         return state, {}
 
@@ -135,6 +144,20 @@ def _renamed(config: SpectrimConfig, model: Any) -> SpectrimConfig:
     return SpectrimConfig(plan, tied)
 
 
+def _check_replay(model: Any, plan: dict[str, Any]) -> None:
+    """Raise a LayerError unless the plan, replayed on the architecture of the config, gives the tensors of the network."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        dense = type(model)(config)
+    built = replayed(dense, plan, Path("config.json")).state_dict()
+    for name, tensor in model.state_dict().items():
+        if name not in built or built[name].shape != tensor.shape:
+            problem = f"its '{name}' is not what the plan of the layers describes: it was merged more than once, or changed since"
+            raise LayerError(type(model).__name__, problem, hint="factorize and merge the dense network")
+
+
 def _why_not(model: nn.Module) -> str | None:
     """Return why transformers cannot hold a network, or None."""
     if any(is_factorized(module) for module in model.modules()):
@@ -144,11 +167,20 @@ def _why_not(model: nn.Module) -> str | None:
 
 
 def mark(model: nn.Module) -> None:
-    """Let transformers save an exchanged network as what it is, not as incomplete weights of the original."""
-    if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
-        model.config = copy.deepcopy(model.config)
-        held: Any = model
-        held.hf_quantizer = SpectrimQuantizer(SpectrimConfig())
+    """Let transformers save a merged network as what it is, not as incomplete weights of the original.
+
+    A factorized one is saved as any network of one's own, its factors in a state dict: checkpoints of a ``Trainer`` hold these.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    network: Any = model
+    held = getattr(network, "hf_quantizer", None)
+    if any(map(is_factorized, model.modules())):
+        if isinstance(held, SpectrimQuantizer):  # it was merged before
+            held.remove_quantization_config(network)  # type: ignore[no-untyped-call]
+    elif held is None:
+        network.config = copy.deepcopy(network.config)
+        network.hf_quantizer = SpectrimQuantizer(SpectrimConfig())
 
 
 FINISHED.append(mark)

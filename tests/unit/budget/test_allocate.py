@@ -266,7 +266,7 @@ def test_nothing_to_allocate() -> None:
     [
         (
             {},
-            r"Budget: one of macs, params, .*, max_drop, max_loss_rise must be given, got None; Budget\(macs=0.4\) keeps 40 %",
+            r"Budget: one of macs, params, .*, max_drop, max_loss_rise, coded_bytes must be given, got None; Budget\(macs=0.4\) keeps 40 %",
         ),
         ({"macs": 0.0}, r"Budget: macs must be the fraction kept, in \(0, 1\], got 0.0"),
         ({"macs": 40.0}, r"Budget: macs must be the fraction kept, in \(0, 1\], got 40.0"),
