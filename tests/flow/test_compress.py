@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim import cli, zoo
+from spectrim.budget.cut_to import CutNetwork
 from spectrim.errors import FormatError, SettingError
 from spectrim.files import read_json
 from spectrim.layers import FactorizedLayer
+from spectrim.metrics.evaluate import Scores
 from spectrim.metrics.inputs import first_examples
 from spectrim.pipeline.compress import compress
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.cutter import Cutter
-from spectrim.pipeline.judge import Judge
 from spectrim.pipeline.teaching import teacher_for, with_hint_layers
 from spectrim.plain.chain import PlainPair
 
@@ -106,31 +107,32 @@ def test_the_dense_network_is_distilled_where_the_loss_gap_is_large(trained: tup
 
 
 def test_ranks_are_mixed_where_that_costs_little(trained: tuple[nn.Module, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    tight, make = sp.Budget(macs=0.15), Cutter._made
+    def chosen(best: str, mixed: float, accurate: str = "", *, trains: bool = True, far: bool = True) -> str:
+        """Let one cut have a loss of 1.0 once it is refitted, the others 2.0; and one the highest accuracy."""
 
-    def chosen(best: str, mixed: float, accurate: str = "", **settings: Any) -> str:
-        """Let one of the three have a loss of 1.0 once it is refitted, the others 2.0; and one the highest accuracy."""
-
-        def scored(self: Any, bench: Any, kind: str) -> Any:
-            found = make(self, bench, kind)
+        def scored(self: Any, bench: Any, kind: str) -> CutNetwork:
             loss = {best: 1.0, "mixed": mixed}.get(kind, 2.0)
-            return replace(found, scores={**found.scores, "corrected": {"loss": loss, "accuracy": 0.5 if kind == accurate else 0.4}})
+            accuracy = 0.5 if kind == accurate else 0.4
+            return CutNetwork(kind, [], {}, {"corrected": Scores(loss=loss, accuracy=accuracy)})  # type: ignore[arg-type]
 
         monkeypatch.setattr(Cutter, "_made", scored)
-        return made(trained, budget=tight, **settings).cut
+        judge: Any = SimpleNamespace(dense={"loss": 0.1}, far=lambda *_: far)
+        bench: Any = SimpleNamespace(network=None, show=lambda made: None)
+        cutter: Any = Cutter(judge, sp.Budget(macs=0.15), None, None, None, None)  # type: ignore[arg-type]
+        return str(cutter._best(bench, trains, []).way)
 
-    assert chosen("plain", 1.2, epochs=1) == chosen("whitened", 1.2, epochs=1) == "mixed"
-    assert chosen("whitened", 1.3, epochs=1) == "whitened", "mixed ranks start too high"
-    assert chosen("sensitive", 1.2, epochs=1) == "sensitive"
-    assert chosen("sensitive", 0.99, epochs=1) == "mixed"
-    assert chosen("whitened", 1.0) == "whitened", "without training the best start is the best end"
-    assert chosen("sensitive", 1.0, accurate="plain") == "plain", "without training accuracy counts"
-    assert chosen("sensitive", 2.0, accurate="plain", epochs=1) == "sensitive", "training mends the rest"
-    monkeypatch.setattr(Judge, "far", lambda *_: False)
-    assert chosen("sensitive", 1.1, epochs=1) == chosen("whitened", 1.1, epochs=1) == "mixed"
-    assert chosen("whitened", 1.3, epochs=1) == "whitened", "near to its end, training does not make up for the start"
+    assert chosen("plain", 1.2) == chosen("whitened", 1.2) == "mixed"
+    assert chosen("whitened", 1.3) == "whitened", "mixed ranks start too high"
+    assert chosen("sensitive", 1.2) == "sensitive"
+    assert chosen("sensitive", 0.99) == "mixed"
+    assert chosen("whitened", 1.0, trains=False) == "whitened", "without training the best start is the best end"
+    assert chosen("both", 1.0, trains=False) == "both"
+    assert chosen("sensitive", 1.0, accurate="plain", trains=False) == "plain", "without training accuracy counts"
+    assert chosen("sensitive", 2.0, accurate="plain") == "sensitive", "training mends the rest"
+    assert chosen("sensitive", 1.1, far=False) == chosen("whitened", 1.1, far=False) == "mixed"
+    assert chosen("whitened", 1.3, far=False) == "whitened", "near to its end, training does not make up for the start"
     monkeypatch.undo()
-    asked, whitened = (made(trained, budget=tight, cut=cut) for cut in ("mixed", "whitened"))
+    asked, whitened = (made(trained, budget=sp.Budget(macs=0.15), cut=cut) for cut in ("mixed", "whitened"))
     assert asked.cut == "mixed"
     assert asked.ranks != whitened.ranks
 
@@ -414,16 +416,14 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         )
     )
     arguments = ["compress", str(recipe), "--macs", "0.5", "--examples", "64", "--out", str(tmp_path / "out"), "--quiet", "--json"]
-    cli.main(arguments)
+    cli.main([*arguments, "--cut", "both", "--writing", "interpolative", "--reconstruct", "2"])
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert result["final"]["macs"] <= 0.5 * result["dense"]["macs"]
     assert len(out.splitlines()) == 1
-    cli.main([*arguments[:-3], str(tmp_path / "more"), "--cut", "both", "--writing", "interpolative", "--reconstruct", "2", "--quiet"])
-    written = json.loads((tmp_path / "more" / "compress" / "result.json").read_text())
+    written = json.loads((tmp_path / "out" / "compress" / "result.json").read_text())
     assert written["cut"] == "both"
     assert any("reconstructed" in note for note in written["notes"])
-    capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         cli.main(["compress", str(recipe), "--quiet"])
     assert "no budget" in capsys.readouterr().err

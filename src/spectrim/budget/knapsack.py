@@ -96,6 +96,10 @@ CORE = 24
 """Weights that are solved exactly after the relaxation of all."""
 
 
+AROUND = 32
+"""Choices of each of them: those that cost nearly what the relaxation chose."""
+
+
 RESOLVED = 1e-2
 """Loss, in the unit that the solver sees, above which its absolute gap of 1e-6 is no wider than its relative one of 1e-4."""
 
@@ -178,10 +182,12 @@ def _by_relaxation(objective: NDArray[np.float64], starts: NDArray[np.int64], li
         picked[weight] = new
     if core := _core(steps, taken, [costs for costs, _ in pairs]):
         left = room + sum(float(pairs[weight][0][picked[weight]]) for weight in core)
-        row, losses = (np.concatenate([pairs[weight][part] for weight in core]) for part in (0, 1))
-        own = np.cumsum([0, *(len(pairs[weight][0]) for weight in core)])
-        for weight, place in zip(core, _by_integer_programming(losses, own, [replace(limit, row=row, most=left)]), strict=True):
-            picked[weight] = place
+        around = [np.argsort(np.abs(pairs[weight][0] - pairs[weight][0][picked[weight]]), kind="stable")[:AROUND] for weight in core]
+        row, losses = (np.concatenate([pairs[w][part][near] for w, near in zip(core, around, strict=True)]) for part in (0, 1))
+        own = np.cumsum([0, *map(len, around)])
+        found = _by_integer_programming(losses, own, [replace(limit, row=row, most=left)])
+        for weight, near, place in zip(core, around, found, strict=True):
+            picked[weight] = int(near[place])
     lost = sum(float(losses[place]) for (_, losses), place in zip(pairs, picked, strict=True))
     return picked if lost - bound <= GAP * abs(lost) else None
 
