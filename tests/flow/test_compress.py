@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim import cli, zoo
-from spectrim.budget.cut_to import CutNetwork
+from spectrim.budget.cut_to import CutNetwork, Workbench
 from spectrim.errors import FormatError, SettingError
 from spectrim.files import read_json
 from spectrim.layers import FactorizedLayer
@@ -27,6 +27,7 @@ from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.cutter import Cutter
 from spectrim.pipeline.teaching import teacher_for, with_hint_layers
 from spectrim.plain.chain import PlainPair
+from spectrim.surgery.states import state_of
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -113,13 +114,14 @@ def test_ranks_are_mixed_where_that_costs_little(trained: tuple[nn.Module, Any],
         def scored(self: Any, bench: Any, kind: str) -> CutNetwork:
             loss = {best: 1.0, "mixed": mixed}.get(kind, 2.0)
             accuracy = 0.5 if kind == accurate else 0.4
-            return CutNetwork(kind, [], {}, {"corrected": Scores(loss=loss, accuracy=accuracy)})  # type: ignore[arg-type]
+            return CutNetwork(kind, state_of(trained[0]), {}, {"corrected": Scores(loss=loss, accuracy=accuracy)})
 
         monkeypatch.setattr(Cutter, "_made", scored)
-        judge: Any = SimpleNamespace(dense={"loss": 0.1}, far=lambda *_: far)
-        bench: Any = SimpleNamespace(network=None, show=lambda made: None)
-        cutter: Any = Cutter(judge, sp.Budget(macs=0.15), None, None, None, None)  # type: ignore[arg-type]
-        return str(cutter._best(bench, trains, []).way)
+        monkeypatch.setattr(Workbench, "show", lambda self, made: None)
+        cutter, bench = object.__new__(Cutter), object.__new__(Workbench)
+        cutter.judge, cutter.importance = cast(Any, SimpleNamespace(dense={"loss": 0.1}, far=lambda *_: far)), None
+        bench.network = trained[0]
+        return cutter._best(bench, trains, []).way
 
     assert chosen("plain", 1.2) == chosen("whitened", 1.2) == "mixed"
     assert chosen("whitened", 1.3) == "whitened", "mixed ranks start too high"
