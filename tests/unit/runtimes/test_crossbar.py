@@ -12,6 +12,7 @@ from torch import nn
 import spectrim as sp
 from spectrim.errors import LayerError, SettingError
 from spectrim.runtimes.crossbar import PRESETS, Device, Mapping, monte_carlo, on_crossbars, price_on_crossbars
+from spectrim.runtimes.crossbar.layers import mapped_layers
 
 IDEAL = Device()
 
@@ -87,8 +88,7 @@ def test_halving_the_columns_halves_the_tiles() -> None:
     assert price_on_crossbars(model, replace(device, bits=2), mapping).tiles == 32, "two slices"
     low = sp.merge(sp.factorize(nn.Sequential(nn.Linear(64, 64)), where=sp.match("*"), rank=16))
     assert price_on_crossbars(low, device, mapping).tiles == 2 * (4 + 4), "two thin arrays"
-    merged = [module for module in on_crossbars(low, device, mapping).modules() if hasattr(module, "mapping")]
-    assert len(merged) == 2
+    assert len(mapped_layers(low)) == 2
 
 
 def test_accuracy_over_draws() -> None:
@@ -101,6 +101,34 @@ def test_accuracy_over_draws() -> None:
     assert found[0][0] > 0.98
     assert found[0][1] == 0
     assert found[0][0] > found[1][0] > found[2][0]
+
+
+def test_layers_stay_themselves() -> None:
+    """References from a list, hooks and the class hold; a forward that is not torch's is refused."""
+
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(4, 4)
+            self.order = [self.one, torch.relu]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for part in self.order:
+                x = part(x)
+            return x
+
+    class Normed(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return F.linear(input, F.normalize(self.weight))
+
+    model, x, seen = Listed(), torch.randn(3, 4), list[int]()
+    model.one.register_forward_hook(lambda *_: seen.append(1))
+    rough = on_crossbars(model, replace(IDEAL, programming=0.5, input_bits=6))
+    assert isinstance(rough.one, nn.Linear)
+    assert not torch.equal(rough(x), model(x)), "the list runs the programmed layer"
+    assert len(seen) == 2
+    with pytest.raises(LayerError, match="Normed, which is not mapped"):
+        on_crossbars(nn.Sequential(Normed(4, 4), nn.Linear(4, 2)), IDEAL)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
-"""Layers that compute on crossbars, and `on_crossbars`, which exchanges them in a copy of a network."""
+"""Layers that compute on crossbars, and `on_crossbars`, which programs them in a copy of a network."""
 
-import copy
 from typing import Any, cast
 
 import torch
@@ -10,88 +9,92 @@ from torch import Tensor, nn
 from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError
 from spectrim.layers import is_factorized
+from spectrim.layers.forwards import leads_to_forward_of, runs_forward_of
 from spectrim.layers.geometry import convolve, whole
+from spectrim.plain.exchanged import class_of
 from spectrim.runtimes.crossbar.device import Device
 from spectrim.runtimes.crossbar.mapping import Mapping
+from spectrim.surgery.exchange import duplicate
 
 MAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d)
 """What is mapped: the matrix of outputs by inputs and taps, its bias stays digital."""
 
-NOT_MAPPED = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-"""Layers with products that are not mapped: a network of which only a part ran on crossbars would say too little."""
+DIGITAL = (nn.Embedding, nn.EmbeddingBag, nn.PReLU)
+"""Layers with parameters of two axes or more, or a table, that multiply nothing."""
 
 
-def is_mapped(module: nn.Module) -> bool:
-    """Whether a module is a layer that is mapped; a pair of layers in place of one is no layer, but each of the two is."""
-    return isinstance(module, MAPPED) and next(module.children(), None) is None
+def base_of(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class in `MAPPED` whose forward a layer runs; None for another forward, and for a pair of layers in place of one."""
+    base = next((kind for kind in MAPPED if isinstance(module, kind)), None)
+    if base is None or next(module.children(), None) is not None or getattr(module, "groups", 1) > 1:
+        return None
+    return base if runs_forward_of(module, base) or leads_to_forward_of(type(module), base) else None
 
 
-def check_mapped(model: nn.Module) -> None:
-    """Raise a LayerError unless all products with weights of a network can be mapped, and there are some."""
-    named = dict(model.named_modules())
-    for name, module in named.items():
+def mapped_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers that are mapped, each once.
+
+    Raises:
+        LayerError: where other products with weights would stay digital, so that the network would say too little; or where there are none.
+    """
+    found: list[nn.Module] = []
+    for name, module in model.named_modules():
         if is_factorized(module):
             raise LayerError(name, "is factorized", hint="merge(model) writes the layers that are mapped")
-        if isinstance(module, NOT_MAPPED) or (is_mapped(module) and getattr(module, "groups", 1) > 1):
-            kind = f"a {type(module).__name__}{' with groups' if is_mapped(module) else ''}"
-            raise LayerError(
-                name, f"is {kind}, which is not mapped to crossbars", hint="linear layers and plain 1-D and 2-D convolutions are"
-            )
-    if not any(map(is_mapped, named.values())):
+        if base_of(module) is not None:
+            found.append(module)
+        elif not isinstance(module, DIGITAL) and any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+            what = f"is a {type(module).__name__}{' with groups' if getattr(module, 'groups', 1) > 1 else ''}"
+            hint = "linear layers and 1-D and 2-D convolutions without groups are, with torch's own forward"
+            raise LayerError(name or "(model)", f"{what}, which is not mapped to crossbars", hint=hint)
+    if not found:
         raise LayerError(type(model).__name__, "has no linear layer and no convolution to map")
+    return found
 
 
-class OnCrossbars(nn.Module):
-    """A linear layer or convolution whose products run on the tiles of one programmed device.
+class Converted:
+    """What a layer does behind converters or with read noise; its weight is that of the programmed cells."""
 
-    Args:
-        layer: dense; its bias stays digital.
-        device: its cells and converters.
-        mapping: to tiles.
-        generator: of the draw.
-    """
+    _device: Device
+    _mapping: Mapping
+    _noise: torch.Generator
 
-    weight: Tensor
-
-    def __init__(self, layer: nn.Module, device: Device, mapping: Mapping, generator: torch.Generator) -> None:
-        super().__init__()
-        self.layer, self.device, self.mapping = copy.deepcopy(layer), device, mapping
-        weight = cast(Tensor, layer.weight).detach()
-        levels, step = mapping.levels(weight.flatten(1), device)
-        held = device.programmed(levels, generator)
-        slices = 2.0 ** (device.bits * torch.arange(len(held), dtype=torch.float64))
-        difference = (held[:, 0] - held[:, 1]) / device.step
-        self.register_buffer("weight", ((slices[:, None, None] * difference).sum(0) * step).reshape(weight.shape).to(weight.dtype))
-        self.noise = torch.Generator().manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Compute the layer: inputs rounded by the converters of the rows, the sums of each tile by those of its columns."""
-        layer, weight, x = cast(Any, self.layer), self._read(), rounded(x, self.device.input_bits)
-        if self.device.output_bits >= 32:
-            if isinstance(layer, nn.Linear):
-                return F.linear(x, weight, layer.bias)
-            return convolve(x, weight, layer.bias, whole(layer), layer.groups)
-        y = sum(rounded(part, self.device.output_bits) for part in self._tiles(x, weight))
+        layer, weight, x = cast(Any, self), self._read(), rounded(input, self._device.input_bits)
+        linear = isinstance(layer, nn.Linear)
+        if self._device.output_bits >= 32:
+            return F.linear(x, weight, layer.bias) if linear else convolve(x, weight, layer.bias, whole(layer), layer.groups)
+        y = cast(Tensor, sum(rounded(part, self._device.output_bits) for part in self._tiles(x, weight)))
         if layer.bias is None:
-            return cast(Tensor, y)
-        return cast(Tensor, y + (layer.bias if isinstance(layer, nn.Linear) else layer.bias.reshape(-1, *[1] * len(layer.kernel_size))))
+            return y
+        return y + (layer.bias if linear else layer.bias.reshape(-1, *[1] * len(layer.kernel_size)))
 
     def _read(self) -> Tensor:
-        if not self.device.read_noise:
-            return self.weight
-        noise = torch.randn(self.weight.shape, generator=self.noise, dtype=self.weight.dtype)
-        return self.weight * (1 + self.device.read_noise * noise)
+        weight: Tensor = cast(Any, self).weight
+        if not self._device.read_noise:
+            return weight
+        return weight * (1 + self._device.read_noise * torch.randn(weight.shape, generator=self._noise, dtype=weight.dtype))
 
     def _tiles(self, x: Tensor, weight: Tensor) -> Any:
         """Yield the sums of each band of rows of the crossbars; tiles beside each other have columns that are rounded alike."""
-        layer, flat = cast(Any, self.layer), weight.flatten(1)
-        for start in range(0, flat.shape[1], self.mapping.rows):
+        layer, flat = cast(Any, self), weight.flatten(1)
+        for start in range(0, flat.shape[1], self._mapping.rows):
             band = torch.zeros_like(flat)
-            band[:, start : start + self.mapping.rows] = flat[:, start : start + self.mapping.rows]
+            band[:, start : start + self._mapping.rows] = flat[:, start : start + self._mapping.rows]
             if isinstance(layer, nn.Linear):
                 yield F.linear(x, band)
             else:
                 yield convolve(x, band.reshape(weight.shape), None, whole(layer), layer.groups)
+
+
+def programmed(weight: Tensor, device: Device, mapping: Mapping, generator: torch.Generator) -> Tensor:
+    """Return the weight that the cells hold after programming: one draw."""
+    levels, step = mapping.levels(weight.flatten(1), device)
+    held = device.programmed(levels, generator)
+    slices = 2.0 ** (device.bits * torch.arange(len(held), dtype=torch.float64))
+    difference = (held[:, 0] - held[:, 1]) / device.step
+    return ((slices[:, None, None] * difference).sum(0) * step).reshape(weight.shape).to(weight.dtype)
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
@@ -105,7 +108,8 @@ def rounded(x: Tensor, bits: int) -> Tensor:
 def on_crossbars(model: nn.Module, device: Device, mapping: Mapping | None = None, *, seed: int = 0) -> nn.Module:
     """Return a copy in which linear layers and convolutions run on crossbars that were programmed once; everything else stays digital.
 
-    A merged low-rank layer takes two arrays, one after the other.
+    A merged low-rank layer takes two arrays, one after the other. Layers stay the objects that the rest of the copy refers to; a weight
+    that is tied to another one is programmed apart.
 
     Args:
         model: dense or merged, on the CPU; it is left untouched.
@@ -114,7 +118,7 @@ def on_crossbars(model: nn.Module, device: Device, mapping: Mapping | None = Non
         seed: of the draw.
 
     Raises:
-        LayerError: for a factorized model, for products that are not mapped (`NOT_MAPPED`, groups), or where there are none.
+        LayerError: for a factorized model, and as `mapped_layers`: where other products would stay digital.
 
     Examples:
         >>> model = nn.Linear(4, 3)
@@ -124,16 +128,12 @@ def on_crossbars(model: nn.Module, device: Device, mapping: Mapping | None = Non
     """
     check("on_crossbars", model=model)
     model, mapping, generator = unwrapped(model), mapping or Mapping(), torch.Generator().manual_seed(seed)
-    check_mapped(model)
-    mapped: dict[int, nn.Module] = {}
-
-    def exchanged(module: nn.Module) -> nn.Module:
-        if is_mapped(module):
-            if id(module) not in mapped:
-                mapped[id(module)] = OnCrossbars(module, device, mapping, generator).train(module.training)
-            return mapped[id(module)]
-        for name, child in list(module.named_children()):
-            setattr(module, name, exchanged(child))
-        return module
-
-    return exchanged(copy.deepcopy(model))
+    model = duplicate(model)
+    for layer in cast(list[Any], mapped_layers(model)):
+        layer.weight = nn.Parameter(programmed(layer.weight.detach(), device, mapping, generator), layer.weight.requires_grad)
+        if device.read_noise or min(device.input_bits, device.output_bits) < 32:
+            base = base_of(layer)
+            layer.__dict__ |= {"_device": device, "_mapping": mapping}
+            layer.__dict__["_noise"] = torch.Generator().manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+            layer.__class__ = class_of(Converted, type(layer), cast(Any, base))
+    return model

@@ -6,7 +6,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from spectrim.runtimes.crossbar.device import Device
-from spectrim.runtimes.crossbar.layers import check_mapped, is_mapped
+from spectrim.runtimes.crossbar.layers import mapped_layers
 from spectrim.runtimes.crossbar.mapping import Mapping
 
 
@@ -71,8 +71,7 @@ def price_on_crossbars(
         4
     """
     mapping, constants = mapping or Mapping(), peripherals or Peripherals()
-    check_mapped(model)
-    weights = [cast(Tensor, module.weight).detach().flatten(1) for module in model.modules() if is_mapped(module)]
+    weights = [cast(Tensor, module.weight).detach().flatten(1) for module in mapped_layers(model)]
     tiles = 2 * mapping.slices(device) * sum(map(mapping.tiles, weights))
     cells, adcs, dacs = tiles * mapping.rows * mapping.columns, tiles * -(-mapping.columns // constants.shared), tiles * mapping.rows
     area = cells * constants.cell_um2 + adcs * constants.adc_um2 + dacs * constants.dac_um2
