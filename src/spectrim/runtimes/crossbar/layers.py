@@ -64,11 +64,12 @@ class Converted:
         layer, weight, x = cast(Any, self), self._read(), rounded(input, self._device.input_bits)
         linear = isinstance(layer, nn.Linear)
         if self._device.output_bits >= 32:
-            return F.linear(x, weight, layer.bias) if linear else convolve(x, weight, layer.bias, whole(layer), layer.groups)
-        y = cast(Tensor, sum(rounded(part, self._device.output_bits) for part in self._tiles(x, weight)))
+            exact: Tensor = F.linear(x, weight, layer.bias) if linear else convolve(x, weight, layer.bias, whole(layer), layer.groups)
+            return exact
+        y: Any = sum(rounded(part, self._device.output_bits) for part in self._tiles(x, weight))
         if layer.bias is None:
-            return y
-        return y + (layer.bias if linear else layer.bias.reshape(-1, *[1] * len(layer.kernel_size)))
+            return cast(Tensor, y)
+        return cast(Tensor, y + (layer.bias if linear else layer.bias.reshape(-1, *[1] * len(layer.kernel_size))))
 
     def _read(self) -> Tensor:
         weight: Tensor = cast(Any, self).weight
@@ -131,9 +132,10 @@ def on_crossbars(model: nn.Module, device: Device, mapping: Mapping | None = Non
     model = duplicate(model)
     for layer in cast(list[Any], mapped_layers(model)):
         layer.weight = nn.Parameter(programmed(layer.weight.detach(), device, mapping, generator), layer.weight.requires_grad)
+        noise = int(torch.randint(2**31, (1,), generator=generator))  # drawn for any device: programming does not depend on reads
         if device.read_noise or min(device.input_bits, device.output_bits) < 32:
             base = base_of(layer)
             layer.__dict__ |= {"_device": device, "_mapping": mapping}
-            layer.__dict__["_noise"] = torch.Generator().manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+            layer.__dict__["_noise"] = torch.Generator().manual_seed(noise)
             layer.__class__ = class_of(Converted, type(layer), cast(Any, base))
     return model
