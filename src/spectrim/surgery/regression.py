@@ -139,7 +139,11 @@ def refit_(layer: Any, original: Any, dense: Tensor, moments: Moments, left: Ten
     target = dense + _divided(wanted - dense @ own, own)
     held = factors.block_parts()
     held = held if basis is None else (*held[:2], held[2] @ basis.mT)
-    fits = _of_rows(factors.rank, held, target, moments, left) if layer.scheme == "channel" else _of_columns(layer, held, target, moments, left)
+    fits = (
+        _of_rows(factors.rank, held, target, moments, left)
+        if layer.scheme == "channel"
+        else _of_columns(layer, held, target, moments, left)
+    )
     errors, parts = zip(*fits, strict=True)
     better = min(range(len(errors)), key=errors.__getitem__)
     U, S, Vh = parts[better]
