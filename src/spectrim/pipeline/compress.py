@@ -11,6 +11,7 @@ from torch import nn
 
 from spectrim.budget.allocate import check_floor
 from spectrim.budget.budget import Budget, as_budget
+from spectrim.budget.costs import calls
 from spectrim.budget.ladder import ladder
 from spectrim.budget.promise import counted, recounted
 from spectrim.budget.schemes import at_budget
@@ -225,9 +226,10 @@ def compress(
         whole, budget = budget, replace(budget, coded_bytes=None)
         step("comparing outputs and pricing ranks")
         same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
-        prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True)
+        used = calls(low, inputs)
+        prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True, used=used)
         if scheme == "auto" and latency is None and calibration is None:
-            low, prices = at_budget(low, budget, inputs, prices, model)
+            low, prices = at_budget(low, budget, inputs, prices, model, used)
         check_floor(low, budget, prices)
         cutter = Cutter(
             judge, budget, inputs, importance, prices, calibration, batch_dims, step, reconstruct, unlabeled, calibration_seconds, progress
