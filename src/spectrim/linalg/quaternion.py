@@ -189,7 +189,9 @@ def randomized_qsvd(
 
 def _rank(Q: Quaternions, rank: int | None) -> int:
     full = min(Q.shape)
-    if rank is not None and (isinstance(rank, bool) or not 1 <= rank <= full):
+    if not full or not bool(torch.isfinite(torch.view_as_real(Q.A)).all() and torch.isfinite(torch.view_as_real(Q.B)).all()):
+        raise SettingError("qsvd", "Q", got=tuple(Q.shape), rule="of finite numbers, not empty")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full):
         raise SettingError("qsvd", "rank", got=rank, rule=f"an integer in [1, {full}]")
     return full if rank is None else rank
 
