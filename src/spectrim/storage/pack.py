@@ -12,6 +12,7 @@ from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import FormatError, SettingError
 from spectrim.files import make_folder, whole_file
 from spectrim.layers.sharded import refuse_shards
+from spectrim.metrics.table import Summarized
 from spectrim.storage.coded.container import coded_file, read_file
 from spectrim.storage.folder import check_sizes, read, tensors_of
 from spectrim.storage.save import plan_of, rebuilt
@@ -23,7 +24,7 @@ NOTHING: dict[str, Any] = {"factorized": {}, "ranks": {}, "merged": {}, "aliases
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(Summarized):
     """What a coded file takes.
 
     Attributes:
