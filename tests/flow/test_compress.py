@@ -27,7 +27,7 @@ from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.cutter import Cutter
 from spectrim.pipeline.teaching import teacher_for, with_hint_layers
 from spectrim.plain.chain import PlainPair
-from spectrim.surgery.states import state_of
+from spectrim.surgery.states import Places
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -114,7 +114,7 @@ def test_ranks_are_mixed_where_that_costs_little(trained: tuple[nn.Module, Any],
         def scored(self: Any, bench: Any, kind: str) -> CutNetwork:
             loss = {best: 1.0, "mixed": mixed}.get(kind, 2.0)
             accuracy = 0.5 if kind == accurate else 0.4
-            return CutNetwork(kind, state_of(trained[0]), {}, {"corrected": Scores(loss=loss, accuracy=accuracy)})
+            return CutNetwork(kind, Places(trained[0]).state(), {}, {"corrected": Scores(loss=loss, accuracy=accuracy)})
 
         monkeypatch.setattr(Cutter, "_made", scored)
         monkeypatch.setattr(Workbench, "show", lambda self, made: None)

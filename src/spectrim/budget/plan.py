@@ -209,7 +209,7 @@ def _predicted(row: BudgetPlan, weights: Sequence[WeightPlan], fixed: Totals) ->
     """Add the seconds that the latency table predicts."""
     if row.totals is None or fixed.latency_s is None:
         return row
-    seconds = fixed.latency_s + sum(weight.seconds[weight.rung_of(row.ranks[weight.name]) - 1] for weight in weights if weight.seconds)
+    seconds = fixed.latency_s + sum(weight.seconds[rung_of(row.ranks[weight.name]) - 1] for weight in weights if weight.seconds)
     return replace(row, totals=replace(row.totals, latency_s=seconds))
 
 
