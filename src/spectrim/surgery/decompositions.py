@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from spectrim.forms.form import Form, Size
 from spectrim.layers import named_factors
 from spectrim.linalg.gram import ProjectedMetric
-from spectrim.linalg.spectral import pooled_spectrum, tail_energy, weighted_svd
+from spectrim.linalg.spectral import pooled_spectrum, seen_spectrum, tail_energy, weighted_svd
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.side_by_side import room
 
@@ -53,10 +53,14 @@ class Decompositions:
             metric: the plain values where the calibration has no such metric for this weight.
         """
         if (name, metric) not in self._values:
-            plain = all(side is None for side in self._metrics(name, metric))
-            form = self.factors[name]
-            if plain:
+            (left, right), form = self._metrics(name, metric), self.factors[name]
+            if left is None and right is None:
                 self._values[name, metric] = form.spectrum()
+            elif (
+                form.is_matrix and left is None and right is not None and (name, metric) not in self._parts
+            ):  # where ranks are chosen, and it is not cut
+                _, S, Vh = self._exact(name)
+                self._values[name, metric] = pooled_spectrum(seen_spectrum(S, Vh, right))
             elif form.is_matrix:
                 self._values[name, metric] = pooled_spectrum(self.parts(name, metric)[1])
             else:
