@@ -181,7 +181,7 @@ class NormLimit(nn.Module):
         part = replace(self._like, kernel=weight.double())
         norm = sampled_norm((part,), self.grid) * self._slack
         taps = math.prod(self._like.kernel.shape[2:])
-        rounded = math.sqrt(taps) * torch.finfo(weight.dtype).eps * part.kernel.detach().norm()  # what rounding twice adds, at most
+        rounded: Tensor = math.sqrt(taps) * torch.finfo(weight.dtype).eps * part.kernel.detach().norm()  # what rounding twice adds
         return weight * (self.limit / (norm + rounded).clamp(min=self.limit)).to(weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
