@@ -105,7 +105,7 @@ def _page(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
     parts = {
         "title": html.escape(str(title)),
         "style": (folder / "page.css").read_text(encoding="utf-8"),
-        "script": "".join((folder / name).read_text(encoding="utf-8") for name in ("knapsack.js", "page.js")),
+        "script": "".join((folder / name).read_text(encoding="utf-8") for name in ("knapsack.js", "charts.js", "page.js")),
         "data": escaped_json(data),
         "text": html.escape(_text(plan, run)),
     }
