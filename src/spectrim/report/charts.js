@@ -29,14 +29,14 @@ function chart(parent, options) {
   const draw = (log) => {
     figure.replaceChildren();
     add(figure, "figcaption", {}, options.title);
-    return drawn(figure, { ...options, log }) && switchable(options, log) && scaleSwitch(figure, log, (next) => { logs.set(key, next); draw(next); });
+    return drawn(figure, { ...options, log }) && switchable(options) && scaleSwitch(figure, log, (next) => { logs.set(key, next); draw(next); });
   };
   draw(logs.get(key) ?? Boolean(options.log));
   if (!figure.querySelector("svg")) figure.remove(); // a single point is no chart
 }
 
 // Whether the other axis shows something: values of both signs, or within a factor of ten, stay linear.
-function switchable({ series, zero }, log) {
+function switchable({ series, zero, log }) {
   const values = series.flatMap((one) => one.points.map((p) => p[1])).filter(Number.isFinite);
   return log || (!zero && Math.min(...values) > 0 && Math.max(...values) > 10 * Math.min(...values));
 }

@@ -141,9 +141,9 @@ def _open_litert(path: Path, threads: int | None) -> Runner:
     def run(inputs: Any) -> list[Tensor]:
         given = dict(zip(names, in_order(path, inputs, names), strict=True))
         for name, tensor in given.items():
-            if tensor.shape != (shape := tuple(wanted[name]["shape"])):
+            if tensor.shape != (shape := tuple(map(int, wanted[name]["shape"]))):
                 rule = f"of the shape {shape} that {path.name} was written for"
-                raise SettingError("run_exported", f"the input {name}", got=tuple(tensor.shape), rule=rule)
+                raise SettingError("run_exported", f"input {name!r}", got=tuple(tensor.shape), rule=rule)
         found = runner(**{name: array_of(tensor).astype(wanted[name]["dtype"]) for name, tensor in given.items()})
         return [torch.from_numpy(found[name].copy()) for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
 
