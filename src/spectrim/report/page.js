@@ -135,6 +135,10 @@ function hero(parent, verdict) {
 function overview(parent) {
   const run = DATA.run;
   if (run && run.verdict) hero(parent, run.verdict);
+  for (const [name, verdict] of Object.entries((run && run.verdicts) || {})) {
+    add(parent, "h3", {}, name);
+    hero(parent, verdict);
+  }
   if (DATA.shortfalls.length) {
     const box = add(parent, "div", { class: "short", role: "note" });
     add(box, "strong", {}, "What fell short");
@@ -576,7 +580,7 @@ function trainingCharts(charts, lines, marks) {
   draw("Loss", ["loss", "eval_loss"]);
   draw("Accuracy on the validation split", ["eval_accuracy"]);
   draw("Penalties, as added to the loss", names.filter((key) => !known.includes(key) && !key.startsWith("eval_")), { log: true });
-  draw("Mean rank", ["mean_rank"], { zero: true });
+  if (lines.some((line) => line.mean_rank)) draw("Mean rank", ["mean_rank"], { zero: true }); // a dense network has none
   draw("Examples per second", ["examples_per_s"], { zero: true });
   draw("Learning rate", ["learning_rate"], { zero: true });
 }

@@ -154,6 +154,8 @@ def _text(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
         parts.append(str(plan))
     if run is not None and run["verdict"]:
         parts.append(str(Verdict.from_dict(run["verdict"])))
+    if run is not None and run["verdicts"]:
+        parts.append("\n".join(f"{name}: {Verdict.from_dict(found)}" for name, found in run["verdicts"].items()))
     return "\n\n".join(part for part in parts if part)
 
 
