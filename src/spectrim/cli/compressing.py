@@ -129,6 +129,7 @@ def _compressed(job: Run, budget: Budget, args: Namespace) -> tuple[Compressed, 
     made = compress(
         dense, data.train, job.loss, budget, args.epochs, example_inputs=job.example, eval_data=data.val,
         scheme=recipe.factorize.scheme, where=recipe.factorize.layers(), cut=args.cut, squeeze=args.squeeze, examples=args.examples,
+        calibration_seconds=args.calibration_seconds,
         writing=args.writing, reconstruct=Reconstruction(args.reconstruct) if args.reconstruct else None,
         tuning=Tuning(precision=recipe.precision, compiled=recipe.compiled), latency=table, folder=job.out / "compress",
         progress=not args.quiet,
@@ -154,6 +155,8 @@ def _budgets(args: Namespace) -> list[Budget]:
     count = max(map(len, listed.values()))
     if any(len(values) not in (1, count) for values in listed.values()):
         raise UsageError("compress", "lists of different lengths", allowed="lists of one length, or single values")
+    if args.calibration_seconds is not None and not args.calibration_seconds > 0:
+        raise UsageError("--calibration-seconds", f"got {args.calibration_seconds:g}", allowed="seconds above 0")
     if not 0 <= args.squeeze < 1:
         raise UsageError("--squeeze", f"got {args.squeeze}", allowed="a share of the epochs in [0, 1)")
     try:
