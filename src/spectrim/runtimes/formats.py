@@ -13,7 +13,7 @@ from spectrim.errors import SettingError
 from spectrim.runtimes.quiet import quietly
 from spectrim.tables import SUFFIXES, Format
 
-TITLES = {"pt2": "torch.export", "onnx": "ONNX", "executorch": "ExecuTorch", "openvino": "OpenVINO"}
+TITLES = {"pt2": "torch.export", "onnx": "ONNX", "executorch": "ExecuTorch", "openvino": "OpenVINO", "litert": "LiteRT"}
 
 
 Runner = Callable[[Any], list[Tensor]]
@@ -48,6 +48,7 @@ def _require(format: Format) -> None:
         "onnx": ("onnx", "onnxscript", "onnxruntime"),
         "executorch": ("executorch",),
         "openvino": ("openvino", "onnx", "onnxscript"),
+        "litert": ("litert_torch", "ai_edge_litert"),
     }
     missing = [name for name in needed[format] if find_spec(name) is None]
     if missing:

@@ -4,13 +4,14 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from spectrim.errors import ExportError
@@ -127,6 +128,36 @@ def _write_openvino(program: ExportedProgram, file: Path, names: _Names, half: b
     return _Content(dict(Counter(operation.get_type_name() for operation in made.get_ops())))
 
 
+class _Named(nn.Module):
+    """A program that is called by the names of its inputs, which a LiteRT file then keeps."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__()
+        self.program = program.module(check_guards=False)
+
+    def forward(self, **tensors: Tensor) -> Any:
+        """Call by position."""
+        return self.program(*tensors.values())
+
+
+def _write_litert(program: ExportedProgram, file: Path, names: _Names, half: bool) -> _Content:
+    """Convert for the batch of the inputs: the converter takes no other."""
+    args, _ = program.example_inputs or ((), {})
+    try:
+        with quietly(), redirect_stdout(io.StringIO()):
+            given = dict(zip(names.inputs, args, strict=True))
+            import_module("litert_torch").convert(_Named(program), sample_kwargs=given).export(str(file))
+    except Exception as error:  # of jax and MLIR
+        place = _blame(error, nn.Module())
+        problem = f"cannot be converted: {first_line(error)}"
+        raise ExportError("litert", problem, operator=place.operator, layer=place.layer, hint=_OTHER) from error
+    schema = import_module("ai_edge_litert.schema_py_generated")
+    content = schema.ModelT.InitFromPackedBuf(file.read_bytes(), 0)
+    titles = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}
+    used = [content.operatorCodes[operator.opcodeIndex].builtinCode for graph in content.subgraphs for operator in graph.operators]
+    return _Content(dict(Counter(titles[code] for code in used)))
+
+
 def _conversion_problem(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line.lstrip("- ") for line in lines if "not support" in line or "No conversion rule" in line), first_line(error))
@@ -140,6 +171,7 @@ _WRITERS: dict[Format, Callable[[ExportedProgram, Path, _Names, bool], _Content]
     "onnx": _write_onnx,
     "executorch": _write_executorch,
     "openvino": _write_openvino,
+    "litert": _write_litert,
 }
 
 
