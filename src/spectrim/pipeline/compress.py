@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from operator import index
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from spectrim.metrics.distance import Unlabeled
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
 from spectrim.metrics.measurement import Measurement
 from spectrim.metrics.verdict import worse_than
+from spectrim.pipeline.behavior import attributes_of, of_value
 from spectrim.pipeline.checking import check_settings, check_tuning, without_labels
 from spectrim.pipeline.coding import uncut, with_levels
 from spectrim.pipeline.compressed import Compressed
@@ -166,6 +167,7 @@ def compress(
     where = layer_filter(where, model, "compress")
     check_settings(model, budget, epochs, cut, distill, reconstruct)
     check_tuning(tuning, eval_data is not None)
+    before_running = attributes_of(model)
     ways = (1 if cut != "auto" else 4) + (reconstruct is not None) + (budget.coded_bytes is not None)
     with (
         steps("compress", 6 + ways + (round(epochs * squeeze) > 0) + (epochs > round(epochs * squeeze)), progress) as step,
@@ -192,18 +194,20 @@ def compress(
             writing=writing,
             cut=cut,
             measure=type(loss).__name__ if isinstance(loss, Unlabeled) else "loss",
-            importance=None if importance is None else repr(importance),
+            importance=None if importance is None else _told(importance),
             squeeze=squeeze,
             distill=distill.settings
             if isinstance(distill, Distillation)
             else {"auto": [TEACHING, MEMORIZED]}
             if distill == "auto"
             else distill,
-            penalties=[repr(penalty) for penalty in penalties],
+            penalties=[_told(penalty) for penalty in penalties],
             **tuning.settings,
             examples=examples,
             reconstruct=None if reconstruct is None else repr(reconstruct),
-            **identity_of(model, low, data, known, inputs, loss, tuning.optimizer, latency, calibration) if folder is not None else {},
+            **identity_of(model, low, data, known, eval_data, inputs, loss, tuning, latency, calibration, before_running)
+            if folder is not None
+            else {},
         )
         if not budget.limits:
             step("scoring the dense network")
@@ -265,6 +269,11 @@ def compress(
             step("rounding", has_bar=True)
             made = with_levels(made, judge, whole, inputs, examples, progress=progress)
         return _finish(made, store)
+
+
+def _told(method: Any) -> str:
+    """Return the name and settings of a method; of one that does not say them, what it does."""
+    return repr(method) if is_dataclass(method) else f"{type(method).__qualname__} {of_value(method)}"
 
 
 def _finish(made: Compressed, store: Store) -> Compressed:

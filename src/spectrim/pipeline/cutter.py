@@ -50,7 +50,7 @@ class Cutter:
             calibration = calibrate(low, self.judge.known, self.judge.loss, examples=None, batch_dims=self.batch_dims)
         bench = Workbench(low, self.inputs, calibration, latency=self.prices.latency, prices=self.prices)
         notes: list[str] = []
-        if self.calibration is None and calibration is not None and calibration.outputs:
+        if self.calibration is None and calibration is not None and (calibration.outputs or not calibration.slopes):
             bench = self._probed(low, bench, calibration, notes)
         best = self._made(bench, cut) if cut != "auto" else self._best(bench, trains, notes)
         bench.show(best)
