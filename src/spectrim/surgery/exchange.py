@@ -152,6 +152,9 @@ def _refuse_functions(model: nn.Module, chosen: set[str]) -> None:
     names = {id(module): name for name, module in modules.items() if name in chosen or name in above}
     layers = {place: name for place, name in names.items() if name in chosen}
     for owner, module in modules.items():
+        if type(module).__name__ == "OptimizedModule":
+            hint = "compress first and compile the result, or use module.compile(), which wraps nothing"
+            raise LayerError(owner, "is wrapped by torch.compile, which holds functions of its layers", hint=hint)
         for key, value in vars(module).items():
             hooks = key in ("_forward_hooks", "_forward_pre_hooks")
             if key.startswith("_") and not hooks:  # torch's own tables

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from spectrim.checks import check
+from spectrim.checks import WHERE, check
+from spectrim.checks.messages import fail
 from spectrim.errors import SettingError
 from spectrim.forms.form import Form
 from spectrim.layers import KINDS, is_factorized, kind_of
@@ -68,8 +69,10 @@ def layer_filter(where: Where | None, model: nn.Module | None = None, verb: str 
         (True, True, False)
     """
     check(verb, where=where)
-    if where is None or not isinstance(where, str | Sequence | Set):
-        return where
+    if where is None:
+        return None
+    if not isinstance(where, str | Sequence | Set):
+        return _guarded(where, verb)
     wanted = [where] if isinstance(where, str) else list(where)
     if model is not None:
         names = [name for name, _ in model.named_modules()]
@@ -80,6 +83,19 @@ def layer_filter(where: Where | None, model: nn.Module | None = None, verb: str 
                 raise SettingError(verb, "where", got=pattern, rule="names of layers, or globs over them", hint=hint)
     inside = [f"{'!' * pattern.startswith('!')}{pattern.removeprefix('!')}.*" for pattern in wanted if not pattern.endswith("*")]
     return match(*wanted, *inside)
+
+
+def _guarded(where: LayerFilter, verb: str) -> LayerFilter:
+    """Return a predicate whose failures name the layer on which it fails."""
+
+    def select(name: str, module: nn.Module) -> bool:
+        try:
+            return bool(where(name, module))
+        except Exception as error:  # whatever the caller's own code raises
+            hint = f"it fails on layer '{name}' ({type(module).__name__}) with {type(error).__name__}: {error}"
+            raise fail(verb, "where", where, WHERE, hint) from error
+
+    return select
 
 
 STACKED = "write it with one nn.Linear for each expert, or register a class whose fold gives (experts, out, in)"

@@ -260,7 +260,8 @@ class Loop:
         if what.startswith("loss") and broken:
             what += f", and so is parameter '{broken[0]}' before the step,"
         last = self.checkpoint if self.checkpoint is not None and self.checkpoint.exists() else None
-        return DivergedError(what, epoch=self.number, step=step, layer=layer, grad_norm=norm, checkpoint=last)
+        half = any(p.dtype == torch.float16 and p.requires_grad for p in self.model.parameters())
+        return DivergedError(what, epoch=self.number, step=step, layer=layer, grad_norm=norm, checkpoint=last, half=half)
 
 
 def _local(tensor: Tensor) -> Tensor:
