@@ -16,6 +16,7 @@ from spectrim.checks.messages import fail
 from spectrim.errors import SettingError
 from spectrim.forms.form import Form
 from spectrim.layers import KINDS, is_factorized, kind_of
+from spectrim.layers.reader import OWN_BASES, readable, why_not
 from spectrim.protocols import LayerFilter, Where
 from spectrim.surgery.exchange import HELD, held_elsewhere
 from spectrim.surgery.head import head_of
@@ -98,9 +99,6 @@ def _guarded(where: LayerFilter, verb: str) -> LayerFilter:
     return select
 
 
-STACKED = "write it with one nn.Linear for each expert, or register a class whose fold gives (experts, out, in)"
-
-
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters a module holds itself."""
     return {name: p for name, p in module._parameters.items() if p is not None}
@@ -125,15 +123,14 @@ def refusal(module: nn.Module) -> str | None:
     if found is None:
         base = next((k.__name__ for k in type(module).__mro__[1:] if kind_of_class(k)), None)
         if base:
-            return f"{kind} is a {base} with another forward; {OWN_FORWARD}"
+            why = why_not(module) if isinstance(module, OWN_BASES) else None
+            return f"{kind} is a {base} with another forward{why and ': ' + why or ''}; {OWN_FORWARD}"
         if not own_parameters(module):
             return f"its tensors are buffers ({', '.join(own_matrices(module))}), which are not trained; factorize before quantizing"
         if all(p.dim() < 2 for p in own_parameters(module).values()):
             return f"{kind} has vectors only"
-        stacked = [f"{name} {' x '.join(map(str, p.shape))}" for name, p in own_parameters(module).items() if p.dim() == 3]
-        if stacked and not type(module).__module__.startswith("torch.nn"):
-            problem = f"no factorized form for {kind}, whose matrices are stacked in 3-D parameters ({', '.join(stacked)})"
-            return f"{problem}; {STACKED}"
+        if stacked := readable(module):
+            return f"no factorized form for {kind}, whose matrices are stacked ({', '.join(stacked)}): {why_not(module)}"
         return f"no factorized form for {kind}"
     weights = [getattr(module, name) for name in found.weights(module)]
     if any(not isinstance(weight, nn.Parameter) for weight in weights):
