@@ -62,7 +62,10 @@ class FactorizedReader(SeveralWeights):
         """``out * in``, or ``rank * (out + in)``, for each row of the input; what the forward does is found by counting."""
         held = getattr(module, "factors", None)
         out, in_ = held[name].shape if held is not None else cls.fold(module, name, getattr(module, name), scheme).shape[-2:]
-        rows = 1 if shape is None else math.prod(shape[:-1])
+        if shape is not None and _is_kernel(module):
+            rows = shape[0] * module.groups * math.prod(-(-size // step) for size, step in zip(shape[2:], module.stride, strict=False))
+        else:
+            rows = 1 if shape is None else math.prod(shape[:-1])
         return float(rows * (out * in_ if rank is None else rank * (out + in_)))
 
     def why_untimed(self, name: str, eager: bool) -> str:

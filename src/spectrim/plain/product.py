@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .composed import Composed
 
+GROUPED_BYTES = 16
+"""Multiple of bytes that rows have for grouped products."""
+
 Thin = Callable[[], tuple[Tensor, Tensor]]
 """Returns ``(..., out, rank)`` and ``(..., rank, in)``; of a kernel ``(out, rank, 1...)`` and ``(rank, in, taps...)``."""
 
@@ -138,11 +141,17 @@ def _with_addend(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _grouped(func: Any, args: Any, kwargs: Any) -> Any:
-    x, weight, *rest = args
-    if rest or set(kwargs) - {"offs"} or isinstance(x, Composed) or not _is_matrix(weight):
+    """Multiply the groups of rows with the matrices of a stack; the rank is padded, since the kernel wants rows of 16 bytes or so."""
+    given = dict(zip(("input", "mat2", "offs", "bias", "out_dtype"), args, strict=False)) | kwargs
+    x, weight = (args[0], args[1]) if len(args) > 1 else (None, None)
+    if not isinstance(x, Tensor) or isinstance(x, Composed) or not _is_matrix(weight) or given.get("bias") is not None:
+        return None
+    if given.get("out_dtype") is not None:
         return None
     left, right = weight._thin()
-    return func(func(x, left.contiguous(), **kwargs), right.contiguous(), **kwargs)
+    missing = -left.shape[-1] % max(1, GROUPED_BYTES // left.element_size())
+    left, right = F.pad(left, (0, missing)), F.pad(right, (0, 0, 0, missing))
+    return func(func(x, left, offs=given["offs"]), right, offs=given["offs"])
 
 
 def _einsum(func: Any, args: Any, kwargs: Any) -> Any:

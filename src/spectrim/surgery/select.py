@@ -124,7 +124,7 @@ def refusal(module: nn.Module) -> str | None:
         base = next((k.__name__ for k in type(module).__mro__[1:] if kind_of_class(k)), None)
         if base:
             why = why_not(module) if isinstance(module, OWN_BASES) else None
-            return f"{kind} is a {base} with another forward{why and ': ' + why or ''}; {OWN_FORWARD}"
+            return f"{kind} is a {base} with another forward{f' ({why})' if why else ''}; {OWN_FORWARD}"
         if not own_parameters(module):
             return f"its tensors are buffers ({', '.join(own_matrices(module))}), which are not trained; factorize before quantizing"
         if all(p.dim() < 2 for p in own_parameters(module).values()):
