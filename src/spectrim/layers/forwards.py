@@ -28,7 +28,7 @@ def codes_of(own: type) -> set[str]:
     methods = {
         name: entry for base in reversed(own.__mro__) if not base.__module__.startswith("torch.") for name, entry in vars(base).items()
     }
-    found, waiting, done = set[str](), ["forward"], set[str]()
+    found, waiting, done = set[str](), ["forward", "_conv_forward", "__call__"], set[str]()
     while waiting:
         name = waiting.pop()
         done.add(name)

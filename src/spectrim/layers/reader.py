@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.layers.base import FactorizedLayer
+from spectrim.layers.conv import FactorizedConv1d, FactorizedConv2d, FactorizedConv3d
+from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.exchanged import Share
 from spectrim.layers.forwards import codes_of
 from spectrim.layers.uses import Call
@@ -18,6 +21,8 @@ from spectrim.plain.reader import PlainReader, ThinPair, held, once
 
 OWN_BASES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 """Layers of torch whose sub-classes may read ``weight`` in a forward of their own."""
+
+SIMILAR: tuple[type[FactorizedLayer], ...] = (FactorizedConv1d, FactorizedConv2d, FactorizedConv3d, FactorizedEmbedding)
 
 REACHING = {"_parameters", "get_parameter", "parameters", "named_parameters", "state_dict", "__dict__"}
 """Names in a forward that looks for its parameters: a composed weight is none."""
@@ -34,10 +39,18 @@ class FactorizedReader(SeveralWeights):
     form, with one rank.
     """
 
+    unobserved = "the layer's own forward reads this weight"
+
     @classmethod
     def accepts(cls, module: nn.Module) -> bool:
         """Whether a layer has such weights, and a forward that a product can be put under."""
         return bool(readable(module)) and why_not(module) is None
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Return what torch's layer is refused for."""
+        kind = next((kind for kind in SIMILAR if isinstance(module, kind.dense_kinds)), None)
+        return None if kind is None else kind.refusal(module)
 
     @classmethod
     def weights(cls, module: Any) -> tuple[str, ...]:

@@ -73,6 +73,24 @@ def _same(func: Any, args: Any, kwargs: Any) -> Any:
     )
 
 
+def _scaled(func: Any, args: Any, kwargs: Any) -> Any:
+    """Multiply with a number, or divide by one."""
+    weight, factor = args if isinstance(args[0], Product) else args[::-1]
+    number = isinstance(factor, int | float) or (isinstance(factor, Tensor) and factor.dim() == 0 and not isinstance(factor, Composed))
+    if kwargs or not number or (weight is not args[0] and "div" in func.__name__):
+        return None
+    left, right = weight._thin()
+    scaled = left / factor if "div" in func.__name__ else left * factor
+    made: Any = Product(
+        weight._owner, lambda: func(*(_value(a) for a in args)), weight.shape, left.dtype, left.device, weight.requires_grad
+    )
+    return made.with_thin(lambda: (scaled, right), weight._groups)
+
+
+def _value(weight: Any) -> Any:
+    return weight._compose() if isinstance(weight, Composed) else weight
+
+
 def _item(func: Any, args: Any, kwargs: Any) -> Any:
     """Take one matrix of a stack, or some."""
     weight, index = args
@@ -87,7 +105,7 @@ def _item(func: Any, args: Any, kwargs: Any) -> Any:
 def _each(func: Any, args: Any, kwargs: Any) -> Any:
     """Take all matrices of a stack, one by one."""
     weight = args[0]
-    if not _is_matrix(weight) or weight.dim() != 3 or len(args) > 1 or kwargs:
+    if not _is_matrix(weight) or weight.dim() != 3 or any(args[1:]) or any(kwargs.values()):
         return None
     parts = tuple(_item(None, (weight, index), {}) for index in range(weight.shape[0]))
     return iter(parts) if func.__name__ == "__iter__" else parts
@@ -209,6 +227,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "__getitem__": _item,
     **dict.fromkeys(("unbind", "__iter__"), _each),
     **dict.fromkeys(("T", "mT", "t", "transpose", "swapaxes", "swapdims", "permute"), _transposed),
+    **dict.fromkeys(("mul", "__mul__", "__rmul__", "multiply", "div", "__truediv__", "divide", "true_divide"), _scaled),
     **dict.fromkeys(("to", "type_as", "float", "half", "bfloat16", "double"), _same),
 }
 """By the name of a function of torch how it runs on a product; None where it has to be composed."""

@@ -95,13 +95,13 @@ def held(layer: nn.Module) -> Iterator[None]:
 def once(layer: nn.Module, name: str, compose: Any) -> Any:
     """Return a function that composes a weight, inside a forward pass once."""
 
-    def composed() -> Tensor:
+    def composed() -> Any:
         kept = layer.__dict__.get("composed_now")
         if kept is None:
-            return compose()  # type: ignore[no-any-return]
+            return compose()
         key = name, torch.is_grad_enabled()
         if key not in kept:
             kept[key] = compose()
-        return kept[key]  # type: ignore[no-any-return]
+        return kept[key]
 
     return composed

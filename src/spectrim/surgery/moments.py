@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import LayerError
 from spectrim.forms import Factors, Form
-from spectrim.layers.reader import FactorizedReader
+from spectrim.layers import named_layers
 from spectrim.layers.uses import first_argument
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.gram import Metric, MomentSum, ProjectedMetric, gram, precise
@@ -26,9 +26,6 @@ WIDEST_INPUTS = 16384
 
 PROJECTED = 512
 """Weights with so many inputs, at least twice their rank, see them through their right singular vectors: a cut uses no more."""
-
-
-READ = "the layer's own forward reads this weight"
 
 
 NOT_CALLED = "the model did not call this layer on these data"
@@ -123,8 +120,8 @@ class Sums:
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Add up whatever the layers of `model` meet inside."""
-        for reader in (layer for layer in model.modules() if isinstance(layer, FactorizedReader)):
-            self.skipped |= {self.names[factors]: READ for _, factors in reader.named_factors()}
+        for _, layer in named_layers(model):
+            self.skipped |= {self.names[factors]: layer.unobserved for _, factors in layer.named_factors() if layer.unobserved}
         layers = [layer for layer in model.modules() if isinstance(layer, OneWeight)]
         for layer in layers:
             if layer.looks_up:

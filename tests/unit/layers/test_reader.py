@@ -175,9 +175,14 @@ class Standardized(nn.Conv2d):
         return F.conv2d(input, weight, self.bias, self.stride, self.padding, groups=self.groups)
 
 
+class Doubled(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return 2 * super()._conv_forward(input, weight, bias)
+
+
 class Turned(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        return input @ self.weight.t() + self.bias
+        return input @ (0.5 * self.weight / torch.tensor(2.0)).t() + self.bias
 
 
 class Scaled(nn.Embedding):
@@ -201,6 +206,7 @@ class Searching(nn.Linear):
     [
         (SamePadding(6, 16, 3, 2), torch.randn(2, 6, 9, 9), 2 * (6 * 9 + 16)),
         (SamePadding(8, 16, 3, groups=2), torch.randn(2, 8, 9, 9), 2 * (8 * 9 + 16)),
+        (Doubled(6, 16, 3), torch.randn(2, 6, 9, 9), 2 * (6 * 9 + 16)),
         (Standardized(6, 16, 3), torch.randn(2, 6, 9, 9), None),
         (Turned(12, 16), torch.randn(2, 12), 2 * (12 + 16)),
         (Scaled(20, 12, padding_idx=0), torch.randint(20, (2, 5)), None),
@@ -225,7 +231,13 @@ def test_sub_classes_with_a_forward_of_their_own(layer: nn.Module, x: Tensor, th
 
 
 @pytest.mark.parametrize(
-    ("layer", "reason"), [(Renormed(4, 4), "may change its weight in place"), (Searching(4, 4), "looks for its parameters")]
+    ("layer", "reason"),
+    [
+        (Renormed(4, 4), "may change its weight in place"),
+        (Searching(4, 4), "looks for its parameters"),
+        (Scaled(9, 4, sparse=True), "sparse gradients need the dense table"),
+        (SamePadding(4, 4, 3, groups=4), "depthwise"),
+    ],
 )
 def test_forwards_that_no_product_can_be_put_under_stay_dense_with_the_reason(layer: nn.Module, reason: str) -> None:
     line = sp.coverage(nn.Sequential(layer, nn.Linear(4, 4)))[0]
