@@ -7,6 +7,7 @@ import inspect
 import types
 from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -50,6 +51,11 @@ def of_value(value: Any) -> str:
     for part in _parts(value, DEEPEST, {}):
         made.update(part + b"\0")
     return made.hexdigest()[:16]
+
+
+def said(method: Any) -> str:
+    """Return the name and settings of a method; of one that does not say them, what it does."""
+    return repr(method) if is_dataclass(method) else f"{type(method).__qualname__} {of_value(method)}"
 
 
 def attributes_of(model: nn.Module) -> Attributes:
