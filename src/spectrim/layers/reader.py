@@ -148,7 +148,8 @@ def readable(module: nn.Module) -> tuple[str, ...]:
 
 def why_not(module: nn.Module) -> str | None:
     """Return why the own forward of a layer cannot run on products, or None."""
-    names = codes_of(type(module))
+    own: Any = type(module)
+    names = codes_of(own)
     if found := sorted(names & REACHING):
         return f"its forward looks for its parameters ({', '.join(found)})"
     if found := sorted(names & CHANGING):

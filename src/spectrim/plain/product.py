@@ -51,11 +51,11 @@ class Product(Composed):
     def _part(self, compose: Callable[[], Tensor], thin: Thin) -> "Product | None":
         """Return a part or another view of this product, of which the thin ones say the shape."""
         left, right = thin()
-        shape = torch.Size((*torch.broadcast_shapes(left.shape[:-2], right.shape[:-2]), left.shape[-2], right.shape[-1]))
+        shape = torch.Size((*left.shape[:-1], right.shape[-1]))
         if len(shape) not in (2, 3):
             return None
-        made: Product = type(self)(self._owner, compose, shape, left.dtype, left.device, self.requires_grad)  # type: ignore[assignment]
-        return made.with_thin(lambda: (left, right))
+        made: Any = type(self)(self._owner, compose, shape, left.dtype, left.device, self.requires_grad)
+        return made.with_thin(lambda: (left, right))  # type: ignore[no-any-return]
 
 
 def _is_matrix(value: Any) -> bool:
@@ -161,7 +161,8 @@ def _with_addend(func: Any, args: Any, kwargs: Any) -> Any:
 def _grouped(func: Any, args: Any, kwargs: Any) -> Any:
     """Multiply the groups of rows with the matrices of a stack; the rank is padded, since the kernel wants rows of 16 bytes or so."""
     given = dict(zip(("input", "mat2", "offs", "bias", "out_dtype"), args, strict=False)) | kwargs
-    x, weight = (args[0], args[1]) if len(args) > 1 else (None, None)
+    x: Any = args[0] if len(args) > 1 else None
+    weight: Any = args[1] if len(args) > 1 else None
     if not isinstance(x, Tensor) or isinstance(x, Composed) or not _is_matrix(weight) or given.get("bias") is not None:
         return None
     if given.get("out_dtype") is not None:
@@ -182,7 +183,7 @@ def _einsum(func: Any, args: Any, kwargs: Any) -> Any:
     inputs, out = equation.replace(" ", "").split("->")
     names = inputs.split(",")
     at = next(index for index, operand in enumerate(operands) if isinstance(operand, Product))
-    weight, other, mine, its = operands[at], operands[1 - at], names[at], names[1 - at]
+    weight, other, mine, its = operands[at], operands[1 - at], list(names[at]), names[1 - at]
     if isinstance(other, Composed) or not _is_matrix(weight) or len(set(mine)) < len(mine):
         return None
     left, right = weight._thin()

@@ -95,7 +95,8 @@ def describe(module: nn.Module) -> list[dict[str, Any]] | None:
         pieces = {"start": module.start, "gather": module.gather is not None, "conv1d": hasattr(module, "nx")}
         return [{"kind": str(module._get_name()), "parts": parts} | pieces]
     if isinstance(module, PlainReader):
-        pairs = {name: [list(pair.left.shape), list(pair.right.shape)] for name, pair in module.thin_weights.items()}
+        held: dict[str, Any] = dict(module.thin_weights.items())
+        pairs = {name: [list(pair.left.shape), list(pair.right.shape)] for name, pair in held.items()}
         return [{"kind": "PlainReader", "pairs": pairs}]
     if isinstance(module, PlainRecurrent):
         return [_settings(module, (*RECURRENT, "given"))]
