@@ -48,6 +48,9 @@ class FactorizedLayer(ExchangedLayer):
     looks_up: ClassVar[bool] = False
     """Whether the layer looks rows of its weight up, instead of multiplying with it."""
 
+    unobserved: ClassVar[str] = ""
+    """Why `calibrate` does not see what the weights meet; empty where it does."""
+
     @classmethod
     def work(cls, module: Any, name: str, scheme: Fold, size: Any, shape: Sequence[int] | None) -> float:
         """Multiply-accumulates of applying one weight to an input of `shape` (the batch included).

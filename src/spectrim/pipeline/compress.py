@@ -22,6 +22,7 @@ from spectrim.metrics.distance import Unlabeled, with_outputs
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
 from spectrim.metrics.measurement import Measurement
 from spectrim.metrics.verdict import worse_than
+from spectrim.pipeline.behavior import attributes_of, said
 from spectrim.pipeline.checking import check_settings, check_tuning, check_unlabeled, without_labels
 from spectrim.pipeline.coding import uncut, with_levels
 from spectrim.pipeline.compressed import Compressed
@@ -182,7 +183,7 @@ def compress(
         ExitStack() as held,
     ):
         step("reading the calibration set")
-        inputs, labels = example_inputs, loss is not None and not isinstance(loss, Unlabeled)
+        inputs, labels, start = example_inputs, loss is not None and not isinstance(loss, Unlabeled), attributes_of(model)
         if inputs is None:
             pairs = data if labels else with_outputs(model, first_examples(data, 1, dims=batch_dims))
             inputs = one_example(pairs, model, dims=batch_dims, owner="compress")
@@ -208,15 +209,15 @@ def compress(
             writing=writing,
             cut=cut,
             measure=type(loss).__name__ if isinstance(loss, Unlabeled) else "loss",
-            importance=None if importance is None else repr(importance),
+            importance=None if importance is None else said(importance),
             squeeze=squeeze,
             distill={"auto": [TEACHING, MEMORIZED]} if distill == "auto" else getattr(distill, "settings", None),
-            penalties=[repr(penalty) for penalty in penalties],
+            penalties=[said(penalty) for penalty in penalties],
             **tuning.settings,
             examples=examples,
             calibration_seconds=calibration_seconds,
             reconstruct=None if reconstruct is None else repr(reconstruct),
-            **identity_of(model, low, data, known, inputs, loss, tuning.optimizer, latency, calibration) if folder is not None else {},
+            **identity_of(folder, model, low, data, known, eval_data, inputs, loss, tuning, latency, calibration, start),
         )
         if not budget.limits:
             step("scoring the dense network")
