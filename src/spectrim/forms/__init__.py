@@ -29,7 +29,7 @@ METHODS: tuple[Row[Callable[[Tensor], Any]], ...] = (
     ),
     Row(Tucker2, example=lambda kernel: Tucker2.of(kernel, to_matrix(kernel, "tucker")), card="tucker", laws={"truncation"}),
     Row(CP, example=lambda kernel: CP.of(kernel, to_matrix(kernel, "cp")), card="cp", laws={"truncation"}),
-    Row(TensorTrain, example=lambda kernel: TensorTrain.of(kernel, to_matrix(kernel, "tt")), card="tensor-train"),
+    Row(TensorTrain, example=lambda kernel: TensorTrain.of(kernel, to_matrix(kernel, "tt")), card="tensor-train", laws={"truncation"}),
 )
 """Every form: an example is a function that holds a kernel ``(out, in, k...)`` in it."""
 
