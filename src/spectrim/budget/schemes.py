@@ -14,15 +14,19 @@ from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget, BudgetError
 from spectrim.budget.costs import calls
 from spectrim.budget.knapsack import _knapsack, _limit
 from spectrim.budget.ladder import Ladder, UnitCost, ladder
-from spectrim.forms import FORMS, Size
+from spectrim.forms import FORMS, Form, Size
+from spectrim.forms.derived import affordable, measure_cuts, measured_tail
 from spectrim.layers import Site, sites
 from spectrim.layers.geometry import stored
-from spectrim.linalg.fold import MATRICES, Fold
+from spectrim.linalg.fold import FOLDS, MATRICES, Fold
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.surgery.refold import refold_
 
 POINTS = 48
 """Sizes of each scheme that are compared, evenly spaced: the budget's own choice, among all, comes later."""
+
+AMONG: dict[str, tuple[Fold, ...]] = {"auto": MATRICES, "all": FOLDS}
+"""What is chosen from at a budget, by the scheme that was asked for."""
 
 UNITS = ("macs", "params", "size")
 """Units in which a scheme has a price before anything is measured."""
@@ -37,11 +41,21 @@ class Choice:
     lost: float
 
 
-def schemes_at(model: nn.Module, budget: Budget, inputs: Any, prices: Ladder, *, among: Sequence[Fold] = MATRICES) -> dict[str, Fold]:
+def schemes_at(
+    model: nn.Module,
+    budget: Budget,
+    inputs: Any,
+    prices: Ladder,
+    *,
+    among: Sequence[Fold] = MATRICES,
+    made: dict[tuple[str, Fold], Form] | None = None,
+) -> dict[str, Fold]:
     """Choose the scheme of each convolution together with all ranks: the knapsack of `allocate` over every scheme and size at once.
 
     Distortion is the share of the spectral energy that is lost; prices are the formulas of the layers at the inputs that they meet. So a
-    scheme is compared at the rank that the budget leaves the layer, not at one energy for all.
+    scheme is compared at the rank that the budget leaves the layer, not at one energy for all. Forms whose cuts are improved beyond their
+    distortion (Tucker-2, CP, tensor trains) are cut at a few sizes to see what they lose; one whose cuts take too long for that
+    (`spectrim.forms.derived.AFFORDABLE`) is left out.
 
     Args:
         model: factorized at full rank, in any schemes.
@@ -49,6 +63,7 @@ def schemes_at(model: nn.Module, budget: Budget, inputs: Any, prices: Ladder, *,
         inputs: one batch of inputs.
         prices: the ladder of the model.
         among: the schemes to choose from.
+        made: filled with the forms of kernels that were decomposed, by layer and scheme.
 
     Returns:
         By the names of layers that have several schemes and are cut; none for a budget of seconds, or one that cannot be met.
@@ -63,7 +78,7 @@ def schemes_at(model: nn.Module, budget: Budget, inputs: Any, prices: Ladder, *,
     units = {name: (FRACTIONS | ABSOLUTE)[name] for name in budget.limits}
     if any(unit not in UNITS or unit in prices.missing for unit in units.values()) or all(len(_offered(site)) < 2 for site in sites(model)):
         return {}
-    choices = _choices(model, inputs, prices, among)
+    choices = _choices(model, inputs, prices, among, {} if made is None else made)
     tables = {
         unit: UnitCost(
             {name: [choice.costs[unit] for choice in found] for name, found in choices.items()},
@@ -85,7 +100,9 @@ def schemes_at(model: nn.Module, budget: Budget, inputs: Any, prices: Ladder, *,
     return {named[name].layer_name: choice.scheme for name, choice in taken.items() if choice.lost > 0 and len(_offered(named[name])) > 1}
 
 
-def at_budget(low: nn.Module, budget: Budget, inputs: Any, prices: Ladder, dense: nn.Module) -> tuple[nn.Module, Ladder]:
+def at_budget(
+    low: nn.Module, budget: Budget, inputs: Any, prices: Ladder, dense: nn.Module, *, among: Sequence[Fold] = MATRICES
+) -> tuple[nn.Module, Ladder]:
     """Give a factorized network the schemes of `schemes_at`, in place; return it and its ladder, the given one where nothing changed.
 
     Args:
@@ -94,12 +111,16 @@ def at_budget(low: nn.Module, budget: Budget, inputs: Any, prices: Ladder, dense
         inputs: one batch of inputs.
         prices: its ladder.
         dense: the network before it.
+        among: the schemes to choose from.
     """
-    changed = refold_(low, schemes_at(low, budget, inputs, prices), dense)
+    made: dict[tuple[str, Fold], Form] = {}
+    changed = refold_(low, schemes_at(low, budget, inputs, prices, among=among, made=made), dense, made)
     return low, ladder(low, inputs, dense_model=dense, check=True, own=True) if changed else prices
 
 
-def _choices(model: nn.Module, inputs: Any, prices: Ladder, among: Sequence[Fold]) -> dict[str, list[Choice]]:
+def _choices(
+    model: nn.Module, inputs: Any, prices: Ladder, among: Sequence[Fold], made: dict[tuple[str, Fold], Form]
+) -> dict[str, list[Choice]]:
     """Return the choices of each factorized weight, tied ones once; the last one is the dense weight."""
     batch, shapes = batch_size_of(inputs, model=model, unknown=1), defaultdict[Any, list[Any]](list)
     for call in calls(model, inputs):
@@ -111,7 +132,7 @@ def _choices(model: nn.Module, inputs: Any, prices: Ladder, among: Sequence[Fold
         free = users[site.factors] == 1 and site.name not in prices.corrected
         offered = [fold for fold in _offered(site) if fold in among or fold == site.layer.scheme] if free else []
         found[site.name] = (
-            [choice for fold in offered for choice in _priced(site, fold, shapes[site.layer, site.key], batch)]
+            [choice for fold in offered for choice in _priced(site, fold, shapes[site.layer, site.key], batch, made)]
             if len(offered) > 1
             else _as_priced(site, prices)
         )
@@ -142,10 +163,10 @@ def _as_priced(site: Site, prices: Ladder) -> list[Choice]:
     ]
 
 
-def _priced(site: Site, fold: Fold, shapes: Iterable[Any], batch: int) -> list[Choice]:
+def _priced(site: Site, fold: Fold, shapes: Iterable[Any], batch: int, made: dict[tuple[str, Fold], Form]) -> list[Choice]:
     """Return the sizes of one scheme that cost less than the dense weight in every unit."""
     layer, shapes = site.layer, (None, *shapes)
-    (tail, sizes), blocks, made = _distortions(site, fold), site.factors.blocks, []
+    (tail, sizes), blocks, found = _distortions(site, fold, made), site.factors.blocks, []
     dense = layer.work(layer, site.key, fold, None, None)
     short = layer.writing == "interpolative" and layer.interpolated_kind(layer, fold) is not None
     for rung in _thinned(len(sizes)):
@@ -157,21 +178,26 @@ def _priced(site: Site, fold: Fold, shapes: Iterable[Any], batch: int) -> list[C
             single, *each = (layer.work(layer, site.key, fold, size, shape) for shape in shapes)
         if single < dense:  # else `merge` writes the dense one
             costs = {"macs": sum(each) / batch, "params": float(params), "size": float(params * site.factors.dtype.itemsize)}
-            made.append(Choice(fold, costs, _share(tail, rung)))
-    return made
+            found.append(Choice(fold, costs, _share(tail, rung)))
+    return found
 
 
-def _distortions(site: Site, fold: Fold) -> tuple[Tensor, Sequence[Size]]:
-    """Return the energy lost at each rung of a scheme, and the sizes."""
+def _distortions(site: Site, fold: Fold, made: dict[tuple[str, Fold], Form]) -> tuple[Tensor, Sequence[Size]]:
+    """Return the energy lost at each rung of a scheme, and the sizes; none of a form whose cuts take too long."""
     held, layer = site.factors, site.layer
     if fold == layer.scheme:
-        return held.tail(), [held.size_of(rung) for rung in range(1, held.rank + 1)]
+        measure_cuts(held)
+        return measured_tail(held, held.tail()), [held.size_of(rung) for rung in range(1, held.rank + 1)]
     folded = layer.fold(layer, site.key, layer.dense_weight(site.key).detach(), fold)
     if fold in MATRICES:
         tail = linalg.tail_energy(linalg.pooled_spectrum(linalg.spectrum(folded)))
         return tail, range(1, len(tail))
-    form = FORMS[fold].of(folded, folded)
-    return form.tail(), form.path()
+    form = FORMS[fold].of(layer.dense_weight(site.key).detach(), folded, name=site.name)
+    if not affordable(form):
+        return form.tail(), ()
+    measure_cuts(form)
+    made[site.layer_name, fold] = form
+    return measured_tail(form, form.tail()), form.path()
 
 
 def _share(tail: Tensor, rung: int) -> float:
