@@ -68,6 +68,9 @@ def settings_of(network: str, method: str, seed: int, full: bool) -> dict[str, A
     """Return everything that a row depends on."""
     run = NETWORKS[network] | (FULL[network] if full else {})
     defaults = {course.__class__.__name__: repr(course) for course in course_of(method)}
+    defaults = {name: text.replace(", settle=0.0", "") for name, text in defaults.items()}
+    if "macs" not in METHODS[method]:  # nothing is cut, and it has no effect
+        defaults = {name: text.replace(", most_after_cuts=16", "") for name, text in defaults.items()}
     return {"network": network, "method": method, "seed": seed, "full": full, **run, "knobs": METHODS[method], "courses": defaults}
 
 

@@ -128,6 +128,7 @@ class LearnedPrecision(Rounding):
         gradient_bits: of the gradients of outputs, in [2, 16], or 32 to round nothing.
         rate: share of the way to equal gains in one step, in (0, 1].
         rise: share of the training in which the plan rises, in [0, 1]; shorter where the end would cost more than `most` bits.
+        settle: share of the training at the end, in [0, 1), in which bits stay as they are: the network ends adapted to them.
 
     Raises:
         SettingError: for a value outside its range, or, when training starts, a network without a layer that can compute in fewer bits.
@@ -153,6 +154,7 @@ class LearnedPrecision(Rounding):
     gradient_bits: int = 8
     rate: float = 0.02
     rise: float = 0.0
+    settle: float = 0.0
     learns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -163,6 +165,8 @@ class LearnedPrecision(Rounding):
         check_bits("LearnedPrecision", "gradient_bits", self.gradient_bits)
         if not 0 < self.rate <= 1 or not 0 <= self.rise <= 1:
             raise SettingError("LearnedPrecision", "rate and rise", got=(self.rate, self.rise), rule="in (0, 1] and in [0, 1]")
+        if not 0 <= self.settle < 1:
+            raise SettingError("LearnedPrecision", "settle", got=self.settle, rule="in [0, 1)")
         lowest, highest = self._share(self.least), self._share(self.most)
         if isinstance(self.cost, bool) or not lowest <= self.cost <= highest:
             rule = f"a share of static {STATIC} bits in [{lowest:.3f}, {highest:.3f}], what {self.least} and {self.most} bits cost"
@@ -199,6 +203,15 @@ class LearnedPrecision(Rounding):
     def _shifted(self, values: Vector, macs: Vector, goal: float, most: int) -> Vector:
         return shifted_to(values, goal, macs, (self.least, most), self.gradient_bits)
 
+    def _whole(self, values: Vector, macs: Vector, goal: float) -> Vector:
+        """Return whole bits, each rounded up that the goal has room for, those nearest to it first."""
+        found = np.maximum(np.floor(values), self.least)
+        for index in np.argsort(found - values, kind="stable"):
+            raised = found + (np.arange(len(found)) == index)
+            if values[index] > found[index] and bit_operations(macs, raised, self.gradient_bits).sum() <= goal:
+                found = raised
+        return found
+
     def _most(self, macs: float, goal: float, reference: float) -> int:
         """Return the most bits of a step: those that spend the goal, from `most` on, where ranks have been cut."""
         if bit_operations(macs, STATIC, STATIC) >= CUT * reference:
@@ -220,6 +233,11 @@ class LearnedPrecision(Rounding):
         names = list(memory["values"])
         values, macs = (np.array([memory[key][name] for name in names]) for key in ("values", "macs"))
         goal = self._goal(step + 1, steps, memory)
+        if step + 1 >= (1 - self.settle) * steps:
+            if not all(value.is_integer() for value in memory["values"].values()):
+                left = (self.cost * steps * memory["reference"] - memory["bit_operations"]) / max(1, steps - step - 1)
+                memory["values"] = dict(zip(names, self._whole(values, macs, min(left, goal)).tolist(), strict=True))
+            return
         most = self._most(float(macs.sum()), goal, memory["reference"])
         if slopes and all(math.isfinite(slope) for slope in slopes.values()):
             held = memory["slopes"]

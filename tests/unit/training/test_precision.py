@@ -65,6 +65,15 @@ def test_bits_differ_over_layers_and_time_and_the_network_learns() -> None:
         assert sp.evaluate(model, task(seed=3), nn.CrossEntropyLoss())["accuracy"] > 0.8
 
 
+def test_bits_settle_for_the_last_steps_and_the_cost_is_met() -> None:
+    history = train(net(), [LearnedPrecision(0.6, settle=0.5)], epochs=10)
+    bits = [bits_of(line) for line in history.epochs]
+    assert bits[5:] == [bits[5]] * 5
+    assert 0.57 <= columns(history, "cost")[-1] <= 0.6
+    whole = LearnedPrecision()._whole(np.array([3.2, 5.9, 8.0]), np.ones(3), float(bit_operations(1.0, np.array([3, 6, 8]), 8).sum()))
+    assert whole.tolist() == [3, 6, 8]
+
+
 def test_the_costs_in_the_log_by_hand() -> None:
     macs = 6 * 9 * 36 + 54 * 24 + 24 * 4
     last = train(net(), [StaticPrecision(6)], epochs=1).last
@@ -252,6 +261,7 @@ def test_counting_leaves_the_network_as_it_was() -> None:
         (lambda: CyclicPrecision(cycles=0), "CyclicPrecision: cycles must be"),
         (lambda: CyclicPrecision(6, 5), "CyclicPrecision: least and most must be"),
         (lambda: LearnedPrecision(0.2), r"LearnedPrecision: cost must be a share of static 8 bits in \[0.297, 1.000\]"),
+        (lambda: LearnedPrecision(settle=1.0), r"LearnedPrecision: settle must be in \[0, 1\)"),
         (lambda: LearnedPrecision(rate=0.0), "LearnedPrecision: rate and rise must be"),
         (lambda: LearnedPrecision(most_after_cuts=7), r"LearnedPrecision: most_after_cuts must be an integer in \[8, 16\]"),
         (lambda: LearnedPrecision(most=17), "LearnedPrecision: least and most must be 2 <= least <= most <= 16"),
