@@ -1,7 +1,7 @@
 """Sizes of a tensor train: what its leading entries lose at any ranks, and a nested path of sizes by it."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Losses:
     def __init__(self, cores: Sequence[Tensor]) -> None:
         self.cores, self.middle = cores, len(cores) // 2
         self.full = tuple(core.shape[-1] for core in cores[:-1])
-        self.left, self.right, self.errors = cache(self._left), cache(self._right), cache(self._errors)
+        self.left, self.right, self.errors = lru_cache(8)(self._left), lru_cache(8)(self._right), lru_cache(8)(self._errors)
         self.energy = float((self._left(self.full[: self.middle - 1])[0] * self._right(self.full[self.middle :])[0]).sum())
 
     def at(self, ranks: Ranks) -> float:
@@ -69,7 +69,7 @@ def grid(shape: Sequence[int], full: Ranks) -> list[list[int]]:
         full: ranks that it is held with.
     """
     step = 1 + int(max(full) ** 2 * max(shape) * sum(full) / WORK)
-    middle = len(full) // 2
+    middle = (len(full) + 1) // 2 - 1  # as in `Losses`
     return [_spaced(rank, 1 if cut == middle else step) for cut, rank in enumerate(full)]
 
 
