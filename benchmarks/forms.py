@@ -182,26 +182,26 @@ def page() -> str:
         "finished network on 10,000 test images.",
     ]
     for network, title in NETWORKS.items():
-        times = _speedups(network)
         for budget in BUDGETS:
+            times = _speedups(network) if budget == BUDGETS[0] else {}
             some = [groups[network, budget, scheme, 0] for scheme in SCHEMES]
             if not any(some):
                 continue
             dense = next(row for group in some for row in group if "dense_test" in row)["dense_test"]["accuracy"]
             lines += ["", f"## {title}, {100 * budget:g} % of the MACs (dense {100 * dense:.1f} %)", ""]
-            lines += [
-                "| form | layers | as cut | BatchNorm renewed | refitted | test, no training | test, fine-tuned | times the dense speed |",
-                "|---|---|---|---|---|---|---|---|",
-            ]
+            heads = ["form", "layers", "as cut", "BatchNorm renewed", "refitted", "test, no training", "test, fine-tuned"]
+            heads += ["times the dense speed"] * bool(times)
+            lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
             for scheme, group in zip(SCHEMES, some, strict=True):
                 tuned = groups[network, budget, scheme, EPOCHS]
                 if group:
-                    lines.append(_line(scheme, group[0], tuned, times.get(scheme, "") if budget == BUDGETS[0] else ""))
+                    lines.append(_line(scheme, group[0], tuned, times.get(scheme)))
     lines += [
         "",
         f"Fine-tuned: {EPOCHS} epochs on {IMAGES:,} training images, no teacher; mean and standard deviation over the seeds given. "
         "`auto` is what `compress` does by default: it chooses among the folds of matrices for each layer together with all ranks; `all` "
-        "chooses among all forms. Times the dense speed: medians at batches of 1 and 32, one thread, all networks of a table in turns.",
+        "chooses among all forms."
+        + (" Times the dense speed: medians at batches of 1 and 32, one thread, all in turns." if any(map(_speedups, NETWORKS)) else ""),
         "",
     ]
     return "\n".join(lines)
@@ -218,16 +218,16 @@ def _speedups(network: str) -> dict[str, str]:
     }
 
 
-def _line(scheme: str, row: Any, tuned: list[Any], speedup: str) -> str:
+def _line(scheme: str, row: Any, tuned: list[Any], speedup: str | None) -> str:
     if "problem" in row:
-        return f"| {scheme} | no ranks reach this budget | | | | | | |"
+        return f"| {scheme} | no ranks reach this budget | | | | | |" + " |" * (speedup is not None)
     stages = row["val"] | row["tried"]
     parts = [_percent(stages.get(stage)) for stage in ("cut", "recalibrated", "corrected")]
     layers = ", ".join(f"{count} {name}" for name, count in row["schemes"].items())
     accuracies = [100 * one["test"]["accuracy"] for one in tuned]
     spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
     after = f"{statistics.mean(accuracies):.1f}{spread} (n={len(accuracies)})" if accuracies else ""
-    return f"| {scheme} | {layers} | {' | '.join(parts)} | {_percent(row['test'])} | {after} | {speedup} |"
+    return f"| {scheme} | {layers} | {' | '.join(parts)} | {_percent(row['test'])} | {after} |" + (f" {speedup} |" if speedup else "")
 
 
 def _percent(scores: Any) -> str:
