@@ -24,6 +24,7 @@ from torch import nn
 import spectrim as sp
 from micro.harness import environment
 from spectrim import zoo
+from spectrim.budget.costs import calls
 from spectrim.budget.cut_to import Workbench
 from spectrim.budget.ladder import ladder
 from spectrim.budget.schemes import AMONG, at_budget
@@ -100,7 +101,7 @@ def cut(network: str, scheme: str, x: torch.Tensor) -> nn.Module:
     low = sp.factorize(dense, scheme, example_inputs=x)
     prices = ladder(low, x, dense_model=dense)
     if scheme in AMONG:
-        low, prices = at_budget(low, budget, x, prices, dense, among=AMONG[scheme])
+        low, prices = at_budget(low, budget, x, prices, dense, calls(low, x), among=AMONG[scheme])
     bench = Workbench(low, x, prices=prices)
     bench.cut(bench.ranks(budget, WAYS["plain"]), WAYS["plain"])
     return sp.merge(bench.network).eval()

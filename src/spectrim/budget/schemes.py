@@ -17,19 +17,24 @@ from spectrim.budget.ladder import Ladder, UnitCost, ladder
 from spectrim.forms import FORMS, Form, Size
 from spectrim.forms.derived import affordable, measure_cuts, measured_tail
 from spectrim.layers import Site, sites
+from spectrim.layers.alike import description
 from spectrim.layers.geometry import stored
-from spectrim.linalg.fold import FOLDS, MATRICES, Fold
+from spectrim.layers.uses import Call
+from spectrim.linalg.fold import KERNELS, MATRICES, Fold
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.surgery.refold import refold_
 
 POINTS = 48
 """Sizes of each scheme that are compared, evenly spaced: the budget's own choice, among all, comes later."""
 
-AMONG: dict[str, tuple[Fold, ...]] = {"auto": MATRICES, "all": FOLDS}
+AMONG: dict[str, tuple[Fold, ...]] = {"auto": MATRICES, "all": MATRICES + KERNELS}
 """What is chosen from at a budget, by the scheme that was asked for."""
 
 UNITS = ("macs", "params", "size")
 """Units in which a scheme has a price before anything is measured."""
+
+_Prices = Sequence[tuple[int, dict[str, float]]]
+"""Rungs, and what each costs in each unit."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ def schemes_at(
     prices: Ladder,
     *,
     among: Sequence[Fold] = MATRICES,
+    used: Sequence[Call] | None = None,
     made: dict[tuple[str, Fold], Form] | None = None,
 ) -> dict[str, Fold]:
     """Choose the scheme of each convolution together with all ranks: the knapsack of `allocate` over every scheme and size at once.
@@ -63,6 +69,7 @@ def schemes_at(
         inputs: one batch of inputs.
         prices: the ladder of the model.
         among: the schemes to choose from.
+        used: as for `ladder`.
         made: filled with the forms of kernels that were decomposed, by layer and scheme.
 
     Returns:
@@ -78,7 +85,7 @@ def schemes_at(
     units = {name: (FRACTIONS | ABSOLUTE)[name] for name in budget.limits}
     if any(unit not in UNITS or unit in prices.missing for unit in units.values()) or all(len(_offered(site)) < 2 for site in sites(model)):
         return {}
-    choices = _choices(model, inputs, prices, among, {} if made is None else made)
+    choices = _choices(model, inputs, prices, among, calls(model, inputs) if used is None else used, {} if made is None else made)
     tables = {
         unit: UnitCost(
             {name: [choice.costs[unit] for choice in found] for name, found in choices.items()},
@@ -101,7 +108,14 @@ def schemes_at(
 
 
 def at_budget(
-    low: nn.Module, budget: Budget, inputs: Any, prices: Ladder, dense: nn.Module, *, among: Sequence[Fold] = MATRICES
+    low: nn.Module,
+    budget: Budget,
+    inputs: Any,
+    prices: Ladder,
+    dense: nn.Module,
+    used: Sequence[Call],
+    *,
+    among: Sequence[Fold] = MATRICES,
 ) -> tuple[nn.Module, Ladder]:
     """Give a factorized network the schemes of `schemes_at`, in place; return it and its ladder, the given one where nothing changed.
 
@@ -111,28 +125,30 @@ def at_budget(
         inputs: one batch of inputs.
         prices: its ladder.
         dense: the network before it.
+        used: what `calls` returned for it; the inputs of its layers stay the same.
         among: the schemes to choose from.
     """
     made: dict[tuple[str, Fold], Form] = {}
-    changed = refold_(low, schemes_at(low, budget, inputs, prices, among=among, made=made), dense, made)
-    return low, ladder(low, inputs, dense_model=dense, check=True, own=True) if changed else prices
+    changed = refold_(low, schemes_at(low, budget, inputs, prices, among=among, used=used, made=made), dense, made)
+    return low, ladder(low, inputs, dense_model=dense, check=True, own=True, used=used, before=prices) if changed else prices
 
 
 def _choices(
-    model: nn.Module, inputs: Any, prices: Ladder, among: Sequence[Fold], made: dict[tuple[str, Fold], Form]
+    model: nn.Module, inputs: Any, prices: Ladder, among: Sequence[Fold], used: Sequence[Call], made: dict[tuple[str, Fold], Form]
 ) -> dict[str, list[Choice]]:
     """Return the choices of each factorized weight, tied ones once; the last one is the dense weight."""
     batch, shapes = batch_size_of(inputs, model=model, unknown=1), defaultdict[Any, list[Any]](list)
-    for call in calls(model, inputs):
+    for call in used:
         shapes[call.layer, call.weight].append(call.shape)
     users, found = Counter(site.factors for site in sites(model)), dict[str, list[Choice]]()
+    alike: dict[Any, _Prices] = {}
     for site in sites(model):
         if site.name not in prices.weights:
             continue
         free = users[site.factors] == 1 and site.name not in prices.corrected
         offered = [fold for fold in _offered(site) if fold in among or fold == site.layer.scheme] if free else []
         found[site.name] = (
-            [choice for fold in offered for choice in _priced(site, fold, shapes[site.layer, site.key], batch, made)]
+            [choice for fold in offered for choice in _priced(site, fold, shapes[site.layer, site.key], batch, alike, made)]
             if len(offered) > 1
             else _as_priced(site, prices)
         )
@@ -153,21 +169,33 @@ def _dense_costs(site: Site, prices: Ladder) -> dict[str, float]:
 def _as_priced(site: Site, prices: Ladder) -> list[Choice]:
     """Return the sizes of the form at hand, as the ladder prices them."""
     tail, cost, item = site.factors.tail(), prices.weights[site.name], site.factors.dtype.itemsize
+    shares = (tail / tail[0].clamp(min=1e-300)).tolist()
     return [
         Choice(
             site.layer.scheme,
             {"macs": cost.macs[rung - 1], "params": float(cost.params[rung - 1]), "size": float(cost.params[rung - 1] * item)},
-            _share(tail, rung),
+            shares[rung],
         )
         for rung in _thinned(site.factors.rank)
     ]
 
 
-def _priced(site: Site, fold: Fold, shapes: Iterable[Any], batch: int, made: dict[tuple[str, Fold], Form]) -> list[Choice]:
+def _priced(
+    site: Site, fold: Fold, shapes: Iterable[Any], batch: int, alike: dict[Any, _Prices], made: dict[tuple[str, Fold], Form]
+) -> list[Choice]:
     """Return the sizes of one scheme that cost less than the dense weight in every unit."""
-    layer, shapes = site.layer, (None, *shapes)
-    (tail, sizes), blocks, found = _distortions(site, fold, made), site.factors.blocks, []
-    dense = layer.work(layer, site.key, fold, None, None)
+    (tail, sizes), own, shapes = _distortions(site, fold, made), description(site), tuple(shapes)
+    key = None if own is None else (own, fold, shapes, tuple(sizes))
+    if key is None or key not in alike:
+        alike[key] = _prices(site, fold, sizes, shapes, batch)
+    shares = (tail / tail[0].clamp(min=1e-300)).tolist()
+    return [Choice(fold, costs, shares[rung]) for rung, costs in alike[key]]
+
+
+def _prices(site: Site, fold: Fold, sizes: Sequence[Size], shapes: Iterable[Any], batch: int) -> _Prices:
+    """Return the rungs of one scheme that cost less than the dense weight, and what they cost."""
+    layer, shapes, blocks, made = site.layer, (None, *shapes), site.factors.blocks, []
+    dense, item = layer.work(layer, site.key, fold, None, None), site.factors.dtype.itemsize
     short = layer.writing == "interpolative" and layer.interpolated_kind(layer, fold) is not None
     for rung in _thinned(len(sizes)):
         size, params = sizes[rung - 1], stored(layer, fold, sizes[rung - 1])
@@ -177,9 +205,8 @@ def _priced(site: Site, fold: Fold, shapes: Iterable[Any], batch: int, made: dic
         else:
             single, *each = (layer.work(layer, site.key, fold, size, shape) for shape in shapes)
         if single < dense:  # else `merge` writes the dense one
-            costs = {"macs": sum(each) / batch, "params": float(params), "size": float(params * site.factors.dtype.itemsize)}
-            found.append(Choice(fold, costs, _share(tail, rung)))
-    return found
+            made.append((rung, {"macs": sum(each) / batch, "params": float(params), "size": float(params * item)}))
+    return made
 
 
 def _distortions(site: Site, fold: Fold, made: dict[tuple[str, Fold], Form]) -> tuple[Tensor, Sequence[Size]]:
@@ -198,10 +225,6 @@ def _distortions(site: Site, fold: Fold, made: dict[tuple[str, Fold], Form]) -> 
     measure_cuts(form)
     made[site.layer_name, fold] = form
     return measured_tail(form, form.tail()), form.path()
-
-
-def _share(tail: Tensor, rung: int) -> float:
-    return float(tail[rung] / tail[0].clamp(min=1e-300))
 
 
 def _thinned(rungs: int) -> list[int]:

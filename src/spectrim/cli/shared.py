@@ -6,7 +6,7 @@ from typing import Any
 from jsonargparse import Namespace
 from rich.console import Console
 
-from spectrim.errors import RecipeError
+from spectrim.errors import UsageError
 
 
 def fractions(option: str, text: str) -> list[float]:
@@ -16,7 +16,7 @@ def fractions(option: str, text: str) -> list[float]:
     except ValueError:
         values = []
     if not values or not all(0 < value <= 1 for value in values) or len(set(values)) < len(values):
-        raise RecipeError(option, f"got {text!r}", allowed="fractions kept, in (0, 1], each once, with commas: 0.5,0.33")
+        raise UsageError(option, f"got {text!r}", allowed="fractions kept, in (0, 1], each once, with commas: 0.5,0.33")
     return values
 
 
@@ -32,7 +32,7 @@ def coded_bytes(option: str, text: str) -> list[float]:
         or len(set(values)) < len(values)
     ):
         allowed = "fractions of the dense network's bytes, in (0, 1), or bytes from 1000 on, each once, with commas: 0.1,0.05"
-        raise RecipeError(option, f"got {text!r}", allowed=allowed)
+        raise UsageError(option, f"got {text!r}", allowed=allowed)
     return [value if value < 1 else int(value) for value in values]
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
+from spectrim.budget.costs import calls
 from spectrim.budget.distortion import SpectralEnergy
 from spectrim.budget.ladder import ladder
 from spectrim.budget.schemes import AMONG, at_budget, schemes_at
@@ -40,7 +41,7 @@ def test_it_loses_no_more_than_any_one_scheme_for_all() -> None:
     model, x = network(), torch.randn(2, 3, 12, 12)
     for budget in BUDGETS:
         low = sp.factorize(model, "auto")
-        chosen, _ = at_budget(low, budget, x, ladder(low, x), model)
+        chosen, _ = at_budget(low, budget, x, ladder(low, x), model, calls(low, x))
         best = min(lost(sp.factorize(model, scheme), budget, x) for scheme in MATRICES)
         assert lost(chosen, budget, x) <= best + 1e-9
 
@@ -57,7 +58,7 @@ def test_all_forms_compete_by_what_their_cuts_lose() -> None:
     model, x = network(), torch.randn(2, 3, 12, 12)
     low = sp.factorize(model, "all")
     assert {layer.scheme for _, layer in named_layers(low)} <= set(MATRICES)
-    chosen, prices = at_budget(low, sp.Budget(macs=0.3), x, ladder(low, x), model, among=AMONG["all"])
+    chosen, prices = at_budget(low, sp.Budget(macs=0.3), x, ladder(low, x), model, calls(low, x), among=AMONG["all"])
     assert chosen[0].scheme == "cp"
     torch.testing.assert_close(low(x), model(x), rtol=1e-4, atol=1e-4)
     form = dict(named_factors(chosen))["0"]
