@@ -20,7 +20,7 @@ from spectrim.budget.judge import Judge
 from spectrim.budget.ladder import Ladder, UnitCost, ladder
 from spectrim.budget.plan_table import BudgetPlan, Plan, SkippedLayer, Totals, WeightPlan
 from spectrim.budget.promise import cut_totals, recounted
-from spectrim.budget.schemes import at_budget
+from spectrim.budget.schemes import AMONG, at_budget
 from spectrim.budget.ways import WAYS, Way
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.checks.heap import heap_set_aside
@@ -82,7 +82,7 @@ def plan(
             change of the layers' outputs, with `loss` too by the loss; without it by the weights alone.
         loss: called as ``loss(output, target)``, gives the mean over targets.
         budgets: fractions of the multiply-accumulates kept, in (0, 1], `Budget` values, or dicts of their fields.
-        scheme: as for `factorize`, where ``auto`` chooses at the middle budget, as `compress` does; of no effect on a factorized model.
+        scheme: as for `factorize`; ``auto`` and ``all`` choose at the middle budget, as in `compress`; of no effect on a factorized model.
         writing: as for `factorize`; of no effect on a factorized model.
         where: as for `factorize`, and for the reasons of what is skipped.
         latency: a `LatencyTable` of the factorized model; adds predicted seconds, and decides what is split.
@@ -125,8 +125,8 @@ def plan(
     used = calls(held, inputs)
     prices = ladder(held, inputs, latency, dense_model=dense, check=True, own=True, used=used)
     _check_inputs(prices, latency)
-    if dense is not None and scheme == "auto" and latency is None and calibration is None and wanted:
-        held, prices = at_budget(held, wanted[len(wanted) // 2], inputs, prices, dense, used)
+    if dense is not None and scheme in AMONG and latency is None and calibration is None and wanted:
+        held, prices = at_budget(held, wanted[len(wanted) // 2], inputs, prices, dense, used, among=AMONG[scheme])
     held.eval()
     judge = Judge.of(held, inputs, data if eval_data is None else eval_data, loss, examples)
     if calibration is None and data is not None:

@@ -14,7 +14,7 @@ from spectrim.budget.budget import Budget, as_budget
 from spectrim.budget.costs import calls
 from spectrim.budget.ladder import ladder
 from spectrim.budget.promise import counted, recounted
-from spectrim.budget.schemes import at_budget
+from spectrim.budget.schemes import AMONG, at_budget
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
@@ -106,7 +106,8 @@ def compress(
             stands for what all examples share.
         eval_data: the validation split, for the scores at each stage and the choice of ``cut="auto"``.
         scheme: how convolution kernels are folded, see `factorize`. ``auto`` chooses for each convolution together with all ranks, at the
-            budget (`spectrim.budget.schemes`); with `calibration` or `latency`, which are of one set of schemes, as `factorize` does.
+            budget (`spectrim.budget.schemes`), among the matrices, ``all`` among Tucker-2, CP and tensor trains, too; with `calibration`
+            or `latency`, which are of one set of schemes, as `factorize` does.
         writing: how `merge` writes what is cut, ``pair`` or ``interpolative``, see `factorize`.
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
@@ -229,8 +230,8 @@ def compress(
         same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
         used = calls(low, inputs)
         prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True, used=used)
-        if scheme == "auto" and latency is None and calibration is None:
-            low, prices = at_budget(low, budget, inputs, prices, model, used)
+        if scheme in AMONG and latency is None and calibration is None:
+            low, prices = at_budget(low, budget, inputs, prices, model, used, among=AMONG[scheme])
         check_floor(low, budget, prices)
         cutter = Cutter(
             judge, budget, inputs, importance, prices, calibration, batch_dims, step, reconstruct, unlabeled, calibration_seconds, progress
