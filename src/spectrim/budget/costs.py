@@ -1,7 +1,7 @@
 """What a layer costs at each rank, in the network it stands in."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,23 @@ class RankCosts:
     dense_params: int
     seconds: tuple[float, ...] | None = None
     dense_seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """What a network costs in one unit.
+
+    Attributes:
+        weights: of each factorized weight: entry ``r - 1`` is its cost at rank ``r``.
+        dense: of all of them, dense.
+        fixed: of everything else.
+        whole: of the dense network.
+    """
+
+    weights: Mapping[str, Sequence[float]]
+    dense: float
+    fixed: float
+    whole: float
 
 
 def rank_costs(model: nn.Module, inputs: Any, latency: Latencies | None = None) -> dict[str, RankCosts]:

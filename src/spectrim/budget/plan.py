@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from spectrim.budget.budget import Budget, as_budget
 from spectrim.budget.cut_to import Workbench
-from spectrim.budget.ladder import Ladder, UnitCost, ladder
+from spectrim.budget.ladder import Ladder, ladder
 from spectrim.budget.plan_table import BudgetPlan, Plan, SkippedLayer, Totals, WeightPlan
-from spectrim.budget.promise import cut_totals, recounted
+from spectrim.budget.promise import cut_totals, recounted, whole_and_fixed
 from spectrim.budget.schemes import at_budget
 from spectrim.budget.ways import WAYS, Way
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
@@ -30,6 +30,7 @@ from spectrim.metrics.calls import call_model, evaluating
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of
 from spectrim.protocols import Latencies, Where
+from spectrim.runtimes.crossbar import Crossbars
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.coverage import LayerCoverage, coverage
 from spectrim.surgery.exchange import duplicate
@@ -63,6 +64,7 @@ def plan(
     writing: Writing = "pair",
     where: Where | None = None,
     latency: Latencies | None = None,
+    crossbars: Crossbars | None = None,
     eval_data: Iterable[Any] | None = None,
     examples: int = 512,
     calibration: Calibration | None = None,
@@ -85,6 +87,7 @@ def plan(
         writing: as for `factorize`; of no effect on a factorized model.
         where: as for `factorize`, and for the reasons of what is skipped.
         latency: a `LatencyTable` of the factorized model; adds predicted seconds, and decides what is split.
+        crossbars: `spectrim.runtimes.crossbar.Crossbars`; adds tiles and their reads, and allows budgets of them.
         eval_data: batches on which the cut networks are evaluated; `data` when omitted, and `inputs` without that.
         examples: how many of `data` and of `eval_data` are used at most, >= 1.
         calibration: of the factorized model, made by `calibrate`; replaces a new one from `data`.
@@ -111,7 +114,7 @@ def plan(
     check(
         "plan", optional=("batches_again", "loss"), model=model, inputs=inputs, batches_again=data, loss=loss, budgets=budgets, where=where
     )
-    check("plan", latency=latency, eval_batches=eval_data, examples=examples)
+    check("plan", latency=latency, crossbars=crossbars, eval_batches=eval_data, examples=examples)
     model = unwrapped(model)
     where = layer_filter(where, model, "plan")
     if loss is not None and data is None:
@@ -121,7 +124,7 @@ def plan(
     held = duplicate(model) if dense is None else factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
     if dense is not None:
         same_function(dense, held, inputs, names=("dense", "factorized"))
-    prices = ladder(held, inputs, latency, dense_model=dense, check=True, own=True)
+    prices = ladder(held, inputs, latency, crossbars=crossbars, dense_model=dense, check=True, own=True)
     _check_inputs(prices, latency)
     if dense is not None and scheme == "auto" and latency is None and calibration is None and wanted:
         held, prices = at_budget(held, wanted[len(wanted) // 2], inputs, prices, dense)
@@ -138,7 +141,8 @@ def plan(
     lines = coverage(held, where, inputs=inputs, latency=latency)
     distortions = {way: bench.distortions(ways[way]) for way in ways}
     weights = _weights(bench, lines, distortions)
-    whole, fixed = _totals(prices.units, judge.judged(held))
+    judged, (whole, fixed) = judge.judged(held), whole_and_fixed(prices.units)
+    whole = replace(whole, loss=judged.get("loss"), accuracy=judged.get("accuracy"))
     rows = [_predicted(row, weights, fixed) for row in rows]
     skipped = tuple(SkippedLayer(line.name, line.kind, line.reason) for line in lines if not line.factorized)
     settings = _settings(model, inputs, latency, examples=None if data is None else examples)
@@ -272,21 +276,6 @@ def _weights(bench: Workbench, lines: Iterable[LayerCoverage], distortions: Mapp
 
 def _rounded(values: Tensor) -> tuple[float, ...]:
     return tuple(float(f"{value:.{DIGITS}g}") for value in values.tolist())
-
-
-def _totals(costs: Mapping[str, UnitCost], judged: Mapping[str, float]) -> tuple[Totals, Totals]:
-    """Return the totals of the dense network, and of the part of it that no rank changes."""
-    seconds = costs.get("latency")
-    dense, fixed = (
-        Totals(
-            round(getattr(costs["macs"], part)),
-            round(getattr(costs["params"], part)),
-            round(getattr(costs["size"], part)),
-            None if seconds is None else getattr(seconds, part),
-        )
-        for part in ("whole", "fixed")
-    )
-    return replace(dense, loss=judged.get("loss"), accuracy=judged.get("accuracy")), fixed
 
 
 def _settings(model: nn.Module, inputs: Any, latency: Latencies | None, *, examples: int | None) -> dict[str, Any]:

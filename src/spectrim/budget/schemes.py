@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from spectrim import linalg
 from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget, BudgetError
-from spectrim.budget.costs import calls
+from spectrim.budget.costs import UnitCost, calls
 from spectrim.budget.knapsack import _knapsack, _limit
-from spectrim.budget.ladder import Ladder, UnitCost, ladder
+from spectrim.budget.ladder import Ladder, ladder
 from spectrim.forms import FORMS, Size
 from spectrim.layers import Site, sites
 from spectrim.layers.geometry import stored
@@ -96,7 +96,7 @@ def at_budget(low: nn.Module, budget: Budget, inputs: Any, prices: Ladder, dense
         dense: the network before it.
     """
     changed = refold_(low, schemes_at(low, budget, inputs, prices), dense)
-    return low, ladder(low, inputs, dense_model=dense, check=True, own=True) if changed else prices
+    return low, ladder(low, inputs, crossbars=prices.crossbars, dense_model=dense, check=True, own=True) if changed else prices
 
 
 def _choices(model: nn.Module, inputs: Any, prices: Ladder, among: Sequence[Fold]) -> dict[str, list[Choice]]:

@@ -33,6 +33,7 @@ from spectrim.pipeline.teaching import MEMORIZED, TEACHING, teacher_for, why_unt
 from spectrim.pipeline.tuner import Tuner, squeezed
 from spectrim.pipeline.ways import Cut
 from spectrim.protocols import Importance, Latencies, Penalty, Where
+from spectrim.runtimes.crossbar import Crossbars
 from spectrim.surgery.balance import balanced
 from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import Scheme, factorize
@@ -73,6 +74,7 @@ def compress(
     calibration: Calibration | None = None,
     reconstruct: Reconstruction | None = None,
     latency: Latencies | None = None,
+    crossbars: Crossbars | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Compressed:
@@ -129,6 +131,7 @@ def compress(
         reconstruct: after the cut, train each block for a few steps toward the dense network's block, on inputs without labels, see
             `Reconstruction`; kept where the loss is lower.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
+        crossbars: `spectrim.runtimes.crossbar.Crossbars`, for a budget of tiles; tiles and their reads are then measured, too.
         folder: for the cut network, checkpoints, the final network, under ``coded_bytes`` ``model.spz``, and ``result.json``; an
             interrupted call resumes there. None for none.
         progress: whether to show progress, on stderr: the name of each step.
@@ -161,7 +164,7 @@ def compress(
         data, eval_data, loss = without_labels(unwrapped(model), data, eval_data, loss, epochs, examples, batch_dims)
     check("compress", data=data, loss=loss, eval_data=eval_data)
     assert not isinstance(loss, Budget)  # `searching` has put it in its place
-    check("compress", squeeze=squeeze, tuning=tuning, penalties=penalties, examples=examples, latency=latency)
+    check("compress", squeeze=squeeze, tuning=tuning, penalties=penalties, examples=examples, latency=latency, crossbars=crossbars)
     model, budget, epochs, examples = unwrapped(model), as_budget(budget, "compress", coded=True), index(epochs), index(examples)
     where = layer_filter(where, model, "compress")
     check_settings(model, budget, epochs, cut, distill, reconstruct)
@@ -177,7 +180,7 @@ def compress(
         known = first_examples(data, examples, dims=batch_dims)
         more = None if reconstruct is None else reconstruct.examples
         unlabeled = [] if more is None else first_examples(given, more, dims=batch_dims)
-        judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
+        judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch, crossbars=crossbars)
         split = "calibration" if eval_data is None else "validation"
         low = model
         if budget.limits:
@@ -203,6 +206,7 @@ def compress(
             **tuning.settings,
             examples=examples,
             reconstruct=None if reconstruct is None else repr(reconstruct),
+            **({} if crossbars is None else {"crossbars": repr(crossbars)}),
             **identity_of(model, low, data, known, inputs, loss, tuning.optimizer, latency, calibration) if folder is not None else {},
         )
         if not budget.limits:
@@ -213,7 +217,7 @@ def compress(
         whole, budget = budget, replace(budget, coded_bytes=None)
         step("comparing outputs and pricing ranks")
         same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
-        prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True)
+        prices = ladder(low, inputs, latency, crossbars=crossbars, dense_model=model, check=True, own=True)
         if scheme == "auto" and latency is None and calibration is None:
             low, prices = at_budget(low, budget, inputs, prices, model)
         check_floor(low, budget, prices)
@@ -254,7 +258,7 @@ def compress(
             told.dropped["fine-tuned"] = scores_of_measurement(measured["final"])
             low.load_state_dict(before[1])
             final, measured = _finished(low, judge, inputs, latency)
-        counted("compress", budget, final, measured["final"].macs, prices)
+        counted("compress", budget, final, measured["final"].macs, prices, inputs)
         if before is not None:
             scores["final"] = scores_of_measurement(measured["final"])
         taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None

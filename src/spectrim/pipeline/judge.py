@@ -11,6 +11,7 @@ from spectrim.metrics.clock import compare_latency
 from spectrim.metrics.evaluate import Scores, evaluate
 from spectrim.metrics.measurement import Measurement, measure
 from spectrim.pipeline.teaching import GAP, NATS_GAP, axis_of_classes
+from spectrim.protocols import Hardware
 from spectrim.training.distillation import Loss
 
 
@@ -24,6 +25,7 @@ class Judge:
     judged: Iterable[Any]
     batch: int | None = None
     on_known: dict[str, float] = field(default_factory=dict)
+    crossbars: Hardware | None = None
 
     def __call__(self, network: nn.Module) -> Scores:
         """Return the scores of a network on the data that decide."""
@@ -60,7 +62,7 @@ class Judge:
         scores = {"dense": self.dense, "final": self(final)}
         return {
             name: replace(
-                measure(network, inputs, latency=False, batch_size=self.batch),
+                measure(network, inputs, latency=False, batch_size=self.batch, crossbars=self.crossbars),
                 latency_s=times[name].median_s,
                 latency_iqr_s=times[name].iqr_s,
                 batch=times[name].batch,

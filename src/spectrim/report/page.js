@@ -264,6 +264,8 @@ function compared(pair, measured, split) {
     ["coded file, bytes", (m) => m.coded_bytes && whole(m.coded_bytes)],
     ["values in it, bytes", (m) => m.coded_bytes && whole(m.data_bytes)],
     ["positions of zeros, bytes", (m) => m.coded_bytes && whole(m.index_bytes)],
+    ["tiles", (m) => m.tiles && whole(m.tiles)],
+    ["tile reads", (m) => m.tile_reads && whole(m.tile_reads)],
     ["latency", (m) => m.latency_s && `${milliseconds(m.latency_s)} ± ${(500 * m.latency_iqr_s).toFixed(3)}`],
     ["MAC reduction", ratio("macs")],
     ["compression (bytes)", ratio("size_bytes")],

@@ -1,0 +1,204 @@
+"""The LeNet-5 of Caffe (430,500 weights) on MNIST and simulated crossbars: whole tiles pruned, all weights on levels of the cells.
+
+OMP_NUM_THREADS=1 python benchmarks/crossbar_structured.py                         # all that is missing
+OMP_NUM_THREADS=1 python benchmarks/crossbar_structured.py --seeds 0 --networks dense,structured
+python benchmarks/crossbar.py --render                                             # table and picture of the method card
+
+Tiles of 32 x 32 cells of 4 bits, differential pairs, weights of 4 bits and a sign. From the dense network of each seed:
+
+- ``dense``: mapped after training;
+- ``on levels``: trained on with `MaskedMapping`;
+- ``low rank``: ranks by ``Budget(tiles=0.2)``, trained on;
+- ``low rank, on levels``: the same, then `MaskedMapping` of both factors;
+- ``structured``: `ADMM` prunes whole columns (inputs) in multiples of the tile, outputs that nothing reads any more are dropped, then
+  `MaskedMapping` puts all weights on levels.
+
+A row is one file, ``results/crossbar/mnist-NETWORK-SEED.json``, skipped as long as its settings are the same; networks lie in
+``runs/crossbar``. Settings were chosen on the validation split (5,000 images); the test split is read once for each row.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import spectrim as sp
+from micro.harness import environment
+from spectrim import zoo
+from spectrim.files import write_text
+from spectrim.projections import Levels, Structured
+from spectrim.runtimes.crossbar import Crossbars, Device, Mapping, monte_carlo, price_on_crossbars
+from spectrim.training import ADMM, Hold, MaskedMapping
+
+HERE = Path(__file__).resolve().parent
+RESULTS, RUNS = HERE / "results" / "crossbar", HERE.parent / "runs" / "crossbar"
+TILE, BITS, SIGMAS, DRAWS, TESTED, SEEDS = 32, 4, (0.0, 0.05, 0.1, 0.2, 0.3), 10, 1000, (0, 1, 2)
+MAPPING, DEVICE = Mapping(TILE, TILE, BITS), Device(bits=BITS)
+LEVELS = Levels(BITS + 1)
+"""A sign and 4 bits: -15 to 15 steps."""
+
+FILTERS, SIDE = 16, 4
+STRUCTURES = {
+    "conv2": Structured(5 * TILE, along="columns"),
+    "fc1": Structured(FILTERS, along="blocks", block=(500, SIDE**2)),
+    "fc2": Structured(2 * TILE, along="columns"),
+}
+"""Inputs kept: 5 of 16 bands of tiles, those of 16 filters (8 of 25 bands), 2 of 16 bands. ``conv1`` has one tile and stays."""
+
+TRAINING = {"optimizer": "Adam", "batch_size": 128, "augment": "crops, padding 2", "images": 55_000, "validation": 5_000}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "dense": {"epochs": 6, "peak": 1e-3, "constant": 0.25},
+    "on levels": {"epochs": 3, "peak": 3e-4, "constant": 0.75, "rounds": 8},
+    "low rank": {"epochs": 3, "peak": 5e-4, "constant": 0.5, "tiles": 0.2},
+    "low rank, on levels": {"epochs": 3, "peak": 3e-4, "constant": 0.75, "rounds": 8},
+    "structured": {"epochs": 8, "peak": 1e-3, "constant": 0.625, "rounds": 10, "ramp": 0.75, "mapping epochs": 3, "mapping rounds": 8},
+}
+BEFORE = {"dense": None, "low rank, on levels": "low rank"}
+"""What a network is trained from; ``dense`` unless it stands here."""
+
+
+def trained(model: nn.Module, data: Any, epochs: int, peak: float, constant: float, courses: Any = (), penalties: Any = ()) -> nn.Module:
+    """Train in place: a constant rate for a share of the steps, then a cosine to zero."""
+    optimizer = torch.optim.Adam(model.parameters(), peak)
+    steps = epochs * len(data.train)
+
+    def rate(step: int) -> float:
+        done = step / steps
+        return 1.0 if done < constant else 0.5 * (1 + math.cos(math.pi * min(1.0, (done - constant) / (1 - constant))))
+
+    tuning = sp.Tuning(scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, rate), scheduler_steps="batch")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("default", message="ADMM")
+        history = sp.fit(
+            model, data.train, nn.CrossEntropyLoss(), optimizer, epochs, tuning=tuning, courses=courses, penalties=penalties, progress=False
+        )
+    print({key: round(value, 5) for key, value in history.last.items()}, flush=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def without_unread(model: Any) -> Any:
+    """Drop what nothing reads: rows of ``fc1`` and filters of ``conv2`` whose columns in the next layer are zero; the same function."""
+    unread = ~model.fc2.weight.any(0)
+    model.fc1.weight[unread], model.fc1.bias[unread] = 0, 0
+    unread = ~model.fc1.weight.reshape(500, -1, SIDE**2).any(2).any(0)
+    model.conv2.weight[unread], model.conv2.bias[unread] = 0, 0
+    return model
+
+
+def made(name: str, start: Any, data: Any) -> nn.Module:
+    """Return one of the networks, trained from `start`."""
+    knobs = NETWORKS[name]
+    basic = {key: knobs[key] for key in ("epochs", "peak", "constant")}
+    if name == "dense":
+        return trained(zoo.caffe_lenet5().to(memory_format=torch.channels_last), data, **basic)
+    if name == "low rank":
+        images, crossbars = next(iter(data.val))[0][:1], Crossbars(DEVICE, MAPPING)
+        low = sp.factorize(start, where=lambda name, module: name != "conv1")
+        low = sp.prune(low, sp.allocate(low, sp.Budget(tiles=knobs["tiles"]), images, crossbars=crossbars))
+        return sp.merge(trained(low.train(), data, **basic, penalties=[sp.Orthogonality(0.01)]))
+    if name in ("on levels", "low rank, on levels"):
+        return trained(start.train(), data, **basic, courses=[MaskedMapping({"*": LEVELS}, end=knobs["constant"], rounds=knobs["rounds"])])
+    admm = ADMM(STRUCTURES, rounds=knobs["rounds"], end=knobs["constant"], ramp=knobs["ramp"])
+    model = without_unread(trained(start.train(), data, **basic, courses=[admm]))
+    onto = [Hold(), MaskedMapping({"*": LEVELS}, end=0.75, rounds=knobs["mapping rounds"])]
+    return trained(model.train(), data, knobs["mapping epochs"], 3e-4, 0.75, courses=onto)
+
+
+def digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+
+
+def settings_of(name: str, seed: int) -> dict[str, Any]:
+    """Return what a row depends on, also by the network that it starts from."""
+    own: dict[str, Any] = {"network": name, "seed": seed, "tile": TILE, "bits": BITS, **TRAINING, **NETWORKS[name]}
+    if name == "structured":
+        own["structures"] = {layer: repr(structure) for layer, structure in STRUCTURES.items()}
+    before = BEFORE.get(name, "dense")
+    return own | ({} if before is None else {"from": digest(settings_of(before, seed))})
+
+
+def network(name: str, seed: int, data: Any) -> tuple[Any, float]:
+    """Return a network of a seed and the processor time of its training; trained now unless it was before."""
+    path = RUNS / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}-{digest(settings_of(name, seed))}.pt"
+    if path.exists():
+        held = torch.load(path, weights_only=False)  # our own file
+        return held["model"], held["seconds"]
+    before = BEFORE.get(name, "dense")
+    start = None if before is None else network(before, seed, data)[0]
+    torch.manual_seed(seed)
+    began = time.process_time()
+    model = made(name, start, data)
+    seconds = time.process_time() - began
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": model, "seconds": seconds}, path)
+    return model, seconds
+
+
+def off_levels(model: nn.Module) -> float:
+    """Return the largest distance of a weight from the level that the mapping gives it, in steps."""
+    weights = [parameter.detach().flatten(1) for parameter in model.parameters() if parameter.dim() > 1]
+    return max(float((weight - MAPPING.quantized(weight)).abs().max()) / MAPPING.step(weight) for weight in weights)
+
+
+def row(name: str, seed: int, data: Any, *, draws: int, tested: int) -> dict[str, Any]:
+    """Measure one network."""
+    model, seconds = network(name, seed, data)
+    loss, weights = nn.CrossEntropyLoss(), [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    known = [batch for batch, _ in zip(zoo.mnist(batch_size=500, seed=0).test, range(tested // 500), strict=False)]
+    accuracies = {}
+    for sigma in SIGMAS:
+        found = monte_carlo(model, known, loss, Device(bits=BITS, programming=sigma), MAPPING, draws=draws if sigma else 1)
+        accuracies[str(sigma)] = list(found.accuracies)
+        print(name, seed, sigma, f"{100 * found.accuracy[0]:.2f}", flush=True)
+    return {
+        "weights": sum(int(weight.count_nonzero()) for weight in weights),
+        "tiles": price_on_crossbars(model, DEVICE, MAPPING).tiles,
+        "off levels, steps": off_levels(model),
+        "validation": sp.evaluate(model, data.val, loss),
+        "test": sp.evaluate(model, data.test, loss),
+        "accuracies": accuracies,
+        "cpu_seconds": round(seconds, 1),
+    }
+
+
+def path_of(name: str, seed: int) -> Path:
+    return RESULTS / f"mnist-{name.replace(', ', '-').replace(' ', '-')}-{seed}.json"
+
+
+def main() -> None:
+    """Run what is asked for and not there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    parser.add_argument("--networks", default=";".join(NETWORKS), help="with semicolons")
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--tested", type=int, default=TESTED, help="images of the test split for each draw")
+    parser.add_argument("--train-only", action="store_true", help="train and say the validation score; the test split is not read")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for seed in map(int, given.seeds.split(",")):
+        data = zoo.mnist(batch_size=TRAINING["batch_size"], val=TRAINING["validation"], augment=True, seed=seed)
+        for name in given.networks.split(";"):
+            if given.train_only:
+                model, seconds = network(name, seed, data)
+                score = sp.evaluate(model, data.val, nn.CrossEntropyLoss())
+                print(name, seed, score, f"off levels {off_levels(model):.3f}", f"{seconds:.0f} s", flush=True)
+                continue
+            settings = settings_of(name, seed) | {"draws": given.draws, "tested": given.tested}
+            if path_of(name, seed).exists() and json.loads(path_of(name, seed).read_text(encoding="utf-8"))["digest"] == digest(settings):
+                continue
+            found = row(name, seed, data, draws=given.draws, tested=given.tested)
+            RESULTS.mkdir(parents=True, exist_ok=True)
+            whole = {"settings": settings, "digest": digest(settings), "environment": environment(), **found}
+            write_text(path_of(name, seed), json.dumps(whole, indent=1, default=repr) + "\n")
+
+
+if __name__ == "__main__":
+    main()
