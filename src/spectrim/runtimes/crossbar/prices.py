@@ -1,6 +1,5 @@
 """What a network takes on crossbars: tiles, cells, converters and reads, counted; area and energy by stated constants."""
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -108,7 +107,7 @@ def price_on_crossbars(
     return CrossbarPrice(tiles, cells, adcs, dacs, area / 1e6, reads, None if reads is None else reads * constants.read_nj(mapping))
 
 
-def places_of(model: nn.Module, inputs: Any, batch_size: int | None = None) -> Counter[nn.Module]:
+def places_of(model: nn.Module, inputs: Any, batch_size: int | None = None) -> dict[nn.Module, float]:
     """Return how many inputs each mapped layer multiplies for one example: the places of a convolution's output, the calls of a layer.
 
     Args:
@@ -122,10 +121,11 @@ def places_of(model: nn.Module, inputs: Any, batch_size: int | None = None) -> C
         >>> places_of(layer, torch.zeros(2, 3, 10, 10))[layer]
         100.0
     """
-    batch, found = batch_size_of(inputs, batch_size, model=model, unknown=1), Counter[nn.Module]()
+    batch, layers = batch_size_of(inputs, batch_size, model=model, unknown=1), mapped_layers(model)
+    found = dict.fromkeys(layers, 0.0)
 
     def after(module: nn.Module, args: Any, output: Tensor) -> None:
-        found[module] += output.numel() / len(cast(Tensor, module.weight)) / batch  # type: ignore[assignment]
+        found[module] += output.numel() / len(cast(Tensor, module.weight)) / batch
 
-    watched(model, inputs, mapped_layers(model), lambda *_: None, after)
+    watched(model, inputs, layers, lambda *_: None, after)
     return found
