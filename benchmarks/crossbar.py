@@ -74,7 +74,7 @@ def run(seed: int) -> list[dict[str, Any]]:
 def groups() -> dict[tuple[str, float], list[dict[str, Any]]]:
     """Return the rows of all seeds by network and deviation."""
     found = defaultdict(list)
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(RESULTS.glob("lenet5-*.json")):
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             found[row["network"], row["sigma"]].append(row)
     return found

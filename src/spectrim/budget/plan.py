@@ -146,6 +146,7 @@ def plan(
     rows = [_predicted(row, weights, fixed) for row in rows]
     skipped = tuple(SkippedLayer(line.name, line.kind, line.reason) for line in lines if not line.factorized)
     settings = _settings(model, inputs, latency, examples=None if data is None else examples)
+    settings |= {} if crossbars is None else {"crossbars": repr(crossbars)}
     return Plan(weights, skipped, name, whole, fixed, tuple(rows), settings)
 
 

@@ -78,7 +78,7 @@ def test_a_rung_that_saves_no_tile_is_no_rung_and_the_best_of_all_is_chosen() ->
     low = sp.factorize(nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), where=everything)
     held, prices, budget = dict(named_factors(low)), ladder(low, x, crossbars=chip), Budget(tiles=0.8)
     choices = choices_of(held, budget, prices, None)
-    assert choices == dict.fromkeys(held, [4, 16]), "7 is the break-even rank, and 5 takes what the dense weight takes"
+    assert choices == {name: [4, 16] for name in held}, "7 is the break-even rank, and 5 takes what the dense weight takes"
     assert choices_of(held, Budget(tiles=0.8, macs=0.8), prices, None)["0"] == [1, 2, 3, 4, 5, 6, 7, 16], "fewer operations count, too"
     errors = {name: factors.tail() for name, factors in held.items()}
     relative = {name: tail / tail[0] for name, tail in errors.items()}
