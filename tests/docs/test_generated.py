@@ -190,7 +190,6 @@ def test_pruning_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> 
 def test_table_of_crossbars_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import crossbar
-
     import crossbar_structured
 
     card = crossbar.CARD.read_text(encoding="utf-8")

@@ -133,7 +133,7 @@ class Budget:
     latency_s: float | None = None
     tiles: float | None = None
     tile_reads: float | None = None
-    tile_count: int | None = None
+    tile_count: float | int | None = None
     max_drop: float | None = None
     max_loss_rise: float | None = None
     coded_bytes: float | int | None = None

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 from spectrim.budget.budget import Budget, as_budget
 from spectrim.budget.cut_to import Workbench
 from spectrim.budget.ladder import Ladder, ladder
-from spectrim.budget.plan_table import BudgetPlan, Plan, SkippedLayer, Totals, WeightPlan
+from spectrim.budget.plan_rows import BudgetPlan, SkippedLayer, Totals, WeightPlan
+from spectrim.budget.plan_table import Plan
 from spectrim.budget.promise import cut_totals, recounted, whole_and_fixed
 from spectrim.budget.schemes import at_budget
 from spectrim.budget.ways import WAYS, Way

@@ -9,7 +9,7 @@ from torch import nn
 from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget, BudgetError
 from spectrim.budget.costs import UnitCost
 from spectrim.budget.ladder import Ladder
-from spectrim.budget.plan_table import Totals
+from spectrim.budget.plan_rows import Totals
 from spectrim.errors import SpectrimError
 from spectrim.forms.form import Form, Size
 from spectrim.metrics.macs import count_macs

@@ -58,8 +58,8 @@ class Mapping:
         Weights that were trained on levels stay on them, also where the highest level is free: the step is the largest magnitude over
         the largest number of levels on which all weights lie, up to `ON_LEVEL` of a step.
         """
-        values = weight.detach().abs().double().unique()
-        values, most = values[values > 0], 2**self.bits - 1
+        values: Tensor = torch.unique(weight.detach().abs().double())
+        values, most = values[values > 0], int(2**self.bits) - 1
         if not len(values):
             return 1.0
         largest = float(values[-1])
@@ -131,7 +131,7 @@ class Mapping:
     def _in_bands(self, live: Tensor, order: Tensor) -> tuple[int, Tensor]:
         """Return the tiles, and the entries with cells, where these inputs are cut into bands."""
         built, tiles = torch.zeros_like(live), 0
-        for band in order.split(self.rows):
+        for band in torch.split(order, self.rows):
             outputs = live[:, band].any(1)
             built[:, band] = outputs[:, None] & live[:, band].any(0)
             tiles += -(-int(outputs.sum()) // self.columns)
