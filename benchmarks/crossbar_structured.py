@@ -173,10 +173,30 @@ def off_levels(model: nn.Module) -> float:
     return max(float((weight - MAPPING.quantized(weight)).abs().max()) / MAPPING.step(weight) for weight in weights)
 
 
+def counts(model: nn.Module) -> dict[str, Any]:
+    """Return what a network holds: weights that have cells, those of them that are not zero, tiles, and the distance from levels."""
+    weights = [parameter.detach().flatten(1) for parameter in model.parameters() if parameter.dim() > 1]
+    return {
+        "weights": sum(int(MAPPING.built(weight).sum()) for weight in weights),
+        "not zero": sum(int(weight.count_nonzero()) for weight in weights),
+        "tiles": price_on_crossbars(model, DEVICE, MAPPING).tiles,
+        "off levels, steps": off_levels(model),
+    }
+
+
+def count_again(seeds: list[int]) -> None:
+    """Write today's counts into rows whose networks are still there; nothing is trained and no test split is read."""
+    for seed in seeds:
+        for name in NETWORKS:
+            if path_of(name, seed).exists():
+                found = json.loads(path_of(name, seed).read_text(encoding="utf-8"))
+                write_text(path_of(name, seed), json.dumps(found | counts(network(name, seed, None)[0]), indent=1) + "\n")
+
+
 def row(name: str, seed: int, data: Any, *, draws: int, tested: int) -> dict[str, Any]:
     """Measure one network."""
     model, seconds = network(name, seed, data)
-    loss, weights = nn.CrossEntropyLoss(), [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    loss = nn.CrossEntropyLoss()
     known = [batch for batch, _ in zip(zoo.mnist(batch_size=500, seed=0).test, range(tested // 500), strict=False)]
     accuracies = {}
     for sigma in SIGMAS:
@@ -184,9 +204,7 @@ def row(name: str, seed: int, data: Any, *, draws: int, tested: int) -> dict[str
         accuracies[str(sigma)] = list(found.accuracies)
         print(name, seed, sigma, f"{100 * found.accuracy[0]:.2f}", flush=True)
     return {
-        "weights": sum(int(weight.count_nonzero()) for weight in weights),
-        "tiles": price_on_crossbars(model, DEVICE, MAPPING).tiles,
-        "off levels, steps": off_levels(model),
+        **counts(model),
         "validation": sp.evaluate(model, data.val, loss),
         "test": sp.evaluate(model, data.test, loss),
         "accuracies": accuracies,
@@ -271,12 +289,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=TRAINING["images"], help="of training; all are 55,000")
     parser.add_argument("--train-only", action="store_true", help="train and say the validation score; the test split is not read")
     parser.add_argument("--render", action="store_true", help="write table and picture of the method card from the result files")
+    parser.add_argument("--count", action="store_true", help="count weights and tiles of the rows again, train nothing")
     given = parser.parse_args()
     if given.render:
         render()
         return
     torch.set_num_threads(1)
     TRAINING["images"] = given.images
+    if given.count:
+        count_again([int(seed) for seed in given.seeds.split(",")])
+        return
     for seed in map(int, given.seeds.split(",")):
         data = zoo.mnist(TRAINING["batch_size"], TRAINING["validation"], True, seed, given.images + TRAINING["validation"])
         for name in given.networks.split(";"):

@@ -1,6 +1,7 @@
 """Tiles as a unit of budgets: counted by hand, as the merged network takes them, and chosen by the one knapsack."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,7 +98,7 @@ def test_compress_and_plan_to_tiles() -> None:
     data, chip = [(torch.randn(64, 64), torch.arange(64) % 10)], Crossbars(mapping=Mapping(16, 16, 4))
     with torch.no_grad():
         model[0].weight[:16] = 0  # a part of the dense network that takes no tiles: what is kept is a part of the rest
-    made = sp.compress(model, data, loss, Budget(tiles=0.6), crossbars=chip, progress=False)
+    made = sp.compress(model, data, loss, Budget(tiles=0.6), crossbars=chip, cut="plain", progress=False)
     dense, final = made.measured["dense"], made.measured["final"]
     assert (dense.tiles, dense.tile_reads) == (2 * (4 * 7 + 8 * 4 + 4), 2 * (4 * 7 + 8 * 4 + 4))
     assert final.tiles == chip.price(made.model).tiles <= 0.6 * dense.tiles
@@ -129,10 +130,12 @@ def test_what_cannot_be_counted_is_refused() -> None:
         Ramp(Budget(tiles=0.5))
 
 
-def test_other_ways_to_a_budget_of_tiles() -> None:
+def test_other_ways_to_a_budget_of_tiles(tmp_path: Path) -> None:
     low, x = sp.factorize(mlp(), where=everything), torch.zeros(1, 800)
     assert Squeeze(Budget(tiles=0.3), crossbars=CHIP, begin=0.0, end=0.5)(low, x, 50, 100) == {"0": 64, "2": 10}
     assert as_fractions(Budget(tile_count=416), low, x, crossbars=CHIP) == Budget(tiles=0.5)
+    sp.save(low, tmp_path)
+    assert sp.load(tmp_path, mlp(), Budget(tiles=0.3), inputs=x, crossbars=CHIP)[0].rank == 64
 
 
 def test_the_command_line_reads_crossbars(capsys: pytest.CaptureFixture[str]) -> None:

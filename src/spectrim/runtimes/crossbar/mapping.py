@@ -124,7 +124,7 @@ class Mapping:
 
     def _placed(self, weight: Tensor) -> tuple[int, Tensor]:
         live = weight.detach() != 0
-        everything, used = torch.arange(live.shape[1]), live.any(0).nonzero().flatten()
+        everything, used = torch.arange(live.shape[1], device=live.device), live.any(0).nonzero().flatten()
         found = [self._in_bands(live, order) for order in ([used] if len(used) == live.shape[1] else [used, everything])]
         return min(found, key=lambda one: one[0])
 
