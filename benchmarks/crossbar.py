@@ -4,8 +4,8 @@
 .venv/bin/python benchmarks/crossbar.py --render   # writes table and picture of the method card from them
 
 LeNet-5 on Fashion-MNIST (its dense weights lie in ``results/forms``), 32 x 32 tiles of 4-bit cells. Three networks: dense and mapped after
-training; trained on for an epoch with weights on the levels of the mapping (a sign and 4 bits); low rank at half the parameters, trained on for an epoch. Ten draws of the
-device for each deviation, 1,000 images of the test split, on which nothing is chosen.
+training; trained on for an epoch with weights on the levels of the mapping (a sign and 4 bits); low rank at half the parameters, trained
+on for an epoch. Ten draws of the device for each deviation, 1,000 images of the test split, on which nothing is chosen.
 """
 
 import argparse

@@ -7,6 +7,7 @@ from torch import nn
 
 import spectrim as sp
 from spectrim.layers import KINDS, kind_of
+from spectrim.plain.quaternion import QConv1d, QConv2d, QConv3d, QLinear
 from spectrim.surgery.select import refusal
 
 PAGE = Path(__file__).with_name("supported-layers.md")
@@ -34,6 +35,10 @@ EXAMPLES: list[tuple[str, nn.Module]] = [
     ("", nn.GRU(32, 16)),
     ("packed projection", nn.MultiheadAttention(16, 4)),
     ("separate projections", nn.MultiheadAttention(16, 4, kdim=8, vdim=12)),
+    ("`spectrim.plain.quaternion`", QLinear(32, 32)),
+    ("", QConv1d(16, 32, 3)),
+    ("stride, padding, dilation", QConv2d(16, 32, 3, stride=2, padding=2, dilation=2)),
+    ("", QConv3d(16, 32, 3)),
 ]
 SKIPPED: list[tuple[str, nn.Module]] = [
     ("depthwise", nn.Conv2d(8, 8, 3, groups=8)),
@@ -83,6 +88,7 @@ def render() -> str:
     note += (
         "axis with more than one, then those of the others. Listed are those that differ; stride, padding and dilation follow the taps.\n"
     )
+    note += "\nQuaternion layers take the scheme `quaternion`, whatever is asked for: [quaternion SVD](methods/quaternion-svd.md).\n"
     note += "\nThe projections of a recurrent or attention layer are cut one by one; where none pays, the dense fused layer is written.\n"
     return HEAD + "\n".join(rows()) + "\n" + note
 

@@ -1,7 +1,8 @@
-"""What an older version of the library costs beside this one: ``python benchmarks/micro/rebuild.py FOLDER [steps]``.
+"""What an older version of the library costs beside this one: ``python benchmarks/micro/rebuild.py FOLDER [linear|plan|steps]``.
 
 FOLDER is a checkout of the older version (``git worktree add FOLDER COMMIT``). Both run the same work in processes that take turns, on one
-thread each; ratios are of seconds in the same round. Peak memory is what the process holds beyond the model and its factors.
+thread each; ratios are of processor seconds in the same round. Peak memory is what the process holds beyond the model and its factors.
+With ``linear`` or ``plan`` only these rows are measured; the others stay as they are in the result file, with the commit that they are of.
 
 With ``steps`` nothing runs: the result files of ``step.py`` and ``latency.py`` in both checkouts, run one after the other on one machine,
 are joined. Each of their ratios is to the dense network in the same round, so that they can be compared.
@@ -56,9 +57,9 @@ class Peak(threading.Thread):
 
 
 def timed(name, work):
-    start = time.perf_counter()
+    start = time.process_time()
     made = work()
-    found[name] = time.perf_counter() - start
+    found[name] = time.process_time() - start
     return made
 
 
@@ -129,29 +130,33 @@ def steps(older: Path) -> None:
     write("rebuild-steps", {"kind": "rebuild-steps", "older": commit(older), "rows": rows})
 
 
-def main() -> None:
-    older = Path(sys.argv[1]).resolve()
-    sides, cases = {"older": older, "this": ROOT}, ("linear", "plan")
+def main(older: Path, cases: list[str]) -> None:
+    sides = {"older": older, "this": ROOT}
+    file = ROOT / "benchmarks/micro/results/rebuild.json"
+    held = json.loads(file.read_text())["rows"] if file.exists() else {}
     seen: dict[str, dict[str, list[float]]] = {side: {} for side in sides}
     for turn in range(ROUNDS):
         for side in list(sides) if turn % 2 == 0 else list(sides)[::-1]:
             for case in cases:
                 for name, value in run(sides[side], case).items():
                     seen[side].setdefault(name, []).append(value)
-    rows: dict[str, Any] = {}
-    for name in seen["this"]:
-        old, new = seen["older"][name], seen["this"][name]
-        rows[name] = {
-            "older": summary(old),
-            "this": summary(new),
-            "older over this": summary([a / b for a, b in zip(old, new, strict=True)]),
-        }
-    rows["all three over factorize"] = {
-        side: summary([a / b for a, b in zip(seen[side]["all three"], seen[side]["factorize"], strict=True)]) for side in sides
-    }
-    write("rebuild", {"kind": "rebuild", "older": commit(older), "rounds": ROUNDS, "rows": rows})
-    print(json.dumps(rows, indent=1))
+        write("rebuild", {"kind": "rebuild", "older": commit(older), "rows": held | rows(seen, turn + 1)})
+
+
+def rows(seen: dict[str, dict[str, list[float]]], rounds: int) -> dict[str, Any]:
+    """Return the rows of what was measured: both versions and their ratio, of the rounds so far."""
+    found: dict[str, Any] = {}
+    told = {"rounds": rounds, "commit": commit(ROOT), "seconds": "processor"}
+    for name, new in seen["this"].items():
+        old = seen["older"][name]
+        ratios = summary([a / b for a, b in zip(old, new, strict=True)])
+        found[name] = {"older": summary(old), "this": summary(new), "older over this": ratios, **told}
+    if "factorize" in found:
+        parts = {side: zip(table["all three"], table["factorize"], strict=True) for side, table in seen.items()}
+        found["all three over factorize"] = {side: summary([a / b for a, b in pairs]) for side, pairs in parts.items()} | told
+    return found
 
 
 if __name__ == "__main__":
-    steps(Path(sys.argv[1]).resolve()) if "steps" in sys.argv[2:] else main()
+    cases = sys.argv[2:] or ["linear", "plan"]
+    steps(Path(sys.argv[1]).resolve()) if "steps" in cases else main(Path(sys.argv[1]).resolve(), cases)

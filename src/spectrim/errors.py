@@ -68,11 +68,23 @@ class WriteError(SpectrimError, OSError):
         self.errno = errno
 
 
-class RecipeError(SpectrimError):
+class UsageError(SpectrimError):
+    """A call of the command line that cannot run: the command or option, what is wrong with it, what is allowed.
+
+    Examples:
+        >>> print(UsageError("--macs", "got '1.5'", allowed="fractions kept, in (0, 1]"))
+        --macs: got '1.5'; allowed: fractions kept, in (0, 1]
+    """
+
+    def __init__(self, what: str, problem: str, *, allowed: str = "") -> None:
+        super().__init__(f"{what}: {problem}" + (f"; allowed: {allowed}" if allowed else ""))
+
+
+class RecipeError(UsageError):
     """A recipe that cannot run: the key, the value given, what is allowed."""
 
     def __init__(self, key: str, problem: str, *, allowed: str = "") -> None:
-        super().__init__(f"recipe key '{key}': {problem}" + (f"; allowed: {allowed}" if allowed else ""))
+        super().__init__(f"recipe key '{key}'", problem, allowed=allowed)
 
 
 class ExportError(SpectrimError):

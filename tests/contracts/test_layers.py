@@ -23,6 +23,7 @@ from spectrim.layers.base import TRAFFIC
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.fold import KERNELS
 from spectrim.plain.chain import PlainPair
+from spectrim.plain.quaternion import QConv1d, QConv2d, QConv3d, QLinear
 
 Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
@@ -151,6 +152,10 @@ CASES = [
         attend((2, 4, 12)),
         {"key_padding_mask": HIDE_LAST, "attn_mask": CAUSAL},
     ),
+    Case("quaternion-linear", lambda: QLinear(20, 16), tensor(3, 2, 20)),
+    Case("quaternion-conv1d", lambda: QConv1d(12, 16, 3, padding="same", dilation=2), tensor(12, 9)),
+    Case("quaternion-conv2d", lambda: QConv2d(8, 12, (3, 2), (2, 1), (1, 0), (1, 2), bias=False), tensor(2, 8, 7, 6)),
+    Case("quaternion-conv3d", lambda: QConv3d(8, 12, 2, padding="valid"), tensor(1, 8, 3, 4, 3)),
     Case("attention-extra-key", lambda: nn.MultiheadAttention(12, 3, add_bias_kv=True, add_zero_attn=True), attend((4, 2, 12), (6, 2, 12))),
 ]
 

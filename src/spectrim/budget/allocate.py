@@ -116,15 +116,18 @@ def check_floor(model: nn.Module, budget: Budget, prices: Ladder) -> None:
 def choices_of(held: Mapping[str, Form], budget: Budget, prices: Ladder, multiple: int | None) -> dict[str, list[int]]:
     """Return the rungs to choose from for each weight: those that cost less than the next one in a limited unit, and the present one."""
     tables = [prices.unit((FRACTIONS | ABSOLUTE)[name]).weights for name in budget.limits]
-    choices = {}
+    choices, alike = {}, dict[Any, list[int]]()
     for name, factors in held.items():
-        step = multiple or (prices.latency.multiple(name) if prices.latency else 1)
-        ranks = np.arange(step, factors.rank, step)
-        costs = [np.asarray(table[name], dtype=float) for table in tables]
-        cheaper = np.any([cost[ranks - 1] < cost[-1] for cost in costs], axis=0)
-        ranks = np.append(ranks[cheaper], factors.rank)  # what costs as much as the present rank is worse than that
-        saves = np.any([cost[ranks[:-1] - 1] < cost[ranks[1:] - 1] for cost in costs], axis=0)
-        choices[name] = ranks[np.append(saves, True)].tolist()  # and a rank below the one that is left, too
+        step, rank = multiple or (prices.latency.multiple(name) if prices.latency else 1), factors.rank
+        key = (step, rank, *(id(table[name]) for table in tables))  # weights of the same costs share one tuple of them
+        if key not in alike:
+            ranks = np.arange(step, rank, step)
+            costs = [np.asarray(table[name], dtype=float) for table in tables]
+            cheaper = np.any([cost[ranks - 1] < cost[-1] for cost in costs], axis=0)
+            ranks = np.append(ranks[cheaper], rank)  # what costs as much as the present rank is worse than that
+            saves = np.any([cost[ranks[:-1] - 1] < cost[ranks[1:] - 1] for cost in costs], axis=0)
+            alike[key] = ranks[np.append(saves, True)].tolist()  # and a rank below the one that is left, too
+        choices[name] = alike[key]
     return choices
 
 

@@ -1,7 +1,7 @@
 """What a layer costs at each rank, in the network it stands in."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spectrim.forms.form import Form
 from spectrim.layers import FactorizedLayer, Site, named_factors, sites
+from spectrim.layers.alike import description
 from spectrim.layers.uses import Call, Work
 from spectrim.layers.watching import calls_for, runs_factors
 from spectrim.metrics.calls import watched
@@ -85,13 +86,22 @@ def costs_of(model: nn.Module, used: Sequence["Call"], inputs: Any, latency: Lat
         latency: the table that `merge` will be given.
     """
     work: dict[tuple[FactorizedLayer, str], list[Work]] = defaultdict(list)
+    shapes: dict[tuple[FactorizedLayer, str], list[Any]] = defaultdict(list)
     for call in used:
         work[call.layer, call.weight].append(call.macs)
+        shapes[call.layer, call.weight].append(call.shape)
     limits, batch = break_evens(model, latency), batch_size_of(inputs, model=model, unknown=1)
     users: dict[Form, list[_User]] = defaultdict(list)
     for site in sites(model):
         users[site.factors].append(_User(site, limits[site.name], work.get((site.layer, site.key), [])))
-    return {name: _costs(factors, users[factors], batch, latency) for name, factors in named_factors(model)}
+    priced: dict[Any, RankCosts] = {}
+    found: dict[str, RankCosts] = {}
+    for name, factors in named_factors(model):
+        alike = _alike(users[factors], shapes) if latency is None else None
+        found[name] = priced[alike] if alike in priced else _costs(factors, users[factors], batch, latency)
+        if alike is not None:
+            priced[alike] = found[name]
+    return found
 
 
 def calls(model: nn.Module, inputs: Any) -> list[Call]:
@@ -121,6 +131,15 @@ class _User:
     def written(self, rank: int | None) -> int | None:
         """Return the rank that `merge` writes, None for the dense form."""
         return rank if rank is not None and rank <= self.limit else None
+
+
+def _alike(users: Sequence[_User], shapes: Mapping[tuple[FactorizedLayer, str], list[Any]]) -> Hashable | None:
+    """Return what a weight has in common with those of the same costs; None for a tied one, or where a layer says what its calls are."""
+    if len(users) > 1 or type(users[0].site.layer).calls_for is not FactorizedLayer.calls_for:
+        return None
+    own = description(users[0].site)
+    met = tuple(shapes.get((users[0].site.layer, users[0].site.key), ()))
+    return None if own is None else (own, users[0].limit, met)
 
 
 def _costs(factors: Form, users: Sequence[_User], batch: int, latency: Latencies | None) -> RankCosts:

@@ -21,7 +21,7 @@ from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.ranks import chooser
 from spectrim.surgery.recalibrate import recalibrate
-from spectrim.surgery.states import State, copied, cut_, orthonormalize_, put, state_of
+from spectrim.surgery.states import Places, State, copied, cut_, orthonormalize_
 
 Scores = Mapping[str, float]
 
@@ -34,7 +34,7 @@ class CutNetwork:
 
     Attributes:
         way: name of the way.
-        state: of the network, for `put`.
+        state: of the network, for `Places.put`.
         ranks: of each weight.
         scores: by stage, of what was kept: ``cut``, ``recalibrated``, ``corrected``; the last one is the network's.
         dropped: by stage, of what was tried and not kept, because its loss was not lower.
@@ -76,22 +76,24 @@ class Workbench:
     ) -> None:
         self.network, self.inputs, self.latency = network, inputs, latency
         self.prices = ladder(network, inputs, latency, crossbars=crossbars) if prices is None else prices
-        self.full = state_of(network)
+        self.places = Places(network)
+        self.full = self.places.state()
         self.decomposed = Decompositions(network, calibration, keep=True)
         self._distortions: dict[str, Mapping[str, Any]] = {}
+        self._losses: dict[str, dict[str, Any]] = {}
         self._made: dict[Any, CutNetwork] = {}
         self._cut = False
 
     def restore(self) -> None:
         """Put the network back to what it was."""
         if self._cut:
-            put(self.network, self.full)
+            self.places.put(self.full)
             self._cut = False
 
     def show(self, made: CutNetwork) -> None:
         """Give the network the state of an earlier cut."""
         self._cut = True
-        put(self.network, made.state)
+        self.places.put(made.state)
 
     def distortions(self, way: Way) -> Mapping[str, Any]:
         """Return the distortions of the uncut network by one way."""
@@ -100,12 +102,18 @@ class Workbench:
             self._distortions[way.name] = way.distortion(self.network, self.decomposed, self.inputs)
         return self._distortions[way.name]
 
+    def _checked(self, way: Way) -> dict[str, Any]:
+        """Return the distortions of one way as `allocated` takes them."""
+        if way.name not in self._losses:
+            self._losses[way.name] = distortions_of(self.network, lambda model: self.distortions(way))
+        return self._losses[way.name]
+
     def ranks(self, target: Budget | RankRule | Mapping[str, Size], way: Way, importance: Importance | None = None) -> dict[str, Size]:
         """Return the rank of each weight: allocated to a budget, or by a rule on the spectrum in the way's metric, or as given."""
         self.restore()
         if isinstance(target, Budget):
-            by = importance or (lambda model: self.distortions(way))
-            return allocated(self.decomposed.factors, target, self.prices, distortions_of(self.network, by), None)
+            losses = self._checked(way) if importance is None else distortions_of(self.network, importance)
+            return allocated(self.decomposed.factors, target, self.prices, losses, None)
         chosen: dict[str, Size] = {}
         for name, factors in named_factors(self.network):
             if isinstance(target, Mapping):
@@ -120,7 +128,7 @@ class Workbench:
         """Cut the whole network, in place."""
         self.restore()
         self._cut = True
-        cut_(self.network, ranks, self.decomposed, way.metric)
+        cut_(self.network, ranks, self.decomposed, way.metric, self.places)
 
     def cut_to(
         self,
@@ -141,16 +149,16 @@ class Workbench:
         self.cut(ranks, way)
         scores: dict[str, Scores] = {"cut": score(self.network)}
         dropped: dict[str, Scores] = {}
-        start = kept = state_of(self.network)
+        start = kept = self.places.state()
         renews = bool(examples) and has_norms(self.network)
         if renews:
             recalibrate(self.network, examples)
             found = score(self.network)
             renews = _lower(found, scores["cut"])
             (scores if renews else dropped)["recalibrated"] = found
-            kept = state_of(self.network) if renews else kept
+            kept = self.places.state() if renews else kept
         if way.refit and dense is not None and examples:
-            put(self.network, copied(start))
+            self.places.put(copied(start))
             held = self.decomposed.calibration
             by = None if held is None else with_metric(held, way.refit_metric)
             correct_(self.network, dense, examples, calibration=by, examples=None)
@@ -159,7 +167,7 @@ class Workbench:
             found = score(self.network)
             better = _lower(found, list(scores.values())[-1])
             (scores if better else dropped)["corrected"] = found
-            kept = state_of(self.network) if better else kept
+            kept = self.places.state() if better else kept
         self._made[known] = CutNetwork(way.name, kept, ranks, scores, dropped)
         self.show(self._made[known])
         return self._made[known]

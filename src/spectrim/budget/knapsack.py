@@ -26,8 +26,13 @@ def _limit(name: str, value: float | int, cost: UnitCost, choices: Mapping[str, 
         cost: of what it limits.
         choices: the ranks to choose from, by weight.
     """
-    tables = [[cost.weights[weight][rank - 1] for rank in ranks] for weight, ranks in choices.items()]
-    least = cost.fixed + sum(min(table) for table in tables)
+    alike: dict[tuple[int, int], tuple[NDArray[np.float64], float]] = {}  # weights of the same costs and choices share both
+    for weight, ranks in choices.items():
+        if (key := (id(cost.weights[weight]), id(ranks))) not in alike:
+            table = np.asarray([cost.weights[weight][rank - 1] for rank in ranks], dtype=float)
+            alike[key] = table, float(table.min())
+    tables, cheapest = zip(*(alike[id(cost.weights[weight]), id(ranks)] for weight, ranks in choices.items()), strict=True)
+    least = cost.fixed + sum(cheapest)
     most = value * cost.whole if name in FRACTIONS else value
     counted = (FRACTIONS | ABSOLUTE)[name] != "latency"
     most = math.floor(most + 1e-9) if counted else most
@@ -36,10 +41,10 @@ def _limit(name: str, value: float | int, cost: UnitCost, choices: Mapping[str, 
             smallest = f"{math.ceil(least / cost.whole * 1e4) / 1e4:.4f}"
         else:
             smallest = f"{math.ceil(least)} {UNITS[name]}" if counted else f"{math.ceil(least * 1e7) / 1e7:.7f} seconds"
-        hint = _floor(cost, {weight: min(table) for weight, table in zip(choices, tables, strict=True)}, least)
+        hint = _floor(cost, dict(zip(choices, cheapest, strict=True)), least)
         raise FloorError(name, got=value, rule=f"at least {smallest} for this network", hint=hint)
     unit = 1.0 if counted else 1e9  # nanoseconds: what the solver lets through must be nothing
-    row = np.concatenate([np.asarray(table, dtype=float) for table in tables])
+    row = np.concatenate(tables)
     return _Limit(name, row * unit, (most - cost.fixed) * unit, cost.whole * unit, f"{name}={value:g}")
 
 

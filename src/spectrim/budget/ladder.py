@@ -79,6 +79,8 @@ def ladder(
     dense_model: nn.Module | None = None,
     check: bool = False,
     own: bool = False,
+    used: Sequence[Call] | None = None,
+    before: Ladder | None = None,
 ) -> Ladder:
     """Return what a factorized network costs at each rank of each weight, in every unit.
 
@@ -94,6 +96,8 @@ def ladder(
         dense_model: the dense network, where it is at hand; a stand-in without memory is made otherwise.
         check: whether to compare what the network at rank 1 and its pairs compute, see `same_function`.
         own: whether the model's factors may be exchanged and put back on the way, which saves copies of its modules.
+        used: what `spectrim.budget.costs.calls` returned for this model and these inputs; the model runs once more without.
+        before: the ladder of the same network in other forms, which has counted the dense one.
 
     Returns:
         The ladder. Nothing of it depends on the values of the weights.
@@ -113,14 +117,17 @@ def ladder(
     """
     if next(named_factors(model), None) is None:
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
-    used = calls(model, inputs)
+    used = calls(model, inputs) if used is None else used
     by_name = costs_of(model, used, inputs, latency)
     whole_network = dense(model) if dense_model is None else dense_model
     counted = _Counts(model, inputs, latency, own)
     first = counted.pairs(1, check=check)
     missing: dict[str, SpectrimError] = {}
     try:
-        whole = counted.of(whole_network, stand_in=dense_model is None)
+        known = (
+            {} if before is None or "macs" in before.missing else {name: before.units[name].whole for name in ("macs", "params", "size")}
+        )
+        whole = known or counted.of(whole_network, stand_in=dense_model is None)
         by_name, jump, corrected = _proved(counted, first, by_name, whole)
     except (LayerError, SettingError):
         raise
@@ -150,16 +157,17 @@ def ladder(
 def _tables(model: nn.Module, costs: Mapping[str, RankCosts]) -> dict[str, tuple[dict[str, tuple[float, ...]], float]]:
     """Return the costs of each weight by rank, and of all of them dense, for each unit that is counted."""
     item = {name: factors.dtype.itemsize for name, factors in named_factors(model)}
+    params, sizes = dict[str, tuple[float, ...]](), dict[str, tuple[float, ...]]()
+    alike: dict[tuple[int, int], tuple[tuple[float, ...], tuple[float, ...]]] = {}  # weights of the same costs share their tables
+    for name, cost in costs.items():
+        key = (id(cost), item[name])
+        if key not in alike:
+            alike[key] = tuple(map(float, cost.params)), tuple([float(count * item[name]) for count in cost.params])
+        params[name], sizes[name] = alike[key]
     return {
         "macs": ({name: cost.macs for name, cost in costs.items()}, float(sum(cost.dense_macs for cost in costs.values()))),
-        "params": (
-            {name: tuple(map(float, cost.params)) for name, cost in costs.items()},
-            float(sum(cost.dense_params for cost in costs.values())),
-        ),
-        "size": (
-            {name: tuple(float(count * item[name]) for count in cost.params) for name, cost in costs.items()},
-            float(sum(cost.dense_params * item[name] for name, cost in costs.items())),
-        ),
+        "params": (params, float(sum(cost.dense_params for cost in costs.values()))),
+        "size": (sizes, float(sum(cost.dense_params * item[name] for name, cost in costs.items()))),
     }
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from spectrim.budget.budget import Budget, as_budget
+from spectrim.budget.costs import calls
 from spectrim.budget.cut_to import Workbench
+from spectrim.budget.judge import Judge
 from spectrim.budget.ladder import Ladder, ladder
 from spectrim.budget.plan_rows import BudgetPlan, SkippedLayer, Totals, WeightPlan
 from spectrim.budget.plan_table import Plan
@@ -23,13 +24,12 @@ from spectrim.budget.promise import cut_totals, recounted, whole_and_fixed
 from spectrim.budget.schemes import at_budget
 from spectrim.budget.ways import WAYS, Way
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
+from spectrim.checks.heap import heap_set_aside
 from spectrim.errors import SettingError
 from spectrim.forms.form import rung_of
 from spectrim.layers import named_factors
 from spectrim.layers.exchanged import Writing
-from spectrim.metrics.calls import call_model, evaluating
-from spectrim.metrics.evaluate import evaluate
-from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of
+from spectrim.metrics.inputs import batch_size_of
 from spectrim.protocols import Latencies, Where
 from spectrim.runtimes.crossbar import Crossbars
 from spectrim.surgery.calibrate import calibrate
@@ -54,6 +54,7 @@ DIGITS = 7
 
 @outside_inference_mode
 @naming
+@heap_set_aside()
 def plan(
     model: nn.Module,
     inputs: Any,
@@ -125,16 +126,18 @@ def plan(
     held = duplicate(model) if dense is None else factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
     if dense is not None:
         same_function(dense, held, inputs, names=("dense", "factorized"))
-    prices = ladder(held, inputs, latency, crossbars=crossbars, dense_model=dense, check=True, own=True)
+    used = calls(held, inputs)
+    prices = ladder(held, inputs, latency, crossbars=crossbars, dense_model=dense, check=True, own=True, used=used)
     _check_inputs(prices, latency)
     if dense is not None and scheme == "auto" and latency is None and calibration is None and wanted:
-        held, prices = at_budget(held, wanted[len(wanted) // 2], inputs, prices, dense)
-    judge = _Judge.of(held, inputs, data if eval_data is None else eval_data, loss, examples)
+        held, prices = at_budget(held, wanted[len(wanted) // 2], inputs, prices, dense, used)
+    held.eval()
+    judge = Judge.of(held, inputs, data if eval_data is None else eval_data, loss, examples)
     if calibration is None and data is not None:
         calibration = calibrate(held, data, loss, examples=examples, progress=progress)
     bench = Workbench(held, inputs, calibration, latency=latency, prices=prices)
     ways = _ways(bench, calibration)
-    try_ = partial(_row, bench, judge=judge)
+    try_ = partial(_row, bench, judge=judge, seen={})
     name, known = _best(ways, try_, wanted)
     shown = track(wanted, "budgets", console=Console(stderr=True), transient=True, disable=not progress)
     rows = [known[budget] if budget in known else try_(budget, ways[name]) for budget in shown]
@@ -142,8 +145,8 @@ def plan(
     lines = coverage(held, where, inputs=inputs, latency=latency)
     distortions = {way: bench.distortions(ways[way]) for way in ways}
     weights = _weights(bench, lines, distortions)
-    judged, (whole, fixed) = judge.judged(held), whole_and_fixed(prices.units)
-    whole = replace(whole, loss=judged.get("loss"), accuracy=judged.get("accuracy"))
+    whole, fixed = whole_and_fixed(prices.units)
+    whole = replace(whole, loss=judge.scores.get("loss"), accuracy=judge.scores.get("accuracy"))
     rows = [_predicted(row, weights, fixed) for row in rows]
     skipped = tuple(SkippedLayer(line.name, line.kind, line.reason) for line in lines if not line.factorized)
     settings = _settings(model, inputs, latency, examples=None if data is None else examples)
@@ -155,40 +158,6 @@ def _check_inputs(prices: Ladder, latency: Latencies | None) -> None:
     """Raise when a latency table was made with another batch; a table without the seconds of the whole network predicts none."""
     if latency is not None and "latency" in prices.missing and "another batch" in str(prices.missing["latency"]):
         raise prices.missing["latency"]
-
-
-@dataclass(frozen=True)
-class _Judge:
-    """The evaluation examples, and the outputs of the uncut network on them."""
-
-    batches: Sequence[Any]
-    inputs: Sequence[Any]
-    outputs: Sequence[Any]
-    loss: Callable[[Any, Any], Tensor] | None
-
-    @classmethod
-    def of(cls, model: nn.Module, inputs: Any, data: Iterable[Any] | None, loss: Any, examples: int) -> "_Judge":
-        batches = [] if data is None else first_examples(data, examples)
-        given = [inputs_of(batch) for batch in batches] or [inputs]
-        with evaluating(model):
-            return cls(batches, given, [call_model(model, x) for x in given], loss)
-
-    def judged(self, model: nn.Module) -> dict[str, float]:
-        """Return the error of the output, and loss and accuracy where there is a loss."""
-        wrong = whole = 0.0
-        with evaluating(model):
-            for x, before in zip(self.inputs, self.outputs, strict=True):
-                for new, old in zip(_numbers(call_model(model, x)), _numbers(before), strict=True):
-                    wrong += float((new - old).square().sum())
-                    whole += float(old.square().sum())
-        error = math.sqrt(wrong / whole) if whole else math.inf * wrong if wrong else 0.0
-        return {"output_error": error} | (evaluate(model, self.batches, self.loss) if self.loss and self.batches else {})
-
-
-def _numbers(output: Any) -> list[Tensor]:
-    """Return the real tensors in whatever a model returns, in float64."""
-    leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
-    return [leaf.detach().double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def _ways(bench: Workbench, calibration: Calibration | None) -> dict[str, Way]:
@@ -223,17 +192,19 @@ def _best(
     return next(iter(ways)), {}
 
 
-def _row(bench: Workbench, budget: Budget, way: Way, *, judge: _Judge) -> BudgetPlan:
-    """Cut to one budget and evaluate the network."""
+def _row(bench: Workbench, budget: Budget, way: Way, *, judge: Judge, seen: dict[Any, dict[str, float]]) -> BudgetPlan:
+    """Cut to one budget and evaluate the network, unless the same cut was seen before."""
     try:
         ranks = bench.ranks(budget, way)
     except SettingError as error:
         return BudgetPlan(budget.limits, problem=str(error))
-    bench.cut(ranks, way)
-    totals = cut_totals(bench.decomposed.factors, ranks, bench.prices)
-    if bench.prices.corrected:  # where formulas were wrong once, every network is counted
-        totals = recounted("plan", budget, bench.network, bench.inputs, bench.prices)
-    return BudgetPlan(budget.limits, ranks, _judged(totals, judge.judged(bench.network)))
+    totals, cut = cut_totals(bench.decomposed.factors, ranks, bench.prices), (way.metric, tuple(ranks.values()))
+    if cut not in seen or bench.prices.corrected:
+        bench.cut(ranks, way)
+        if bench.prices.corrected:  # where formulas were wrong once, every network is counted
+            totals = recounted("plan", budget, bench.network, bench.inputs, bench.prices)
+        seen[cut] = judge.judged(bench.network)
+    return BudgetPlan(budget.limits, ranks, _judged(totals, seen[cut]))
 
 
 def _judged(totals: Totals, scores: Mapping[str, float]) -> Totals:
@@ -244,7 +215,7 @@ def _predicted(row: BudgetPlan, weights: Sequence[WeightPlan], fixed: Totals) ->
     """Add the seconds that the latency table predicts."""
     if row.totals is None or fixed.latency_s is None:
         return row
-    seconds = fixed.latency_s + sum(weight.seconds[weight.rung_of(row.ranks[weight.name]) - 1] for weight in weights if weight.seconds)
+    seconds = fixed.latency_s + sum(weight.seconds[rung_of(row.ranks[weight.name]) - 1] for weight in weights if weight.seconds)
     return replace(row, totals=replace(row.totals, latency_s=seconds))
 
 

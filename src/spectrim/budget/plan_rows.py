@@ -48,9 +48,9 @@ class WeightPlan:
     multiple: int = 1
     sizes: tuple[tuple[int, ...], ...] | None = None
 
-    def rung_of(self, size: Size) -> int:
-        """Return the rung of a size."""
-        return rung_of(size)
+    def is_cut(self, size: Size) -> bool:
+        """Return whether smaller operations take the place of the dense one."""
+        return rung_of(size) <= self.break_even
 
     def shown(self, rung: int) -> str:
         """Return the size of a rung as text."""

@@ -165,7 +165,8 @@ def _budget_table(found: Plan) -> str:
         if row.totals is None:
             problems.append(f"{name}: cannot be met. {row.problem}")
         else:
-            rows.append(_cells(name, row.totals, found.dense, row.ranks))
+            cut = {weight.name: size for weight in found.weights if weight.is_cut(size := row.ranks[weight.name])}
+            rows.append(_cells(name, row.totals, found.dense, cut))
     kept = [index for index in range(len(titles)) if index < 4 or any(row[index] for row in rows)]
     table = markdown_table([[row[index] for index in kept] for row in rows], [titles[index] for index in kept])
     return "\n".join([f"ranks by {found.importance}; right after the cut, without training", table, *problems])
@@ -198,8 +199,7 @@ def _layer_table(found: Plan) -> str:
     rows = []
     for weight in found.weights:
         blocks = f"{weight.blocks} x " if weight.blocks > 1 else ""
-        sizes = [row.ranks[weight.name] for row in met]
-        cells = ["dense" if weight.rung_of(size) > weight.break_even else shown(size) for size in sizes]
+        cells = [shown(size) if weight.is_cut(size := row.ranks[weight.name]) else "dense" for row in met]
         matrix = f"{blocks}{weight.shape[0]} x {weight.shape[1]}"
         limits = [weight.shown(len(weight.macs)), weight.shown(weight.break_even)]
         rows.append([weight.name or "(model)", weight.kind, weight.scheme, matrix, *limits, *cells])

@@ -16,7 +16,9 @@ from spectrim.budget.knapsack import _knapsack, _limit
 from spectrim.budget.ladder import Ladder, ladder
 from spectrim.forms import FORMS, Size
 from spectrim.layers import Site, sites
+from spectrim.layers.alike import description
 from spectrim.layers.geometry import stored
+from spectrim.layers.uses import Call
 from spectrim.linalg.fold import MATRICES, Fold
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.surgery.refold import refold_
@@ -26,6 +28,9 @@ POINTS = 48
 
 UNITS = ("macs", "params", "size")
 """Units in which a scheme has a price before anything is measured."""
+
+_Prices = Sequence[tuple[int, dict[str, float]]]
+"""Rungs, and what each costs in each unit."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,9 @@ class Choice:
     lost: float
 
 
-def schemes_at(model: nn.Module, budget: Budget, inputs: Any, prices: Ladder, *, among: Sequence[Fold] = MATRICES) -> dict[str, Fold]:
+def schemes_at(
+    model: nn.Module, budget: Budget, inputs: Any, prices: Ladder, *, among: Sequence[Fold] = MATRICES, used: Sequence[Call] | None = None
+) -> dict[str, Fold]:
     """Choose the scheme of each convolution together with all ranks: the knapsack of `allocate` over every scheme and size at once.
 
     Distortion is the share of the spectral energy that is lost; prices are the formulas of the layers at the inputs that they meet. So a
@@ -49,6 +56,7 @@ def schemes_at(model: nn.Module, budget: Budget, inputs: Any, prices: Ladder, *,
         inputs: one batch of inputs.
         prices: the ladder of the model.
         among: the schemes to choose from.
+        used: as for `ladder`.
 
     Returns:
         By the names of layers that have several schemes and are cut; none for a budget of seconds, or one that cannot be met.
@@ -63,7 +71,7 @@ def schemes_at(model: nn.Module, budget: Budget, inputs: Any, prices: Ladder, *,
     units = {name: (FRACTIONS | ABSOLUTE)[name] for name in budget.limits}
     if any(unit not in UNITS or unit in prices.missing for unit in units.values()) or all(len(_offered(site)) < 2 for site in sites(model)):
         return {}
-    choices = _choices(model, inputs, prices, among)
+    choices = _choices(model, inputs, prices, among, calls(model, inputs) if used is None else used)
     tables = {
         unit: UnitCost(
             {name: [choice.costs[unit] for choice in found] for name, found in choices.items()},
@@ -85,7 +93,9 @@ def schemes_at(model: nn.Module, budget: Budget, inputs: Any, prices: Ladder, *,
     return {named[name].layer_name: choice.scheme for name, choice in taken.items() if choice.lost > 0 and len(_offered(named[name])) > 1}
 
 
-def at_budget(low: nn.Module, budget: Budget, inputs: Any, prices: Ladder, dense: nn.Module) -> tuple[nn.Module, Ladder]:
+def at_budget(
+    low: nn.Module, budget: Budget, inputs: Any, prices: Ladder, dense: nn.Module, used: Sequence[Call]
+) -> tuple[nn.Module, Ladder]:
     """Give a factorized network the schemes of `schemes_at`, in place; return it and its ladder, the given one where nothing changed.
 
     Args:
@@ -94,24 +104,27 @@ def at_budget(low: nn.Module, budget: Budget, inputs: Any, prices: Ladder, dense
         inputs: one batch of inputs.
         prices: its ladder.
         dense: the network before it.
+        used: what `calls` returned for it; the inputs of its layers stay the same.
     """
-    changed = refold_(low, schemes_at(low, budget, inputs, prices), dense)
-    return low, ladder(low, inputs, crossbars=prices.crossbars, dense_model=dense, check=True, own=True) if changed else prices
+    changed = refold_(low, schemes_at(low, budget, inputs, prices, used=used), dense)
+    on: Any = {"crossbars": prices.crossbars, "dense_model": dense, "used": used, "before": prices}
+    return low, ladder(low, inputs, check=True, own=True, **on) if changed else prices
 
 
-def _choices(model: nn.Module, inputs: Any, prices: Ladder, among: Sequence[Fold]) -> dict[str, list[Choice]]:
+def _choices(model: nn.Module, inputs: Any, prices: Ladder, among: Sequence[Fold], used: Sequence[Call]) -> dict[str, list[Choice]]:
     """Return the choices of each factorized weight, tied ones once; the last one is the dense weight."""
     batch, shapes = batch_size_of(inputs, model=model, unknown=1), defaultdict[Any, list[Any]](list)
-    for call in calls(model, inputs):
+    for call in used:
         shapes[call.layer, call.weight].append(call.shape)
     users, found = Counter(site.factors for site in sites(model)), dict[str, list[Choice]]()
+    alike: dict[Any, _Prices] = {}
     for site in sites(model):
         if site.name not in prices.weights:
             continue
         free = users[site.factors] == 1 and site.name not in prices.corrected
         offered = [fold for fold in _offered(site) if fold in among or fold == site.layer.scheme] if free else []
         found[site.name] = (
-            [choice for fold in offered for choice in _priced(site, fold, shapes[site.layer, site.key], batch)]
+            [choice for fold in offered for choice in _priced(site, fold, shapes[site.layer, site.key], batch, alike)]
             if len(offered) > 1
             else _as_priced(site, prices)
         )
@@ -132,21 +145,31 @@ def _dense_costs(site: Site, prices: Ladder) -> dict[str, float]:
 def _as_priced(site: Site, prices: Ladder) -> list[Choice]:
     """Return the sizes of the form at hand, as the ladder prices them."""
     tail, cost, item = site.factors.tail(), prices.weights[site.name], site.factors.dtype.itemsize
+    shares = (tail / tail[0].clamp(min=1e-300)).tolist()
     return [
         Choice(
             site.layer.scheme,
             {"macs": cost.macs[rung - 1], "params": float(cost.params[rung - 1]), "size": float(cost.params[rung - 1] * item)},
-            _share(tail, rung),
+            shares[rung],
         )
         for rung in _thinned(site.factors.rank)
     ]
 
 
-def _priced(site: Site, fold: Fold, shapes: Iterable[Any], batch: int) -> list[Choice]:
+def _priced(site: Site, fold: Fold, shapes: Iterable[Any], batch: int, alike: dict[Any, _Prices]) -> list[Choice]:
     """Return the sizes of one scheme that cost less than the dense weight in every unit."""
-    layer, shapes = site.layer, (None, *shapes)
-    (tail, sizes), blocks, made = _distortions(site, fold), site.factors.blocks, []
-    dense = layer.work(layer, site.key, fold, None, None)
+    (tail, sizes), own, shapes = _distortions(site, fold), description(site), tuple(shapes)
+    key = None if own is None else (own, fold, shapes, tuple(sizes))
+    if key is None or key not in alike:
+        alike[key] = _prices(site, fold, sizes, shapes, batch)
+    shares = (tail / tail[0].clamp(min=1e-300)).tolist()
+    return [Choice(fold, costs, shares[rung]) for rung, costs in alike[key]]
+
+
+def _prices(site: Site, fold: Fold, sizes: Sequence[Size], shapes: Iterable[Any], batch: int) -> _Prices:
+    """Return the rungs of one scheme that cost less than the dense weight, and what they cost."""
+    layer, shapes, blocks, made = site.layer, (None, *shapes), site.factors.blocks, []
+    dense, item = layer.work(layer, site.key, fold, None, None), site.factors.dtype.itemsize
     short = layer.writing == "interpolative" and layer.interpolated_kind(layer, fold) is not None
     for rung in _thinned(len(sizes)):
         size, params = sizes[rung - 1], stored(layer, fold, sizes[rung - 1])
@@ -156,8 +179,7 @@ def _priced(site: Site, fold: Fold, shapes: Iterable[Any], batch: int) -> list[C
         else:
             single, *each = (layer.work(layer, site.key, fold, size, shape) for shape in shapes)
         if single < dense:  # else `merge` writes the dense one
-            costs = {"macs": sum(each) / batch, "params": float(params), "size": float(params * site.factors.dtype.itemsize)}
-            made.append(Choice(fold, costs, _share(tail, rung)))
+            made.append((rung, {"macs": sum(each) / batch, "params": float(params), "size": float(params * item)}))
     return made
 
 
@@ -172,10 +194,6 @@ def _distortions(site: Site, fold: Fold) -> tuple[Tensor, Sequence[Size]]:
         return tail, range(1, len(tail))
     form = FORMS[fold].of(folded, folded)
     return form.tail(), form.path()
-
-
-def _share(tail: Tensor, rung: int) -> float:
-    return float(tail[rung] / tail[0].clamp(min=1e-300))
 
 
 def _thinned(rungs: int) -> list[int]:

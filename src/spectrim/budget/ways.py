@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spectrim.budget.distortion.energy import spectral_energy, whitened_energy
 from spectrim.budget.distortion.loss import loss_sensitivity
-from spectrim.budget.distortion.normalized import NormalizedEnergy
+from spectrim.budget.distortion.normalized import normalized_energy
 from spectrim.surgery.decompositions import Decompositions, Metric
 from spectrim.surgery.moments import Calibration
 
@@ -63,7 +63,7 @@ WAYS: dict[str, Way] = {
     way.name: way
     for way in (
         Way("plain", lambda model, decomposed, inputs: spectral_energy(decomposed), "none", "none", "SpectralEnergy"),
-        Way("normalized", lambda model, decomposed, inputs: NormalizedEnergy(inputs)(model), "none", "none", "NormalizedEnergy"),
+        Way("normalized", normalized_energy, "none", "none", "NormalizedEnergy"),
         Way("whitened", _whitened, "inputs", "inputs", "WhitenedEnergy"),
         Way("sensitive", _sensitive, "loss", "loss", "LossSensitivity"),
         Way("mixed", _mixed, "inputs", "inputs", "MixedEnergy"),

@@ -228,7 +228,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ("examples", "accumulate", "steps_per_epoch", "threads", "repeats", "multiple", "batch_size", "max_batch"), _integer(1)
     ),
-    **dict.fromkeys(("clip", "min_time", "time_box", "tolerance"), _number("above 0", lambda value: value > 0)),
+    **dict.fromkeys(("clip", "min_time", "time_box", "tolerance", "calibration_seconds"), _number("above 0", lambda value: value > 0)),
     **dict.fromkeys(("squeeze", "margin"), _number("in [0, 1)", lambda value: 0 <= value < 1)),
     "models": _models,
     "network": _network,

@@ -170,7 +170,10 @@ exit codes: 0 done, 1 failure, 2 wrong usage or a bad recipe, 130 stopped by Ctr
         "--backend", choices=["eager", "compile", "onnx"], help="time layers in this backend; layers that no rank makes faster stay dense"
     )
     sub.add_argument("--epochs", type=NonNegativeInt, default=0, help="of fine-tuning (default: none, calibration only)")
-    sub.add_argument("--examples", type=PositiveInt, default=1024, help="training examples for calibration")
+    sub.add_argument(
+        "--examples", type=PositiveInt, default=None, help="training examples for calibration (default: 1024, fewer for large networks)"
+    )
+    sub.add_argument("--calibration-seconds", type=float, default=None, help="time for calibration and cuts; fewer examples and cuts then")
     ways = ["auto", "plain", "whitened", "sensitive", "mixed", "both", "curved"]
     sub.add_argument("--cut", choices=ways, default="auto", help="how the cut is made")
     sub.add_argument("--writing", choices=["pair", "interpolative"], default="pair", help="how cut weights are written")

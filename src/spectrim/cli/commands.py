@@ -15,7 +15,7 @@ from spectrim.budget.latency_table import latency_table
 from spectrim.budget.plan import BUDGETS, plan
 from spectrim.cli.compressing import compress_, run
 from spectrim.cli.shared import changes, crossbars, fractions, note, show
-from spectrim.errors import FormatError, RecipeError, SettingError
+from spectrim.errors import FormatError, SettingError, UsageError
 from spectrim.metrics.inputs import batch_size_of, first_examples, one_example
 from spectrim.metrics.measurement import measure
 from spectrim.pipeline.components import make_loss
@@ -32,6 +32,9 @@ from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import factorize
 from spectrim.tables import SUFFIXES
 
+NAMES = {"train": "training", "val": "validation", "test": "test"}
+"""The splits in words."""
+
 
 def measure_(args: Namespace) -> None:
     """Measure the network of a recipe or of a folder, or show what was measured when the folder was finished; or a coded file."""
@@ -46,9 +49,11 @@ def measure_(args: Namespace) -> None:
         model, recipe = _network(args, held, "final")
         data = make_data(recipe)
         split = getattr(data, args.split or "val")
+        if held is None and recipe.dense.epochs:
+            note(f"the recipe trains its dense network first; measured is the untrained one. spectrim run {args.target} measures both")
         example = one_example(data.val, model)
         found = measure(model, example, data=split, loss=make_loss(recipe.loss), threads=args.threads or 1, crossbars=tiles)
-        where = f"measured on the {args.split or 'val'} split"
+        where = f"measured on the {NAMES[args.split or 'val']} split"
     else:
         where = "as measured on the test split when the folder was written; --split measures again, and calls the recipe's code"
     show(args, "\n".join(part for part in (found.summary(), where, verdict) if part), found.to_dict())
@@ -71,7 +76,7 @@ def plan_(args: Namespace) -> None:
     """Predict the result of each budget, without training: ranks, costs, and the error right after the cut."""
     shares, tiles = fractions("--budgets", args.budgets) if args.budgets else BUDGETS, crossbars(args.crossbars)
     if args.tiles and tiles is None:
-        raise RecipeError("plan", "tiles of what size?", allowed="--crossbars rows=32,columns=32,bits=4,cell_bits=4")
+        raise UsageError("plan", "tiles of what size?", allowed="--crossbars rows=32,columns=32,bits=4,cell_bits=4")
     budgets = [Budget(tiles=share) if args.tiles else share for share in shares]
     held = _contents(args.target)
     model, recipe = _network(args, held, "dense")
@@ -109,11 +114,11 @@ def report_(args: Namespace) -> None:
 def export_(args: Namespace) -> None:
     """Write the network of a recipe, or the final one of a folder, for another runtime."""
     if not args.int8 and not args.format and not args.out:
-        raise RecipeError("export", "the format is missing", allowed=f"--format {', '.join(SUFFIXES.values())}; or --out with a suffix")
+        raise UsageError("export", "the format is missing", allowed=f"--format {', '.join(SUFFIXES.values())}; or --out with a suffix")
     if args.int8 and (args.format not in (None, "onnx") or args.static or args.tolerance is not None):
-        raise RecipeError("--int8", "writes ONNX for any batch, and has no tolerance", allowed="--format onnx, --out FILE.onnx")
+        raise UsageError("--int8", "writes ONNX for any batch, and has no tolerance", allowed="--format onnx, --out FILE.onnx")
     if args.tolerance is not None and not args.tolerance > 0:
-        raise RecipeError("--tolerance", f"got {args.tolerance}", allowed="a number above 0")
+        raise UsageError("--tolerance", f"got {args.tolerance}", allowed="a number above 0")
     held, path = _contents(args.target), _export_path(args)
     model, recipe = _network(args, held, "final")
     data = make_data(recipe)
@@ -124,11 +129,11 @@ def export_(args: Namespace) -> None:
     (inputs, _), *_ = first_examples(data.val, 1)
     size = batch_size_of(inputs)
     if args.batch > size:
-        raise RecipeError("--batch", f"got {args.batch}", allowed=f"up to {size}, a batch of the validation split")
+        raise UsageError("--batch", f"got {args.batch}", allowed=f"up to {size}, a batch of the validation split")
     inputs = tree_map_only(torch.Tensor, lambda tensor: tensor[: args.batch], inputs)
     made = export(
         model, inputs, path, args.format, dynamic_batch=not args.static, max_batch=max(args.max_batch, args.batch),
-        tolerance=args.tolerance, latency=True, threads=args.threads,
+        tolerance=args.tolerance, latency=True, threads=args.threads, progress=not args.quiet,
     )  # fmt: skip
     show(args, made.summary(), made.to_dict())
 
@@ -157,7 +162,7 @@ def _export_path(args: Namespace) -> Path:
     try:
         _format_of(path, "onnx" if args.int8 else args.format)
     except SettingError as error:
-        raise RecipeError("--out", str(error)) from error
+        raise UsageError("--out", str(error)) from error
     return path
 
 
@@ -175,7 +180,7 @@ def _network(args: Namespace, held: Contents | None, name: str) -> tuple[nn.Modu
     note(f"calling the code that {path} names; do so only for folders that you trust")
     try:
         recipe = read_recipe(path, changes(args), cut=False)
-    except RecipeError as error:
+    except UsageError as error:
         raise error if str(path) in str(error) else FormatError(path, str(error)) from error
     return load(place, make_model(recipe)), recipe
 

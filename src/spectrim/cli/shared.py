@@ -6,7 +6,7 @@ from typing import Any
 from jsonargparse import Namespace
 from rich.console import Console
 
-from spectrim.errors import RecipeError, SettingError
+from spectrim.errors import SettingError, UsageError
 
 CROSSBARS = ("rows", "columns", "bits", "cell_bits")
 """What `crossbars` reads."""
@@ -19,7 +19,7 @@ def fractions(option: str, text: str) -> list[float]:
     except ValueError:
         values = []
     if not values or not all(0 < value <= 1 for value in values) or len(set(values)) < len(values):
-        raise RecipeError(option, f"got {text!r}", allowed="fractions kept, in (0, 1], each once, with commas: 0.5,0.33")
+        raise UsageError(option, f"got {text!r}", allowed="fractions kept, in (0, 1], each once, with commas: 0.5,0.33")
     return values
 
 
@@ -35,7 +35,7 @@ def coded_bytes(option: str, text: str) -> list[float]:
         or len(set(values)) < len(values)
     ):
         allowed = "fractions of the dense network's bytes, in (0, 1), or bytes from 1000 on, each once, with commas: 0.1,0.05"
-        raise RecipeError(option, f"got {text!r}", allowed=allowed)
+        raise UsageError(option, f"got {text!r}", allowed=allowed)
     return [value if value < 1 else int(value) for value in values]
 
 
@@ -49,13 +49,13 @@ def crossbars(text: str | None) -> Any:
     pairs = [part.partition("=") for part in text.split(",")]
     names = [name for name, _, _ in pairs]
     if len(set(names)) < len(names) or not all(name in CROSSBARS and value.isdecimal() for name, _, value in pairs):
-        raise RecipeError("--crossbars", f"got {text!r}", allowed=allowed)
+        raise UsageError("--crossbars", f"got {text!r}", allowed=allowed)
     given = {name: int(value) for name, _, value in pairs}
     try:
         device = Device(bits=given.pop("cell_bits", Device.bits))
         return Crossbars(device, Mapping(**given))
     except SettingError as error:
-        raise RecipeError("--crossbars", str(error)) from error
+        raise UsageError("--crossbars", str(error)) from error
 
 
 def show(args: Namespace, text: str, values: Any) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from spectrim import linalg
 from spectrim.errors import LayerError, RankError
 from spectrim.forms.arithmetic import Computed
+from spectrim.forms.fingerprint import fingerprint
 from spectrim.linalg.gram import Metric
 
 Size = int | tuple[int, ...]
@@ -66,8 +67,8 @@ class Form(Computed):
         super().__init__()
         kept = stored(dtype)
         for name, tensor in parts.items():
-            own = tensor.detach().to(kept).clone(memory_format=torch.contiguous_format)  # a slice would keep its whole storage
-            self.register_parameter(name, nn.Parameter(own, requires_grad=requires_grad))
+            own = tensor.detach().to(kept, copy=True, memory_format=torch.contiguous_format)  # a slice would keep its whole storage
+            self._parameters[name] = nn.Parameter(own, requires_grad=requires_grad)
         device = next(iter(parts.values())).device
         self.register_buffer("_dtype", torch.empty(0, dtype=dtype, device=device), persistent=False)
         self._decomposed: tuple[float, ...] | None = None
@@ -226,9 +227,9 @@ class Form(Computed):
         """Return a new form with the dtype, training mode and `requires_grad` of this one; arguments as for the class."""
         made: Any = type(self)
         new = made(*parts, dtype=self.dtype, exact=exact)
-        for mine, theirs in zip(new.parameters(), self.parameters(), strict=True):
-            mine.requires_grad_(theirs.requires_grad)
-        return new.train(self.training)  # type: ignore[no-any-return]
+        for mine, theirs in zip(new._parameters.values(), self._parameters.values(), strict=True):
+            mine.requires_grad_(theirs is not None and theirs.requires_grad)
+        return new if new.training == self.training else new.train(self.training)  # type: ignore[no-any-return]
 
     def sides(self) -> tuple[Tensor, ...]:
         """Return the parameters whose columns are orthonormal, ``(..., rows, columns)``: what orthogonality penalties see."""
@@ -290,7 +291,7 @@ class Form(Computed):
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        return next(self.parameters()).device
+        return next(iter(self._parameters.values())).device  # type: ignore[union-attr]
 
     @property
     def trained(self) -> bool:
@@ -301,16 +302,8 @@ class Form(Computed):
         """Compose the folded weight in its dtype."""
         return self.product().to(self.dtype)
 
-    @torch.no_grad()
     def _fingerprint(self) -> tuple[float, ...] | None:
-        """Numbers that change with any entry, however it was written (through ``.data`` too, which torch's version counters do not see)."""
-        held = list(self.parameters(recurse=False))
-        if held[0].is_meta or hasattr(held[0], "full_tensor"):  # no values, or shards of them
-            return None
-        return tuple(
-            float(flat @ torch.linspace(0.5, 1.5, flat.numel(), dtype=torch.float64, device=flat.device))
-            for flat in (parameter.double().flatten() for parameter in held)
-        )
+        return fingerprint([parameter for parameter in self._parameters.values() if parameter is not None])
 
     @property
     def exact(self) -> bool:

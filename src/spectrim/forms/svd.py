@@ -1,5 +1,6 @@
 """`Factors`: one weight as `U diag(S) Vh`, or as several equal blocks of it; the only holder of U, S and Vh."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -174,7 +175,7 @@ class Factors(Form):
     @property
     def blocks(self) -> int:
         """Number of blocks: the groups of a convolution, else 1."""
-        return self.S[..., 0].numel()
+        return math.prod(self.S.shape[:-1])
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -189,7 +190,8 @@ class Factors(Form):
 
     def product(self) -> Tensor:
         """Compose the matrix in the dtype that is computed in: that of autocast where it is on, else the weight's."""
-        product: Tensor = Compose.apply(self.U, self.S, self.Vh)  # type: ignore[no-untyped-call]
+        compose: Any = Compose.apply if torch.is_grad_enabled() else Compose.forward
+        product: Tensor = compose(self.U, self.S, self.Vh)
         half = not product.is_meta and torch.is_autocast_enabled(product.device.type)
         return product if half else product.to(self.dtype)
 

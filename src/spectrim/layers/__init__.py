@@ -21,6 +21,7 @@ from spectrim.layers.exchanged import Share
 from spectrim.layers.forwards import renew
 from spectrim.layers.linear import FactorizedConv1D, FactorizedLinear
 from spectrim.layers.own import check_kind
+from spectrim.layers.quaternion import FactorizedQConv1d, FactorizedQConv2d, FactorizedQConv3d, FactorizedQLinear
 from spectrim.layers.recurrent import FactorizedGRU, FactorizedLSTM
 from spectrim.layers.sharded import gathered
 from spectrim.layers.site import Site, factor_name, factors_in, named_factors, named_layers, sites
@@ -39,6 +40,10 @@ KINDS: list[type[FactorizedLayer]] = [
     FactorizedGRU,
     FactorizedMultiheadAttention,
     FactorizedConv1D,
+    FactorizedQLinear,
+    FactorizedQConv1d,
+    FactorizedQConv2d,
+    FactorizedQConv3d,
 ]
 """The first that accepts a layer is its kind."""
 

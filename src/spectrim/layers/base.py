@@ -189,9 +189,10 @@ class FactorizedLayer(ExchangedLayer):
         """
         factors = self.factors_of(name)
         weight = self.laid_out(self.unfold(self, name, factors.product(), self.scheme))
-        cheap = factors.compose_macs <= RECOMPUTE_SHARE * 3 * self.work(self, name, self.scheme, None, shape)
-        if not (cheap and weight.numel() >= RECOMPUTE_SIZE and weight.requires_grad) or torch.compiler.is_compiling():
+        if weight.numel() < RECOMPUTE_SIZE or not weight.requires_grad or torch.compiler.is_compiling():
             return operation(weight)  # a compiler decides by itself what it keeps
+        if factors.compose_macs > RECOMPUTE_SHARE * 3 * self.work(self, name, self.scheme, None, shape):
+            return operation(weight)
         storage, device, dtype = weight.untyped_storage().data_ptr(), weight.device.type, weight.dtype
 
         def forget(saved: Tensor) -> Any:

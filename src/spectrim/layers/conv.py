@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from spectrim import linalg
 from spectrim.forms.form import Form
 from spectrim.layers.exchanged import Share
+from spectrim.layers.forwards import bare
 from spectrim.layers.geometry import (
     CHANNELS_LAST,
     TRANSPOSED,
@@ -263,8 +264,8 @@ class FactorizedConv(OneWeight):
         made: list[Any] = []
         for index, piece in enumerate(self._pieces()):
             biased = index == len(kernels) - 1 and module.bias is not None
-            common = {"groups": groups[index], "bias": biased, "padding_mode": piece.padding_mode, "device": "meta"}
-            made.append(piece.kind(channels[index], channels[index + 1], **piece.settings, **common))
+            common = {"groups": groups[index], "bias": biased, "padding_mode": piece.padding_mode}
+            made.append(bare(piece.kind, channels[index], channels[index + 1], **piece.settings, **common))
             made[-1].weight = share(factors, f"operation {index}", kernels[index])
         if module.bias is not None:
             made[-1].bias = module.bias

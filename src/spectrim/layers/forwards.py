@@ -1,10 +1,15 @@
-"""Layers of another class: which forward a class runs, and `renew` for a copy of another class."""
+"""Layers of another class: which forward a class runs, `renew` for a copy of another class, and `bare` for one without values."""
 
 import copy
+import functools
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+
+TABLES = (dict, OrderedDict, set, list)
+"""What a module keeps its tensors, children and hooks in."""
 
 READERS = {"weight", "_parameters", "get_parameter", "in_proj_weight", "all_weights", "_flat_weights"}
 
@@ -38,5 +43,22 @@ def renew(module: nn.Module, kind: type[nn.Module], drop: Iterable[str] = ()) ->
     new: Any = object.__new__(kind)
     for key, value in vars(module).items():
         if key not in drop:
-            new.__dict__[key] = copy.copy(value) if isinstance(value, dict | set | list) else value
+            new.__dict__[key] = value.copy() if type(value) in TABLES else copy.copy(value) if isinstance(value, TABLES) else value
     return new
+
+
+def bare(kind: type[nn.Module], *sizes: int, **settings: Any) -> Any:
+    """Return a torch layer whose parameters, on the meta device, are to be replaced; initializing them costs more than all the rest.
+
+    Args:
+        kind: its class.
+        sizes: as the class takes them.
+        settings: as the class takes them.
+    """
+    made: nn.Module = _made_once(kind, sizes, tuple(settings.items()))  # type: ignore[arg-type]
+    return renew(made, kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def _made_once(kind: type[nn.Module], sizes: tuple[int, ...], settings: tuple[tuple[str, Any], ...]) -> nn.Module:
+    return kind(*sizes, **dict(settings), device="meta")

@@ -187,24 +187,40 @@ def chain_macs(
         groups: of each piece; those of the convolution when omitted.
     """
     count = len(module.kernel_size)
-    groups = groups or (module.groups,) * (len(channels) - 1)
+    groups = tuple(groups or (module.groups,) * (len(channels) - 1))
     if shape is None:
-        batch, unit, stride = 1, [1.0] * count, [float(step) for step in module.stride]
+        batch, unit, stride = 1, (1,) * count, tuple(module.stride)
         before, after = (unit, stride) if module.transposed else (stride, unit)
     else:
-        batch = shape[0] if len(shape) == count + 2 else 1
-        before = [float(size) for size in shape[-count:]]
-        after = [float(size) for size in output_size(module, shape[-count:])]
+        batch, size = shape[0] if len(shape) == count + 2 else 1, shape[-count:]
+        before, after = tuple(size), tuple(output_size(module, size))
+    made = _chain_macs if torch.compiler.is_compiling() else _chain_macs_once
+    return batch * made(tuple(module.kernel_size), bool(module.transposed), tuple(owners), tuple(channels), before, after, groups)
+
+
+def _chain_macs(
+    kernel: tuple[int, ...],
+    transposed: bool,
+    owners: tuple[int, ...],
+    channels: tuple[int, ...],
+    before: tuple[int, ...],
+    after: tuple[int, ...],
+    groups: tuple[int, ...],
+) -> float:
+    """Multiply-accumulates for one example of a chain, from the sizes `before` and `after` all of it."""
     total = 0.0
     for piece, (in_, out) in enumerate(pairwise(channels)):
-        done = piece if module.transposed else piece + 1  # pieces that have made their output where this one multiplies
+        done = piece if transposed else piece + 1  # pieces that have made their output where this one multiplies
         macs = float(in_ * out // groups[piece])
         for axis, owner in enumerate(owners):
             macs *= after[axis] if owner < done else before[axis]
             if owner == piece:
-                macs *= module.kernel_size[axis]
+                macs *= kernel[axis]
         total += macs
-    return batch * total
+    return total
+
+
+_chain_macs_once = lru_cache(maxsize=4096)(_chain_macs)
 
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

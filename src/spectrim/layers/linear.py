@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from spectrim.forms.svd import Factors
 from spectrim.layers.exchanged import Share
+from spectrim.layers.forwards import bare
 from spectrim.layers.uses import Features, first_argument
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.fold import Fold
@@ -20,8 +21,7 @@ def linear_pair(factors: Factors, bias: nn.Parameter | None, share: Share, *, co
     """Return two `Linear` layers, in → rank → out, that share tied factors; they stand for a ``Conv1D`` where `conv1d` says so."""
     left, right = factors.balanced()
     out, in_ = factors.shape
-    first = nn.Linear(in_, factors.rank, bias=False, device="meta")
-    second = nn.Linear(factors.rank, out, bias=bias is not None, device="meta")
+    first, second = bare(nn.Linear, in_, factors.rank, bias=False), bare(nn.Linear, factors.rank, out, bias=bias is not None)
     first.weight, second.weight = share(factors, "right", right), share(factors, "left", left)
     if bias is not None:
         second.bias = bias

@@ -9,6 +9,9 @@ from spectrim.layers.base import FactorizedLayer
 from spectrim.layers.exchanged import Share
 from spectrim.plain.exchanged import class_of
 
+TORCHS = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+
 
 def become(layer: nn.Module, plain: nn.Module, base: type | None = None) -> nn.Module:
     """Make a layer, dense or factorized, the ordinary layer `plain` in place, with its parameters; return it.
@@ -28,14 +31,14 @@ def become(layer: nn.Module, plain: nn.Module, base: type | None = None) -> nn.M
         held = held._stripped()
     ours: Any = type(plain)
     stands = getattr(ours, "stands_for", None)
-    known = stands is not None and base.__module__.startswith(("torch.", "transformers."))
+    known = stands is not None and base.__module__.startswith(("torch.", "transformers.", "spectrim.plain."))
     for name in ours.takes_over(held) if known else order:
         held._parameters.pop(name, None)
     plain.train(held.training)
     held._parameters.update(plain._parameters)
     held._buffers.update(plain._buffers)
     held._modules.update(plain._modules)
-    settings = {name: value for name, value in vars(plain).items() if name not in vars(nn.Module())}
+    settings = {name: value for name, value in vars(plain).items() if name not in TORCHS}
     held.__dict__.update(settings | getattr(ours, "settings", {}))
     held.__class__ = class_of(ours, type(held), base) if stands is not None and stands(base) else ours
     return held  # type: ignore[no-any-return]

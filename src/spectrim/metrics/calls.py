@@ -46,14 +46,15 @@ def seen_calls(model: nn.Module, module: nn.Module, inputs: Any, count: int = 1)
 @contextmanager
 def evaluating(model: nn.Module, *, gradients: bool = False) -> Iterator[None]:
     """Eval mode inside, without gradients unless they are asked for; training flags are restored afterwards."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
     try:
         with torch.set_grad_enabled(gradients):
             yield
     finally:
-        for module, flag in training:
-            module.training = flag
+        for module in training:
+            module.training = True
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from spectrim.checks import unwrapped
 from spectrim.errors import SpectrimError
@@ -48,10 +48,23 @@ def count_macs(model: nn.Module, inputs: Any, *, batch_size: int | None = None) 
     model = unwrapped(model)
     args, kwargs = send(arguments(inputs, model), model)
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    counter.mod_tracker = _Whole()  # type: ignore[assignment]
     with evaluating(model), _frozen(model), counter:  # the counter fails for a parameter that a model hands to one of its layers
         output = model(*args, **kwargs)
     batch = batch_size_of(inputs, batch_size, model=model, output=output)
     return (counter.get_total_flops() + batch) // (2 * batch)
+
+
+class _Whole:
+    """Takes the place of torch's tracker of modules, which costs more than the counting: all operations belong to the whole model."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        """Track nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        """Track nothing."""
 
 
 @contextmanager
@@ -114,6 +127,17 @@ def _recurrent(out: Any, x: Tensor, weights: list[Tensor], *_: Any, **__: Any) -
     return math.prod(x.shape[:-1]) * sum(weight.numel() for weight in weights if weight.dim() == 2)
 
 
+def _product(out: Any, *args: Any, **_: Any) -> int:
+    """Every row of the last matrix but one with every column of the last."""
+    a = args[-2] if len(args) == 2 else args[1]
+    return int(out.numel() * a.shape[-1])
+
+
+def _convolution(out: Tensor, x: Tensor, weight: Tensor, bias: Any, stride: Any, padding: Any, dilation: Any, turned: bool, *_: Any) -> int:
+    """Torch's formula, on the shapes."""
+    return conv_flop_count(list(x.shape), list(weight.shape), list(out.shape), transposed=turned) // 2
+
+
 def _linear(out: Tensor, x: Tensor, *_: Any, **__: Any) -> int:
     """Every feature of `x` in every feature of the output."""
     return x.numel() * out.shape[-1]
@@ -130,6 +154,8 @@ def _bilinear(out: Any, a: Tensor, weight: Tensor, b: Tensor, *_: Any, **__: Any
 
 
 _KNOWN: dict[str, Callable[..., int]] = {
+    **dict.fromkeys(("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm"), _product),  # torch has these, too, at ten times the time
+    "aten.convolution": _convolution,
     "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten._scaled_dot_product_fused_attention_overrideable": _attention,
     "aten._scaled_dot_product_attention_math_for_mps": _attention,

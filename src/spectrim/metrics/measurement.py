@@ -15,12 +15,12 @@ from spectrim.metrics.batch import BatchDims, stated
 from spectrim.metrics.clock import compare_latency
 from spectrim.metrics.evaluate import Scores, evaluate
 from spectrim.metrics.macs import count_macs
-from spectrim.metrics.table import html_of, markdown_table
+from spectrim.metrics.table import Summarized, markdown_table
 from spectrim.protocols import Hardware
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurement:
+class Measurement(Summarized):
     """The costs and merits of one model; None stands for what was not measured.
 
     Attributes:
@@ -87,9 +87,6 @@ class Measurement:
     def summary(self) -> str:
         """Return a table of what was measured, as text."""
         return markdown_table([[name, text] for name, text in _texts(self).items() if text])
-
-    def _repr_html_(self) -> str:
-        return html_of(self.summary())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that `json.dumps` takes."""
@@ -264,6 +261,11 @@ def compare_table(measurements: Mapping[str, Measurement]) -> str:
 def _texts(m: Measurement) -> dict[str, str]:
     """Return each figure with its unit; an empty string for what was not measured."""
     ranks = ranks_in(m.ranks.values())
+    spread = (
+        f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f}, {len(m.ranks)} weight{'s' * (len(m.ranks) > 1)}"
+        if ranks
+        else ""
+    )
     mib = f" ({m.size_bytes / 2**20:.1f} MiB)" if m.size_bytes >= 2**19 else ""
     return {
         "accuracy": "" if m.accuracy is None else f"{100 * m.accuracy:.2f} %",
@@ -276,7 +278,7 @@ def _texts(m: Measurement) -> dict[str, str]:
         "zeros' positions": "" if m.index_bytes is None else f"{m.index_bytes:,} B",
         "tiles": "" if m.tiles is None else f"{m.tiles:,}",
         "tile reads": "" if m.tile_reads is None else f"{m.tile_reads:,}",
-        "ranks": f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f} ({len(m.ranks)})" if ranks else "",
+        "ranks": spread,
         "latency": "" if m.latency_s is None else f"{1e3 * m.latency_s:,.3f} ms",
         "latency IQR": "" if m.latency_iqr_s is None else f"{1e3 * m.latency_iqr_s:,.3f} ms",
         "timed with": "" if m.batch is None else f"batch {m.batch}, {m.threads} thread{'' if m.threads == 1 else 's'}",

@@ -42,7 +42,8 @@ def load(
         crossbars: as for `allocate`.
 
     Returns:
-        The factorized (or merged) model, on the device of `model`; parameters that were frozen are frozen again.
+        The factorized (or merged) model, on the device of `model`; parameters that were frozen are frozen again. A model that was saved
+        in eval mode is in eval mode; else the training flags are those of `model`.
 
     Raises:
         FormatError: for a missing, truncated, altered or foreign file, or for another architecture; nothing is changed then.

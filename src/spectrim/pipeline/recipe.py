@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from spectrim.budget.budget import Budget
-from spectrim.errors import RecipeError, SettingError
+from spectrim.errors import RecipeError, SettingError, UsageError
 from spectrim.pipeline.components import STEPS, Component, _filled, _guard, _scheduler, make, make_loss
 from spectrim.pipeline.parsing import apply_change, parsed
 from spectrim.pipeline.reading import read_yaml
@@ -171,13 +171,13 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), *, cut: bool = Tr
     """
     path = Path(path)
     if not path.is_file():
-        raise RecipeError(str(path), "no such file", allowed="a YAML recipe, such as recipes/digits.yaml")
+        raise UsageError(str(path), "no such file", allowed="a YAML recipe, such as recipes/digits.yaml")
     for folder in (str(path.resolve().parent), os.getcwd()):
         if folder not in sys.path:
             sys.path.append(folder)
     raw = read_yaml(path)
     if not isinstance(raw, dict):
-        raise RecipeError(str(path), f"is a {type(raw).__name__}", allowed="a mapping of keys")
+        raise UsageError(str(path), f"is a {type(raw).__name__}", allowed="a mapping of keys")
     for change in changes:
         apply_change(raw, change)
     return parse_recipe(raw, cut=cut)

@@ -109,6 +109,8 @@ class PlainPair(TwoLayers):
 
     def _weight_shape(self) -> tuple[int, ...]:
         layer: Any = self
+        if hasattr(self[0], "shape_with"):
+            return tuple(self[0].shape_with(self[1]))
         if hasattr(self, "num_embeddings"):
             return layer.num_embeddings, layer.embedding_dim
         if hasattr(self, "nx"):
@@ -121,6 +123,8 @@ class PlainPair(TwoLayers):
     def _composed(self) -> Tensor:
         """Multiply the two weights."""
         first, second = self[0].weight, self[1].weight
+        if hasattr(self[0], "product_with"):
+            return self[0].product_with(self[1])  # type: ignore[no-any-return]
         if hasattr(self, "num_embeddings"):
             return first @ second.T  # type: ignore[no-any-return]
         if hasattr(self, "groups"):
@@ -222,7 +226,9 @@ def _run_sized(first: Any, second: Any, input: Tensor, output_size: Sequence[int
 
 
 def _settings(first: Any, second: Any, conv1d: bool) -> dict[str, Any]:
-    """Return the attributes of the dense layer that two layers stand for."""
+    """Return the attributes of the dense layer that two layers stand for; a layer that is none of torch's says itself."""
+    if hasattr(first, "settings_with"):
+        return first.settings_with(second)  # type: ignore[no-any-return]
     if isinstance(first, nn.Embedding):
         own = ("num_embeddings", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
         return {name: getattr(first, name) for name in own} | {"embedding_dim": second.out_features}

@@ -216,7 +216,7 @@ function hero(parent, verdict) {
   for (const text of [verdict.size, verdict.speed, verdict.quality].filter(Boolean)) {
     const [, head, rest] = text.match(/^([^(]*?)\s*(?:\((.*)\))?$/s);
     const bad = /slower|larger|(Accuracy|Loss) .*(lower|higher)/.test(head) && !/points higher|^Loss .*lower/.test(head);
-    const level = /level|not measurably|As large/.test(head);
+    const level = /level|not measurabl|As large/.test(head);
     const card = add(cards, "div", { class: `card ${bad ? "bad" : level ? "level" : "good"}` });
     add(card, "strong", {}, head);
     if (rest) add(card, "span", { class: "soft" }, rest);

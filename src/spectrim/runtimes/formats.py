@@ -51,7 +51,7 @@ def _require(format: Format) -> None:
     }
     missing = [name for name in needed[format] if find_spec(name) is None]
     if missing:
-        raise ImportError(f"{TITLES[format]} needs {', '.join(missing)}: pip install 'spectrim[{format}]'")
+        raise ImportError(f"{TITLES[format]} needs {', '.join(missing)}: pip install {' '.join(missing)}, or install the extra '{format}'")
 
 
 INPUT_NAMES = "input_names"

@@ -10,6 +10,7 @@ from spectrim.plain.attention import PlainAttention
 from spectrim.plain.chain import PlainPair
 from spectrim.plain.interpolative import PlainColumns, PlainRows
 from spectrim.plain.pieces import PlainInterpolative
+from spectrim.plain.quaternion import QConv1d, QConv2d, QConv3d, QLinear
 from spectrim.plain.recurrent import PlainRecurrent
 
 CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -25,6 +26,8 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features"),
     nn.Embedding: ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq"),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONVOLUTION),
+    QLinear: ("in_features", "out_features"),
+    **dict.fromkeys((QConv1d, QConv2d, QConv3d), CONVOLUTION[:6]),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), (*CONVOLUTION, "output_padding")),
 }
 """The constructor arguments of the layers that `merge` writes."""

@@ -133,7 +133,7 @@ def _replayed(target: Any, description: list[dict[str, Any]]) -> nn.Module | Non
     last, kind = description[-1], kind_of(target)
     if kind is None or kind.weights(target) != ("weight",) or not ("in_features" in last or "in_channels" in last):
         return None
-    rank = last["in_features"] if "in_features" in last else last["in_channels"] // last["groups"]
+    rank = last["in_features"] if "in_features" in last else last["in_channels"] // last.get("groups", 1)
     for scheme in (scheme for scheme in kind.schemes(target) if scheme in MATRICES):
         matrix = kind.fold(target, "weight", target.weight.detach(), scheme)
         if rank <= min(matrix.shape[-2:]):

@@ -5,7 +5,7 @@ import functools
 import sys
 import types
 import weakref
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,8 +37,15 @@ def duplicate(model: nn.Module, without: Iterable[Tensor] = ()) -> nn.Module:
 
 
 def _memo(model: nn.Module) -> dict[int, object]:
-    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
-    return {id(tensor): tensor.detach().clone() for tensor in held}
+    """Return what `copy.deepcopy` need not copy: tensors that it cannot, and the empty tables of hooks that each module has a dozen of."""
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) is OrderedDict and not value:
+                memo[id(value)] = OrderedDict()
+            elif isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return memo
 
 
 def _hole(weight: Tensor) -> nn.Parameter:

@@ -20,6 +20,9 @@ ROUNDINGS = 2.0**14
 AMPLIFIED = 256.0
 """Differences up to so many times what rounding of the inputs changes are rounding, too: BatchNorm on a batch can amplify that."""
 
+SETTINGS = ("training", "p", "dropout")
+"""Attributes of modules that are changed while two networks are compared."""
+
 
 def same_function(
     a: nn.Module, b: nn.Module, inputs: Any, *, names: tuple[str, str] = ("first", "second"), tolerance: float | None = None
@@ -104,8 +107,9 @@ def _run(network: nn.Module, inputs: Any, training: bool, layers: dict[str, list
         with _put_back(network), torch.no_grad():
             network.train(training)
             for module in network.modules():
+                held = vars(module)
                 for key in ("p", "dropout") if isinstance(module, nn.modules.dropout._DropoutNd) else ("dropout",):
-                    if isinstance(vars(module).get(key), float):
+                    if isinstance(held.get(key), float):
                         setattr(module, key, 0.0)
             return _tensors(call_model(network, send(inputs, network)))
     finally:
@@ -116,25 +120,27 @@ def _run(network: nn.Module, inputs: Any, training: bool, layers: dict[str, list
 @contextmanager
 def _put_back(network: nn.Module) -> Iterator[None]:
     """Training flags, dropout, buffers and torch's random generators as they were, afterwards; a fixed random state inside."""
-    modules = list(network.modules())
-    settings = [(module, key, vars(module)[key]) for module in modules for key in ("training", "p", "dropout") if _is_setting(module, key)]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in network.buffers()]
-    devices = {tensor.device for tensor in network.parameters() if tensor.device.type == "cuda"}
+    held = [(module, vars(module)) for module in network.modules()]
+    settings = [(module, key, values[key]) for module, values in held for key in SETTINGS if _is_setting(values, key)]
+    buffers = {id(own): own for _, values in held for own in values["_buffers"].values() if own is not None and own.numel()}
+    before = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
+    devices = {own.device for _, values in held for own in values["_parameters"].values() if own is not None and own.is_cuda}
     try:
         with torch.random.fork_rng(sorted(devices, key=str)):
             torch.manual_seed(0)
             yield
     finally:
         for module, key, value in settings:
-            setattr(module, key, value)
+            if vars(module)[key] != value:
+                setattr(module, key, value)
         with torch.no_grad():
-            for buffer, before in buffers:
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
+            for buffer, old in before:
+                if not torch.equal(buffer, old):
+                    buffer.copy_(old)
 
 
-def _is_setting(module: nn.Module, key: str) -> bool:
-    return key == "training" or isinstance(vars(module).get(key), float)
+def _is_setting(held: Mapping[str, Any], key: str) -> bool:
+    return key == "training" or isinstance(held.get(key), float)
 
 
 def _rounded(inputs: Any) -> Any:

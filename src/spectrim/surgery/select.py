@@ -114,7 +114,7 @@ def refusal(module: nn.Module) -> str | None:
             return f"its tensors are buffers ({', '.join(own_matrices(module))}), which are not trained; factorize before quantizing"
         if all(p.dim() < 2 for p in own_parameters(module).values()):
             return f"{kind} has vectors only"
-        stacked = [f"{name} {' x '.join(map(str, p.shape))}" for name, p in own_parameters(module).items() if p.dim() == 3]
+        stacked = [f"{name} {' x '.join(map(str, p.shape))}" for name, p in own_parameters(module).items() if p.dim() == 3 and len(p) > 1]
         if stacked and not type(module).__module__.startswith("torch.nn"):
             problem = f"no factorized form for {kind}, whose matrices are stacked in 3-D parameters ({', '.join(stacked)})"
             return f"{problem}; {STACKED}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ class State:
     """The tensors that a cut, a refit and new BatchNorm statistics change.
 
     Attributes:
-        factors: by the names of `named_factors`.
+        factors: by the names of `named_factors`; those that a network holds, not copies.
         tensors: values of the biases of factorized layers, and of all buffers.
     """
 
@@ -27,27 +27,50 @@ class State:
     tensors: Mapping[str, Tensor]
 
 
-def state_of(model: nn.Module) -> State:
-    """Return the present state; its factors are those that the model holds, not copies.
+class Places:
+    """Where a network holds what a cut changes; found once, for a network that is cut many times.
 
     Args:
         model: factorized.
     """
-    return State(dict(named_factors(model)), {name: tensor.detach().clone() for name, tensor in _tensors(model).items()})
 
+    def __init__(self, model: nn.Module) -> None:
+        names: dict[Form, str] = {}
+        self.uses = [(names.setdefault(site.factors, site.name), site.layer.factors, site.key) for site in sites(model)]
+        inside = {module for factors in names for module in factors.modules()}
+        self.slots = {
+            f"{name}:{key}": (layer._parameters, key)
+            for name, layer in named_layers(model)
+            for key, own in layer._parameters.items()
+            if own is not None
+        }
+        for name, module in model.named_modules():
+            if module not in inside:
+                self.slots |= {f"{name}:{key}": (module._buffers, key) for key, own in module._buffers.items() if own is not None}
 
-@torch.no_grad()
-def put(model: nn.Module, state: State) -> None:
-    """Give a network the factors of a state, and the values of its tensors; in place.
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the biases of factorized layers and all buffers but those of factors, by name."""
+        held: list[tuple[str, Any]] = [(name, table[key]) for name, (table, key) in self.slots.items()]
+        return dict(held)
 
-    Args:
-        model: that the state was taken of.
-        state: from `state_of`.
-    """
-    exchange_factors(model, state.factors)
-    for name, tensor in _tensors(model).items():
-        if not torch.equal(tensor, state.tensors[name]):  # what did not change keeps its version
-            tensor.copy_(state.tensors[name])
+    def state(self) -> State:
+        """Return the present state; its factors are those that the model holds, not copies."""
+        factors = {name: cast(Form, held._modules[key]) for name, held, key in self.uses}
+        return State(factors, {name: own.detach().clone() for name, own in self.tensors().items()})
+
+    @torch.no_grad()
+    def put(self, state: State) -> None:
+        """Give the network the factors of a state, and the values of its tensors; in place."""
+        self.exchange(state.factors)
+        for name, tensor in self.tensors().items():
+            if not torch.equal(tensor, state.tensors[name]):  # what did not change keeps its version
+                tensor.copy_(state.tensors[name])
+
+    def exchange(self, new: Mapping[str, Form]) -> None:
+        """Replace factors wherever they are used, by the names of `named_factors`; in place."""
+        for name, held, key in self.uses:
+            if name in new:
+                held._modules[key] = new[name]
 
 
 def exchange_factors(model: nn.Module, new: Mapping[str, Form]) -> None:
@@ -57,15 +80,13 @@ def exchange_factors(model: nn.Module, new: Mapping[str, Form]) -> None:
         model: factorized.
         new: by the names of `named_factors`.
     """
-    replaced: dict[Form, Form | None] = {}
-    for site in list(sites(model)):
-        own = replaced.setdefault(site.factors, new.get(site.name))
-        if own is not None:
-            site.layer.factors[site.key] = own
+    Places(model).exchange(new)
 
 
 @torch.no_grad()
-def cut_(model: nn.Module, ranks: Mapping[str, Size], decomposed: Decompositions, metric: Metric = "none") -> None:
+def cut_(
+    model: nn.Module, ranks: Mapping[str, Size], decomposed: Decompositions, metric: Metric = "none", places: Places | None = None
+) -> None:
     """Cut a network to ranks in place, as `prune` cuts a copy; biases absorb the mean where the calibration removed it.
 
     Args:
@@ -73,6 +94,7 @@ def cut_(model: nn.Module, ranks: Mapping[str, Size], decomposed: Decompositions
         ranks: by the names of `named_factors`.
         decomposed: the decompositions of this state.
         metric: what counts.
+        places: of the network, where they are at hand.
     """
     held = decomposed.factors
     cut = {name: decomposed.cut(name, ranks[name], metric) for name in held}
@@ -84,7 +106,7 @@ def cut_(model: nn.Module, ranks: Mapping[str, Size], decomposed: Decompositions
             bias = layer.bias
             assert isinstance(bias, Tensor)
             bias.add_((before - now).reshape(bias.shape).to(bias))
-    exchange_factors(model, cut)
+    (places or Places(model)).exchange(cut)
 
 
 def copied(state: State) -> State:
@@ -95,15 +117,3 @@ def copied(state: State) -> State:
 def orthonormalize_(model: nn.Module) -> None:
     """Give every weight orthonormal factors, values descending; the same function."""
     exchange_factors(model, {name: factors.in_order() for name, factors in named_factors(model)})
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the biases of factorized layers and all buffers but those of factors, by name."""
-    found: dict[str, Tensor] = {
-        f"{name}:{key}": own for name, layer in named_layers(model) for key, own in layer._parameters.items() if own is not None
-    }
-    inside = {module for _, factors in named_factors(model) for module in factors.modules()}
-    for name, module in model.named_modules():
-        if module not in inside:
-            found |= {f"{name}:{key}": buffer for key, buffer in module._buffers.items() if buffer is not None}
-    return found

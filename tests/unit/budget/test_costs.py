@@ -211,3 +211,29 @@ def test_spectra_are_the_true_singular_values() -> None:
     blocks = model[1].weight.detach().reshape(2, 6, -1)
     tails = sum(tail_energy(torch.linalg.svdvals(block)) for block in blocks)
     torch.testing.assert_close(tail_energy(found["1"]), tails, rtol=1e-9, atol=1e-9)
+
+
+class Thrice(nn.Module):
+    """Three convolutions that are alike, of which one meets a smaller image, one with a stride, and two linear layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(6, 6, 3, padding=1) for _ in range(3)] + [nn.Conv2d(6, 6, 3, stride=2, padding=1)])
+        self.one, self.other = nn.Linear(6, 8, bias=False), nn.Linear(6, 8, bias=False)
+        self.other.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.convs[3](self.convs[1](self.convs[0](x)))
+        x = self.convs[2](x).mean((2, 3))
+        return self.one(x) + self.other(x)
+
+
+def test_weights_alike_are_priced_once_and_as_if_each_were_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    low, x = sp.factorize(Thrice(), where=EVERYTHING), torch.randn(2, 6, 8, 8)
+    together = rank_costs(low, x)
+    assert together["convs.0"] is together["convs.1"]
+    assert len({id(cost) for cost in together.values()}) == 4
+    monkeypatch.setattr("spectrim.budget.costs.description", lambda site: None)
+    alone = rank_costs(low, x)
+    assert len({id(cost) for cost in alone.values()}) == len(alone) == 5
+    assert together == alone

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
+from spectrim.budget.costs import calls
 from spectrim.budget.distortion import SpectralEnergy
 from spectrim.budget.ladder import ladder
 from spectrim.budget.schemes import at_budget, schemes_at
@@ -36,7 +37,7 @@ def test_it_loses_no_more_than_any_one_scheme_for_all() -> None:
     model, x = network(), torch.randn(2, 3, 12, 12)
     for budget in BUDGETS:
         low = sp.factorize(model, "auto")
-        chosen, _ = at_budget(low, budget, x, ladder(low, x), model)
+        chosen, _ = at_budget(low, budget, x, ladder(low, x), model, calls(low, x))
         best = min(lost(sp.factorize(model, scheme), budget, x) for scheme in MATRICES)
         assert lost(chosen, budget, x) <= best + 1e-9
 

@@ -14,7 +14,7 @@ from spectrim.budget.budget import Budget, BudgetError
 from spectrim.budget.ladder import ladder
 from spectrim.cli import main
 from spectrim.cli.shared import crossbars as read
-from spectrim.errors import LayerError, RecipeError, SettingError
+from spectrim.errors import LayerError, SettingError, UsageError
 from spectrim.layers import named_factors
 from spectrim.runtimes.crossbar import Crossbars, Device, Mapping
 from spectrim.training import Ramp, Squeeze
@@ -143,7 +143,7 @@ def test_the_command_line_reads_crossbars(capsys: pytest.CaptureFixture[str]) ->
     assert read("rows=64") == Crossbars(mapping=Mapping(rows=64))
     assert read(None) is None
     for wrong in ("32x32", "rows=0", "rows=3,rows=4", "cell_bits=9", ""):
-        with pytest.raises(RecipeError, match="--crossbars"):
+        with pytest.raises(UsageError, match="--crossbars"):
             read(wrong)
     with pytest.raises(SystemExit, match="2"):
         main(["compress", "net.yaml", "--tiles", "0.3"])

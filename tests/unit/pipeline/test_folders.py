@@ -170,7 +170,7 @@ def test_damaged_files_are_named_in_one_clear_error(folder: Path, how: str, caps
     for path in [path for place in TARGETS for path in (folder / place).rglob("*") if path.suffix in (".json", ".yaml")]:
         content, target = path.read_bytes(), next(place for place in TARGETS if folder / place in path.parents)
         path.write_bytes(DAMAGE[how](content))
-        slow = (("plan", "--quiet", "--budgets", "0.6"), ("export", "--format", "pt2"), ("measure", "--split", "val"))
+        slow = (("plan", "--quiet", "--budgets", "0.6"), ("export", "--quiet", "--format", "pt2"), ("measure", "--split", "val"))
         needed = path.name == "spectrim.json" or path.parent == folder / target
         for command, *options in (*QUICK, *(slow if needed else ())):
             code, err = call(command, target, *options), capsys.readouterr().err

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from spectrim.budget.distortion.base import _relative
 from spectrim.forms import Factors, Form
 from spectrim.forms.derived import scaled_spectrum
-from spectrim.layers import named_factors
 from spectrim.layers.uses import Features, Side
 from spectrim.layers.watching import features_read, features_written, runs_factors
 from spectrim.linalg.spectral import tail_energy
 from spectrim.metrics.calls import watched
+from spectrim.surgery.decompositions import Decompositions
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,15 +60,30 @@ class NormalizedEnergy:
         Args:
             model: factorized; it runs once in eval mode.
         """
-        scales = _normalisations(model, self.inputs)
-        distortions = {}
-        for name, factors in named_factors(model):
-            out, in_ = factors.shape
-            d = _averaged(scales[factors, "rows"], (*factors.lead, out), factors.device)
-            c = _averaged(scales[factors, "columns"], (*factors.lead, in_), factors.device)
-            tail = tail_energy(scaled_spectrum(factors, d, c)) if isinstance(factors, Factors) else factors.tail(d.square(), c.square())
-            distortions[name] = _relative(tail).cpu()
-        return distortions
+        return normalized_energy(model, Decompositions(model), self.inputs)
+
+
+def normalized_energy(model: nn.Module, decomposed: Decompositions, inputs: Any) -> dict[str, Tensor]:
+    """Return the distortions of `NormalizedEnergy`; a weight without a norm beside it has its plain energy, from what is at hand.
+
+    Args:
+        model: factorized; it runs once in eval mode.
+        decomposed: of this model.
+        inputs: one batch.
+    """
+    scales, distortions = _normalisations(model, inputs), {}
+    for name, factors in decomposed.factors.items():
+        rows, columns = scales.get((factors, "rows"), []), scales.get((factors, "columns"), [])
+        distortions[name] = _relative(_scaled(factors, rows, columns) if rows or columns else decomposed.tail(name)).cpu()
+    return distortions
+
+
+def _scaled(factors: Form, rows: list[Tensor], columns: list[Tensor]) -> Tensor:
+    """Return the squared error at every rung of a weight in the scales of the norms beside it."""
+    out, in_ = factors.shape
+    d = _averaged(rows, (*factors.lead, out), factors.device)
+    c = _averaged(columns, (*factors.lead, in_), factors.device)
+    return tail_energy(scaled_spectrum(factors, d, c)) if isinstance(factors, Factors) else factors.tail(d.square(), c.square())
 
 
 # What a normalization reads and writes
