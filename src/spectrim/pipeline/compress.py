@@ -20,7 +20,6 @@ from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.distance import Unlabeled, with_outputs
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
-from spectrim.metrics.measurement import Measurement
 from spectrim.metrics.verdict import worse_than
 from spectrim.pipeline.checking import check_settings, check_tuning, check_unlabeled, without_labels
 from spectrim.pipeline.coding import uncut, with_levels
@@ -39,7 +38,6 @@ from spectrim.steps import LOGGER, steps
 from spectrim.surgery.balance import balanced
 from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import Scheme, factorize
-from spectrim.surgery.merge import merge
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import layer_filter
@@ -269,11 +267,11 @@ def compress(
                 rest = tuner.run(low, epochs - training, penalties, "finetune")
             history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
         step("merging and measuring")
-        final, measured = _finished(low, judge, inputs, latency)
+        final, measured = judge.finished(low, inputs, latency)
         if before is not None and worse_than(measured["final"], before[0]):
             told.dropped["fine-tuned"] = scores_of_measurement(measured["final"])
             low.load_state_dict(before[1])
-            final, measured = _finished(low, judge, inputs, latency)
+            final, measured = judge.finished(low, inputs, latency)
         counted("compress", budget, final, measured["final"].macs, prices, inputs)
         if before is not None:
             scores["final"] = scores_of_measurement(measured["final"])
@@ -293,11 +291,3 @@ def _finish(made: Compressed, store: Store) -> Compressed:
     for warning in made.verdict.warnings:
         LOGGER.warning("compress: %s", warning)
     return made
-
-
-def _finished(low: nn.Module, judge: Judge, inputs: Any, latency: Latencies | None) -> tuple[nn.Module, dict[str, Measurement]]:
-    """Merge the network, compare its outputs and measure it beside the dense one."""
-    low.eval()
-    final = merge(low, latency=latency)
-    same_function(low, final, inputs_of(judge.known[0]), names=("cut", "merged"))
-    return final, judge.measured(final, inputs)

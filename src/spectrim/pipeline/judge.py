@@ -9,9 +9,12 @@ from torch import nn
 
 from spectrim.metrics.clock import compare_latency
 from spectrim.metrics.evaluate import Scores, evaluate
+from spectrim.metrics.inputs import inputs_of
 from spectrim.metrics.measurement import Measurement, measure
 from spectrim.pipeline.teaching import GAP, NATS_GAP, axis_of_classes
-from spectrim.protocols import Hardware
+from spectrim.protocols import Hardware, Latencies
+from spectrim.surgery.merge import merge
+from spectrim.surgery.same_function import same_function
 from spectrim.training.distillation import Loss
 
 
@@ -54,6 +57,13 @@ class Judge:
         dense = self.dense_on_known["loss"]
         classifies = axis_of_classes(self.model, self.known[0]) is not None
         return min(GAP * dense, dense + NATS_GAP) if classifies else GAP * dense
+
+    def finished(self, low: nn.Module, inputs: Any, latency: Latencies | None) -> tuple[nn.Module, dict[str, Measurement]]:
+        """Merge a network, compare its outputs and measure it beside the dense one."""
+        low.eval()
+        final = merge(low, latency=latency)
+        same_function(low, final, inputs_of(self.known[0]), names=("cut", "merged"))
+        return final, self.measured(final, inputs)
 
     def measured(self, final: nn.Module, inputs: Any) -> dict[str, Measurement]:
         """Measure the dense and the final network, timed side by side."""
