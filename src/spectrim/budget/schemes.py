@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from spectrim import linalg
 from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget, BudgetError
-from spectrim.budget.costs import calls
+from spectrim.budget.costs import UnitCost, calls
 from spectrim.budget.knapsack import _knapsack, _limit
-from spectrim.budget.ladder import Ladder, UnitCost, ladder
+from spectrim.budget.ladder import Ladder, ladder
 from spectrim.forms import FORMS, Form, Size
 from spectrim.forms.derived import affordable, measure_cuts, measured_tail
 from spectrim.layers import Site, sites
@@ -130,7 +130,8 @@ def at_budget(
     """
     made: dict[tuple[str, Fold], Form] = {}
     changed = refold_(low, schemes_at(low, budget, inputs, prices, among=among, used=used, made=made), dense, made)
-    return low, ladder(low, inputs, dense_model=dense, check=True, own=True, used=used, before=prices) if changed else prices
+    on: Any = {"crossbars": prices.crossbars, "dense_model": dense, "used": used, "before": prices}
+    return low, ladder(low, inputs, check=True, own=True, **on) if changed else prices
 
 
 def _choices(

@@ -136,6 +136,12 @@ def _latencies(verb: str, name: str, value: Any) -> None:
         raise fail(verb, name, value, "a LatencyTable", "latency_table(model, inputs) makes one")
 
 
+def _crossbars(verb: str, name: str, value: Any) -> None:
+    if isinstance(value, type) or not hasattr(value, "arrays") or not hasattr(value, "price"):
+        rule = "Crossbars, from spectrim.runtimes.crossbar"
+        raise fail(verb, name, value, rule, "Crossbars(Device(bits=4), Mapping(rows=128, columns=64, bits=8))")
+
+
 def _penalties(verb: str, name: str, value: Any) -> None:
     rule = "a list of penalties, such as [Orthogonality(0.1)]"
     if not isinstance(value, list | tuple):
@@ -250,6 +256,7 @@ RULES: dict[str, Rule] = {
     "budget": _budget,
     "budgets": _budgets,
     "latency": _latencies,
+    "crossbars": _crossbars,
     "calibration": _calibration,
     "source": _plan,
     "patterns": _patterns,
@@ -263,7 +270,20 @@ RULES: dict[str, Rule] = {
 """By the name of the argument: what it must be."""
 
 NONE_ALLOWED = {
-    *("where", "keep", "eval_data", "example_inputs", "clip", "latency", "calibration", "schedule", "rank", "multiple", "tolerance"),
+    *(
+        "where",
+        "keep",
+        "eval_data",
+        "example_inputs",
+        "clip",
+        "latency",
+        "crossbars",
+        "calibration",
+        "schedule",
+        "rank",
+        "multiple",
+        "tolerance",
+    ),
     *("batch_size", "checkpoint", "factory", "eval_batches", "steps_per_epoch"),
 }
 """Arguments for which None is a value in every verb."""

@@ -20,7 +20,6 @@ from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.distance import Unlabeled, with_outputs
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
-from spectrim.metrics.measurement import Measurement
 from spectrim.metrics.verdict import worse_than
 from spectrim.pipeline.behavior import attributes_of, said
 from spectrim.pipeline.checking import check_settings, check_tuning, check_unlabeled, without_labels
@@ -35,11 +34,11 @@ from spectrim.pipeline.teaching import MEMORIZED, TEACHING, teacher_for, why_unt
 from spectrim.pipeline.tuner import Tuner, squeezed
 from spectrim.pipeline.ways import Cut
 from spectrim.protocols import Importance, Latencies, Penalty, Where
+from spectrim.runtimes.crossbar import Crossbars
 from spectrim.steps import LOGGER, steps
 from spectrim.surgery.balance import balanced
 from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import Scheme, factorize
-from spectrim.surgery.merge import merge
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import layer_filter
@@ -77,6 +76,7 @@ def compress(
     calibration: Calibration | None = None,
     reconstruct: Reconstruction | None = None,
     latency: Latencies | None = None,
+    crossbars: Crossbars | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Compressed:
@@ -139,6 +139,7 @@ def compress(
         reconstruct: after the cut, train each block for a few steps toward the dense network's block, on inputs without labels, see
             `Reconstruction`; kept where the loss is lower.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
+        crossbars: `spectrim.runtimes.crossbar.Crossbars`, for a budget of tiles; tiles and their reads are then measured, too.
         folder: for the cut network, checkpoints, the final network, under ``coded_bytes`` ``model.spz``, and ``result.json``; an
             interrupted call resumes there. None for none.
         progress: whether to show progress, on stderr: the name of each step.
@@ -172,7 +173,7 @@ def compress(
     else:
         check("compress", data=data, loss=loss, eval_data=eval_data)
     given = data
-    check("compress", squeeze=squeeze, tuning=tuning, penalties=penalties, latency=latency)
+    check("compress", squeeze=squeeze, tuning=tuning, penalties=penalties, latency=latency, crossbars=crossbars)
     check("compress", optional=("examples", "calibration_seconds"), examples=examples, calibration_seconds=calibration_seconds)
     model, budget, epochs = unwrapped(model), as_budget(budget, "compress", coded=True), index(epochs)
     where = layer_filter(where, model, "compress")
@@ -195,7 +196,7 @@ def compress(
         known = first_examples(data, examples, dims=batch_dims)
         more = None if reconstruct is None else reconstruct.examples
         unlabeled = [] if more is None else first_examples(given, more, dims=batch_dims)
-        judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
+        judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch, crossbars=crossbars)
         split = "calibration" if eval_data is None else "validation"
         low = model
         if budget.limits:
@@ -218,6 +219,7 @@ def compress(
             examples=examples,
             calibration_seconds=calibration_seconds,
             reconstruct=None if reconstruct is None else repr(reconstruct),
+            **({} if crossbars is None else {"crossbars": repr(crossbars)}),
             **identity_of(folder, model, low, data, known, eval_data, inputs, loss, tuning, latency, calibration, start),
         )
         if not budget.limits:
@@ -229,7 +231,7 @@ def compress(
         step("comparing outputs and pricing ranks")
         same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
         used = calls(low, inputs)
-        prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True, used=used)
+        prices = ladder(low, inputs, latency, crossbars=crossbars, dense_model=model, check=True, own=True, used=used)
         if scheme in AMONG and latency is None and calibration is None:
             low, prices = at_budget(low, budget, inputs, prices, model, used, among=AMONG[scheme])
         check_floor(low, budget, prices)
@@ -267,12 +269,12 @@ def compress(
                 rest = tuner.run(low, epochs - training, penalties, "finetune")
             history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
         step("merging and measuring")
-        final, measured = _finished(low, judge, inputs, latency)
+        final, measured = judge.finished(low, inputs, latency)
         if before is not None and worse_than(measured["final"], before[0]):
             told.dropped["fine-tuned"] = scores_of_measurement(measured["final"])
             low.load_state_dict(before[1])
-            final, measured = _finished(low, judge, inputs, latency)
-        counted("compress", budget, final, measured["final"].macs, prices)
+            final, measured = judge.finished(low, inputs, latency)
+        counted("compress", budget, final, measured["final"].macs, prices, inputs)
         if before is not None:
             scores["final"] = scores_of_measurement(measured["final"])
         taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
@@ -291,11 +293,3 @@ def _finish(made: Compressed, store: Store) -> Compressed:
     for warning in made.verdict.warnings:
         LOGGER.warning("compress: %s", warning)
     return made
-
-
-def _finished(low: nn.Module, judge: Judge, inputs: Any, latency: Latencies | None) -> tuple[nn.Module, dict[str, Measurement]]:
-    """Merge the network, compare its outputs and measure it beside the dense one."""
-    low.eval()
-    final = merge(low, latency=latency)
-    same_function(low, final, inputs_of(judge.known[0]), names=("cut", "merged"))
-    return final, judge.measured(final, inputs)
