@@ -74,6 +74,8 @@ def rows() -> list[str]:
         lines.append(f"| `{type(layer).__name__}` | {case} | {weights} | {', '.join(schemes)} | {written} |")
     lines.append("| `Conv1D` of transformers | GPT-2 | `weight` | channel | `Linear` → `Linear` |")
     lines.append("| `FalconLinear` of transformers | Falcon | `weight` | channel | `Linear` → `Linear` |")
+    lines.append("| sub-classes with a forward that reads `weight` | [products](exchange.md) | `weight` | channel | the same class |")
+    lines.append("| modules of experts in 3-D parameters | [products](exchange.md) | each stack | channel | the same class |")
     lines += ["", "## Left dense, and why", "", "| layer | case | reason |", "|---|---|---|"]
     lines += [f"| `{type(layer).__name__.removeprefix('Parametrized')}` | {case} | {refusal(layer)} |" for case, layer in SKIPPED]
     return lines
@@ -82,7 +84,7 @@ def rows() -> list[str]:
 def render() -> str:
     """Return the page."""
     covered = {kind_of(layer) for _, layer in EXAMPLES}
-    missing = [kind.__name__ for kind in KINDS if kind not in covered and kind.__name__ != "FactorizedConv1D"]
+    missing = [kind.__name__ for kind in KINDS if kind not in covered and kind.__name__ not in ("FactorizedConv1D", "FactorizedReader")]
     assert not missing, f"no example for {missing}"
     note = "\nSchemes of a convolution: `channel` is the taps, then a 1x1; `input` a 1x1, then the taps; `spatial` the taps of the first\n"
     note += (
