@@ -17,7 +17,6 @@ WHERE = "a layer name, a glob, a list of these, or a function (name, module) -> 
 
 WITHOUT_VALUES = ("factorize", "merge", "coverage", "measure", "compare_latency", "load", "match")
 """Verbs that take a model on the meta device, too."""
-
 Rule = Callable[[str, str, Any], None]
 """Takes the verb, the name of the argument and its value; raises a `SettingError` for a wrong value."""
 
@@ -26,9 +25,7 @@ def _model(verb: str, name: str, value: Any) -> None:
     if isinstance(value, torch.jit.ScriptModule):
         raise fail(verb, name, value, "a Python model", f"compress the Python model before scripting; {verb} cannot look into TorchScript")
     if isinstance(value, torch.fx.GraphModule) and "eval" in vars(value):
-        raise fail(
-            verb, name, value, "a Python model", f"compress the Python model before torch.export; {verb} cannot change an exported one"
-        )
+        raise fail(verb, name, value, "a Python model", "compress the Python model before torch.export")
     if isinstance(value, nn.Module):
         if verb not in WITHOUT_VALUES and (empty := next((key for key, p in value.named_parameters() if p.is_meta), None)) is not None:
             hint = f"'{empty}' has no values: load the weights first, or build the model outside torch.device('meta')"
