@@ -50,4 +50,4 @@ def work_of_a_cut(model: nn.Module) -> float:
         225000.0
     """
     shapes = [(factors.blocks, *factors.shape) for _, factors in named_factors(model)]
-    return sum(blocks * (min(m, n) ** 3 / 3 + 8 * m * n * min(m, n)) for blocks, m, n in shapes)
+    return sum((blocks * (min(m, n) ** 3 / 3 + 8 * m * n * min(m, n)) for blocks, m, n in shapes), 0.0)

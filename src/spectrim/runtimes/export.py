@@ -1,4 +1,4 @@
-"""Files for other runtimes: `torch.export`, ONNX, ExecuTorch and OpenVINO, each compared with the model before it is written.
+"""Files for other runtimes: `torch.export`, ONNX, ExecuTorch, OpenVINO and LiteRT, each compared with the model before it is written.
 
 What one format needs stands in three functions side by side: one that writes it, one that opens it, one row in `_WRITERS` and `_READERS`.
 """
@@ -44,7 +44,7 @@ class Exported(Summarized):
 
     Attributes:
         path: of the file; OpenVINO writes its weights beside it, ``.bin``, and ONNX those above 2 GB, ``.onnx.data``.
-        format: ``pt2``, ``onnx``, ``executorch`` or ``openvino``.
+        format: ``pt2``, ``onnx``, ``executorch``, ``openvino`` or ``litert``.
         size_bytes: of all files together.
         difference: largest difference to the model's outputs, over all outputs and `batches`, as a fraction of the output's largest
             magnitude.
@@ -115,9 +115,10 @@ def export(
         inputs: one batch: a tensor, a tuple of arguments or a dict of keyword arguments. Values that are not tensors become part of the
             file, and so does every size but the batch.
         path: of the file, in a folder that exists or can be made.
-        format: ``pt2`` (`torch.export`), ``onnx``, ``executorch`` (with XNNPACK) or ``openvino``; by the suffix when omitted: ``.pt2``,
-            ``.onnx``, ``.pte``, ``.xml``.
-        dynamic_batch: let the leading dimension of each tensor that holds the batch be of any size, else the one of `inputs`.
+        format: ``pt2`` (`torch.export`), ``onnx``, ``executorch`` (with XNNPACK), ``openvino`` or ``litert``; by the suffix when omitted:
+            ``.pt2``, ``.onnx``, ``.pte``, ``.xml``, ``.tflite``.
+        dynamic_batch: let the leading dimension of each tensor that holds the batch be of any size, else the one of `inputs`. A LiteRT
+            file is for the batch of `inputs`: its converter takes no other.
         max_batch: largest batch that an ExecuTorch file takes, at least the one of `inputs`: its memory is laid out for it. Other formats
             have no limit.
         tolerance: largest difference allowed, as a fraction of the output's largest magnitude, above 0; when omitted `TOLERANCE`, and
@@ -169,6 +170,7 @@ def export(
     outputs = _outputs(format, reference, inputs)
     check_finite(format, reference, inputs, outputs)
     limit = max_batch if format == "executorch" else None
+    dynamic_batch = dynamic_batch and format != "litert"
     batches = _batches(batch, limit) if dynamic_batch else (batch,)
     allowed = tolerance or _tolerance(outputs, half_weights and format == "openvino")
 

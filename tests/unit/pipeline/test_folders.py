@@ -110,6 +110,11 @@ def test_every_command_takes_every_folder(folder: Path, target: str, capsys: pyt
 def test_a_sweep_is_one_table_and_its_folders_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("report", "sweep", "--text") == 0
     text = capsys.readouterr().out
+    assert [line.partition(":")[0] for line in text.splitlines() if "smaller (" in line] == ["macs0.7", "macs0.5"], (
+        "a verdict for each budget"
+    )
+    assert call("report", "sweep", "--text") == 0
+    text = capsys.readouterr().out
     assert all(name in text.splitlines()[0] for name in ("dense", "macs0.7", "macs0.5"))
     assert call("export", "sweep", "--format", "pt2") == 1
     assert "pass one of the folders in it: macs0.5, macs0.7" in capsys.readouterr().err
