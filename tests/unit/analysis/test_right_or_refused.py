@@ -32,6 +32,13 @@ class Doubled(nn.Linear):
         return 2 * super().forward(input)
 
 
+class Scaled(nn.Linear):
+    """Its forward reads the weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, 2 * self.weight, self.bias)
+
+
 class Tripled(nn.Conv2d):
     """More than its weight."""
 
@@ -49,7 +56,11 @@ def replaced() -> nn.Module:
     return layer  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("make", [lambda: Doubled(4, 4), lambda: Tripled(4, 4, 3), replaced], ids=["linear", "convolution", "on the layer"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Doubled(4, 4), lambda: Scaled(4, 4), lambda: Tripled(4, 4, 3), replaced],
+    ids=["linear", "of its weight", "convolution", "on the layer"],
+)
 def test_a_layer_that_does_more_than_its_weight_has_no_certificate(make: Callable[[], nn.Module]) -> None:
     layer = make()
     x = torch.randn(1, 4, 6, 6) if isinstance(layer, nn.Conv2d) else torch.randn(1, 4)
