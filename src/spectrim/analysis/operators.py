@@ -12,8 +12,10 @@ from spectrim.errors import LayerError, SettingError
 from spectrim.layers import is_factorized, kind_of
 from spectrim.layers.base import share_nothing
 from spectrim.layers.geometry import PLAIN, TRANSPOSED, padded_sides
+from spectrim.layers.reader import FactorizedReader
 from spectrim.plain.chain import PlainPair, of_one_group
 from spectrim.plain.quaternion import QConv, QLinear, QuaternionLayer
+from spectrim.plain.reader import PlainReader
 
 CONV = (None, F.conv1d, F.conv2d, F.conv3d)
 PADDED = {"zeros": "constant", "circular": "circular"}
@@ -160,6 +162,8 @@ def has_operator(layer: nn.Module) -> bool:
     """Whether a layer does nothing but apply its weight: a forward in its class or on the layer that is not torch's may do more."""
     own: Any = getattr(type(layer), "_own", type(layer))  # of what was exchanged
     kind = kind_of(layer)
+    if kind is FactorizedReader or isinstance(layer, FactorizedReader | PlainReader):
+        return False
     known = (nn.Linear, *PLAIN, *TRANSPOSED, QuaternionLayer, PlainPair)
     base: Any = getattr(type(layer), "_base", None) or (kind.base_of(own) if kind else None)
     base = base or next((one for one in known if isinstance(layer, one)), None)

@@ -1,6 +1,8 @@
 """Rank and strengths of noisy matrices; the error beside the oracle's; what the laws of spiked matrices say."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,6 +40,23 @@ def test_rank_three_is_found_with_an_error_near_that_of_the_oracle(noise: float 
         torch.testing.assert_close(found.values, torch.tensor(STRENGTHS).double(), rtol=0, atol=4 * NOISE)
         assert bool((found.spread - NOISE).abs().lt(0.05).all())
     assert sum(ratios) / len(ratios) < 1  # shrinkage is better than the oracle's plain truncation
+
+
+ORACLE = json.loads((Path(__file__).parent / "oracles" / "bayes.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", ORACLE["cases"])
+def test_values_spread_and_error_are_those_of_the_sampled_posterior(case: str) -> None:
+    """Numbers of NumPyro, sampling the model of rank three with orthonormal factors; made once by ``oracles/bayes.py``."""
+    sampled = ORACLE["cases"][case]
+    Y, signal = (torch.tensor(sampled[name], dtype=torch.float64) for name in ("Y", "signal"))
+    found = bayes_svd(Y, ORACLE["noise"])
+    assert max(sampled["r_hat"]) < 1.02  # the chains agree
+    assert found.rank == len(sampled["values"])
+    values, spread = (torch.tensor(sampled[name], dtype=torch.float64) for name in ("values", "spread"))
+    assert float(((found.values - values) / spread).abs().max()) < 0.5
+    assert bool(((found.spread / spread).log().abs() < math.log(1.25)).all())
+    assert float((found.signal() - signal).square().sum()) <= 1.1 * sampled["squared_error_of_the_mean"]
 
 
 def test_noise_alone_has_rank_zero_and_a_signal_below_the_edge_is_not_seen() -> None:

@@ -32,6 +32,13 @@ class Doubled(nn.Linear):
         return 2 * super().forward(input)
 
 
+class Scaled(nn.Linear):
+    """Its forward reads the weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, 2 * self.weight, self.bias)
+
+
 class Tripled(nn.Conv2d):
     """More than its weight."""
 
@@ -49,7 +56,11 @@ def replaced() -> nn.Module:
     return layer  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("make", [lambda: Doubled(4, 4), lambda: Tripled(4, 4, 3), replaced], ids=["linear", "convolution", "on the layer"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Doubled(4, 4), lambda: Scaled(4, 4), lambda: Tripled(4, 4, 3), replaced],
+    ids=["linear", "of its weight", "convolution", "on the layer"],
+)
 def test_a_layer_that_does_more_than_its_weight_has_no_certificate(make: Callable[[], nn.Module]) -> None:
     layer = make()
     x = torch.randn(1, 4, 6, 6) if isinstance(layer, nn.Conv2d) else torch.randn(1, 4)
@@ -171,8 +182,8 @@ def test_other_precisions_and_layouts_give_what_their_values_give(dtype: torch.d
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_limit_holds_for_weights_that_are_rounded(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    layer = limit_norm(nn.Conv2d(4, 6, 3, padding=1).to(dtype), 0.5)
-    assert spectral_norm_bound(layer) <= 0.5
+    layer = limit_norm(nn.Conv2d(4, 6, 3, padding=1).to(dtype), 0.5, grid=8)
+    assert spectral_norm_bound(layer, grid=8) <= 0.5
 
 
 def test_bytes_have_a_peak_of_255() -> None:
