@@ -16,6 +16,7 @@ import math
 import statistics
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "cyclic": {},
     "learned": {"cost": 0.6},
     "learned-0.4": {"cost": 0.4},
+    "learned-settled": {"cost": 0.6, "settle": 0.25, "renewed": 16},
     "learned-rising": {"cost": 0.6, "rise": 0.5},
     "learned-factors": {"cost": 0.6, "macs": 0.5},
 }
-"""The last one trains factors, and cuts their ranks to half of the multiply-accumulates in the first half of the training."""
+"""`renewed`: BatchNorm statistics of the float network come from so many training batches, after it was scored in bits. The last method
+trains factors, and cuts their ranks to half of the multiply-accumulates in the first half of the training."""
 
 
 def course_of(method: str) -> list[Any]:
@@ -58,7 +61,7 @@ def course_of(method: str) -> list[Any]:
     knobs = METHODS[method]
     if method.startswith("learned"):
         cuts = [sp.Ramp(sp.Budget(macs=knobs["macs"]), end=0.5, cuts=4)] if "macs" in knobs else []
-        return [*cuts, LearnedPrecision(knobs["cost"], rise=knobs.get("rise", 0.0))]
+        return [*cuts, LearnedPrecision(knobs["cost"], rise=knobs.get("rise", 0.0), settle=knobs.get("settle", 0.0))]
     if method.startswith("static"):
         return [StaticPrecision(**knobs)]
     return [CyclicPrecision(**knobs)] if method == "cyclic" else []
@@ -104,11 +107,14 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
     parts = {"tuning": tuning, "penalties": penalties, "courses": courses, "eval_data": data.val, "progress": False}
     history = sp.fit(model, data.train, loss, optimizer, settings["epochs"], callbacks=[say], **parts)
     seconds, bits = time.process_time() - start, bits_of(history.last)
-    found = {"cpu_seconds": round(seconds, 1), "val": {"float": sp.evaluate(model, data.val, loss)}}
+    found: dict[str, Any] = {"cpu_seconds": round(seconds, 1), "val": {}, "test": {}}
     with rounding(model, bits or 32):
-        found["val"]["bits"] = sp.evaluate(model, data.val, loss)
-        found["test"] = {"bits": sp.evaluate(model, data.test, loss)}
-    found["test"]["float"] = sp.evaluate(model, data.test, loss)
+        for split in ("val", "test"):
+            found[split]["bits"] = sp.evaluate(model, getattr(data, split), loss)
+    if batches := settings["knobs"].get("renewed"):
+        sp.recalibrate(model, list(islice(data.train, batches)))
+    for split in ("val", "test"):
+        found[split]["float"] = sp.evaluate(model, getattr(data, split), loss)
     found |= {"int8": int8(model, bits, data), "log": history.epochs, "cuts": history.cuts}
     return found
 

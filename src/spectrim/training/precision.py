@@ -233,7 +233,7 @@ class LearnedPrecision(Rounding):
         names = list(memory["values"])
         values, macs = (np.array([memory[key][name] for name in names]) for key in ("values", "macs"))
         goal = self._goal(step + 1, steps, memory)
-        if step + 1 >= (1 - self.settle) * steps:
+        if self.settle and step + 1 >= (1 - self.settle) * steps:
             if not all(value.is_integer() for value in memory["values"].values()):
                 left = (self.cost * steps * memory["reference"] - memory["bit_operations"]) / max(1, steps - step - 1)
                 memory["values"] = dict(zip(names, self._whole(values, macs, min(left, goal)).tolist(), strict=True))
