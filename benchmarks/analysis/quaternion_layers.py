@@ -91,8 +91,8 @@ def row(kind: str, seed: int, settings: dict[str, Any], data: tuple[Tensor, Tens
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--images", type=int, default=4000)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--images", type=int, default=6000)
+    parser.add_argument("--epochs", type=int, default=10)
     chosen = parser.parse_args()
     settings = {"images": chosen.images, "epochs": chosen.epochs, "batch": BATCH, "rate": RATE, "test": TEST, "share": SHARE}
     x, y, tx, ty = images(chosen.images, TEST)

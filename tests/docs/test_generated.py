@@ -211,9 +211,17 @@ def test_pruning_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> 
 def test_table_of_crossbars_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import crossbar
+    import crossbar_structured
 
-    assert list(crossbar.RESULTS.glob("*.json"))
-    assert crossbar.table() in crossbar.CARD.read_text(encoding="utf-8"), "run python benchmarks/crossbar.py --render"
+    card = crossbar.CARD.read_text(encoding="utf-8")
+    assert list(crossbar.RESULTS.glob("lenet5-*.json"))
+    assert crossbar.table() in card, "run python benchmarks/crossbar.py --render"
+    assert crossbar_structured.table() in card, "run python benchmarks/crossbar_structured.py --render"
+    for name, rows in crossbar_structured.rows().items():
+        assert rows, name
+        for row in rows:
+            assert row["digest"] == crossbar_structured.digest(row["settings"])
+            assert row["settings"] == row["settings"] | crossbar_structured.NETWORKS[name], f"{name}: the settings have changed since"
 
 
 def test_table_of_orthonormal_factors_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:

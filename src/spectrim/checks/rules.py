@@ -15,6 +15,9 @@ from spectrim.checks.messages import fail
 
 WHERE = "a layer name, a glob, a list of these, or a function (name, module) -> bool"
 
+WITHOUT_VALUES = ("factorize", "merge", "coverage", "measure", "compare_latency", "load", "match")
+"""Verbs that take a model on the meta device, too."""
+
 Rule = Callable[[str, str, Any], None]
 """Takes the verb, the name of the argument and its value; raises a `SettingError` for a wrong value."""
 
@@ -22,7 +25,14 @@ Rule = Callable[[str, str, Any], None]
 def _model(verb: str, name: str, value: Any) -> None:
     if isinstance(value, torch.jit.ScriptModule):
         raise fail(verb, name, value, "a Python model", f"compress the Python model before scripting; {verb} cannot look into TorchScript")
+    if isinstance(value, torch.fx.GraphModule) and "eval" in vars(value):
+        raise fail(
+            verb, name, value, "a Python model", f"compress the Python model before torch.export; {verb} cannot change an exported one"
+        )
     if isinstance(value, nn.Module):
+        if verb not in WITHOUT_VALUES and (empty := next((key for key, p in value.named_parameters() if p.is_meta), None)) is not None:
+            hint = f"'{empty}' has no values: load the weights first, or build the model outside torch.device('meta')"
+            raise fail(verb, name, value, "a model with values, not on the meta device", hint)
         return
     hint = ""
     if isinstance(value, type) and issubclass(value, nn.Module):
@@ -81,8 +91,8 @@ def _where(verb: str, name: str, value: Any) -> None:
     if isinstance(names, list | tuple | set | frozenset):
         if not names or not all(isinstance(entry, str) for entry in names):
             raise fail(verb, name, value, WHERE)
-    elif isinstance(value, type) or not callable(value):
-        raise fail(verb, name, value, WHERE)
+    elif isinstance(value, type | nn.Module) or not callable(value):
+        raise fail(verb, name, value, WHERE, "give the layer's name" if isinstance(value, nn.Module) else "")
 
 
 def _budget(verb: str, name: str, value: Any) -> None:
@@ -100,6 +110,8 @@ def _ranks(verb: str, name: str, value: Any) -> None:
     """Accept a whole number, a mapping or a rank rule; the numbers in it are checked with the layers' sizes."""
     if isinstance(value, Mapping):
         for key, rank in value.items():
+            if not isinstance(key, str):
+                raise fail(verb, name, value, "a dict {layer name: rank}")
             several = isinstance(rank, tuple) and all(isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in rank)
             if not several and (isinstance(rank, bool | Tensor) or not isinstance(rank, SupportsIndex)):
                 raise fail(verb, f"{name}[{key!r}]", rank, "an integer of at least 1")
@@ -122,6 +134,12 @@ def _path(verb: str, name: str, value: Any) -> None:
 def _latencies(verb: str, name: str, value: Any) -> None:
     if isinstance(value, type) or not hasattr(value, "limits") or not hasattr(value, "seconds"):
         raise fail(verb, name, value, "a LatencyTable", "latency_table(model, inputs) makes one")
+
+
+def _crossbars(verb: str, name: str, value: Any) -> None:
+    if isinstance(value, type) or not hasattr(value, "arrays") or not hasattr(value, "price"):
+        rule = "Crossbars, from spectrim.runtimes.crossbar"
+        raise fail(verb, name, value, rule, "Crossbars(Device(bits=4), Mapping(rows=128, columns=64, bits=8))")
 
 
 def _penalties(verb: str, name: str, value: Any) -> None:
@@ -238,6 +256,7 @@ RULES: dict[str, Rule] = {
     "budget": _budget,
     "budgets": _budgets,
     "latency": _latencies,
+    "crossbars": _crossbars,
     "calibration": _calibration,
     "source": _plan,
     "patterns": _patterns,
@@ -251,7 +270,20 @@ RULES: dict[str, Rule] = {
 """By the name of the argument: what it must be."""
 
 NONE_ALLOWED = {
-    *("where", "keep", "eval_data", "example_inputs", "clip", "latency", "calibration", "schedule", "rank", "multiple", "tolerance"),
+    *(
+        "where",
+        "keep",
+        "eval_data",
+        "example_inputs",
+        "clip",
+        "latency",
+        "crossbars",
+        "calibration",
+        "schedule",
+        "rank",
+        "multiple",
+        "tolerance",
+    ),
     *("batch_size", "checkpoint", "factory", "eval_batches", "steps_per_epoch"),
 }
 """Arguments for which None is a value in every verb."""

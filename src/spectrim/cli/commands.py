@@ -10,10 +10,11 @@ from jsonargparse import Namespace
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from spectrim.budget.budget import Budget
 from spectrim.budget.latency_table import latency_table
 from spectrim.budget.plan import BUDGETS, plan
 from spectrim.cli.compressing import compress_, run
-from spectrim.cli.shared import changes, fractions, note, show
+from spectrim.cli.shared import changes, crossbars, fractions, note, show
 from spectrim.errors import FormatError, SettingError, UsageError
 from spectrim.metrics.inputs import batch_size_of, first_examples, one_example
 from spectrim.metrics.measurement import measure
@@ -41,8 +42,8 @@ def measure_(args: Namespace) -> None:
         packed = packed_sizes(args.target)
         show(args, packed.summary(), packed.to_dict())
         return
-    found, held, verdict = None, _contents(args.target), ""
-    if held is not None and args.split is None and args.threads is None and not changes(args):
+    found, held, verdict, tiles = None, _contents(args.target), "", crossbars(args.crossbars)
+    if held is not None and args.split is None and args.threads is None and tiles is None and not changes(args):
         found, verdict = held.measured("final"), held.verdict()
     if found is None:
         model, recipe = _network(args, held, "final")
@@ -51,7 +52,7 @@ def measure_(args: Namespace) -> None:
         if held is None and recipe.dense.epochs:
             note(f"the recipe trains its dense network first; measured is the untrained one. spectrim run {args.target} measures both")
         example = one_example(data.val, model)
-        found = measure(model, example, data=split, loss=make_loss(recipe.loss), threads=args.threads or 1)
+        found = measure(model, example, data=split, loss=make_loss(recipe.loss), threads=args.threads or 1, crossbars=tiles)
         where = f"measured on the {NAMES[args.split or 'val']} split"
     else:
         where = "as measured on the test split when the folder was written; --split measures again, and calls the recipe's code"
@@ -73,7 +74,10 @@ def coverage_(args: Namespace) -> None:
 
 def plan_(args: Namespace) -> None:
     """Predict the result of each budget, without training: ranks, costs, and the error right after the cut."""
-    budgets = fractions("--budgets", args.budgets) if args.budgets else BUDGETS
+    shares, tiles = fractions("--budgets", args.budgets) if args.budgets else BUDGETS, crossbars(args.crossbars)
+    if args.tiles and tiles is None:
+        raise UsageError("plan", "tiles of what size?", allowed="--crossbars rows=32,columns=32,bits=4,cell_bits=4")
+    budgets = [Budget(tiles=share) if args.tiles else share for share in shares]
     held = _contents(args.target)
     model, recipe = _network(args, held, "dense")
     if held is None and recipe.dense.epochs:
@@ -85,7 +89,7 @@ def plan_(args: Namespace) -> None:
         table = latency_table(model, inputs, backend=args.latency, threads=args.threads, progress=not args.quiet)
     calibrating, loss = (None, None) if args.weights_only else (data.train, make_loss(recipe.loss))
     found = plan(
-        model, inputs, calibrating, loss, budgets=budgets, scheme=scheme, where=where, latency=table,
+        model, inputs, calibrating, loss, budgets=budgets, scheme=scheme, where=where, latency=table, crossbars=tiles,
         eval_data=None if args.weights_only else data.val, examples=args.examples, progress=not args.quiet,
     )  # fmt: skip
     text = str(found)

@@ -34,7 +34,12 @@ METHODS: tuple[Row[Callable[[Tensor], Any]], ...] = (
     ),
     Row(Tucker2, example=lambda kernel: Tucker2.of(kernel, to_matrix(kernel, "tucker")), card="tucker", laws={"truncation", "sides held"}),
     Row(CP, example=lambda kernel: CP.of(kernel, to_matrix(kernel, "cp")), card="cp", laws={"truncation", "sides held"}),
-    Row(TensorTrain, example=lambda kernel: TensorTrain.of(kernel, to_matrix(kernel, "tt")), card="tensor-train", laws={"sides held"}),
+    Row(
+        TensorTrain,
+        example=lambda kernel: TensorTrain.of(kernel, to_matrix(kernel, "tt")),
+        card="tensor-train",
+        laws={"truncation", "sides held"},
+    ),
     Row(
         QuaternionFactors,
         example=lambda kernel: QuaternionFactors.of(kernel, kernel.flatten(1)),

@@ -22,6 +22,7 @@ from spectrim.layers.forwards import renew
 from spectrim.layers.linear import FactorizedConv1D, FactorizedLinear
 from spectrim.layers.own import check_kind
 from spectrim.layers.quaternion import FactorizedQConv1d, FactorizedQConv2d, FactorizedQConv3d, FactorizedQLinear
+from spectrim.layers.reader import FactorizedReader
 from spectrim.layers.recurrent import FactorizedGRU, FactorizedLSTM
 from spectrim.layers.sharded import gathered
 from spectrim.layers.site import Site, factor_name, factors_in, named_factors, named_layers, sites
@@ -44,6 +45,7 @@ KINDS: list[type[FactorizedLayer]] = [
     FactorizedQConv1d,
     FactorizedQConv2d,
     FactorizedQConv3d,
+    FactorizedReader,
 ]
 """The first that accepts a layer is its kind."""
 
@@ -90,12 +92,12 @@ def register(kind: type[FactorizedLayer], layer: nn.Module, *inputs: Any) -> Non
         >>> register(FactorizedLinear, nn.Linear(4, 3), torch.randn(2, 4))
     """
     present = kind_of(layer)
-    if present is not None and present is not kind:
+    if present is not None and present is not kind and present is not FactorizedReader:
         hint = f"a {type(layer).__name__} needs a separate class with a separate forward, so that the kinds can be told apart"
         raise LayerError(kind.__name__, f"its example is of the kind {present.__name__} already", hint=hint)
     check_kind(kind, layer, inputs)
     if kind not in KINDS:
-        KINDS.append(kind)
+        KINDS.insert(KINDS.index(FactorizedReader), kind)  # which takes what no other kind does
 
 
 def kind_of(module: nn.Module) -> type[FactorizedLayer] | None:

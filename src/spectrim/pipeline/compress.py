@@ -14,14 +14,14 @@ from spectrim.budget.budget import Budget, as_budget
 from spectrim.budget.costs import calls
 from spectrim.budget.ladder import ladder
 from spectrim.budget.promise import counted, recounted
-from spectrim.budget.schemes import at_budget
+from spectrim.budget.schemes import AMONG, at_budget
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.distance import Unlabeled, with_outputs
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
-from spectrim.metrics.measurement import Measurement
 from spectrim.metrics.verdict import worse_than
+from spectrim.pipeline.behavior import attributes_of, said
 from spectrim.pipeline.checking import check_settings, check_tuning, check_unlabeled, without_labels
 from spectrim.pipeline.coding import uncut, with_levels
 from spectrim.pipeline.compressed import Compressed
@@ -34,11 +34,11 @@ from spectrim.pipeline.teaching import MEMORIZED, TEACHING, teacher_for, why_unt
 from spectrim.pipeline.tuner import Tuner, squeezed
 from spectrim.pipeline.ways import Cut
 from spectrim.protocols import Importance, Latencies, Penalty, Where
+from spectrim.runtimes.crossbar import Crossbars
 from spectrim.steps import LOGGER, steps
 from spectrim.surgery.balance import balanced
 from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import Scheme, factorize
-from spectrim.surgery.merge import merge
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import layer_filter
@@ -76,6 +76,7 @@ def compress(
     calibration: Calibration | None = None,
     reconstruct: Reconstruction | None = None,
     latency: Latencies | None = None,
+    crossbars: Crossbars | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Compressed:
@@ -105,7 +106,8 @@ def compress(
             stands for what all examples share.
         eval_data: the validation split, for the scores at each stage and the choice of ``cut="auto"``.
         scheme: how convolution kernels are folded, see `factorize`. ``auto`` chooses for each convolution together with all ranks, at the
-            budget (`spectrim.budget.schemes`); with `calibration` or `latency`, which are of one set of schemes, as `factorize` does.
+            budget (`spectrim.budget.schemes`), among the matrices, ``all`` among Tucker-2, CP and tensor trains, too; with `calibration`
+            or `latency`, which are of one set of schemes, as `factorize` does.
         writing: how `merge` writes what is cut, ``pair`` or ``interpolative``, see `factorize`.
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
@@ -137,6 +139,7 @@ def compress(
         reconstruct: after the cut, train each block for a few steps toward the dense network's block, on inputs without labels, see
             `Reconstruction`; kept where the loss is lower.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
+        crossbars: `spectrim.runtimes.crossbar.Crossbars`, for a budget of tiles; tiles and their reads are then measured, too.
         folder: for the cut network, checkpoints, the final network, under ``coded_bytes`` ``model.spz``, and ``result.json``; an
             interrupted call resumes there. None for none.
         progress: whether to show progress, on stderr: the name of each step.
@@ -170,7 +173,7 @@ def compress(
     else:
         check("compress", data=data, loss=loss, eval_data=eval_data)
     given = data
-    check("compress", squeeze=squeeze, tuning=tuning, penalties=penalties, latency=latency)
+    check("compress", squeeze=squeeze, tuning=tuning, penalties=penalties, latency=latency, crossbars=crossbars)
     check("compress", optional=("examples", "calibration_seconds"), examples=examples, calibration_seconds=calibration_seconds)
     model, budget, epochs = unwrapped(model), as_budget(budget, "compress", coded=True), index(epochs)
     where = layer_filter(where, model, "compress")
@@ -182,7 +185,7 @@ def compress(
         ExitStack() as held,
     ):
         step("reading the calibration set")
-        inputs, labels = example_inputs, loss is not None and not isinstance(loss, Unlabeled)
+        inputs, labels, start = example_inputs, loss is not None and not isinstance(loss, Unlabeled), attributes_of(model)
         if inputs is None:
             pairs = data if labels else with_outputs(model, first_examples(data, 1, dims=batch_dims))
             inputs = one_example(pairs, model, dims=batch_dims, owner="compress")
@@ -193,7 +196,7 @@ def compress(
         known = first_examples(data, examples, dims=batch_dims)
         more = None if reconstruct is None else reconstruct.examples
         unlabeled = [] if more is None else first_examples(given, more, dims=batch_dims)
-        judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
+        judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch, crossbars=crossbars)
         split = "calibration" if eval_data is None else "validation"
         low = model
         if budget.limits:
@@ -208,15 +211,16 @@ def compress(
             writing=writing,
             cut=cut,
             measure=type(loss).__name__ if isinstance(loss, Unlabeled) else "loss",
-            importance=None if importance is None else repr(importance),
+            importance=None if importance is None else said(importance),
             squeeze=squeeze,
             distill={"auto": [TEACHING, MEMORIZED]} if distill == "auto" else getattr(distill, "settings", None),
-            penalties=[repr(penalty) for penalty in penalties],
+            penalties=[said(penalty) for penalty in penalties],
             **tuning.settings,
             examples=examples,
             calibration_seconds=calibration_seconds,
             reconstruct=None if reconstruct is None else repr(reconstruct),
-            **identity_of(model, low, data, known, inputs, loss, tuning.optimizer, latency, calibration) if folder is not None else {},
+            **({} if crossbars is None else {"crossbars": repr(crossbars)}),
+            **identity_of(folder, model, low, data, known, eval_data, inputs, loss, tuning, latency, calibration, start),
         )
         if not budget.limits:
             step("scoring the dense network")
@@ -227,9 +231,9 @@ def compress(
         step("comparing outputs and pricing ranks")
         same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
         used = calls(low, inputs)
-        prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True, used=used)
-        if scheme == "auto" and latency is None and calibration is None:
-            low, prices = at_budget(low, budget, inputs, prices, model, used)
+        prices = ladder(low, inputs, latency, crossbars=crossbars, dense_model=model, check=True, own=True, used=used)
+        if scheme in AMONG and latency is None and calibration is None:
+            low, prices = at_budget(low, budget, inputs, prices, model, used, among=AMONG[scheme])
         check_floor(low, budget, prices)
         cutter = Cutter(
             judge, budget, inputs, importance, prices, calibration, batch_dims, step, reconstruct, unlabeled, calibration_seconds, progress
@@ -265,12 +269,12 @@ def compress(
                 rest = tuner.run(low, epochs - training, penalties, "finetune")
             history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
         step("merging and measuring")
-        final, measured = _finished(low, judge, inputs, latency)
+        final, measured = judge.finished(low, inputs, latency)
         if before is not None and worse_than(measured["final"], before[0]):
             told.dropped["fine-tuned"] = scores_of_measurement(measured["final"])
             low.load_state_dict(before[1])
-            final, measured = _finished(low, judge, inputs, latency)
-        counted("compress", budget, final, measured["final"].macs, prices)
+            final, measured = judge.finished(low, inputs, latency)
+        counted("compress", budget, final, measured["final"].macs, prices, inputs)
         if before is not None:
             scores["final"] = scores_of_measurement(measured["final"])
         taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
@@ -289,11 +293,3 @@ def _finish(made: Compressed, store: Store) -> Compressed:
     for warning in made.verdict.warnings:
         LOGGER.warning("compress: %s", warning)
     return made
-
-
-def _finished(low: nn.Module, judge: Judge, inputs: Any, latency: Latencies | None) -> tuple[nn.Module, dict[str, Measurement]]:
-    """Merge the network, compare its outputs and measure it beside the dense one."""
-    low.eval()
-    final = merge(low, latency=latency)
-    same_function(low, final, inputs_of(judge.known[0]), names=("cut", "merged"))
-    return final, judge.measured(final, inputs)

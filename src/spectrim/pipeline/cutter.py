@@ -58,7 +58,7 @@ class Cutter:
             self.step("calibrating")
             calibration = self._calibrated(low, notes)
         bench = Workbench(low, self.inputs, calibration, latency=self.prices.latency, prices=self.prices)
-        if self.calibration is None and calibration is not None and calibration.outputs:
+        if self.calibration is None and calibration is not None and (calibration.outputs or not calibration.slopes):
             bench = self._probed(low, bench, calibration, notes)
         best = self._made(bench, cut) if cut != "auto" else self._best(bench, trains, start, notes)
         bench.show(best)

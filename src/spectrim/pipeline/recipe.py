@@ -195,12 +195,12 @@ def _check(recipe: Recipe, cut: bool) -> None:
     given = [name for name in ("rule", "budget", "ranks") if getattr(recipe.prune, name) is not None]
     if len(given) > 1 or (cut and not given):
         raise RecipeError("prune", f"has {' and '.join(given) or 'none'} of rule, budget, ranks", allowed="exactly one")
-    for name in ("latency", "latency_s"):
+    missing = dict.fromkeys(("latency", "latency_s"), ("a latency table", "latency_table and allocate in Python"))
+    missing |= dict.fromkeys(("tiles", "tile_reads", "tile_count"), ("crossbars", "spectrim compress --tiles 0.3 --crossbars ..."))
+    for name, (what, instead) in missing.items():
         if recipe.prune.budget is not None and name in recipe.prune.budget.limits:
-            problem = "needs a latency table, which a recipe does not make"
-            raise RecipeError(
-                f"prune.budget.{name}", problem, allowed="macs, params, size, size_bytes; or latency_table and allocate in Python"
-            )
+            problem = f"needs {what}, which a recipe does not {'make' if name.startswith('latency') else 'name'}"
+            raise RecipeError(f"prune.budget.{name}", problem, allowed=f"macs, params, size, size_bytes; or {instead}")
     if recipe.prune.budget is not None and recipe.prune.budget.coded_bytes is not None:
         problem = "is met by rounding, which a recipe does not do"
         raise RecipeError("prune.budget.coded_bytes", problem, allowed="macs, params, size, size_bytes; or spectrim compress --coded-bytes")

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from spectrim.budget.plan_table import Plan, WeightPlan
+from spectrim.budget.plan_rows import WeightPlan
+from spectrim.budget.plan_table import Plan
 from spectrim.errors import FormatError
 from spectrim.files import check_digest, read_json
 from spectrim.forms.form import rung_of

@@ -175,8 +175,11 @@ function compared(pair, measured, split) {
     ["coded file, bytes", (m) => m.coded_bytes && whole(m.coded_bytes)],
     ["values in it, bytes", (m) => m.coded_bytes && whole(m.data_bytes)],
     ["positions of zeros, bytes", (m) => m.coded_bytes && whole(m.index_bytes)],
+    ["tiles", (m) => m.tiles && whole(m.tiles)],
+    ["tile reads", (m) => m.tile_reads && whole(m.tile_reads)],
     ["latency", (m) => m.latency_s && `${milliseconds(m.latency_s)} ± ${(500 * m.latency_iqr_s).toFixed(3)}`],
     ["MAC reduction", ratio("macs")],
+    ["tile reduction", ratio("tiles")],
     ["compression (bytes)", ratio("size_bytes")],
     ["compression (coded file)", (m) => m.coded_bytes && `${(dense.size_bytes / m.coded_bytes).toFixed(2)}x`],
     ["speedup (measured)", ratio("latency_s")],
@@ -207,7 +210,7 @@ function budgets(parent) {
     const name = Object.entries(row.budget).map(([key, value]) => `${key} ${value <= 1 ? percent(value, 0) : whole(value)}`).join(", ");
     return row.totals ? cells(name, row.totals) : [name, `cannot be met: ${row.problem}`];
   });
-  const titles = ["budget", "MACs", "parameters", "bytes", "latency, predicted", "output error", "loss", "accuracy"];
+  const titles = ["budget", "MACs", "parameters", "bytes", "tiles", "tile reads", "latency, predicted", "output error", "loss", "accuracy"];
   const all = [cells("dense", PLAN.dense), ...rows.filter((row) => row.length > 2)];
   const kept = titles.map((_, index) => index).filter((index) => index < 4 || all.some((row) => row[index]));
   table(parent, kept.map((index) => titles[index]), all.map((row) => kept.map((index) => row[index])));
@@ -228,6 +231,8 @@ function cells(name, t) {
     part(t.macs, PLAN.dense.macs),
     part(t.params, PLAN.dense.params),
     part(t.size_bytes, PLAN.dense.size_bytes),
+    t.tiles ? part(t.tiles, PLAN.dense.tiles) : "",
+    t.tile_reads ? part(t.tile_reads, PLAN.dense.tile_reads) : "",
     filled(t.latency_s, milliseconds),
     filled(t.output_error, (value) => percent(value, 2)),
     filled(t.loss, (value) => value.toFixed(4)),

@@ -59,6 +59,10 @@ INPUT_NAMES = "input_names"
 """Method of an ExecuTorch file that returns the names of its inputs, with commas between."""
 
 
+DIGEST = "spectrim_digest"
+"""Method of an ExecuTorch file that returns what `file_digest` wrote."""
+
+
 def _executorch() -> Any:
     with quietly():
         return import_module("executorch.runtime").Runtime.get()

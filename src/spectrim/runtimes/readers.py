@@ -12,6 +12,7 @@ from torch import Tensor
 from spectrim.errors import FormatError, SettingError
 from spectrim.metrics.calls import call_model
 from spectrim.runtimes.blame import first_line
+from spectrim.runtimes.file_digest import verify_file
 from spectrim.runtimes.formats import INPUT_NAMES, TITLES, Runner, _executorch, _format_of, _require
 from spectrim.runtimes.onnx_digest import verify
 from spectrim.runtimes.quiet import _quiet, _quiet_stderr
@@ -98,6 +99,7 @@ def _open_onnx(path: Path, threads: int | None) -> Runner:
 
 
 def _open_executorch(path: Path, threads: int | None) -> Runner:
+    verify_file(path)
     runtime = _executorch()
     with _quiet_stderr():
         if threads is not None:
@@ -116,6 +118,7 @@ def _open_executorch(path: Path, threads: int | None) -> Runner:
 
 
 def _open_openvino(path: Path, threads: int | None) -> Runner:
+    verify_file(path, [path.with_suffix(".bin")])
     openvino = import_module("openvino")
     settings = {"INFERENCE_PRECISION_HINT": "f32"} | ({} if threads is None else {"INFERENCE_NUM_THREADS": threads})
     compiled = openvino.Core().compile_model(str(path), "CPU", settings)

@@ -16,7 +16,8 @@ from torch.export import ExportedProgram
 
 from spectrim.errors import ExportError
 from spectrim.runtimes.blame import _blame, _Place, _root, first_line, layer_of
-from spectrim.runtimes.formats import INPUT_NAMES, _executorch, _Names
+from spectrim.runtimes.file_digest import EMPTY, seal_file
+from spectrim.runtimes.formats import DIGEST, INPUT_NAMES, _executorch, _Names
 from spectrim.runtimes.onnx_digest import seal
 from spectrim.runtimes.quiet import quietly
 from spectrim.tables import Format
@@ -65,7 +66,7 @@ def _write_executorch(program: ExportedProgram, file: Path, names: _Names, half:
     try:
         with quietly():
             # inputs have no names in the file, so a second method returns them
-            known = {INPUT_NAMES: ",".join(names.inputs)}
+            known = {INPUT_NAMES: ",".join(names.inputs), DIGEST: EMPTY}
             edge = exir.to_edge_transform_and_lower(
                 program,
                 partitioner=[xnnpack.XnnpackPartitioner()],
@@ -90,6 +91,7 @@ def _write_executorch(program: ExportedProgram, file: Path, names: _Names, half:
             raise ExportError("executorch", problem, operator=operator, layer=_layer_with(graph, entry.name), hint=_OTHER)
     with file.open("wb") as stream:
         made.write_to_file(stream)
+    seal_file(file)
     return _Content(*_delegated(delegation))
 
 
@@ -120,11 +122,13 @@ def _write_openvino(program: ExportedProgram, file: Path, names: _Names, half: b
     try:
         with quietly():
             made = openvino.convert_model(between)
+            made.set_rt_info(EMPTY, ["spectrim", "sha256"])
             openvino.save_model(made, file, compress_to_fp16=half)
     except Exception as error:  # of its front end
         operator, layer = _onnx_node(between, str(error))
         problem = f"cannot be converted: {_conversion_problem(error)}"
         raise ExportError("openvino", problem, operator=operator, layer=layer, hint=_OTHER) from error
+    seal_file(file, [file.with_suffix(".bin")])
     return _Content(dict(Counter(operation.get_type_name() for operation in made.get_ops())))
 
 

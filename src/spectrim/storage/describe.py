@@ -11,6 +11,7 @@ from spectrim.plain.chain import PlainPair
 from spectrim.plain.interpolative import PlainColumns, PlainRows
 from spectrim.plain.pieces import PlainInterpolative
 from spectrim.plain.quaternion import QConv1d, QConv2d, QConv3d, QLinear
+from spectrim.plain.reader import PlainReader
 from spectrim.plain.recurrent import PlainRecurrent
 
 CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -93,6 +94,10 @@ def describe(module: nn.Module) -> list[dict[str, Any]] | None:
         parts = [_settings(part, SETTINGS[type(part)]) | _bias(part) for part in (module.kept, module.mix)]
         pieces = {"start": module.start, "gather": module.gather is not None, "conv1d": hasattr(module, "nx")}
         return [{"kind": str(module._get_name()), "parts": parts} | pieces]
+    if isinstance(module, PlainReader):
+        held: dict[str, Any] = dict(module.thin_weights.items())
+        pairs = {name: [list(pair.left.shape), list(pair.right.shape)] for name, pair in held.items()}
+        return [{"kind": "PlainReader", "pairs": pairs}]
     if isinstance(module, PlainRecurrent):
         return [_settings(module, (*RECURRENT, "given"))]
     if isinstance(module, PlainAttention):

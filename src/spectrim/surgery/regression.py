@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectrim import linalg
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.fold import leading
 from spectrim.linalg.gram import MomentSum, precise
+from spectrim.linalg.spectral import LEFT_FLOOR, metric_root
 from spectrim.surgery.decompositions import unit_rows
 from spectrim.surgery.side_by_side import _Met
 
@@ -189,15 +189,16 @@ def _divided(right: Tensor, moment: Tensor) -> Tensor:
 def truncated(rank: int, target: Tensor, metric: Tensor, left: Tensor | None) -> Parts:
     """Return the best approximation of `target` of that rank in the metrics of the inputs and, where given, the outputs.
 
-    Without a metric of the outputs it is the projection of `target` onto the leading eigenvectors of ``T metric T^T``.
+    With ``R^T R`` the metric of the outputs it is ``R^-1 E E^T R target``, with ``E`` the leading eigenvectors of ``R T metric T^T R^T``.
     """
-    if left is not None and rank < min(target.shape[-2:]):
-        X, _, Y = linalg.weighted_svd(*linalg.svd(target), left, metric)
-        return unit_rows(X[..., :rank], Y[..., :rank, :])
-    Q, R = torch.linalg.qr(target)  # of the smaller side
-    gram = R @ metric @ R.mT
+    Q, core = torch.linalg.qr(target)  # of the smaller side
+    gram = core @ metric @ core.mT
+    root, inverse = metric_root(Q, left, LEFT_FLOOR)
+    gram = gram if left is None else root @ gram @ root.mT
     basis = torch.linalg.eigh((gram + gram.mT) / 2).eigenvectors[..., -rank:]
-    return unit_rows(Q @ basis, basis.mT @ R)
+    if left is None:
+        return unit_rows(Q @ basis, basis.mT @ core)
+    return unit_rows(Q @ (inverse @ basis), basis.mT @ (root @ core))
 
 
 def _sizes(layer: Any) -> tuple[int, int, int, int]:

@@ -116,12 +116,15 @@ def test_files_that_cannot_be_read(suffix: str, tmp_path: Path) -> None:
         run_exported(path, torch.randn(2, 4))
 
 
-def test_one_flipped_bit_in_the_weights_of_a_pt2(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("suffix", "package"), [(".pt2", "torch"), (".pte", "executorch"), (".xml", "openvino")])
+def test_one_flipped_bit_in_the_weights_of_a_file(suffix: str, package: str, tmp_path: Path) -> None:
+    pytest.importorskip(package)
     model = nn.Linear(64, 64)
-    path = export(model, torch.zeros(2, 64), tmp_path / "file.pt2").path
-    content = path.read_bytes()
+    path = export(model, torch.zeros(2, 64), tmp_path / f"file{suffix}").path
+    held = path.with_suffix(".bin") if suffix == ".xml" else path
+    content = held.read_bytes()
     place = content.index(model.weight.detach().numpy().tobytes()[:64]) + 7
-    path.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])
+    held.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])
     with pytest.raises(FormatError, match="is damaged"):
         run_exported(path, torch.zeros(2, 64))
 

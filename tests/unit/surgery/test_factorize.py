@@ -84,7 +84,7 @@ def test_an_unknown_scheme_is_refused() -> None:
     factorize = inspect.unwrap(sp.factorize)  # without the checks of argument types
     with pytest.raises(
         SettingError,
-        match=r"factorize: scheme must be 'auto', 'channel', 'spatial', 'input', 'tucker', 'cp', 'tt' or 'quaternion', got 'diagonal'",
+        match=r"factorize: scheme must be 'auto', 'all', 'channel', .*, 'tt' or 'quaternion', got 'diagonal'",
     ):
         factorize(network(), "diagonal")
 
