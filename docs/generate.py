@@ -70,7 +70,6 @@ FURTHER = {
         "spectrim.storage.pack.Packed",
     ],
     "Crossbars": [
-        "spectrim.runtimes.crossbar.Crossbars",
         "spectrim.runtimes.crossbar.Device",
         "spectrim.runtimes.crossbar.Mapping",
         "spectrim.runtimes.crossbar.on_crossbars",

@@ -173,7 +173,9 @@ def test_a_plain_model_is_copied_too() -> None:
     assert not torch.equal(copy(torch.ones(2, 4))[0], low(torch.ones(2, 4))[0]), "the copy's LSTM runs its own weights"
 
 
-def test_importing_leaves_accelerate_aside() -> None:
-    code = "import sys, spectrim; assert 'accelerate' not in sys.modules, 'imported'"
+def test_importing_leaves_accelerate_aside_and_the_command_line_what_few_commands_need() -> None:
+    code = "import sys, spectrim.cli; names = ('torch', 'scipy', 'accelerate'); assert not {*names} & {*sys.modules}, 'for --help';"
+    code += "import spectrim.cli.commands; late = ('scipy.optimize', 'scipy.linalg', 'accelerate', 'transformers', 'onnx', 'matplotlib');"
+    code += "assert not {*late} & {*sys.modules}, {*late} & {*sys.modules}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -34,7 +34,8 @@ class QuaternionLayer(nn.Module):
     Args:
         shape: of the weight, ``(out, in / 4, ...)``: the four parts of ``out / 4`` rows of quaternions on top of each other.
         bias: whether there is one.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
     """
 
     weight: Tensor
@@ -78,7 +79,8 @@ class QLinear(QuaternionLayer):
         in_features: real ones, divisible by 4.
         out_features: real ones, divisible by 4.
         bias: a real number for each output.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         ValueError: for features that are not divisible by 4.
@@ -121,7 +123,8 @@ class QConv(QuaternionLayer):
         padding: as `kernel_size`, or ``"same"`` or ``"valid"``.
         dilation: as `kernel_size`.
         bias: a real number for each output channel.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Raises:
         ValueError: for channels that are not divisible by 4.

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 from torch import nn
 
 from spectrim.errors import SettingError
@@ -135,6 +134,8 @@ def shifted_to(values: Vector, cost: float, macs: Vector, limits: tuple[int, int
         >>> shifted_to(np.array([3.0, 5.0]), 4.0**2 + 6.0**2, np.ones(2), (3, 8), 0).round(6)
         array([4., 6.])
     """
+    from scipy.optimize import brentq  # here, because it takes long to import and few commands need it
+
     least, most = limits
 
     def at(shift: float) -> Vector:

@@ -73,7 +73,7 @@ def call(*args: str) -> int:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"path": "file.bin"}, r"path must be .*\.pt2, \.onnx, \.pte, \.xml, got 'file.bin'"),
+        ({"path": "file.bin"}, r"path must be .*\.pt2, \.onnx, \.pte, \.xml, \.tflite, got 'file.bin'"),
         ({"path": "file"}, "give the file a suffix"),
         ({"path": "file.pt2", "format": "onnx"}, r"suffix \.onnx for format='onnx'"),
         ({"path": "file.pte", "max_batch": 1}, r"max_batch must be at least the batch of the inputs \(2\), got 1"),

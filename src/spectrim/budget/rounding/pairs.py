@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.linalg import solve_triangular
 from torch import nn
 
 from spectrim.budget.rounding.curves import INPUTS, OUTPUTS, WIDEST, Curve, Rounding, curve_of
@@ -67,6 +66,8 @@ def options_of(weight: Weight, met: Moments, dense: Curve) -> list[Option]:
         met: its moments.
         dense: its curve.
     """
+    from scipy.linalg import solve_triangular  # here, because it takes long to import and few commands need it
+
     found = [Option(None, [dense])]
     matrices = weight.matrices().cpu().numpy()
     blocks, out, in_ = matrices.shape
