@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from spectrim.checks import check
 from spectrim.errors import SettingError
 from spectrim.forms.form import Form
-from spectrim.layers import KINDS, is_factorized, kind_of
+from spectrim.layers import METHODS, is_factorized, kind_of
 from spectrim.protocols import LayerFilter, Where
 from spectrim.surgery.exchange import HELD, held_elsewhere
 from spectrim.surgery.head import head_of
@@ -140,7 +140,7 @@ def refusal(module: nn.Module) -> str | None:
 
 def kind_of_class(kind: type) -> bool:
     """Whether a class is one of the dense kinds."""
-    return any(kind in candidate.dense_kinds for candidate in KINDS)
+    return any(kind in row.method.dense_kinds for row in METHODS)
 
 
 def decide(
