@@ -4,8 +4,8 @@
 .venv/bin/python benchmarks/crossbar.py --render   # writes table and picture of the method card from them
 
 LeNet-5 on Fashion-MNIST (its dense weights lie in ``results/forms``), 32 x 32 tiles of 4-bit cells. Three networks: dense and mapped after
-training; trained on for an epoch with weights on 4-bit levels; low rank at half the parameters, trained on for an epoch. Ten draws of the
-device for each deviation, 1,000 images of the test split, on which nothing is chosen.
+training; trained on for an epoch with weights on the levels of the mapping (a sign and 4 bits); low rank at half the parameters, trained
+on for an epoch. Ten draws of the device for each deviation, 1,000 images of the test split, on which nothing is chosen.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def networks(seed: int) -> dict[str, nn.Module]:
         sp.fit(model, data.train, loss, torch.optim.Adam(model.parameters(), 3e-4), 1, courses=courses, progress=False)
         return model.eval()
 
-    made = {"dense": dense, "trained on levels": trained(dense_of("lenet5").train(), [StraightThrough({"*": Levels(BITS)})])}
+    made = {"dense": dense, "trained on levels": trained(dense_of("lenet5").train(), [StraightThrough({"*": Levels(BITS + 1)})])}
     images = next(iter(data.val))[0][:1]
     low = sp.factorize(dense)
     low = sp.prune(low, sp.allocate(low, sp.Budget(params=PARAMS), images))
@@ -75,7 +75,7 @@ def run(seed: int) -> list[dict[str, Any]]:
 def groups() -> dict[tuple[str, float], list[dict[str, Any]]]:
     """Return the rows of all seeds by network and deviation."""
     found = defaultdict(list)
-    for path in sorted(RESULTS.glob("*.json")):
+    for path in sorted(RESULTS.glob("lenet5-*.json")):
         for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
             found[row["network"], row["sigma"]].append(row)
     return found

@@ -43,7 +43,7 @@ RESULTS = HERE / "results" / "export"
 PAGE = HERE.parent / "docs" / "export.md"
 BUDGET = 0.5
 BATCHES = (1, 4)
-FORMATS = {format: suffix for suffix, format in SUFFIXES.items()}
+FORMATS = {format: suffix for suffix, format in SUFFIXES.items() if format != "litert"}  # which takes another environment, with jax
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "executorch", "openvino", "transformers")
 HEAD = f"""# Export
 

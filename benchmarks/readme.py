@@ -1,8 +1,9 @@
-"""Render the table of results in ``README.md``, and the picture above it, from ``benchmarks/results/compare``; no number is typed.
+"""Render the tables of ``README.md``, and the picture above them, from result files of ``compare`` and ``micro``; no number is typed.
 
 ``--check`` compares the table.
 """
 
+import json
 import re
 import statistics
 import sys
@@ -27,6 +28,10 @@ INSTEAD = {"truncated": "truncated_distilled"}
 
 CURVE = "resnet8"
 """The network whose trade-off the picture shows."""
+
+SECONDS = Path(__file__).resolve().parent / "micro" / "results" / "latency.json"
+RUNTIMES = {"onnx": "ONNX Runtime", "compiled": "torch, compiled"}
+"""Where seconds are measured."""
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs" / "plots" / "first-screen.svg"
 
@@ -64,6 +69,13 @@ def table() -> str:
     return markdown(["network", "MACs kept", "seeds", "dense", *METHODS.values()], lines)
 
 
+def speed() -> str:
+    """Return the speed-ups at half the multiply-accumulates, ranks by seconds: a row for each runtime, a column for each network."""
+    points = json.loads(SECONDS.read_text(encoding="utf-8"))["points"]
+    rows = [[title, *(f"{point[key]['timed']['median']:.2f}x" for point in points)] for key, title in RUNTIMES.items()]
+    return markdown(["faster by", *(point["network"].replace(" channels", "") for point in points)], rows)
+
+
 def picture() -> None:
     """Draw a weight as two thin ones, and the trade-off of one network by the committed results."""
     import matplotlib as mpl
@@ -99,7 +111,8 @@ def picture() -> None:
 
 def render(page: str) -> str:
     """Return the page with today's table between its marks."""
-    return re.sub(r"(<!-- results -->\n\n).*?(\n<!-- end -->)", lambda match: match[1] + table() + match[2], page, flags=re.DOTALL)
+    page = re.sub(r"(<!-- results -->\n\n).*?(\n<!-- end -->)", lambda match: match[1] + table() + match[2], page, flags=re.DOTALL)
+    return re.sub(r"(<!-- speed -->\n\n).*?(\n<!-- end -->)", lambda match: match[1] + speed() + match[2], page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Write ``docs/reference.md`` and ``docs/methods/index.md`` from public names and tables of methods: ``python docs/generate.py``."""
+"""Write ``docs/reference`` and ``docs/methods/index.md`` from public names and tables of methods: ``python docs/generate.py``."""
 
 import importlib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ FURTHER = {
         "spectrim.storage.pack.Packed",
     ],
     "Crossbars": [
+        "spectrim.runtimes.crossbar.Crossbars",
         "spectrim.runtimes.crossbar.Device",
         "spectrim.runtimes.crossbar.Mapping",
         "spectrim.runtimes.crossbar.on_crossbars",
@@ -153,22 +155,52 @@ def blocks(paths: Iterable[str]) -> list[str]:
     return [f"::: {path}" for path in paths]
 
 
+def functions() -> list[str]:
+    """Return the verbs in the order of the pipeline."""
+    found = [name for name, thing in public().items() if inspect.isfunction(thing)]
+    return sorted(found, key=lambda name: (VERBS.index(name) if name in VERBS else len(VERBS), name))
+
+
+def values() -> list[str]:
+    """Return the public names that are neither verbs nor rows of a table."""
+    return [name for name, thing in public().items() if not inspect.isfunction(thing)]
+
+
+def slug(heading: str) -> str:
+    """Return the file name of a heading, without its suffix."""
+    return heading.lower().replace(" ", "-")
+
+
 def reference() -> str:
-    """Return the reference: verbs in the order of the pipeline, values, the tables of methods, layers, and what is further down."""
-    names = public()
-    functions = [name for name, thing in names.items() if inspect.isfunction(thing)]
-    verbs = sorted(functions, key=lambda name: (VERBS.index(name) if name in VERBS else len(VERBS), name))
-    lines = ["# Reference", "", NOTE, "", "## Verbs", "", *blocks(f"spectrim.{name}" for name in verbs)]
-    lines += ["", "## Values", "", *blocks(f"spectrim.{name}" for name in names if name not in functions)]
+    """Return the first page of the reference: a line for each verb, the tables of methods, layers, and what is further down."""
+    lines = ["# Reference", "", NOTE, "", "## Verbs", ""]
+    lines += [f"- [`{name}`]({name}.md): {summary(getattr(spectrim, name))}" for name in functions()]
+    lines += ["", "## Values", "", *(f"- [`{name}`]({name}.md): {summary(getattr(spectrim, name))}" for name in values())]
     for heading, module, contract in TABLES:
         lines += ["", f"## {heading}", "", summary(contract), ""]
         for method in classes(methods_of(module)):
             lines.append(f"- [`{method.__name__}`][{path_of(method, module)}]: {summary(method)}")
-    lines += ["", "## Kinds of layers", "", "What each of them takes is in [supported layers](supported-layers.md).", ""]
+    lines += ["", "## Kinds of layers", "", "What each of them takes is in [supported layers](../supported-layers.md).", ""]
     lines += [f"- `{row.label}`: {summary(row.method)}" for row in METHODS]
+    lines += ["", "## Below the top level", ""]
     for heading, paths in FURTHER.items():
-        lines += ["", f"## {heading}", "", *blocks(paths)]
+        names = (path.rpartition(".")[2] for path in paths)
+        lines.append(f"- [{heading}]({slug(heading)}.md): {', '.join(f'`{name}`' for name in names)}")
     return "\n".join(lines) + "\n"
+
+
+def page(title: str, paths: Sequence[str]) -> str:
+    """Return a page of the reference: what mkdocstrings replaces by the documentation of each name."""
+    return "\n".join([f"# {title}", "", *blocks(paths)]) + "\n"
+
+
+def pages() -> dict[Path, Callable[[], str]]:
+    """Return what writes each page: one for each verb and value, and for each group of other names."""
+    folder = DOCS / "reference"
+    made: dict[Path, Callable[[], str]] = {folder / "index.md": reference}
+    made |= {folder / f"{name}.md": partial(page, name, [f"spectrim.{name}"]) for name in [*functions(), *values()]}
+    made |= {folder / f"{slug(heading)}.md": partial(page, heading, paths) for heading, paths in FURTHER.items()}
+    return made | {DOCS / "methods" / "index.md": index}
 
 
 def entry(method: type, module: str, rows: Sequence[Row[Any]]) -> list[str]:
@@ -193,8 +225,9 @@ def index() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {DOCS / "reference.md": reference, DOCS / "methods" / "index.md": index}
+PAGES = pages()
 
 if __name__ == "__main__":
+    (DOCS / "reference").mkdir(exist_ok=True)
     for path, render in PAGES.items():
         path.write_text(render(), encoding="utf-8")

@@ -60,6 +60,7 @@ def render() -> str:
     note += (
         "axis with more than one, then those of the others. Listed are those that differ; stride, padding and dilation follow the taps.\n"
     )
+    note += "\nQuaternion layers take the scheme `quaternion`, whatever is asked for: [quaternion SVD](methods/quaternion-svd.md).\n"
     note += "\nThe projections of a recurrent or attention layer are cut one by one; where none pays, the dense fused layer is written.\n"
     return HEAD + "\n".join(rows()) + "\n" + note
 

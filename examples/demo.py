@@ -78,7 +78,7 @@ def main() -> None:
         print(f"{name}: {verdict(measured['dense'], measured[name], trained=True, split='test split')}\n")
     OUT.mkdir(parents=True, exist_ok=True)
     try:
-        made_file = sp.export(networks["compress 25 %"], x, OUT / "compress-25.onnx")
+        made_file = sp.export(networks["compress 25 %"], x, OUT / "compress-25.onnx", progress=False)
         print(f"{made_file.path}: ONNX, its outputs compared with the network's: largest difference {made_file.difference:.1e}")
     except (ImportError, ExportError) as error:
         print(f"no ONNX file: {error}")

@@ -1,6 +1,7 @@
 """Fill the tables of the analysis pages from the result files: no number is typed. ``--check`` only compares."""
 
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -255,6 +256,41 @@ def few_classes(result: dict[str, Any]) -> str:
     return table(["weight", "test accuracy, %", "NC1, training images", "NC4, %"], rows, note)
 
 
+def quaternion_layers(result: dict[str, Any]) -> str:
+    own, rows = result["settings"], []
+    for kind in dict.fromkeys(row["network"] for row in result["rows"]):
+        chosen = [row for row in result["rows"] if row["network"] == kind]
+        for stage, label in (("whole", "trained"), ("cut", "cut to half"), ("tuned", "cut to half, fine-tuned")):
+            values = [row[stage]["accuracy"] for row in chosen]
+            first = chosen[0][stage]
+            rows.append([f"{kind}, {label}", f"{first['numbers']:,}", f"{first['macs'] / 1e6:.2f}", percent(values), str(len(values))])
+    images = f"CIFAR-10: {own['images']} training images, {own['epochs']} epochs, a quarter of them again after the cut, "
+    rest = f"the first {own['test']} test images; seeds 0 to 2; cut by calibration to half the numbers; multiply-accumulates in millions."
+    return table(["network", "numbers", "MACs", "test accuracy, %", "seeds"], rows, images + rest)
+
+
+def starting_ranks(result: dict[str, Any]) -> str:
+    own, rows = result["settings"], []
+    for trained in dict.fromkeys(row["decay_trained"] for row in result["rows"]):
+        chosen = [row for row in result["rows"] if row["decay_trained"] == trained]
+        label = "with weight decay" if trained else "without"
+        whole = [f"{chosen[0]['numbers']:,}", "", percent([row["accuracy"] for row in chosen]), "", ""]
+        rows.append([f"{label}, dense", *whole, spread([row["alignment"] for row in chosen])])
+        for place, first in enumerate(chosen[0]["cuts"]):
+            cuts = [row["cuts"][place] for row in chosen]
+            ranks = [f"{min(values)} to {max(values)}" for values in zip(*(cut["ranks"] for cut in cuts), strict=True)]
+            cells = [percent([cut[name][stage] for cut in cuts]) for name in ("suggested", "allocated") for stage in ("cut", "tuned")]
+            shown = [f"{cells[0]}; {cells[1]}", f"{cells[2]}; {cells[3]}"]
+            numbers = f"{statistics.mean(cut['numbers'] for cut in cuts):,.0f}"
+            rows.append([f"{label}, {first['decay']:g}", numbers, ", ".join(ranks), "", *shown, spread([cut["alignment"] for cut in cuts])])
+    start = spread([row["alignment_at_start"] for row in result["rows"]])
+    network = f"MLP with 3 hidden layers of {own['hidden']}"
+    note = f"{network}, {own['images']} MNIST images, {own['epochs']} epochs, {own['tune']} after a cut, seeds 0 to 2; "
+    more = f"accuracy on the first {own['test']} test images, % as cut; fine-tuned. Alignment before training: {start}."
+    head = ["trained, decay of the cut", "numbers", "ranks, least to most", "dense", "suggested", "allocated at these numbers", "alignment"]
+    return table(head, rows, note + more)
+
+
 Section = Callable[[dict[str, Any]], str]
 SECTIONS: dict[str, dict[str, tuple[str, Section]]] = {
     "methods/convolution-spectra.md": {
@@ -268,10 +304,15 @@ SECTIONS: dict[str, dict[str, tuple[str, Section]]] = {
         "program": ("duality", program),
         "whitened": ("duality", whitened),
         "trained": ("duality", trained),
+        "starting-ranks": ("starting_ranks", starting_ranks),
     },
     "methods/bayesian-ranks.md": {"bayes": ("bayes", bayes), "bayes-networks": ("bayes", bayes_networks)},
     "methods/few-labels.md": {"structured": ("few_labels", structured), "classes": ("few_labels", few_classes)},
-    "methods/quaternion-svd.md": {"images": ("images", images), "randomized": ("images", randomized)},
+    "methods/quaternion-svd.md": {
+        "layers": ("quaternion_layers", quaternion_layers),
+        "images": ("images", images),
+        "randomized": ("images", randomized),
+    },
     "howto/certify-a-network.md": {"resnet20": ("spectra", resnet20), "digits": ("spectra", digits)},
 }
 """By page: the marks in it, the result file of each and what renders it."""

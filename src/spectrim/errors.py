@@ -68,11 +68,23 @@ class WriteError(SpectrimError, OSError):
         self.errno = errno
 
 
-class RecipeError(SpectrimError):
+class UsageError(SpectrimError):
+    """A call of the command line that cannot run: the command or option, what is wrong with it, what is allowed.
+
+    Examples:
+        >>> print(UsageError("--macs", "got '1.5'", allowed="fractions kept, in (0, 1]"))
+        --macs: got '1.5'; allowed: fractions kept, in (0, 1]
+    """
+
+    def __init__(self, what: str, problem: str, *, allowed: str = "") -> None:
+        super().__init__(f"{what}: {problem}" + (f"; allowed: {allowed}" if allowed else ""))
+
+
+class RecipeError(UsageError):
     """A recipe that cannot run: the key, the value given, what is allowed."""
 
     def __init__(self, key: str, problem: str, *, allowed: str = "") -> None:
-        super().__init__(f"recipe key '{key}': {problem}" + (f"; allowed: {allowed}" if allowed else ""))
+        super().__init__(f"recipe key '{key}'", problem, allowed=allowed)
 
 
 class ExportError(SpectrimError):
@@ -99,9 +111,14 @@ class ExportError(SpectrimError):
 class DivergedError(RuntimeError):
     """Training produced values that are not finite: which, the step, the layer with the largest gradient, the last good checkpoint."""
 
-    def __init__(self, what: str, *, epoch: int, step: int, layer: str, grad_norm: float, checkpoint: object | None) -> None:
+    def __init__(
+        self, what: str, *, epoch: int, step: int, layer: str, grad_norm: float, checkpoint: object | None, half: bool = False
+    ) -> None:
         where = f"last good checkpoint: {checkpoint}" if checkpoint else "no checkpoint was written (pass checkpoint=FOLDER)"
+        advice = "a lower learning rate, Tuning(clip=1.0) or weaker penalties"
+        if half:
+            advice = "float32 or bfloat16 parameters, since float16 ones under- and overflow in an optimizer (mixed precision does not)"
         super().__init__(
             f"{what} at step {step} (epoch {epoch}); the largest gradient before it was in "
-            f"'{layer}' (norm {grad_norm:.3g}); {where}; try a lower learning rate, Tuning(clip=1.0) or weaker penalties"
+            f"'{layer}' (norm {grad_norm:.3g}); {where}; try {advice}"
         )

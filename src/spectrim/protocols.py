@@ -207,6 +207,14 @@ class Latencies(Protocol):
 
 
 @runtime_checkable
+class Hardware(Protocol):
+    """Crossbars that a network is mapped to; `spectrim.runtimes.crossbar.Crossbars` is one."""
+
+    def price(self, model: nn.Module, inputs: Any = None, batch_size: int | None = None) -> Any:
+        """Return what a dense or merged network takes: an object with ``tiles`` and, with inputs, their ``reads`` for one example."""
+
+
+@runtime_checkable
 class LayerFilter(Protocol):
     """Selects layers by name and module."""
 

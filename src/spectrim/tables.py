@@ -11,9 +11,9 @@ from spectrim.errors import SettingError
 
 Example = TypeVar("Example")
 
-Format = Literal["pt2", "onnx", "executorch", "openvino"]
+Format = Literal["pt2", "onnx", "executorch", "openvino", "litert"]
 
-SUFFIXES: dict[str, Format] = {".pt2": "pt2", ".onnx": "onnx", ".pte": "executorch", ".xml": "openvino"}
+SUFFIXES: dict[str, Format] = {".pt2": "pt2", ".onnx": "onnx", ".pte": "executorch", ".xml": "openvino", ".tflite": "litert"}
 """The formats that `export` writes, by the suffixes of their files."""
 
 

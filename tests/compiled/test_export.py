@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as sp
-from spectrim.errors import ExportError
+from spectrim.errors import ExportError, SettingError
 from spectrim.layers import named_layers
 from spectrim.plain.attention import PlainAttention
 from spectrim.plain.chain import PlainPair
@@ -20,6 +20,7 @@ from spectrim.surgery.tensor_train import tensor_train
 from spectrim.tables import SUFFIXES
 
 PACKAGES = {".pt2": (), ".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pte": ("executorch",), ".xml": ("openvino", "onnx", "onnxscript")}
+PACKAGES[".tflite"] = ("litert_torch", "ai_edge_litert")
 
 
 def need(suffix: str) -> None:
@@ -95,7 +96,7 @@ def test_a_file_computes_what_the_model_computes(network: str, suffix: str, tmp_
 
     made = export(low, inputs(3), tmp_path / f"file{suffix}")
     assert made.format == SUFFIXES[suffix]
-    assert made.batches == ((1, 3, 8) if suffix == ".pte" else (1, 3, 4))
+    assert made.batches == {".pte": (1, 3, 8), ".tflite": (3,)}.get(suffix, (1, 3, 4))
     assert made.difference <= made.tolerance == 1e-4
     assert made.size_bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
     assert sorted(file.suffix for file in tmp_path.iterdir()) == ([".bin", ".xml"] if suffix == ".xml" else [suffix])
@@ -109,7 +110,7 @@ def test_a_file_computes_what_the_model_computes(network: str, suffix: str, tmp_
     assert next(named_layers(low), None) is not None
     torch.testing.assert_close(low.state_dict(), before, rtol=0, atol=0)
     low.eval()
-    for batch in (1, 2, 5):
+    for batch in (3,) if suffix == ".tflite" else (1, 2, 5):
         given = inputs(batch)
         if isinstance(given, dict):
             expected = low(**given)
@@ -142,7 +143,10 @@ def test_a_file_of_the_input_fold_computes_what_the_model_computes(suffix: str, 
     assert [layer.scheme for _, layer in named_layers(low)][:2] == ["input", "input"]
     made = export(low, conv(3), tmp_path / f"file{suffix}")
     assert made.difference <= made.tolerance == 1e-4
-    for batch in (1, 2, 5):
+    if suffix == ".tflite":
+        with pytest.raises(SettingError, match=r"must be of the shape \(3, 3, 8, 8\) that file.tflite was written for, got \(5, 3, 8, 8\)"):
+            run_exported(made.path, conv(5))
+    for batch in (3,) if suffix == ".tflite" else (1, 2, 5):
         given = conv(batch)
         torch.testing.assert_close(run_exported(made.path, given), low(given))
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import spectrim as sp
 from spectrim.budget.distortion import SpectralEnergy, compare_importances
 from spectrim.errors import SpectrimError
+from spectrim.runtimes.crossbar import Crossbars, Mapping
 
 LOSS = nn.CrossEntropyLoss()
 X, Y = torch.zeros(4, 6), torch.zeros(4, dtype=torch.long)
@@ -108,6 +109,7 @@ TABLE: dict[str, dict[str, tuple[Verb, tuple[Any, ...]]]] = {
         "inputs": (lambda v: sp.allocate(low(), 0.8, v), (*INPUTS, None)),
         "multiple": (lambda v: sp.allocate(low(), 0.8, X, multiple=v), COUNTS),
         "latency": (lambda v: sp.allocate(low(), 0.8, X, latency=v), (sp.budget.LatencyTable, 3, "table")),
+        "crossbars": (lambda v: sp.allocate(low(), 0.8, X, crossbars=v), (Crossbars, Mapping(), 128)),
     },
     "prune": {
         "model": (lambda v: sp.prune(v, sp.Energy(0.9)), MODELS),
@@ -142,6 +144,7 @@ TABLE: dict[str, dict[str, tuple[Verb, tuple[Any, ...]]]] = {
         "batch_size": (lambda v: sp.measure(net(), X, latency=False, batch_size=v), COUNTS),
         "threads": (lambda v: sp.measure(net(), X, threads=v), COUNTS),
         "batch_dims": (lambda v: sp.measure(net(), X, latency=False, batch_dims=v), (7, [5], {"no such": 0})),
+        "crossbars": (lambda v: sp.measure(net(), X, latency=False, crossbars=v), (Crossbars, Mapping(), 128)),
     },
     "compare_latency": {
         "models": (lambda v: sp.compare_latency(v, X), (net(), [net()], {"a": nn.Linear}, None)),

@@ -19,7 +19,7 @@ every_form = pytest.mark.parametrize("row", METHODS, ids=lambda row: row.label)
 
 
 def kernel(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(7, 5, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    return torch.randn(20, 5, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
 
 
 def form_of(row: Row[Any], dtype: torch.dtype = torch.float64) -> Any:
@@ -72,6 +72,8 @@ def test_prices_rise_and_distortions_fall_along_the_rungs(row: Row[Any]) -> None
 @pytest.mark.parametrize("far", [1e-3, 3.0], ids=["near", "far"])
 def test_retraction_makes_sides_orthonormal_and_keeps_what_it_can_of_the_weight(row: Row[Any], far: float) -> None:
     form = form_of(row)
+    if "sides held" not in row.laws:
+        pytest.skip("its sides are computed from its parts")
     with torch.no_grad():
         for side in form.sides():
             side.add_(far * torch.randn(side.shape, dtype=side.dtype, generator=torch.Generator().manual_seed(1)))

@@ -144,7 +144,7 @@ OPTIONS = [
 ]
 """Options of layers beside the examples in the table of kinds."""
 
-CASES = [Case(row.label, row.example[0].make, row.example[0].inputs) for row in METHODS] + OPTIONS
+CASES = [Case(row.label, example.make, example.inputs) for row in METHODS for example in row.example[:1]] + OPTIONS
 
 IN_ALL_FORMS = ("conv1d-same-circular", "conv2d-not-square", "conv2d-same-even-reflect", "conv3d-images")
 IN_ALL_FORMS += ("transposed2d-not-square", "transposed3d")

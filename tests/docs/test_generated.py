@@ -39,34 +39,55 @@ def test_pages_of_formats_and_measures_are_up_to_date(monkeypatch: pytest.Monkey
     assert text == rank_measures.render(text), "run python benchmarks/rank_measures.py --render"
 
 
-@pytest.mark.parametrize("page", ["reference.md", "methods/index.md"])
-def test_pages_from_the_tables_of_methods_are_up_to_date(page: str) -> None:
+def test_pages_from_the_tables_of_methods_are_up_to_date() -> None:
     pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))["PAGES"]
-    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == pages[ROOT / "docs" / page](), "run python docs/generate.py"
+    written = {
+        path: path.read_text(encoding="utf-8")
+        for path in [*(ROOT / "docs" / "reference").glob("*.md"), ROOT / "docs" / "methods" / "index.md"]
+    }
+    assert written == {path: render() for path, render in pages.items()}, "run python docs/generate.py"
 
 
-def test_every_public_name_is_in_the_reference() -> None:
+def reference() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "reference").glob("*.md")))
+
+
+def test_every_public_name_is_in_the_reference_and_every_verb_has_a_page() -> None:
     import spectrim
 
-    text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    text = reference()
     assert [name for name in spectrim.__all__ if f"::: spectrim.{name}\n" not in text and f"[spectrim.{name}]" not in text] == []
+    assert (ROOT / "docs" / "reference" / "compress.md").read_text(encoding="utf-8") == "# compress\n\n::: spectrim.compress\n"
 
 
 def test_every_name_in_the_reference_exists() -> None:
     import importlib
 
-    for path in re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(encoding="utf-8"), flags=re.MULTILINE):
+    for path in re.findall(r"^::: ([\w.]+)$", reference(), flags=re.MULTILINE):
         module, _, name = path.rpartition(".")
         if not module.startswith("spectrim.integrations."):  # these may need packages that are not installed
             assert hasattr(importlib.import_module(module), name), path
 
 
-def test_every_method_card_is_in_the_navigation() -> None:
-    hook = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["on_config"]
-    (methods,) = (item["Methods"] for item in hook({"nav": ["index.md", {"Methods": "methods/index.md"}]})["nav"][1:])
-    found = [path for page in methods for path in page.values()]
-    assert sorted(found) == sorted(f"methods/{page.name}" for page in (ROOT / "docs" / "methods").glob("*.md"))
-    assert len(set(found)) == len(found)
+def test_every_page_is_in_the_navigation_once() -> None:
+    yaml = pytest.importorskip("yaml")
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    loader.add_multi_constructor("!ENV", lambda loader, suffix, node: None)
+    hooks = runpy.run_path(str(ROOT / "docs" / "hooks.py"))
+    config = hooks["on_config"](yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), loader))
+    assert [next(iter(tab)) for tab in config["nav"]] == ["Learn", "How-to", "Explain", "Measured", "Reference"]
+    found = re.findall(r"'([\w/-]+\.md)'", str(config["nav"]))
+    docs = ROOT / "docs"
+    made = {*hooks["ROOT_PAGES"].values(), *(f"notebooks/{path.stem}.md" for path in (docs / "notebooks").glob("*.ipynb"))}
+    assert sorted(found) == sorted({path.relative_to(docs).as_posix() for path in docs.rglob("*.md")} | made)
+
+
+def test_nothing_is_installed_by_a_bare_name_that_somebody_else_could_take() -> None:
+    places = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "docs").rglob("*.ipynb")]
+    places += [*(ROOT / "src").rglob("*.py"), *(ROOT / "benchmarks").glob("*.md"), ROOT / "examples" / "demo.py"]
+    bare = re.compile(r"(pip|uv pip|pipx|uv) (install|add)[^\n`]*?\bspectrim\b")
+    assert bare.search("pip install 'spectrim[hf]'")
+    assert [path for path in places if bare.search(path.read_text(encoding="utf-8"))] == []
 
 
 def test_results_page_is_up_to_date() -> None:
@@ -190,9 +211,17 @@ def test_pruning_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> 
 def test_table_of_crossbars_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import crossbar
+    import crossbar_structured
 
-    assert list(crossbar.RESULTS.glob("*.json"))
-    assert crossbar.table() in crossbar.CARD.read_text(encoding="utf-8"), "run python benchmarks/crossbar.py --render"
+    card = crossbar.CARD.read_text(encoding="utf-8")
+    assert list(crossbar.RESULTS.glob("lenet5-*.json"))
+    assert crossbar.table() in card, "run python benchmarks/crossbar.py --render"
+    assert crossbar_structured.table() in card, "run python benchmarks/crossbar_structured.py --render"
+    for name, rows in crossbar_structured.rows().items():
+        assert rows, name
+        for row in rows:
+            assert row["digest"] == crossbar_structured.digest(row["settings"])
+            assert row["settings"] == row["settings"] | crossbar_structured.NETWORKS[name], f"{name}: the settings have changed since"
 
 
 def test_table_of_orthonormal_factors_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:

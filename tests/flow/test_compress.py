@@ -27,7 +27,7 @@ from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.cutter import Cutter
 from spectrim.pipeline.teaching import teacher_for, with_hint_layers
 from spectrim.plain.chain import PlainPair
-from spectrim.surgery.states import state_of
+from spectrim.surgery.states import Places
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -114,14 +114,14 @@ def test_ranks_are_mixed_where_that_costs_little(trained: tuple[nn.Module, Any],
         def scored(self: Any, bench: Any, kind: str) -> CutNetwork:
             loss = {best: 1.0, "mixed": mixed}.get(kind, 2.0)
             accuracy = 0.5 if kind == accurate else 0.4
-            return CutNetwork(kind, state_of(trained[0]), {}, {"corrected": Scores(loss=loss, accuracy=accuracy)})
+            return CutNetwork(kind, Places(trained[0]).state(), {}, {"corrected": Scores(loss=loss, accuracy=accuracy)})
 
         monkeypatch.setattr(Cutter, "_made", scored)
         monkeypatch.setattr(Workbench, "show", lambda self, made: None)
         cutter, bench = object.__new__(Cutter), object.__new__(Workbench)
         cutter.judge, cutter.importance = cast(Any, SimpleNamespace(dense={"loss": 0.1}, far=lambda *_: far)), None
-        bench.network = trained[0]
-        return cutter._best(bench, trains, []).way
+        bench.network, cutter.seconds = trained[0], None
+        return cutter._best(bench, trains, 0.0, []).way
 
     assert chosen("plain", 1.2) == chosen("whitened", 1.2) == "mixed"
     assert chosen("whitened", 1.3) == "whitened", "mixed ranks start too high"

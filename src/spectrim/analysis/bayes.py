@@ -73,9 +73,9 @@ def bayes_svd(Y: Tensor, noise: float | None = None, concentration: float = 1.0)
     Deviation: singular vectors are integrated out by their asymptotic laws, instead of sampling nearly orthogonal factors; the mode
         and its curvature, no samples.
     """
-    if Y.dim() != 2 or min(Y.shape) < 2 or not bool(torch.isfinite(Y).all()):
-        raise SettingError("bayes_svd", "Y", got=tuple(Y.shape), rule="a finite matrix, at least 2 x 2")
-    left, S, right = linalg.svd(Y)
+    if Y.dim() != 2 or min(Y.shape) < 2 or not bool(torch.isfinite(Y).all()) or not bool(Y.any()):
+        raise SettingError("bayes_svd", "Y", got=tuple(Y.shape), rule="a finite matrix, at least 2 x 2, not of zeros")
+    left, S, right = linalg.svd(Y.double())
     shape = (Y.shape[0], Y.shape[1])
     level = noise_level(S, shape) if noise is None else noise
     inclusion = inclusion_of(S, shape, level, concentration)

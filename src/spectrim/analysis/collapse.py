@@ -176,6 +176,8 @@ def _features(model: nn.Module, data: Iterable[Any], head: str) -> Iterator[tupl
                 raise LayerError(head, "does not read features (batch, d)", hint="name the classifier with head=")
             if not isinstance(target, Tensor) or target.is_floating_point() or target.dim() != 1 or int(target.min()) < 0:
                 raise SettingError("neural_collapse", "targets", got=target, rule="classes, integers >= 0 of shape (batch,)")
+            if not bool(torch.isfinite(held[-1]).all()):
+                raise LayerError(head, "reads features that are not finite", hint="look for NaN or overflow in the data or the model")
             yield held[-1], target, output
     finally:
         handle.remove()

@@ -118,6 +118,8 @@ def convex_optimum(
     if X.dim() != 2 or Y.dim() != 2 or len(X) != len(Y) or (formulation == "relu" and Y.shape[1] != 1):
         rule = "(n, in) and (n, out), one output for 'relu'"
         raise SettingError("convex_optimum", "inputs and targets", got=(tuple(X.shape), tuple(Y.shape)), rule=rule)
+    if not len(X) or not bool(torch.isfinite(X).all()) or not bool(torch.isfinite(Y).all()):
+        raise SettingError("convex_optimum", "inputs and targets", got=f"{len(X)} examples", rule="finite numbers of one example at least")
     D = arrangements(X) if patterns is None else patterns.double()
     if formulation == "gated_relu":
         return _accelerated(X, Y, D, regularizer, steps, tol)

@@ -94,6 +94,11 @@ def certificate(
     if method not in get_args(Bound):
         raise SettingError("certificate", "method", got=method, rule=f"one of {get_args(Bound)}")
     first, second, relu = two_layers(model)
+    if first.shape[1] != X.shape[1] or second.shape[0] != Y.shape[1]:
+        rule = f"(n, {first.shape[1]}) and (n, {second.shape[0]}), as the network has them"
+        raise SettingError("certificate", "inputs and targets", got=(tuple(X.shape), tuple(Y.shape)), rule=rule)
+    if not (bool(torch.isfinite(first).all()) and bool(torch.isfinite(second).all())):
+        raise LayerError(type(model).__name__, "holds NaN or infinite values", hint="load the last good checkpoint")
     hidden = X @ first.mT
     V = Y - (hidden.clamp(min=0) if relu else hidden) @ second.mT
     loss = float(V.square().sum() / 2 + decay / 2 * (first.square().sum() + second.square().sum()))

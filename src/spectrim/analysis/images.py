@@ -27,8 +27,9 @@ class CompressedImage:
     rank: int
     numbers: int
 
-    def psnr(self, original: Tensor, peak: float = 1.0) -> float:
-        """Return the peak signal-to-noise ratio in dB against an image whose values go up to `peak`."""
+    def psnr(self, original: Tensor, peak: float | None = None) -> float:
+        """Return the peak signal-to-noise ratio in dB against an image whose values go up to `peak`: 255 for bytes and 1 when omitted."""
+        peak = peak or (255.0 if original.dtype == torch.uint8 else 1.0)
         error = float((self.image - original.double()).square().mean())
         return float("inf") if error == 0 else float(10 * torch.log10(torch.tensor(peak**2 / error, dtype=torch.float64)))
 
@@ -67,6 +68,8 @@ def compress_image(image: Tensor, numbers: int, way: Way = "quaternion") -> Comp
     """
     if image.dim() != 3 or len(image) != 3:
         raise SettingError("compress_image", "image", got=tuple(image.shape), rule="(3, height, width)")
+    if not image.numel() or not bool(torch.isfinite(image).all()):
+        raise SettingError("compress_image", "image", got=tuple(image.shape), rule="of finite numbers, not empty")
     if way not in get_args(Way):
         raise SettingError("compress_image", "way", got=way, rule=f"one of {get_args(Way)}")
     height, width = image.shape[1:]

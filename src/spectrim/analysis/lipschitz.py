@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from spectrim.analysis.operators import Convolution, operators_of
+from spectrim.analysis.operators import Convolution, has_operator, operators_of
 from spectrim.analysis.slopes import KNOWN, averaged, constant_of, sliced
 from spectrim.analysis.symbols import GRID, sampled_norm, slack, total_strides
-from spectrim.errors import LayerError
-from spectrim.layers import is_factorized
-from spectrim.layers.geometry import PLAIN
-from spectrim.plain.chain import PlainPair
+from spectrim.errors import LayerError, SettingError
+from spectrim.layers.geometry import TRANSPOSED
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FUNCTIONS = {F.relu, torch.relu, torch.tanh, F.dropout, torch.flatten, operator.getitem, torch.reshape, torch.permute, torch.transpose}
@@ -129,12 +127,19 @@ def lipschitz_lower(model: nn.Module, inputs: Tensor) -> float:
     model.eval()
     try:
         largest = 0.0
+        if not len(inputs):
+            raise SettingError("lipschitz_lower", "inputs", got=tuple(inputs.shape), rule="at least one example")
         for x in inputs:
             one = x[None].detach().requires_grad_()
             with torch.enable_grad():
                 output = model(one).flatten()
                 rows = [torch.autograd.grad(value, one, retain_graph=True)[0].flatten() for value in output]
-            largest = max(largest, float(torch.linalg.matrix_norm(torch.stack(rows).double(), 2)))
+            jacobian = torch.stack(rows).double()
+            if not bool(torch.isfinite(jacobian).all()):
+                raise LayerError(
+                    type(model).__name__, "has a slope that is not finite at an input", hint="look for NaN in model and inputs"
+                )
+            largest = max(largest, float(torch.linalg.matrix_norm(jacobian, 2)))
         return largest
     finally:
         for module, flag in training.items():
@@ -159,7 +164,7 @@ def traced(model: nn.Module) -> fx.Graph:
 
 def is_operator(module: nn.Module) -> bool:
     """Whether a module is a linear operator that `operators_of` may know."""
-    return is_factorized(module) or isinstance(module, (PlainPair, nn.Linear, *PLAIN))
+    return has_operator(module) and not isinstance(module, TRANSPOSED)
 
 
 class _Bounds:

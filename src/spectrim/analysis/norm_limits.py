@@ -180,7 +180,9 @@ class NormLimit(nn.Module):
         """Return the weight, scaled down to the limit where it is above."""
         part = replace(self._like, kernel=weight.double())
         norm = sampled_norm((part,), self.grid) * self._slack
-        return weight * (self.limit / norm.clamp(min=self.limit)).to(weight)
+        taps = math.prod(self._like.kernel.shape[2:])
+        rounded: Tensor = math.sqrt(taps) * torch.finfo(weight.dtype).eps * part.kernel.detach().norm()  # what rounding twice adds
+        return weight * (self.limit / (norm + rounded).clamp(min=self.limit)).to(weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the nearest weight within the limit, which is stored."""

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from spectrim.errors import LayerError, SettingError
-from spectrim.layers import is_factorized
+from spectrim.layers import is_factorized, kind_of
 from spectrim.layers.base import share_nothing
 from spectrim.layers.geometry import PLAIN, TRANSPOSED, padded_sides
 from spectrim.plain.chain import PlainPair, of_one_group
+from spectrim.plain.quaternion import QConv, QLinear, QuaternionLayer
 
 CONV = (None, F.conv1d, F.conv2d, F.conv3d)
 PADDED = {"zeros": "constant", "circular": "circular"}
 """Padding modes that make a linear operator whose norm the symbol bounds, and what `F.pad` calls them."""
 
-HINT = "convolutions that are not transposed and linear layers are taken: dense, factorized or merged"
+HINT = "convolutions that are not transposed and linear layers are taken, also of quaternions: dense, factorized or merged"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +123,7 @@ def operators_of(layer: Any) -> tuple[Convolution, ...]:
         Kernels detached, in float64; those of a `Convolution` or a tensor keep their gradient.
 
     Raises:
-        LayerError: for any other layer.
+        LayerError: for any other layer, one whose class has a forward that is not torch's, and weights that are not finite.
 
     Examples:
         >>> from spectrim.surgery.factorize import factorize
@@ -130,9 +131,11 @@ def operators_of(layer: Any) -> tuple[Convolution, ...]:
         [(12, 4, 3, 1), (8, 12, 1, 3)]
     """
     if isinstance(layer, Convolution):
-        return (replace(layer, kernel=layer.kernel.double()),)
+        return (_finite(replace(layer, kernel=layer.kernel.double())),)
     if isinstance(layer, Tensor):
-        return (Convolution(layer.double()),)
+        return (_finite(Convolution(layer.double() if layer.is_floating_point() else layer)),)
+    if isinstance(layer, nn.Module) and not has_operator(layer) and not isinstance(layer, nn.Embedding):
+        raise LayerError(type(layer).__name__, "has no operator that is known here", hint=HINT)
     pair: nn.Module | None = layer if isinstance(layer, PlainPair) else None
     if isinstance(layer, nn.Module) and is_factorized(layer) and not isinstance(layer, nn.Embedding):
         keys = [key for key, _ in layer.named_factors()]
@@ -140,13 +143,34 @@ def operators_of(layer: Any) -> tuple[Convolution, ...]:
     if isinstance(pair, PlainPair) and not isinstance(pair[0], nn.Embedding):
         return _of_equal_groups(tuple(part for half in pair for part in operators_of(half)))
     if isinstance(layer, nn.Linear):
-        return (Convolution(layer.weight.detach().double() + 0),)
+        return (_finite(Convolution(layer.weight.detach().double() + 0)),)
+    if isinstance(layer, QLinear):
+        return (_finite(Convolution(layer.real_weight().detach().double())),)
+    if isinstance(layer, QConv):
+        return (_finite(Convolution(layer.real_weight().detach().double(), layer.stride, layer.padding, layer.dilation)),)
     if not isinstance(layer, PLAIN) or isinstance(layer, TRANSPOSED):
         raise LayerError(type(layer).__name__, "has no operator that is known here", hint=HINT)
     if layer.padding_mode not in PADDED:
         raise LayerError(type(layer).__name__, f"pads by {layer.padding_mode!r}, which has no symbol", hint="zeros and circular have one")
     kernel = layer.weight.detach().double() + 0  # composed, where it is made of parts
-    return (Convolution(kernel, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode),)
+    return (_finite(Convolution(kernel, layer.stride, layer.padding, layer.dilation, layer.groups, layer.padding_mode)),)
+
+
+def has_operator(layer: nn.Module) -> bool:
+    """Whether a layer does nothing but apply its weight: a forward in its class or on the layer that is not torch's may do more."""
+    own: Any = getattr(type(layer), "_own", type(layer))  # of what was exchanged
+    kind = kind_of(layer)
+    known = (nn.Linear, *PLAIN, *TRANSPOSED, QuaternionLayer, PlainPair)
+    base: Any = getattr(type(layer), "_base", None) or (kind.base_of(own) if kind else None)
+    base = base or next((one for one in known if isinstance(layer, one)), None)
+    same = all(getattr(own, name, None) is getattr(base, name, None) for name in ("forward", "__call__", "_conv_forward"))
+    return (is_factorized(layer) or isinstance(layer, known)) and base is not None and same and "forward" not in vars(layer)
+
+
+def _finite(part: Convolution) -> Convolution:
+    if not bool(torch.isfinite(part.kernel).all()):
+        raise LayerError("kernel", "holds NaN or infinite values", hint="load the last good checkpoint")
+    return part
 
 
 def _of_equal_groups(parts: tuple[Convolution, ...]) -> tuple[Convolution, ...]:

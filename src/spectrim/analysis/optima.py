@@ -188,9 +188,14 @@ def _optimum(
 
 def checked(owner: str, X: Tensor, Y: Tensor, decay: float, layers: int) -> tuple[Tensor, Tensor]:
     """Return inputs and targets as matrices in float64."""
+    if Y.dim() == 1 and not Y.is_floating_point():
+        rule, hint = "numbers, a column for each output", "torch.nn.functional.one_hot(classes) of classes"
+        raise SettingError(owner, "targets", got=f"{Y.dtype} of shape {tuple(Y.shape)}", rule=rule, hint=hint)
     Y = Y[:, None] if Y.dim() == 1 else Y
     if X.dim() != 2 or Y.dim() != 2 or len(X) != len(Y):
         raise SettingError(owner, "inputs and targets", got=(tuple(X.shape), tuple(Y.shape)), rule="matrices with a row for each example")
+    if not len(X) or not bool(torch.isfinite(X).all()) or not bool(torch.isfinite(Y).all()):
+        raise SettingError(owner, "inputs and targets", got=f"{len(X)} examples", rule="finite numbers of one example at least")
     if not 0 <= decay < math.inf:
         raise SettingError(owner, "decay", got=decay, rule="a finite number >= 0")
     if isinstance(layers, bool) or layers < 2:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.analysis.optima import checked, path_scale
-from spectrim.errors import SettingError
+from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_factors
 from spectrim.surgery.moments import Calibration
 
@@ -35,6 +35,8 @@ def suggest_rank(inputs: Tensor, targets: Tensor, decay: float, layers: int = 2)
 
 def survivors(strengths: Tensor, decay: float, layers: int = 2) -> int:
     """Return how many paths of these strengths survive, at least 1."""
+    if not bool(torch.isfinite(strengths).all()):
+        raise SettingError("suggest_ranks", "spectra", got="NaN or infinite values", rule="finite numbers")
     return max(1, sum(path_scale(v, decay, layers) > 0 for v in strengths.tolist()))
 
 
@@ -98,6 +100,8 @@ def alignment(model: nn.Module) -> dict[tuple[str, str], float]:
     found = {}
     for (name, one), (later, two) in pairwise(layers):
         first, second = ((layer.weight.detach() + 0).double() for layer in (one, two))
+        if not (bool(torch.isfinite(first).all()) and bool(torch.isfinite(second).all())):
+            raise LayerError(name, "or the layer behind it holds NaN or infinite values", hint="load the last good checkpoint")
         if second.shape[1] == first.shape[0]:
             values = [torch.linalg.svdvals(weight) for weight in (first, second)]
             count = min(len(one) for one in values)

@@ -18,6 +18,7 @@ from spectrim.errors import LayerError
 from spectrim.forms.form import Form, Size
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance, Latencies
+from spectrim.runtimes.crossbar import Crossbars
 
 
 def allocate(
@@ -27,6 +28,7 @@ def allocate(
     *,
     importance: Importance | None = None,
     latency: Latencies | None = None,
+    crossbars: Crossbars | None = None,
     multiple: int | None = None,
     prices: Ladder | None = None,
 ) -> dict[str, Size]:
@@ -45,10 +47,12 @@ def allocate(
         importance: measures distortion, see `spectrim.budget.distortion.base`; the relative `SpectralEnergy` when omitted.
         latency: a `LatencyTable` of the model. Ranks above a layer's measured break-even rank then cost what the dense layer costs, so that
             a layer for which no rank is faster stays dense; give `merge` the same table.
+        crossbars: `spectrim.runtimes.crossbar.Crossbars`, for a budget of tiles. A rank is then the largest of those that take as many
+            tiles: one that saves none is no rung.
         multiple: ranks are multiples of it, at least 1, or the rank that a weight has now. When omitted, the multiples of the table
             (8, less for small layers); 1 without a table.
-        prices: the `ladder` of this model, with the table that `latency` would be; then nothing is run or counted, and `inputs` may be
-            None.
+        prices: the `ladder` of this model, with the table that `latency` and the crossbars that `crossbars` would be; then nothing is run
+            or counted, and `inputs` may be None.
 
     Returns:
         ``{name: rank}`` for `prune`; of a Tucker form the ranks of outputs and inputs.
@@ -57,7 +61,7 @@ def allocate(
         LayerError: when nothing is factorized, or for invalid distortions, see
             `spectrim.budget.distortion.base.distortions_of`.
         SettingError: when the budget is below the smallest network that ranks can reach (which is named), for a latency budget without
-            a table or with inputs that it was not made with, or for a `multiple` below 1.
+            a table or with inputs that it was not made with, for a budget of tiles without crossbars, or for a `multiple` below 1.
 
     Examples:
         >>> from spectrim.surgery.factorize import factorize
@@ -68,12 +72,12 @@ def allocate(
 
     Source: energy as importance: Idelbayev and Carreira-Perpinan, CVPR 2020 (learned ranks); the knapsack is ours.
     """
-    check("allocate", model=model, inputs=inputs, latency=latency, multiple=multiple)
+    check("allocate", model=model, inputs=inputs, latency=latency, crossbars=crossbars, multiple=multiple)
     model = unwrapped(model)
     budget = as_budget(budget, "allocate")
     if next(named_factors(model), None) is None:
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
-    prices = _prices(model, inputs, latency, prices)
+    prices = _prices(model, inputs, latency, crossbars, prices)
     held = dict(named_factors(model))
     limits_of(budget, prices, choices_of(held, budget, prices, multiple))  # what no ranks reach is refused before any decomposition
     return allocated(held, budget, prices, distortions_of(model, importance or SpectralEnergy()), multiple)
@@ -110,7 +114,7 @@ def check_floor(model: nn.Module, budget: Budget, prices: Ladder) -> None:
 
 
 def choices_of(held: Mapping[str, Form], budget: Budget, prices: Ladder, multiple: int | None) -> dict[str, list[int]]:
-    """Return the rungs to choose from for each weight: those that cost less than the present one in a limited unit, and that one."""
+    """Return the rungs to choose from for each weight: those that cost less than the next one in a limited unit, and the present one."""
     tables = [prices.unit((FRACTIONS | ABSOLUTE)[name]).weights for name in budget.limits]
     choices, alike = {}, dict[Any, list[int]]()
     for name, factors in held.items():
@@ -120,7 +124,9 @@ def choices_of(held: Mapping[str, Form], budget: Budget, prices: Ladder, multipl
             ranks = np.arange(step, rank, step)
             costs = [np.asarray(table[name], dtype=float) for table in tables]
             cheaper = np.any([cost[ranks - 1] < cost[-1] for cost in costs], axis=0)
-            alike[key] = [*ranks[cheaper].tolist(), rank]  # what costs as much as the present rank is worse than that
+            ranks = np.append(ranks[cheaper], rank)  # what costs as much as the present rank is worse than that
+            saves = np.any([cost[ranks[:-1] - 1] < cost[ranks[1:] - 1] for cost in costs], axis=0)
+            alike[key] = ranks[np.append(saves, True)].tolist()  # and a rank below the one that is left, too
         choices[name] = alike[key]
     return choices
 
@@ -130,28 +136,35 @@ def limits_of(budget: Budget, prices: Ladder, choices: Mapping[str, Sequence[int
     return [_limit(name, value, prices.unit((FRACTIONS | ABSOLUTE)[name]), choices) for name, value in budget.limits.items()]
 
 
-def _prices(model: nn.Module, inputs: Any, latency: Latencies | None, prices: Ladder | None) -> Ladder:
+def _prices(model: nn.Module, inputs: Any, latency: Latencies | None, crossbars: Crossbars | None, prices: Ladder | None) -> Ladder:
     """Return the ladder given, checked, or make it."""
     if prices is None:
-        return ladder(model, inputs, latency)
+        return ladder(model, inputs, latency, crossbars=crossbars)
     prices.check(model)
     return prices
 
 
 def as_fractions(
-    budget: Budget, model: nn.Module, inputs: Any, *, latency: Latencies | None = None, prices: Ladder | None = None
+    budget: Budget,
+    model: nn.Module,
+    inputs: Any,
+    *,
+    latency: Latencies | None = None,
+    crossbars: Crossbars | None = None,
+    prices: Ladder | None = None,
 ) -> Budget:
-    """Return a budget in which bytes and seconds are fractions of the dense network, for schedules that approach a target step by step.
+    """Return a budget in which bytes, seconds and tiles are fractions of the dense network, for schedules that approach it step by step.
 
     Args:
         budget: in any units; one that has fractions only comes back as it is. Of a cost that is limited twice, the lower limit stays.
         model: factorized, at any rank.
         inputs: as for `allocate`.
         latency: as for `allocate`.
+        crossbars: as for `allocate`.
         prices: as for `allocate`.
 
     Raises:
-        SettingError: as `allocate` for a latency budget.
+        SettingError: as `allocate` for a latency budget, and one of tiles.
 
     Examples:
         >>> from spectrim.surgery.factorize import factorize
@@ -162,7 +175,7 @@ def as_fractions(
     given = {name: value for name, value in budget.limits.items() if name in ABSOLUTE}
     if not given:
         return budget
-    prices = _prices(model, inputs, latency, prices)
+    prices = _prices(model, inputs, latency, crossbars, prices)
     kept = {ABSOLUTE[name]: min(1.0, value / prices.unit(ABSOLUTE[name]).whole) for name, value in given.items()}
     for name, fraction in kept.items():
         kept[name] = min(fraction, budget.limits.get(name, 1.0))

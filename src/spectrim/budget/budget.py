@@ -9,11 +9,11 @@ from typing import Any
 from spectrim.checks import check
 from spectrim.errors import SettingError, SpectrimError
 
-FRACTIONS = {"macs": "macs", "params": "params", "size": "size", "latency": "latency"}
+FRACTIONS = {"macs": "macs", "params": "params", "size": "size", "latency": "latency", "tiles": "tiles", "tile_reads": "tile_reads"}
 """Fields of a budget that are fractions of the dense network, and the cost that each limits."""
 
 
-ABSOLUTE = {"size_bytes": "size", "latency_s": "latency"}
+ABSOLUTE = {"size_bytes": "size", "latency_s": "latency", "tile_count": "tiles"}
 """Fields of a budget that have a unit, and the cost that each limits."""
 
 
@@ -21,7 +21,7 @@ DROPS = ("max_drop", "max_loss_rise")
 """Fields of a budget that say how much worse the network may be."""
 
 
-UNITS = {"size_bytes": "bytes", "latency_s": "seconds"}
+UNITS = {"size_bytes": "bytes", "latency_s": "seconds", "tile_count": "tiles"}
 
 
 CODED = "coded_bytes"
@@ -105,6 +105,10 @@ class Budget:
         latency: fraction of the seconds that it takes, in (0, 1]; `allocate` then needs a latency table.
         size_bytes: bytes, at least 1.
         latency_s: seconds for one call on the table's batch, above 0.
+        tiles: fraction of the crossbar tiles of the dense network, in (0, 1]; `allocate` then needs ``crossbars``, which say their size.
+            With one size of tiles it is the fraction of cells, converters and area, too.
+        tile_reads: fraction of the reads of tiles for one example, in (0, 1], and so of the energy.
+        tile_count: tiles, at least 1, both of each pair and all slices counted.
         max_drop: points of accuracy, at least 0, by which the network may be worse than the dense one on the validation split: `compress`
             then looks for the smallest network that is not. 0.5 allows 92.0 % to fall to 91.5 %. Other limits hold as well.
         max_loss_rise: the same for the loss, as a fraction of the dense network's, at least 0; 0.05 allows 5 % more.
@@ -127,6 +131,9 @@ class Budget:
     latency: float | None = None
     size_bytes: float | int | None = None
     latency_s: float | None = None
+    tiles: float | None = None
+    tile_reads: float | None = None
+    tile_count: float | int | None = None
     max_drop: float | None = None
     max_loss_rise: float | None = None
     coded_bytes: float | int | None = None
@@ -148,6 +155,8 @@ class Budget:
             raise SettingError("Budget", "size_bytes", got=self.size_bytes, rule="bytes, at least 1", hint="Budget(size=0.4) keeps 40 %")
         if self.latency_s is not None and not 0 < self.latency_s < math.inf:
             raise SettingError("Budget", "latency_s", got=self.latency_s, rule="seconds, above 0", hint="Budget(latency=0.4) keeps 40 %")
+        if self.tile_count is not None and not 1 <= self.tile_count < math.inf:
+            raise SettingError("Budget", "tile_count", got=self.tile_count, rule="tiles, at least 1", hint="Budget(tiles=0.3) keeps 30 %")
         if self.coded_bytes is not None and not (0 < self.coded_bytes < 1 or FEWEST_BYTES <= self.coded_bytes < math.inf):
             rule = f"a fraction in (0, 1), or a number of bytes of at least {FEWEST_BYTES}"
             raise SettingError("Budget", CODED, got=self.coded_bytes, rule=rule, hint="Budget(coded_bytes=0.07)")

@@ -39,6 +39,23 @@ class RankCosts:
     dense_seconds: float | None = None
 
 
+@dataclass(frozen=True)
+class UnitCost:
+    """What a network costs in one unit.
+
+    Attributes:
+        weights: of each factorized weight: entry ``r - 1`` is its cost at rank ``r``.
+        dense: of all of them, dense.
+        fixed: of everything else.
+        whole: of the dense network.
+    """
+
+    weights: Mapping[str, Sequence[float]]
+    dense: float
+    fixed: float
+    whole: float
+
+
 def rank_costs(model: nn.Module, inputs: Any, latency: Latencies | None = None) -> dict[str, RankCosts]:
     """Return what each factorized weight costs at each rank up to the one it has.
 

@@ -14,6 +14,7 @@ from spectrim.budget.ways import Way
 from spectrim.forms.form import Size
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance, Latencies, RankRule
+from spectrim.runtimes.crossbar import Crossbars
 from spectrim.surgery.correct import correct_
 from spectrim.surgery.decompositions import Decompositions, with_metric
 from spectrim.surgery.exchange import duplicate
@@ -59,6 +60,7 @@ class Workbench:
         inputs: one batch of inputs, for the layers' sizes.
         calibration: of this network, for the ways that need one.
         latency: as for `allocate`.
+        crossbars: as for `allocate`.
         prices: its `ladder`; made when omitted.
     """
 
@@ -69,10 +71,11 @@ class Workbench:
         calibration: Calibration | None = None,
         *,
         latency: Latencies | None = None,
+        crossbars: Crossbars | None = None,
         prices: Ladder | None = None,
     ) -> None:
         self.network, self.inputs, self.latency = network, inputs, latency
-        self.prices = ladder(network, inputs, latency) if prices is None else prices
+        self.prices = ladder(network, inputs, latency, crossbars=crossbars) if prices is None else prices
         self.places = Places(network)
         self.full = self.places.state()
         self.decomposed = Decompositions(network, calibration, keep=True)
@@ -182,6 +185,7 @@ def cut_to(
     calibration: Calibration | None = None,
     importance: Importance | None = None,
     latency: Latencies | None = None,
+    crossbars: Crossbars | None = None,
     prices: Ladder | None = None,
 ) -> tuple[nn.Module, CutNetwork]:
     """Return a copy of a factorized network that is cut to a budget in one way, and how that went.
@@ -200,6 +204,7 @@ def cut_to(
         calibration: of this model, for the ways that need one.
         importance: ranks by this instead of the way's distortion.
         latency: as for `allocate`.
+        crossbars: as for `allocate`.
         prices: as for `allocate`.
 
     Raises:
@@ -215,7 +220,7 @@ def cut_to(
         ({'0': 4}, 4, 16)
     """
     network = duplicate(model)
-    bench = Workbench(network, inputs, calibration, latency=latency, prices=prices)
+    bench = Workbench(network, inputs, calibration, latency=latency, crossbars=crossbars, prices=prices)
     told = bench.cut_to(target, way, score, dense=dense, examples=examples, importance=importance)
     orthonormalize_(network)
     return network, told

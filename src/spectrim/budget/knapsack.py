@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectrim.budget.budget import ABSOLUTE, FRACTIONS, BudgetError, FloorError
-from spectrim.budget.ladder import UnitCost
+from spectrim.budget.budget import ABSOLUTE, FRACTIONS, UNITS, BudgetError, FloorError
+from spectrim.budget.costs import UnitCost
 from spectrim.files import printing_to_stderr
 
 
@@ -40,7 +40,7 @@ def _limit(name: str, value: float | int, cost: UnitCost, choices: Mapping[str, 
         if name in FRACTIONS:
             smallest = f"{math.ceil(least / cost.whole * 1e4) / 1e4:.4f}"
         else:
-            smallest = f"{math.ceil(least)} bytes" if counted else f"{math.ceil(least * 1e7) / 1e7:.7f} seconds"
+            smallest = f"{math.ceil(least)} {UNITS[name]}" if counted else f"{math.ceil(least * 1e7) / 1e7:.7f} seconds"
         hint = _floor(cost, dict(zip(choices, cheapest, strict=True)), least)
         raise FloorError(name, got=value, rule=f"at least {smallest} for this network", hint=hint)
     unit = 1.0 if counted else 1e9  # nanoseconds: what the solver lets through must be nothing

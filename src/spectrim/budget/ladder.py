@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.budget.costs import RankCosts, calls, costs_of
+from spectrim.budget.costs import RankCosts, UnitCost, calls, costs_of
 from spectrim.budget.latency_table import _key
 from spectrim.budget.stand_ins import Only, dense, thin, true_values
+from spectrim.budget.tiles import tile_units
 from spectrim.budget.timed import LatencyTable
 from spectrim.errors import LayerError, SettingError, SpectrimError
 from spectrim.layers import named_factors, sites
@@ -17,6 +18,8 @@ from spectrim.metrics.calls import evaluating
 from spectrim.metrics.macs import count_macs
 from spectrim.metrics.measurement import measure
 from spectrim.protocols import Latencies
+from spectrim.runtimes.crossbar import Crossbars
+from spectrim.surgery.coverage import break_evens
 from spectrim.surgery.merge import merge
 from spectrim.surgery.same_function import same_function
 
@@ -25,32 +28,17 @@ ROUNDING = 2.0
 
 
 @dataclass(frozen=True)
-class UnitCost:
-    """What a network costs in one unit.
-
-    Attributes:
-        weights: of each factorized weight: entry ``r - 1`` is its cost at rank ``r``.
-        dense: of all of them, dense.
-        fixed: of everything else.
-        whole: of the dense network.
-    """
-
-    weights: Mapping[str, Sequence[float]]
-    dense: float
-    fixed: float
-    whole: float
-
-
-@dataclass(frozen=True)
 class Ladder:
     """What one network costs at every rank: `ladder` computes it once; `allocate`, `plan`, `as_fractions` and `Squeeze` take it.
 
     Attributes:
         weights: costs of each factorized weight.
-        units: by name: ``macs`` of one example, ``params``, ``size`` in bytes, ``latency`` in seconds of a call.
+        units: by name: ``macs`` of one example, ``params``, ``size`` in bytes, ``latency`` in seconds of a call, ``tiles`` and
+            ``tile_reads`` of one example.
         missing: why a unit is not there.
         latency: the table that decides what `merge` writes.
         corrected: weights whose multiply-accumulates were counted in place of the formula, and why.
+        crossbars: what tiles are counted on.
     """
 
     weights: Mapping[str, RankCosts]
@@ -58,12 +46,13 @@ class Ladder:
     missing: Mapping[str, SpectrimError]
     latency: Latencies | None = None
     corrected: Mapping[str, str] = ()  # type: ignore[assignment]
+    crossbars: Crossbars | None = None
 
     def unit(self, name: str) -> UnitCost:
         """Return the costs in one unit.
 
         Args:
-            name: ``macs``, ``params``, ``size`` or ``latency``.
+            name: a key of `units`.
 
         Raises:
             SpectrimError: when the unit is missing.
@@ -86,6 +75,7 @@ def ladder(
     inputs: Any,
     latency: Latencies | None = None,
     *,
+    crossbars: Crossbars | None = None,
     dense_model: nn.Module | None = None,
     check: bool = False,
     own: bool = False,
@@ -102,6 +92,7 @@ def ladder(
         model: factorized, at any rank.
         inputs: one batch of inputs; costs are for one example of it.
         latency: the `LatencyTable` that `merge` will be given.
+        crossbars: what tiles are counted on; no tiles without it.
         dense_model: the dense network, where it is at hand; a stand-in without memory is made otherwise.
         check: whether to compare what the network at rank 1 and its pairs compute, see `same_function`.
         own: whether the model's factors may be exchanged and put back on the way, which saves copies of its modules.
@@ -112,8 +103,8 @@ def ladder(
         The ladder. Nothing of it depends on the values of the weights.
 
     Raises:
-        LayerError: when nothing is factorized, when `latency` is of another model, or, with `check`, when pairs of layers do not compute
-            what the factorized layers do.
+        LayerError: when nothing is factorized, when `latency` is of another model, with `crossbars` where a layer is not mapped to them,
+            or, with `check`, when pairs of layers do not compute what the factorized layers do.
         SettingError: when the batch size cannot be derived from `inputs`.
 
     Examples:
@@ -144,7 +135,7 @@ def ladder(
         missing["macs"], jump, corrected = error, {}, {}
         whole = counted.of(whole_network, macs=False)
     tables = _tables(model, by_name)
-    units = {}
+    units: dict[str, UnitCost] = {}
     for name in whole:
         weights, dense_cost = tables[name]
         units[name] = UnitCost(weights, dense_cost, whole[name] - dense_cost + jump.get(name, 0.0), whole[name])
@@ -153,7 +144,14 @@ def ladder(
         units["latency"] = seconds
     else:
         missing["latency"] = seconds
-    return Ladder(by_name, units, missing, latency, corrected)
+    if crossbars is None:
+        hint = "crossbars=Crossbars(Device(bits=4), Mapping(rows=128, columns=64, bits=8)), from spectrim.runtimes.crossbar"
+        why = SettingError("allocate", "crossbars", got=None, rule="given for a budget of tiles", hint=hint)
+        missing |= {"tiles": why, "tile_reads": why}
+    else:
+        limits = break_evens(model, latency)
+        units |= tile_units(model, first, whole_network, inputs, crossbars, limits, stand_in=dense_model is None)
+    return Ladder(by_name, units, missing, latency, corrected, crossbars)
 
 
 def _tables(model: nn.Module, costs: Mapping[str, RankCosts]) -> dict[str, tuple[dict[str, tuple[float, ...]], float]]:

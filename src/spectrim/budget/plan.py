@@ -17,10 +17,11 @@ from spectrim.budget.budget import Budget, as_budget
 from spectrim.budget.costs import calls
 from spectrim.budget.cut_to import Workbench
 from spectrim.budget.judge import Judge
-from spectrim.budget.ladder import Ladder, UnitCost, ladder
-from spectrim.budget.plan_table import BudgetPlan, Plan, SkippedLayer, Totals, WeightPlan
-from spectrim.budget.promise import cut_totals, recounted
-from spectrim.budget.schemes import at_budget
+from spectrim.budget.ladder import Ladder, ladder
+from spectrim.budget.plan_rows import BudgetPlan, SkippedLayer, Totals, WeightPlan
+from spectrim.budget.plan_table import Plan
+from spectrim.budget.promise import cut_totals, recounted, whole_and_fixed
+from spectrim.budget.schemes import AMONG, at_budget
 from spectrim.budget.ways import WAYS, Way
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.checks.heap import heap_set_aside
@@ -30,6 +31,7 @@ from spectrim.layers import named_factors
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.protocols import Latencies, Where
+from spectrim.runtimes.crossbar import Crossbars
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.coverage import LayerCoverage, coverage
 from spectrim.surgery.exchange import duplicate
@@ -64,6 +66,7 @@ def plan(
     writing: Writing = "pair",
     where: Where | None = None,
     latency: Latencies | None = None,
+    crossbars: Crossbars | None = None,
     eval_data: Iterable[Any] | None = None,
     examples: int = 512,
     calibration: Calibration | None = None,
@@ -82,10 +85,11 @@ def plan(
             change of the layers' outputs, with `loss` too by the loss; without it by the weights alone.
         loss: called as ``loss(output, target)``, gives the mean over targets.
         budgets: fractions of the multiply-accumulates kept, in (0, 1], `Budget` values, or dicts of their fields.
-        scheme: as for `factorize`, where ``auto`` chooses at the middle budget, as `compress` does; of no effect on a factorized model.
+        scheme: as for `factorize`; ``auto`` and ``all`` choose at the middle budget, as in `compress`; of no effect on a factorized model.
         writing: as for `factorize`; of no effect on a factorized model.
         where: as for `factorize`, and for the reasons of what is skipped.
         latency: a `LatencyTable` of the factorized model; adds predicted seconds, and decides what is split.
+        crossbars: `spectrim.runtimes.crossbar.Crossbars`; adds tiles and their reads, and allows budgets of them.
         eval_data: batches on which the cut networks are evaluated; `data` when omitted, and `inputs` without that.
         examples: how many of `data` and of `eval_data` are used at most, >= 1.
         calibration: of the factorized model, made by `calibrate`; replaces a new one from `data`.
@@ -112,7 +116,7 @@ def plan(
     check(
         "plan", optional=("batches_again", "loss"), model=model, inputs=inputs, batches_again=data, loss=loss, budgets=budgets, where=where
     )
-    check("plan", latency=latency, eval_batches=eval_data, examples=examples)
+    check("plan", latency=latency, crossbars=crossbars, eval_batches=eval_data, examples=examples)
     model = unwrapped(model)
     where = layer_filter(where, model, "plan")
     if loss is not None and data is None:
@@ -123,10 +127,10 @@ def plan(
     if dense is not None:
         same_function(dense, held, inputs, names=("dense", "factorized"))
     used = calls(held, inputs)
-    prices = ladder(held, inputs, latency, dense_model=dense, check=True, own=True, used=used)
+    prices = ladder(held, inputs, latency, crossbars=crossbars, dense_model=dense, check=True, own=True, used=used)
     _check_inputs(prices, latency)
-    if dense is not None and scheme == "auto" and latency is None and calibration is None and wanted:
-        held, prices = at_budget(held, wanted[len(wanted) // 2], inputs, prices, dense, used)
+    if dense is not None and scheme in AMONG and latency is None and calibration is None and wanted:
+        held, prices = at_budget(held, wanted[len(wanted) // 2], inputs, prices, dense, used, among=AMONG[scheme])
     held.eval()
     judge = Judge.of(held, inputs, data if eval_data is None else eval_data, loss, examples)
     if calibration is None and data is not None:
@@ -141,10 +145,12 @@ def plan(
     lines = coverage(held, where, inputs=inputs, latency=latency)
     distortions = {way: bench.distortions(ways[way]) for way in ways}
     weights = _weights(bench, lines, distortions)
-    whole, fixed = _totals(prices.units, judge.scores)
+    whole, fixed = whole_and_fixed(prices.units)
+    whole = replace(whole, loss=judge.scores.get("loss"), accuracy=judge.scores.get("accuracy"))
     rows = [_predicted(row, weights, fixed) for row in rows]
     skipped = tuple(SkippedLayer(line.name, line.kind, line.reason) for line in lines if not line.factorized)
     settings = _settings(model, inputs, latency, examples=None if data is None else examples)
+    settings |= {} if crossbars is None else {"crossbars": repr(crossbars)}
     return Plan(weights, skipped, name, whole, fixed, tuple(rows), settings)
 
 
@@ -209,7 +215,7 @@ def _predicted(row: BudgetPlan, weights: Sequence[WeightPlan], fixed: Totals) ->
     """Add the seconds that the latency table predicts."""
     if row.totals is None or fixed.latency_s is None:
         return row
-    seconds = fixed.latency_s + sum(weight.seconds[weight.rung_of(row.ranks[weight.name]) - 1] for weight in weights if weight.seconds)
+    seconds = fixed.latency_s + sum(weight.seconds[rung_of(row.ranks[weight.name]) - 1] for weight in weights if weight.seconds)
     return replace(row, totals=replace(row.totals, latency_s=seconds))
 
 
@@ -243,21 +249,6 @@ def _weights(bench: Workbench, lines: Iterable[LayerCoverage], distortions: Mapp
 
 def _rounded(values: Tensor) -> tuple[float, ...]:
     return tuple(float(f"{value:.{DIGITS}g}") for value in values.tolist())
-
-
-def _totals(costs: Mapping[str, UnitCost], judged: Mapping[str, float]) -> tuple[Totals, Totals]:
-    """Return the totals of the dense network, and of the part of it that no rank changes."""
-    seconds = costs.get("latency")
-    dense, fixed = (
-        Totals(
-            round(getattr(costs["macs"], part)),
-            round(getattr(costs["params"], part)),
-            round(getattr(costs["size"], part)),
-            None if seconds is None else getattr(seconds, part),
-        )
-        for part in ("whole", "fixed")
-    )
-    return replace(dense, loss=judged.get("loss"), accuracy=judged.get("accuracy")), fixed
 
 
 def _settings(model: nn.Module, inputs: Any, latency: Latencies | None, *, examples: int | None) -> dict[str, Any]:

@@ -1,117 +1,18 @@
 """`Plan`: a table of weights and budgets, its file and its text."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spectrim.budget.plan_rows import BudgetPlan, SkippedLayer, Totals, WeightPlan
 from spectrim.errors import FormatError
 from spectrim.files import read_json, write_json
-from spectrim.forms.form import Size, ranks_in, rung_of, shown
+from spectrim.forms.form import Size, ranks_in, shown
 from spectrim.metrics.figures import curve, figure, frame
 from spectrim.metrics.table import html_of, markdown_table
 
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class WeightPlan:
-    """One factorized weight.
-
-    Attributes:
-        name: as in `named_factors`.
-        kind: class of the dense layer.
-        scheme: how the kernel is folded.
-        shape: ``(out, in)`` of one block.
-        blocks: groups of a convolution.
-        spectrum: singular values, descending; blocks pooled.
-        distortions: for each importance, entry ``r`` is the distortion of keeping ``r`` values; the last is 0.
-        macs: entry ``r - 1`` is the multiply-accumulates for one example at rank ``r``, as `merge` will write it.
-        params: the same for stored parameters.
-        seconds: the same for a call on the whole batch; None without a latency table.
-        dense_macs: of the dense weight.
-        dense_params: of the dense weight.
-        dense_seconds: of the dense weight.
-        break_even: the largest rank at which two operations cost less than one dense operation.
-        element_bytes: of one stored number.
-        multiple: ranks are multiples of it.
-        sizes: the size at each rung, for a form with several ranks; None where a rung is a rank.
-    """
-
-    name: str
-    kind: str
-    scheme: str
-    shape: tuple[int, int]
-    blocks: int
-    spectrum: tuple[float, ...]
-    distortions: Mapping[str, tuple[float, ...]]
-    macs: tuple[float, ...]
-    params: tuple[int, ...]
-    seconds: tuple[float, ...] | None
-    dense_macs: float
-    dense_params: int
-    dense_seconds: float | None
-    break_even: int
-    element_bytes: int
-    multiple: int = 1
-    sizes: tuple[tuple[int, ...], ...] | None = None
-
-    def rung_of(self, size: Size) -> int:
-        """Return the rung of a size."""
-        return rung_of(size)
-
-    def shown(self, rung: int) -> str:
-        """Return the size of a rung as text."""
-        return str(rung) if self.sizes is None or not rung else shown(self.sizes[rung - 1])
-
-
-@dataclass(frozen=True)
-class SkippedLayer:
-    """A layer that stays dense whatever the budget, and why."""
-
-    name: str
-    kind: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Totals:
-    """What a network, or a part of one, costs and achieves; None stands for what was not measured.
-
-    Attributes:
-        macs: multiply-accumulates for one example.
-        params: stored numbers, tied ones once.
-        size_bytes: of the state dict.
-        latency_s: seconds of one call on the whole batch, as the latency table predicts.
-        output_error: ``||f_r(x) - f(x)|| / ||f(x)||`` over the evaluation examples.
-        loss: mean over targets.
-        accuracy: fraction in [0, 1].
-    """
-
-    macs: int
-    params: int
-    size_bytes: int
-    latency_s: float | None = None
-    output_error: float | None = None
-    loss: float | None = None
-    accuracy: float | None = None
-
-
-@dataclass(frozen=True)
-class BudgetPlan:
-    """The predicted result of one budget.
-
-    Attributes:
-        budget: the limits given, by the fields of `Budget`.
-        ranks: for `prune`; empty when the budget cannot be met.
-        totals: of the merged network right after the cut; None when the budget cannot be met.
-        problem: why not, with the smallest budget that can.
-    """
-
-    budget: Mapping[str, float]
-    ranks: Mapping[str, Size] = field(default_factory=dict)
-    totals: Totals | None = None
-    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -249,12 +150,14 @@ def budget_name(limits: Mapping[str, float]) -> str:
         >>> budget_name({"macs": 0.5, "params": 0.25})
         '50 % macs, 25 % params'
     """
-    fractions = ("macs", "params", "size", "latency")
-    return ", ".join(f"{100 * value:g} % {name}" if name in fractions else f"{name} {value:g}" for name, value in limits.items())
+    fractions = ("macs", "params", "size", "latency", "tiles", "tile_reads")
+    return ", ".join(
+        f"{100 * value:g} % {name.replace('_', ' ')}" if name in fractions else f"{name} {value:g}" for name, value in limits.items()
+    )
 
 
 def _budget_table(found: Plan) -> str:
-    titles = ("budget", "MACs", "parameters", "bytes", "latency", "output error", "loss", "accuracy", "ranks")
+    titles = ("budget", "MACs", "parameters", "bytes", "tiles", "tile reads", "latency", "output error", "loss", "accuracy", "ranks")
     rows = [_cells("dense", found.dense, found.dense, {})]
     problems = []
     for row in found.budgets:
@@ -262,14 +165,17 @@ def _budget_table(found: Plan) -> str:
         if row.totals is None:
             problems.append(f"{name}: cannot be met. {row.problem}")
         else:
-            rows.append(_cells(name, row.totals, found.dense, row.ranks))
+            cut = {weight.name: size for weight in found.weights if weight.is_cut(size := row.ranks[weight.name])}
+            rows.append(_cells(name, row.totals, found.dense, cut))
     kept = [index for index in range(len(titles)) if index < 4 or any(row[index] for row in rows)]
     table = markdown_table([[row[index] for index in kept] for row in rows], [titles[index] for index in kept])
     return "\n".join([f"ranks by {found.importance}; right after the cut, without training", table, *problems])
 
 
 def _cells(name: str, totals: Totals, dense: Totals, ranks: Mapping[str, Size]) -> list[str]:
-    def part(value: int, whole: int) -> str:
+    def part(value: int | None, whole: int | None) -> str:
+        if value is None:
+            return ""
         return f"{value:,.0f} ({100 * value / whole:.1f} %)" if whole else f"{value:,.0f}"
 
     return [
@@ -277,6 +183,8 @@ def _cells(name: str, totals: Totals, dense: Totals, ranks: Mapping[str, Size]) 
         part(totals.macs, dense.macs),
         part(totals.params, dense.params),
         part(totals.size_bytes, dense.size_bytes),
+        part(totals.tiles, dense.tiles),
+        part(totals.tile_reads, dense.tile_reads),
         "" if totals.latency_s is None else f"{1e3 * totals.latency_s:.3f} ms",
         "" if totals.output_error is None else f"{100 * totals.output_error:.2f} %",
         "" if totals.loss is None else f"{totals.loss:.4f}",
@@ -291,8 +199,7 @@ def _layer_table(found: Plan) -> str:
     rows = []
     for weight in found.weights:
         blocks = f"{weight.blocks} x " if weight.blocks > 1 else ""
-        sizes = [row.ranks[weight.name] for row in met]
-        cells = ["dense" if weight.rung_of(size) > weight.break_even else shown(size) for size in sizes]
+        cells = [shown(size) if weight.is_cut(size := row.ranks[weight.name]) else "dense" for row in met]
         matrix = f"{blocks}{weight.shape[0]} x {weight.shape[1]}"
         limits = [weight.shown(len(weight.macs)), weight.shown(weight.break_even)]
         rows.append([weight.name or "(model)", weight.kind, weight.scheme, matrix, *limits, *cells])

@@ -11,20 +11,24 @@ from torch import Tensor, nn
 
 from spectrim import linalg
 from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget, BudgetError
-from spectrim.budget.costs import calls
+from spectrim.budget.costs import UnitCost, calls
 from spectrim.budget.knapsack import _knapsack, _limit
-from spectrim.budget.ladder import Ladder, UnitCost, ladder
-from spectrim.forms import FORMS, Size
+from spectrim.budget.ladder import Ladder, ladder
+from spectrim.forms import FORMS, Form, Size
+from spectrim.forms.derived import affordable, measure_cuts, measured_tail
 from spectrim.layers import Site, sites
 from spectrim.layers.alike import description
 from spectrim.layers.geometry import stored
 from spectrim.layers.uses import Call
-from spectrim.linalg.fold import MATRICES, Fold
+from spectrim.linalg.fold import KERNELS, MATRICES, Fold
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.surgery.refold import refold_
 
 POINTS = 48
 """Sizes of each scheme that are compared, evenly spaced: the budget's own choice, among all, comes later."""
+
+AMONG: dict[str, tuple[Fold, ...]] = {"auto": MATRICES, "all": MATRICES + KERNELS}
+"""What is chosen from at a budget, by the scheme that was asked for."""
 
 UNITS = ("macs", "params", "size")
 """Units in which a scheme has a price before anything is measured."""
@@ -43,12 +47,21 @@ class Choice:
 
 
 def schemes_at(
-    model: nn.Module, budget: Budget, inputs: Any, prices: Ladder, *, among: Sequence[Fold] = MATRICES, used: Sequence[Call] | None = None
+    model: nn.Module,
+    budget: Budget,
+    inputs: Any,
+    prices: Ladder,
+    *,
+    among: Sequence[Fold] = MATRICES,
+    used: Sequence[Call] | None = None,
+    made: dict[tuple[str, Fold], Form] | None = None,
 ) -> dict[str, Fold]:
     """Choose the scheme of each convolution together with all ranks: the knapsack of `allocate` over every scheme and size at once.
 
     Distortion is the share of the spectral energy that is lost; prices are the formulas of the layers at the inputs that they meet. So a
-    scheme is compared at the rank that the budget leaves the layer, not at one energy for all.
+    scheme is compared at the rank that the budget leaves the layer, not at one energy for all. Forms whose cuts are improved beyond their
+    distortion (Tucker-2, CP, tensor trains) are cut at a few sizes to see what they lose; one whose cuts take too long for that
+    (`spectrim.forms.derived.AFFORDABLE`) is left out.
 
     Args:
         model: factorized at full rank, in any schemes.
@@ -57,6 +70,7 @@ def schemes_at(
         prices: the ladder of the model.
         among: the schemes to choose from.
         used: as for `ladder`.
+        made: filled with the forms of kernels that were decomposed, by layer and scheme.
 
     Returns:
         By the names of layers that have several schemes and are cut; none for a budget of seconds, or one that cannot be met.
@@ -71,7 +85,7 @@ def schemes_at(
     units = {name: (FRACTIONS | ABSOLUTE)[name] for name in budget.limits}
     if any(unit not in UNITS or unit in prices.missing for unit in units.values()) or all(len(_offered(site)) < 2 for site in sites(model)):
         return {}
-    choices = _choices(model, inputs, prices, among, calls(model, inputs) if used is None else used)
+    choices = _choices(model, inputs, prices, among, calls(model, inputs) if used is None else used, {} if made is None else made)
     tables = {
         unit: UnitCost(
             {name: [choice.costs[unit] for choice in found] for name, found in choices.items()},
@@ -94,7 +108,14 @@ def schemes_at(
 
 
 def at_budget(
-    low: nn.Module, budget: Budget, inputs: Any, prices: Ladder, dense: nn.Module, used: Sequence[Call]
+    low: nn.Module,
+    budget: Budget,
+    inputs: Any,
+    prices: Ladder,
+    dense: nn.Module,
+    used: Sequence[Call],
+    *,
+    among: Sequence[Fold] = MATRICES,
 ) -> tuple[nn.Module, Ladder]:
     """Give a factorized network the schemes of `schemes_at`, in place; return it and its ladder, the given one where nothing changed.
 
@@ -105,12 +126,17 @@ def at_budget(
         prices: its ladder.
         dense: the network before it.
         used: what `calls` returned for it; the inputs of its layers stay the same.
+        among: the schemes to choose from.
     """
-    changed = refold_(low, schemes_at(low, budget, inputs, prices, used=used), dense)
-    return low, ladder(low, inputs, dense_model=dense, check=True, own=True, used=used, before=prices) if changed else prices
+    made: dict[tuple[str, Fold], Form] = {}
+    changed = refold_(low, schemes_at(low, budget, inputs, prices, among=among, used=used, made=made), dense, made)
+    on: Any = {"crossbars": prices.crossbars, "dense_model": dense, "used": used, "before": prices}
+    return low, ladder(low, inputs, check=True, own=True, **on) if changed else prices
 
 
-def _choices(model: nn.Module, inputs: Any, prices: Ladder, among: Sequence[Fold], used: Sequence[Call]) -> dict[str, list[Choice]]:
+def _choices(
+    model: nn.Module, inputs: Any, prices: Ladder, among: Sequence[Fold], used: Sequence[Call], made: dict[tuple[str, Fold], Form]
+) -> dict[str, list[Choice]]:
     """Return the choices of each factorized weight, tied ones once; the last one is the dense weight."""
     batch, shapes = batch_size_of(inputs, model=model, unknown=1), defaultdict[Any, list[Any]](list)
     for call in used:
@@ -123,7 +149,7 @@ def _choices(model: nn.Module, inputs: Any, prices: Ladder, among: Sequence[Fold
         free = users[site.factors] == 1 and site.name not in prices.corrected
         offered = [fold for fold in _offered(site) if fold in among or fold == site.layer.scheme] if free else []
         found[site.name] = (
-            [choice for fold in offered for choice in _priced(site, fold, shapes[site.layer, site.key], batch, alike)]
+            [choice for fold in offered for choice in _priced(site, fold, shapes[site.layer, site.key], batch, alike, made)]
             if len(offered) > 1
             else _as_priced(site, prices)
         )
@@ -155,9 +181,11 @@ def _as_priced(site: Site, prices: Ladder) -> list[Choice]:
     ]
 
 
-def _priced(site: Site, fold: Fold, shapes: Iterable[Any], batch: int, alike: dict[Any, _Prices]) -> list[Choice]:
+def _priced(
+    site: Site, fold: Fold, shapes: Iterable[Any], batch: int, alike: dict[Any, _Prices], made: dict[tuple[str, Fold], Form]
+) -> list[Choice]:
     """Return the sizes of one scheme that cost less than the dense weight in every unit."""
-    (tail, sizes), own, shapes = _distortions(site, fold), description(site), tuple(shapes)
+    (tail, sizes), own, shapes = _distortions(site, fold, made), description(site), tuple(shapes)
     key = None if own is None else (own, fold, shapes, tuple(sizes))
     if key is None or key not in alike:
         alike[key] = _prices(site, fold, sizes, shapes, batch)
@@ -182,17 +210,22 @@ def _prices(site: Site, fold: Fold, sizes: Sequence[Size], shapes: Iterable[Any]
     return made
 
 
-def _distortions(site: Site, fold: Fold) -> tuple[Tensor, Sequence[Size]]:
-    """Return the energy lost at each rung of a scheme, and the sizes."""
+def _distortions(site: Site, fold: Fold, made: dict[tuple[str, Fold], Form]) -> tuple[Tensor, Sequence[Size]]:
+    """Return the energy lost at each rung of a scheme, and the sizes; none of a form whose cuts take too long."""
     held, layer = site.factors, site.layer
     if fold == layer.scheme:
-        return held.tail(), [held.size_of(rung) for rung in range(1, held.rank + 1)]
+        measure_cuts(held)
+        return measured_tail(held, held.tail()), [held.size_of(rung) for rung in range(1, held.rank + 1)]
     folded = layer.fold(layer, site.key, layer.dense_weight(site.key).detach(), fold)
     if fold in MATRICES:
         tail = linalg.tail_energy(linalg.pooled_spectrum(linalg.spectrum(folded)))
         return tail, range(1, len(tail))
-    form = FORMS[fold].of(folded, folded)
-    return form.tail(), form.path()
+    form = FORMS[fold].of(layer.dense_weight(site.key).detach(), folded, name=site.name)
+    if not affordable(form):
+        return form.tail(), ()
+    measure_cuts(form)
+    made[site.layer_name, fold] = form
+    return measured_tail(form, form.tail()), form.path()
 
 
 def _thinned(rungs: int) -> list[int]:

@@ -144,4 +144,10 @@ def _onnxruntime() -> Any:
         importlib.import_module("onnx")
         return importlib.import_module("onnxruntime")
     except ImportError as error:
-        raise SettingError("latency_table", "backend", got="onnx", rule="installed", hint="pip install 'spectrim[onnx]'") from error
+        raise SettingError(
+            "latency_table",
+            "backend",
+            got="onnx",
+            rule="installed",
+            hint="pip install onnx onnxscript onnxruntime, or install the extra 'onnx'",
+        ) from error

@@ -1,8 +1,7 @@
 """The rules: what an argument of each name must be, and what the message suggests for common mistakes."""
 
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex
 
@@ -12,17 +11,25 @@ from torch.optim import Optimizer
 
 from spectrim.checks.batches import bare, inputs_rule, read_once, reread, reread_bare
 from spectrim.checks.messages import fail
+from spectrim.checks.scalars import Rule, choice, integer, number
 
 WHERE = "a layer name, a glob, a list of these, or a function (name, module) -> bool"
 
-Rule = Callable[[str, str, Any], None]
-"""Takes the verb, the name of the argument and its value; raises a `SettingError` for a wrong value."""
+WITHOUT_VALUES = ("factorize", "merge", "coverage", "measure", "compare_latency", "load", "match")
+"""Verbs that take a model on the meta device, too."""
 
 
 def _model(verb: str, name: str, value: Any) -> None:
     if isinstance(value, torch.jit.ScriptModule):
         raise fail(verb, name, value, "a Python model", f"compress the Python model before scripting; {verb} cannot look into TorchScript")
+    if isinstance(value, torch.fx.GraphModule) and "eval" in vars(value):
+        raise fail(
+            verb, name, value, "a Python model", f"compress the Python model before torch.export; {verb} cannot change an exported one"
+        )
     if isinstance(value, nn.Module):
+        if verb not in WITHOUT_VALUES and (empty := next((key for key, p in value.named_parameters() if p.is_meta), None)) is not None:
+            hint = f"'{empty}' has no values: load the weights first, or build the model outside torch.device('meta')"
+            raise fail(verb, name, value, "a model with values, not on the meta device", hint)
         return
     hint = ""
     if isinstance(value, type) and issubclass(value, nn.Module):
@@ -81,8 +88,8 @@ def _where(verb: str, name: str, value: Any) -> None:
     if isinstance(names, list | tuple | set | frozenset):
         if not names or not all(isinstance(entry, str) for entry in names):
             raise fail(verb, name, value, WHERE)
-    elif isinstance(value, type) or not callable(value):
-        raise fail(verb, name, value, WHERE)
+    elif isinstance(value, type | nn.Module) or not callable(value):
+        raise fail(verb, name, value, WHERE, "give the layer's name" if isinstance(value, nn.Module) else "")
 
 
 def _budget(verb: str, name: str, value: Any) -> None:
@@ -100,6 +107,8 @@ def _ranks(verb: str, name: str, value: Any) -> None:
     """Accept a whole number, a mapping or a rank rule; the numbers in it are checked with the layers' sizes."""
     if isinstance(value, Mapping):
         for key, rank in value.items():
+            if not isinstance(key, str):
+                raise fail(verb, name, value, "a dict {layer name: rank}")
             several = isinstance(rank, tuple) and all(isinstance(one, int) and not isinstance(one, bool) and one >= 1 for one in rank)
             if not several and (isinstance(rank, bool | Tensor) or not isinstance(rank, SupportsIndex)):
                 raise fail(verb, f"{name}[{key!r}]", rank, "an integer of at least 1")
@@ -122,6 +131,12 @@ def _path(verb: str, name: str, value: Any) -> None:
 def _latencies(verb: str, name: str, value: Any) -> None:
     if isinstance(value, type) or not hasattr(value, "limits") or not hasattr(value, "seconds"):
         raise fail(verb, name, value, "a LatencyTable", "latency_table(model, inputs) makes one")
+
+
+def _crossbars(verb: str, name: str, value: Any) -> None:
+    if isinstance(value, type) or not hasattr(value, "arrays") or not hasattr(value, "price"):
+        rule = "Crossbars, from spectrim.runtimes.crossbar"
+        raise fail(verb, name, value, rule, "Crossbars(Device(bits=4), Mapping(rows=128, columns=64, bits=8))")
 
 
 def _penalties(verb: str, name: str, value: Any) -> None:
@@ -187,30 +202,6 @@ def _patterns(verb: str, name: str, value: Any) -> None:
         raise fail(verb, name, wrong[0], "globs over layer names, as text", hint)
 
 
-def _integer(least: int) -> Rule:
-    def rule(verb: str, name: str, value: Any) -> None:
-        if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex) or value.__index__() < least:
-            raise fail(verb, name, value, f"an integer of at least {least}")
-
-    return rule
-
-
-def _number(rule: str, fits: Callable[[float], bool]) -> Rule:
-    def check_number(verb: str, name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value) or not fits(float(value)):
-            raise fail(verb, name, value, rule)
-
-    return check_number
-
-
-def _choice(*allowed: str) -> Rule:
-    def rule(verb: str, name: str, value: Any) -> None:
-        if value not in allowed:
-            raise fail(verb, name, value, ", ".join(f"'{entry}'" for entry in allowed[:-1]) + f" or '{allowed[-1]}'")
-
-    return rule
-
-
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("model", "cut_model", "dense", "old", "new", "first", "second"), _model),
     **dict.fromkeys(("data", "eval_data"), reread),
@@ -218,12 +209,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("where", "keep"), _where),
     **dict.fromkeys(("rank", "ranks"), _ranks),
     **dict.fromkeys(("path", "folder", "checkpoint"), _path),
-    **dict.fromkeys(("epochs", "first_epoch", "above"), _integer(0)),
-    **dict.fromkeys(
-        ("examples", "accumulate", "steps_per_epoch", "threads", "repeats", "multiple", "batch_size", "max_batch"), _integer(1)
-    ),
-    **dict.fromkeys(("clip", "min_time", "time_box", "tolerance"), _number("above 0", lambda value: value > 0)),
-    **dict.fromkeys(("squeeze", "margin"), _number("in [0, 1)", lambda value: 0 <= value < 1)),
+    **dict.fromkeys(("epochs", "first_epoch", "above"), integer(0)),
+    **dict.fromkeys(("examples", "accumulate", "steps_per_epoch", "threads", "repeats", "multiple", "batch_size", "max_batch"), integer(1)),
+    **dict.fromkeys(("clip", "min_time", "time_box", "tolerance", "calibration_seconds"), number("above 0", lambda value: value > 0)),
+    **dict.fromkeys(("squeeze", "margin"), number("in [0, 1)", lambda value: 0 <= value < 1)),
     "models": _models,
     "network": _network,
     "data_once": read_once,
@@ -238,20 +227,34 @@ RULES: dict[str, Rule] = {
     "budget": _budget,
     "budgets": _budgets,
     "latency": _latencies,
+    "crossbars": _crossbars,
     "calibration": _calibration,
     "source": _plan,
     "patterns": _patterns,
     "importances": _importances,
     "cut_ranks": _cut_ranks,
     "measurements": _measurements,
-    "scheduler_steps": _choice("epoch", "batch"),
-    "precision": _choice("no", "bf16", "fp16"),
-    "execution": _choice("macs", "measured"),
+    "scheduler_steps": choice("epoch", "batch"),
+    "precision": choice("no", "bf16", "fp16"),
+    "execution": choice("macs", "measured"),
 }
 """By the name of the argument: what it must be."""
 
 NONE_ALLOWED = {
-    *("where", "keep", "eval_data", "example_inputs", "clip", "latency", "calibration", "schedule", "rank", "multiple", "tolerance"),
+    *(
+        "where",
+        "keep",
+        "eval_data",
+        "example_inputs",
+        "clip",
+        "latency",
+        "crossbars",
+        "calibration",
+        "schedule",
+        "rank",
+        "multiple",
+        "tolerance",
+    ),
     *("batch_size", "checkpoint", "factory", "eval_batches", "steps_per_epoch"),
 }
 """Arguments for which None is a value in every verb."""

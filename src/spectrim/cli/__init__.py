@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from spectrim.cli.arguments import parser
-from spectrim.errors import RecipeError
+from spectrim.errors import UsageError
 
 
 class _Terminated(KeyboardInterrupt):
@@ -57,7 +57,7 @@ def _device(name: str | None) -> Iterator[None]:
         return
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (number and (kind != "cuda" or not number.isdigit())):
-        raise RecipeError("--device", f"got {name!r}", allowed="cpu, cuda, cuda:N, mps")
+        raise UsageError("--device", f"got {name!r}", allowed="cpu, cuda, cuda:N, mps")
     wanted = {"ACCELERATE_USE_CPU": "true"} if kind == "cpu" else {"CUDA_VISIBLE_DEVICES": number} if number else {}
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)
@@ -66,7 +66,7 @@ def _device(name: str | None) -> Iterator[None]:
 
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         if kind in there and not there[kind]:
-            raise RecipeError("--device", f"got {name!r}, which this machine does not have", allowed="cpu")
+            raise UsageError("--device", f"got {name!r}, which this machine does not have", allowed="cpu")
         yield
     finally:
         for key, value in before.items():
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             logging.getLogger("torch").setLevel(logging.ERROR)
             BODIES[args.command](options)
-    except RecipeError as error:
+    except UsageError as error:
         _print_error(f"spectrim: {error}")
         sys.exit(2)
     except KeyboardInterrupt as stopped:

@@ -47,7 +47,8 @@ EXAMPLES = {
   spectrim compress net.yaml --macs 0.7,0.5,0.35           three networks, one table, one page
   spectrim compress net.yaml --max-drop 0.5 --epochs 5     the smallest one at most half a point worse
   spectrim compress net.yaml --latency 0.7 --backend onnx  at most 70 % of the dense network's seconds
-  spectrim compress net.yaml --coded-bytes 0.07            a coded file of at most 7 % of the bytes, no training""",
+  spectrim compress net.yaml --coded-bytes 0.07            a coded file of at most 7 % of the bytes, no training
+  spectrim compress net.yaml --tiles 0.3 --crossbars rows=32,columns=32,bits=4    at most 30 % of the tiles of a crossbar chip""",
     "measure": """\
   spectrim measure runs/net-compress-macs0.5
   spectrim measure runs/net-compress-macs0.5 --split val --threads 4 --json
@@ -109,6 +110,15 @@ def _changes(sub: ArgumentParser, whose: str = "the recipe") -> None:
     )
 
 
+def _crossbars(sub: ArgumentParser) -> None:
+    sub.add_argument(
+        "--crossbars",
+        type=str,
+        metavar="rows=128,columns=64,bits=8,cell_bits=4",
+        help="count tiles of this size: inputs, outputs, bits of a weight and of a cell (what is left out is as here)",
+    )
+
+
 def parser() -> ArgumentParser:
     """Return the parser of the whole command line."""
     epilog = """\
@@ -142,6 +152,10 @@ exit codes: 0 done, 1 failure, 2 wrong usage or a bad recipe, 130 stopped by Ctr
     sub.add_argument("--size-bytes", type=PositiveInt, help="bytes to keep")
     sub.add_argument("--latency", type=float, help="share of the dense network's seconds to keep, in (0, 1]")
     sub.add_argument("--latency-s", type=float, help="seconds of one example")
+    sub.add_argument("--tiles", type=str, help="share of the crossbar tiles to keep, in (0, 1]; or several; needs --crossbars")
+    sub.add_argument("--tile-reads", type=str, help="share of the reads of tiles, and so of the energy, to keep; or several")
+    sub.add_argument("--tile-count", type=PositiveInt, help="tiles to keep, both of each pair and all slices")
+    _crossbars(sub)
     sub.add_argument(
         "--max-drop", type=float, help="find the smallest network at most so many points of accuracy worse on the validation split"
     )
@@ -156,7 +170,10 @@ exit codes: 0 done, 1 failure, 2 wrong usage or a bad recipe, 130 stopped by Ctr
         "--backend", choices=["eager", "compile", "onnx"], help="time layers in this backend; layers that no rank makes faster stay dense"
     )
     sub.add_argument("--epochs", type=NonNegativeInt, default=0, help="of fine-tuning (default: none, calibration only)")
-    sub.add_argument("--examples", type=PositiveInt, default=1024, help="training examples for calibration")
+    sub.add_argument(
+        "--examples", type=PositiveInt, default=None, help="training examples for calibration (default: 1024, fewer for large networks)"
+    )
+    sub.add_argument("--calibration-seconds", type=float, default=None, help="time for calibration and cuts; fewer examples and cuts then")
     ways = ["auto", "plain", "whitened", "sensitive", "mixed", "both", "curved"]
     sub.add_argument("--cut", choices=ways, default="auto", help="how the cut is made")
     sub.add_argument("--writing", choices=["pair", "interpolative"], default="pair", help="how cut weights are written")
@@ -177,6 +194,7 @@ exit codes: 0 done, 1 failure, 2 wrong usage or a bad recipe, 130 stopped by Ctr
     )
     sub.add_argument("--split", choices=["train", "val", "test"], help="split for accuracy and loss (default for a recipe: val)")
     sub.add_argument("--threads", type=PositiveInt, help="CPU threads of the latency measurement (default: 1)")
+    _crossbars(sub)
     _changes(sub)
     _json(sub)
 
@@ -196,6 +214,8 @@ exit codes: 0 done, 1 failure, 2 wrong usage or a bad recipe, 130 stopped by Ctr
     sub.add_argument("--weights-only", action="store_true", help="use no data: ranks and cuts by the weights alone")
     sub.add_argument("--latency", choices=["eager", "compile", "onnx"], help="time the layers, and predict seconds")
     sub.add_argument("--threads", type=PositiveInt, default=1, help="CPU threads of that timing")
+    sub.add_argument("--tiles", action="store_true", help="the budgets are fractions of the tiles; needs --crossbars")
+    _crossbars(sub)
     sub.add_argument("--out", type=str, help="a JSON file; its page is written beside it")
     _changes(sub)
     _json(sub, ": the whole plan")

@@ -10,11 +10,12 @@ from jsonargparse import Namespace
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from spectrim.budget.budget import Budget
 from spectrim.budget.latency_table import latency_table
 from spectrim.budget.plan import BUDGETS, plan
 from spectrim.cli.compressing import compress_, run
-from spectrim.cli.shared import changes, fractions, note, show
-from spectrim.errors import FormatError, RecipeError, SettingError
+from spectrim.cli.shared import changes, crossbars, fractions, note, show
+from spectrim.errors import FormatError, SettingError, UsageError
 from spectrim.metrics.inputs import batch_size_of, first_examples, one_example
 from spectrim.metrics.measurement import measure
 from spectrim.pipeline.components import make_loss
@@ -31,6 +32,9 @@ from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import factorize
 from spectrim.tables import SUFFIXES
 
+NAMES = {"train": "training", "val": "validation", "test": "test"}
+"""The splits in words."""
+
 
 def measure_(args: Namespace) -> None:
     """Measure the network of a recipe or of a folder, or show what was measured when the folder was finished; or a coded file."""
@@ -38,16 +42,18 @@ def measure_(args: Namespace) -> None:
         packed = packed_sizes(args.target)
         show(args, packed.summary(), packed.to_dict())
         return
-    found, held, verdict = None, _contents(args.target), ""
-    if held is not None and args.split is None and args.threads is None and not changes(args):
+    found, held, verdict, tiles = None, _contents(args.target), "", crossbars(args.crossbars)
+    if held is not None and args.split is None and args.threads is None and tiles is None and not changes(args):
         found, verdict = held.measured("final"), held.verdict()
     if found is None:
         model, recipe = _network(args, held, "final")
         data = make_data(recipe)
         split = getattr(data, args.split or "val")
+        if held is None and recipe.dense.epochs:
+            note(f"the recipe trains its dense network first; measured is the untrained one. spectrim run {args.target} measures both")
         example = one_example(data.val, model)
-        found = measure(model, example, data=split, loss=make_loss(recipe.loss), threads=args.threads or 1)
-        where = f"measured on the {args.split or 'val'} split"
+        found = measure(model, example, data=split, loss=make_loss(recipe.loss), threads=args.threads or 1, crossbars=tiles)
+        where = f"measured on the {NAMES[args.split or 'val']} split"
     else:
         where = "as measured on the test split when the folder was written; --split measures again, and calls the recipe's code"
     show(args, "\n".join(part for part in (found.summary(), where, verdict) if part), found.to_dict())
@@ -68,7 +74,10 @@ def coverage_(args: Namespace) -> None:
 
 def plan_(args: Namespace) -> None:
     """Predict the result of each budget, without training: ranks, costs, and the error right after the cut."""
-    budgets = fractions("--budgets", args.budgets) if args.budgets else BUDGETS
+    shares, tiles = fractions("--budgets", args.budgets) if args.budgets else BUDGETS, crossbars(args.crossbars)
+    if args.tiles and tiles is None:
+        raise UsageError("plan", "tiles of what size?", allowed="--crossbars rows=32,columns=32,bits=4,cell_bits=4")
+    budgets = [Budget(tiles=share) if args.tiles else share for share in shares]
     held = _contents(args.target)
     model, recipe = _network(args, held, "dense")
     if held is None and recipe.dense.epochs:
@@ -80,7 +89,7 @@ def plan_(args: Namespace) -> None:
         table = latency_table(model, inputs, backend=args.latency, threads=args.threads, progress=not args.quiet)
     calibrating, loss = (None, None) if args.weights_only else (data.train, make_loss(recipe.loss))
     found = plan(
-        model, inputs, calibrating, loss, budgets=budgets, scheme=scheme, where=where, latency=table,
+        model, inputs, calibrating, loss, budgets=budgets, scheme=scheme, where=where, latency=table, crossbars=tiles,
         eval_data=None if args.weights_only else data.val, examples=args.examples, progress=not args.quiet,
     )  # fmt: skip
     text = str(found)
@@ -105,11 +114,11 @@ def report_(args: Namespace) -> None:
 def export_(args: Namespace) -> None:
     """Write the network of a recipe, or the final one of a folder, for another runtime."""
     if not args.int8 and not args.format and not args.out:
-        raise RecipeError("export", "the format is missing", allowed=f"--format {', '.join(SUFFIXES.values())}; or --out with a suffix")
+        raise UsageError("export", "the format is missing", allowed=f"--format {', '.join(SUFFIXES.values())}; or --out with a suffix")
     if args.int8 and (args.format not in (None, "onnx") or args.static or args.tolerance is not None):
-        raise RecipeError("--int8", "writes ONNX for any batch, and has no tolerance", allowed="--format onnx, --out FILE.onnx")
+        raise UsageError("--int8", "writes ONNX for any batch, and has no tolerance", allowed="--format onnx, --out FILE.onnx")
     if args.tolerance is not None and not args.tolerance > 0:
-        raise RecipeError("--tolerance", f"got {args.tolerance}", allowed="a number above 0")
+        raise UsageError("--tolerance", f"got {args.tolerance}", allowed="a number above 0")
     held, path = _contents(args.target), _export_path(args)
     model, recipe = _network(args, held, "final")
     data = make_data(recipe)
@@ -120,11 +129,11 @@ def export_(args: Namespace) -> None:
     (inputs, _), *_ = first_examples(data.val, 1)
     size = batch_size_of(inputs)
     if args.batch > size:
-        raise RecipeError("--batch", f"got {args.batch}", allowed=f"up to {size}, a batch of the validation split")
+        raise UsageError("--batch", f"got {args.batch}", allowed=f"up to {size}, a batch of the validation split")
     inputs = tree_map_only(torch.Tensor, lambda tensor: tensor[: args.batch], inputs)
     made = export(
         model, inputs, path, args.format, dynamic_batch=not args.static, max_batch=max(args.max_batch, args.batch),
-        tolerance=args.tolerance, latency=True, threads=args.threads,
+        tolerance=args.tolerance, latency=True, threads=args.threads, progress=not args.quiet,
     )  # fmt: skip
     show(args, made.summary(), made.to_dict())
 
@@ -153,7 +162,7 @@ def _export_path(args: Namespace) -> Path:
     try:
         _format_of(path, "onnx" if args.int8 else args.format)
     except SettingError as error:
-        raise RecipeError("--out", str(error)) from error
+        raise UsageError("--out", str(error)) from error
     return path
 
 
@@ -171,7 +180,7 @@ def _network(args: Namespace, held: Contents | None, name: str) -> tuple[nn.Modu
     note(f"calling the code that {path} names; do so only for folders that you trust")
     try:
         recipe = read_recipe(path, changes(args), cut=False)
-    except RecipeError as error:
+    except UsageError as error:
         raise error if str(path) in str(error) else FormatError(path, str(error)) from error
     return load(place, make_model(recipe)), recipe
 

@@ -13,8 +13,8 @@ from spectrim.budget.allocate import allocate
 from spectrim.budget.budget import CODED, Budget
 from spectrim.budget.latency_table import latency_table
 from spectrim.budget.plan import plan
-from spectrim.cli.shared import changes, coded_bytes, fractions, show
-from spectrim.errors import RecipeError, SettingError
+from spectrim.cli.shared import changes, coded_bytes, crossbars, fractions, show
+from spectrim.errors import SettingError, UsageError
 from spectrim.files import read_json, temporary_beside
 from spectrim.metrics.evaluate import evaluate
 from spectrim.metrics.measurement import Measurement, compare_table
@@ -31,7 +31,20 @@ from spectrim.surgery.factorize import factorize
 from spectrim.training.parts import Reconstruction
 from spectrim.training.tuning import Tuning
 
-LIMITS = ("macs", "params", "size", "size_bytes", "latency", "latency_s", "max_drop", "max_loss_rise", "coded_bytes")
+LIMITS = (
+    "macs",
+    "params",
+    "size",
+    "size_bytes",
+    "latency",
+    "latency_s",
+    "tiles",
+    "tile_reads",
+    "tile_count",
+    "max_drop",
+    "max_loss_rise",
+    "coded_bytes",
+)
 
 
 PAGE_BUDGETS = (0.65, 0.5, 0.33)
@@ -62,7 +75,7 @@ def compress_(args: Namespace) -> None:
     out = Path(args.out or Path("runs") / f"{Path(args.recipe).stem}-compress-{'-'.join(names)}")
     job = Run(recipe, out, progress=not args.quiet)
     with job.hold():
-        _check_budgets(job, budgets)
+        _check_budgets(job, budgets, args)
         if len(budgets) == 1:
             made, measured, result = _compressed(job, budgets[0], args)
             finish(out, "compress", result, made.coverage)
@@ -129,9 +142,10 @@ def _compressed(job: Run, budget: Budget, args: Namespace) -> tuple[Compressed, 
     made = compress(
         dense, data.train, job.loss, budget, args.epochs, example_inputs=job.example, eval_data=data.val,
         scheme=recipe.factorize.scheme, where=recipe.factorize.layers(), cut=args.cut, squeeze=args.squeeze, examples=args.examples,
+        calibration_seconds=args.calibration_seconds,
         writing=args.writing, reconstruct=Reconstruction(args.reconstruct) if args.reconstruct else None,
-        tuning=Tuning(precision=recipe.precision, compiled=recipe.compiled), latency=table, folder=job.out / "compress",
-        progress=not args.quiet,
+        tuning=Tuning(precision=recipe.precision, compiled=recipe.compiled), latency=table,
+        crossbars=crossbars(args.crossbars), folder=job.out / "compress", progress=not args.quiet,
     )  # fmt: skip
     job.begin("measure")
     tested = {name: evaluate(model, job.data.test, job.loss) for name, model in (("dense", dense), ("final", made.model))}
@@ -150,23 +164,28 @@ def _budgets(args: Namespace) -> list[Budget]:
             read = coded_bytes if name == CODED else fractions
             listed[name] = read(_option(name), value) if isinstance(value, str) else [value]
     if not listed:
-        raise RecipeError("compress", "no budget", allowed=", ".join(map(_option, LIMITS)) + "; --macs 0.4 keeps 40 %")
+        raise UsageError("compress", "no budget", allowed=", ".join(map(_option, LIMITS)) + "; --macs 0.4 keeps 40 %")
     count = max(map(len, listed.values()))
     if any(len(values) not in (1, count) for values in listed.values()):
-        raise RecipeError("compress", "lists of different lengths", allowed="lists of one length, or single values")
+        raise UsageError("compress", "lists of different lengths", allowed="lists of one length, or single values")
+    crossbars(args.crossbars)
+    if args.crossbars is None and {"tiles", "tile_reads", "tile_count"} & set(listed):
+        raise UsageError("compress", "tiles of what size?", allowed="--crossbars rows=32,columns=32,bits=4,cell_bits=4")
+    if args.calibration_seconds is not None and not args.calibration_seconds > 0:
+        raise UsageError("--calibration-seconds", f"got {args.calibration_seconds:g}", allowed="seconds above 0")
     if not 0 <= args.squeeze < 1:
-        raise RecipeError("--squeeze", f"got {args.squeeze}", allowed="a share of the epochs in [0, 1)")
+        raise UsageError("--squeeze", f"got {args.squeeze}", allowed="a share of the epochs in [0, 1)")
     try:
         return [Budget(**{name: values[index % len(values)] for name, values in listed.items()}) for index in range(count)]
     except SettingError as error:
-        raise RecipeError("compress", str(error)) from error
+        raise UsageError("compress", str(error)) from error
 
 
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _check_budgets(job: Run, budgets: list[Budget]) -> None:
+def _check_budgets(job: Run, budgets: list[Budget], args: Namespace) -> None:
     """Check that ranks can meet the budgets before the dense network is trained, as far as no seconds are asked for."""
     limited = [replace(budget, max_drop=None, max_loss_rise=None, coded_bytes=None) for budget in budgets if budget.limits]
     counted = [budget for budget in limited if not {"latency", "latency_s"} & set(budget.limits)]
@@ -175,9 +194,9 @@ def _check_budgets(job: Run, budgets: list[Budget]) -> None:
     low = factorize(job.initial, job.recipe.factorize.scheme, job.recipe.factorize.layers())
     try:
         for budget in counted:
-            allocate(low, budget, job.example)
+            allocate(low, budget, job.example, crossbars=crossbars(args.crossbars))
     except SettingError as error:
-        raise RecipeError("compress", str(error)) from error
+        raise UsageError("compress", str(error)) from error
 
 
 def plan_of_run(job: Run) -> None:

@@ -6,7 +6,10 @@ from typing import Any
 from jsonargparse import Namespace
 from rich.console import Console
 
-from spectrim.errors import RecipeError
+from spectrim.errors import SettingError, UsageError
+
+CROSSBARS = ("rows", "columns", "bits", "cell_bits")
+"""What `crossbars` reads."""
 
 
 def fractions(option: str, text: str) -> list[float]:
@@ -16,7 +19,7 @@ def fractions(option: str, text: str) -> list[float]:
     except ValueError:
         values = []
     if not values or not all(0 < value <= 1 for value in values) or len(set(values)) < len(values):
-        raise RecipeError(option, f"got {text!r}", allowed="fractions kept, in (0, 1], each once, with commas: 0.5,0.33")
+        raise UsageError(option, f"got {text!r}", allowed="fractions kept, in (0, 1], each once, with commas: 0.5,0.33")
     return values
 
 
@@ -32,8 +35,27 @@ def coded_bytes(option: str, text: str) -> list[float]:
         or len(set(values)) < len(values)
     ):
         allowed = "fractions of the dense network's bytes, in (0, 1), or bytes from 1000 on, each once, with commas: 0.1,0.05"
-        raise RecipeError(option, f"got {text!r}", allowed=allowed)
+        raise UsageError(option, f"got {text!r}", allowed=allowed)
     return [value if value < 1 else int(value) for value in values]
+
+
+def crossbars(text: str | None) -> Any:
+    """Return the crossbars that an option describes; None without it."""
+    if text is None:
+        return None
+    from spectrim.runtimes.crossbar import Crossbars, Device, Mapping
+
+    allowed = "rows=, columns=, bits= and cell_bits=, each once, with commas: rows=32,columns=32,bits=4,cell_bits=4"
+    pairs = [part.partition("=") for part in text.split(",")]
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names) or not all(name in CROSSBARS and value.isdecimal() for name, _, value in pairs):
+        raise UsageError("--crossbars", f"got {text!r}", allowed=allowed)
+    given = {name: int(value) for name, _, value in pairs}
+    try:
+        device = Device(bits=given.pop("cell_bits", Device.bits))
+        return Crossbars(device, Mapping(**given))
+    except SettingError as error:
+        raise UsageError("--crossbars", str(error)) from error
 
 
 def show(args: Namespace, text: str, values: Any) -> None:

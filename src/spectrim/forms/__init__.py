@@ -7,6 +7,7 @@ from torch import Tensor
 
 from spectrim.forms.cp import CP
 from spectrim.forms.form import Form, Size
+from spectrim.forms.quaternion import QuaternionFactors
 from spectrim.forms.svd import Factors
 from spectrim.forms.tasks import TaskFactors
 from spectrim.forms.tensor_train import TensorTrain
@@ -14,29 +15,45 @@ from spectrim.forms.tucker import Tucker2
 from spectrim.linalg.fold import Fold, to_matrix
 from spectrim.tables import Row
 
-FORMS: dict[Fold, type[Factors | Tucker2 | CP | TensorTrain]] = {
+FORMS: dict[Fold, type[Factors | Tucker2 | CP | TensorTrain | QuaternionFactors]] = {
     "channel": Factors,
     "spatial": Factors,
     "input": Factors,
     "tucker": Tucker2,
     "cp": CP,
     "tt": TensorTrain,
+    "quaternion": QuaternionFactors,
 }
 
 METHODS: tuple[Row[Callable[[Tensor], Any]], ...] = (
     Row(
-        Factors, example=lambda kernel: Factors.of(kernel, to_matrix(kernel)), card="svd-training", laws={"exact distortion", "truncation"}
+        Factors,
+        example=lambda kernel: Factors.of(kernel, to_matrix(kernel)),
+        card="svd-training",
+        laws={"exact distortion", "truncation", "sides held"},
     ),
-    Row(Tucker2, example=lambda kernel: Tucker2.of(kernel, to_matrix(kernel, "tucker")), card="tucker", laws={"truncation"}),
-    Row(CP, example=lambda kernel: CP.of(kernel, to_matrix(kernel, "cp")), card="cp", laws={"truncation"}),
-    Row(TensorTrain, example=lambda kernel: TensorTrain.of(kernel, to_matrix(kernel, "tt")), card="tensor-train"),
+    Row(Tucker2, example=lambda kernel: Tucker2.of(kernel, to_matrix(kernel, "tucker")), card="tucker", laws={"truncation", "sides held"}),
+    Row(CP, example=lambda kernel: CP.of(kernel, to_matrix(kernel, "cp")), card="cp", laws={"truncation", "sides held"}),
+    Row(
+        TensorTrain,
+        example=lambda kernel: TensorTrain.of(kernel, to_matrix(kernel, "tt")),
+        card="tensor-train",
+        laws={"truncation", "sides held"},
+    ),
+    Row(
+        QuaternionFactors,
+        example=lambda kernel: QuaternionFactors.of(kernel, kernel.flatten(1)),
+        card="quaternion-svd",
+        laws={"exact distortion", "truncation"},
+    ),
 )
-"""Every form: an example is a function that holds a kernel ``(out, in, k...)`` in it."""
+"""Every form: an example is a function that holds a kernel ``(out, in, k...)`` in it, whose outputs are divisible by four."""
 
 LAWS = {
     "exact distortion": "the distortion of a rung is the squared error of its cut, not only a bound of it",
     "truncation": "the distortion of a rung is the squared error of zeros beyond it, not only a bound of it",
+    "sides held": "`sides` are parameters or views of them: what is written into them changes the weight",
 }
 """What a form may promise beyond the contract of `Form`."""
 
-__all__ = ["CP", "FORMS", "LAWS", "METHODS", "Factors", "Form", "Size", "TaskFactors", "TensorTrain", "Tucker2"]
+__all__ = ["CP", "FORMS", "LAWS", "METHODS", "Factors", "Form", "QuaternionFactors", "Size", "TaskFactors", "TensorTrain", "Tucker2"]

@@ -155,6 +155,10 @@ class Contract(Computed):
         """
         raise NotImplementedError
 
+    def cut_macs(self, size: Size) -> float:
+        """Return about how many multiply-accumulates `cut_to` takes where it iterates; 0 where decompositions do."""
+        return 0.0
+
     def cut(self: Self, choose: Choose, left: Tensor | None = None, right: Metric | None = None) -> Self:
         """Return a new form, cut along each axis of the size to what is chosen from the spectrum there; otherwise as `cut_to`."""
         raise NotImplementedError

@@ -98,6 +98,11 @@ class CP(Kernel):
         """``r (out + in + taps)``."""
         return _rank(size) * sum(self.folded_shape)
 
+    def cut_macs(self, size: Size) -> float:
+        """Return the multiply-accumulates of all sweeps of alternating least squares."""
+        out, in_, taps = self.folded_shape
+        return 3.0 * cp.SWEEPS * out * in_ * taps * _rank(size)
+
     # The weight
 
     @property

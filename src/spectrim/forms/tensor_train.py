@@ -12,6 +12,7 @@ from spectrim.forms.form import LOST, Form, Size, rung_of
 from spectrim.forms.kernel import Kernel, Nested, several_ranks
 from spectrim.linalg import tensor_train as tt
 from spectrim.linalg.gram import Metric
+from spectrim.linalg.train_sizes import nearest_within, nested_path, path_losses
 
 Cores = tuple[Tensor, ...]
 
@@ -19,8 +20,8 @@ Cores = tuple[Tensor, ...]
 class TensorTrain(Nested, Kernel):
     """One kernel ``(out, in, taps...)`` as a tensor train over inputs, the taps of each axis, and outputs, in this order.
 
-    A size has a rank between each two of them, from the inputs on: ``(r1, r2, r3)`` for 3x3 taps. The path of sizes is nested: from ones
-    on, the next rung has one more rank where that holds more energy for each number that is stored. It is chosen when it is asked for.
+    A size has a rank between each two of them, from the inputs on: ``(r1, r2, r3)`` for 3x3 taps. The path of sizes is nested: from the
+    full size down, the next rung has one rank less where that loses least for each number saved. It is chosen when it is asked for.
 
     Attributes:
         G1: ``(in, r1)``, orthonormal columns where it is exact.
@@ -28,8 +29,8 @@ class TensorTrain(Nested, Kernel):
         G4: the last one, ``(r3, out)``, with the norms.
 
     Source: Oseledets, SIAM J. Sci. Comput. 33 (2011); for convolutions Garipov et al., arXiv 1611.03214.
-    Deviation: one core for each axis of the kernel, no folding of channels into several axes. The distortion of a rung is the sum over the
-    cuts of the energy behind each rank (theorem 2.2), which the squared error does not exceed.
+    Deviation: one core for each axis of the kernel, no folding of channels into several axes. The distortion of a rung is the squared error
+    of the leading entries; its cut is improved by alternating least squares, so that the squared error is at most the distortion.
     """
 
     called: ClassVar[str] = "a tensor train"
@@ -96,9 +97,7 @@ class TensorTrain(Nested, Kernel):
 
     def nested_path(self) -> tuple[tt.Ranks, ...]:
         """Return the sizes from ones to the present one."""
-        parts = None if self.cores[0].is_meta else self.parts_in_order()
-        energies = [energy.tolist() for energy in tt.right_spectra(parts)] if parts else [[1.0] * rank for rank in self.size]
-        return tt.nested_path(energies, _train(self.folded_shape))
+        return nested_path(self.cores if self.cores[0].is_meta else self.parts_in_order(), _train(self.folded_shape))
 
     def checked(self, name: str, size: Any) -> tt.Ranks:
         """Return a rank for each cut; a number stands for all, at most what is held; raise a RankError for another."""
@@ -135,8 +134,12 @@ class TensorTrain(Nested, Kernel):
         return tt.tt_svd(kernel.movedim(0, -1), size)
 
     def nearest(self, kernel: Tensor, size: Any, held: Cores) -> Cores:
-        """Decompose at the smaller size, and once more, so that columns are singular vectors of what is left."""
-        return self.ordered(self.decomposed(kernel, size))
+        """Improve by alternating least squares the leading entries, or successive decompositions where these are nearer."""
+        tensor, cores = kernel.movedim(0, -1), self.ordered(held)
+        kept = tt.leading(cores, nearest_within(cores, self.path(), size, _train(self.folded_shape)))
+        padded = tuple(tt.resized(*each) for each in zip(kept, tt.shapes(tensor.shape, size), strict=True))
+        starts = [tt.improved(tensor, start) for start in (padded, tt.tt_svd(tensor, size))]
+        return self.ordered(max(starts, key=lambda cores: float(cores[-1].square().sum())))  # what orthonormal cores keep
 
     @classmethod
     def ordered(cls, parts: Cores) -> Cores:
@@ -163,15 +166,11 @@ class TensorTrain(Nested, Kernel):
         return tuple(energy.clamp(min=0).sqrt() for energy in tt.right_spectra(self.parts_in_order()))
 
     def tail(self, left: Tensor | None = None, right: Metric | None = None) -> Tensor:
-        """Return the sum over the cuts of the energy behind each rank, at every rung; at most the whole energy."""
+        """Return the squared error of the leading entries at every rung, never rising."""
         parts = self.parts_in_order()
         if left is not None or right is not None:
             parts = self.ordered(self.with_ends(parts, *self._metrics(left, right)[0]))
-        energies = tt.right_spectra(parts)
-        whole = parts[-1].square().sum()
-        behind = [torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]) for energy in energies]
-        lost = [sum((sums[rank] for sums, rank in zip(behind, size, strict=True)), whole.new_zeros(())) for size in self.path()]
-        return torch.stack([whole, *lost]).clamp(min=0).cummin(0).values
+        return path_losses(parts, self.path(), _train(self.folded_shape))
 
     def cut_to(self, size: Size, left: Tensor | None = None, right: Metric | None = None) -> "TensorTrain":
         """Cut to ranks; the path stays where they are on it."""
@@ -213,12 +212,12 @@ class TensorTrain(Nested, Kernel):
         raise LayerError("a tensor train", "has no first-order distortion", hint="use LossSensitivity(calibration, order=2)")
 
     def truncated_parts(self, rank: int) -> Cores:
-        """Return cores of the present shapes, zero outside the size of a rung."""
+        """Return cores of the present shapes, zero outside the size of a rung, or of a lower one that is nearer."""
         cores = self.parts_in_order()
         if not rank:
             return tuple(torch.zeros_like(core) for core in cores)
-        size = self.size_of(rank)
-        return tuple(tt.resized(*each) for each in zip(tt.leading(cores, size), self._shapes(self.size), strict=True))
+        kept = tt.leading(cores, nearest_within(cores, self.path(), self.size_of(rank), _train(self.folded_shape)))
+        return tuple(tt.resized(*each) for each in zip(kept, self._shapes(self.size), strict=True))
 
     def turns(self, new: Form) -> dict[str, dict[int, Tensor]]:
         """Return the products of the old columns of each cut with the new ones, which take moments of gradients through a cut."""

@@ -38,7 +38,7 @@ def model_card(
     parts = [
         _front_matter(model, base_model),
         f"# {name}",
-        f"`{kind}` with low-rank weights{f', made from `{base_model}`' if base_model else ''} by spectrim (`pip install 'spectrim[hf]'`).",
+        f"`{kind}` with low-rank weights{f', made from `{base_model}`' if base_model else ''} by spectrim.",
         "## Load it",
         _example(name, kind, own_class),
     ]

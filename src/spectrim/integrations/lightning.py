@@ -19,7 +19,7 @@ try:
     else:
         from lightning.pytorch import Callback  # type: ignore[assignment,unused-ignore]
 except ImportError as error:
-    raise ImportError("spectrim.integrations.lightning needs Lightning: pip install 'spectrim[lightning]'") from error
+    raise ImportError("spectrim.integrations.lightning needs Lightning: pip install lightning, or install the extra 'lightning'") from error
 
 from spectrim.errors import SettingError
 from spectrim.integrations.steps import Steps, loading_ranks, sizes

@@ -32,7 +32,7 @@ try:
     import huggingface_hub
     import transformers
 except ImportError as error:  # pragma: no cover
-    raise ImportError("spectrim.integrations.pretrained needs transformers: pip install 'spectrim[hf]'") from error
+    raise ImportError("spectrim.integrations.pretrained needs transformers: pip install transformers, or install the extra 'hf'") from error
 
 INSIDE = "spectrim"
 """Within the folder: what `spectrim.save` writes. Also the key of the config under which dtypes that deviate are kept, and the name under

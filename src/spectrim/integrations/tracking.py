@@ -96,6 +96,6 @@ def _accelerator(folder: Path, log_with: str | list[str]) -> Any:
     wanted = [log_with] if isinstance(log_with, str) else log_with
     missing = [name for name in wanted if name not in [str(tracker) for tracker in get_available_trackers()]]
     if missing:
-        hint = "pip install 'spectrim[track]'" if missing == ["tensorboard"] else f"pip install {' '.join(missing)}"
+        hint = f"pip install {' '.join(missing)}"
         raise ImportError(f"the trackers {missing} are not installed, or accelerate does not know them: {hint}")
     return Accelerator(log_with=wanted, project_dir=folder)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 try:
     from transformers import Trainer, TrainerCallback
 except ImportError as error:
-    raise ImportError("spectrim.integrations.transformers needs transformers: pip install 'spectrim[hf]'") from error
+    raise ImportError(
+        "spectrim.integrations.transformers needs transformers: pip install transformers, or install the extra 'hf'"
+    ) from error
 
 from spectrim.errors import FormatError, SettingError
 from spectrim.integrations.steps import Steps, loading_ranks, second_names, sizes

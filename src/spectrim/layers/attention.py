@@ -97,7 +97,8 @@ def plain_attention(attention: Any, paying: Collection[str]) -> nn.Module | None
         if name in paying:
             weights[name] = attention.factors_of(name).balanced()
         else:
-            weights[name] = getattr(attention, name).detach()
+            held = isinstance(attention, FactorizedLayer) and name in attention.factors
+            weights[name] = (attention.dense_weight(name) if held else getattr(attention, name)).detach()
     out = attention.out_proj
     if "out_proj.weight" in paying:
         weights["out_proj.weight"] = out.factors_of("weight").balanced()

@@ -48,6 +48,9 @@ class FactorizedLayer(ExchangedLayer):
     looks_up: ClassVar[bool] = False
     """Whether the layer looks rows of its weight up, instead of multiplying with it."""
 
+    unobserved: ClassVar[str] = ""
+    """Why `calibrate` does not see what the weights meet; empty where it does."""
+
     @classmethod
     def work(cls, module: Any, name: str, scheme: Fold, size: Any, shape: Sequence[int] | None) -> float:
         """Multiply-accumulates of applying one weight to an input of `shape` (the batch included).
@@ -124,13 +127,23 @@ class FactorizedLayer(ExchangedLayer):
 
     def timed_forms(self, name: str, rank: int) -> tuple[nn.Module, nn.Module]:
         """Return the operation of one weight dense and as the pair that `merge` writes, with values that do not matter."""
-        bare, factors = renew(self, type(self)), self.factors_of(name)
+        bare = self._bare(name, self.factors_of(name).random(rank))
+        two = bare.split(share_nothing, (name,))
+        return bare.release(share_nothing).eval(), two.eval()
+
+    def written_on_meta(self, name: str, rank: int) -> nn.Module:
+        """Return the layers that `merge` writes for a weight at a rung, on the meta device: their sizes alone."""
+        made: nn.Module = self._bare(name, self.factors_of(name).first(rank, device="meta")).split(share_nothing, (name,))
+        return made
+
+    def _bare(self, name: str, factors: Form) -> Any:
+        """Return a copy of the layer without hooks, with other factors of one weight alone."""
+        bare = renew(self, type(self))
         for key, value in vars(bare).items():
             if key.endswith("_hooks") and isinstance(value, dict):
                 bare.__dict__[key] = OrderedDict()
-        bare._modules["factors"] = nn.ModuleDict({name: factors.random(rank)})
-        two = bare.split(share_nothing, (name,))
-        return bare.release(share_nothing).eval(), two.eval()
+        bare._modules["factors"] = nn.ModuleDict({name: factors})
+        return bare
 
     def overhead(self, name: str) -> float:
         """Return what two operations cost beyond their multiply-accumulates, in the unit of `work` without a shape."""

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -23,6 +24,22 @@ def leads_to_forward_of(own: type, base: type) -> bool:
                 if name != "forward" or "forward" not in names or any(n in READERS or n.startswith("weight_") for n in names):
                     return False
     return True
+
+
+@functools.cache
+def codes_of(own: type) -> set[str]:
+    """Return the names that the forward of a user's class refers to, and what its other methods do that it calls."""
+    methods = {
+        name: entry for base in reversed(own.__mro__) if not base.__module__.startswith("torch.") for name, entry in vars(base).items()
+    }
+    found, waiting, done = set[str](), ["forward", "_conv_forward", "__call__"], set[str]()
+    while waiting:
+        name = waiting.pop()
+        done.add(name)
+        names = _names_in(getattr(inspect.unwrap(methods[name]), "__code__", None)) if name in methods else set()
+        found |= names
+        waiting.extend(other for other in names if other in methods and other not in done and callable(methods[other]))
+    return found
 
 
 def _names_in(code: Any) -> set[str]:

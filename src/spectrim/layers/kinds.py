@@ -22,8 +22,11 @@ from spectrim.layers.conv import (
 from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.linear import FactorizedConv1D, FactorizedLinear
 from spectrim.layers.own import check_kind
+from spectrim.layers.quaternion import FactorizedQConv1d, FactorizedQConv2d, FactorizedQConv3d, FactorizedQLinear
+from spectrim.layers.reader import FactorizedReader
 from spectrim.layers.recurrent import FactorizedGRU, FactorizedLSTM
 from spectrim.layers.weights import OneWeight
+from spectrim.plain.quaternion import QConv1d, QConv2d, QConv3d, QLinear
 from spectrim.tables import Row
 
 CARD = "svd-training"
@@ -139,8 +142,35 @@ METHODS: list[Row[Sequence[Example]]] = [
         laws={"several weights"},
     ),
     Row(FactorizedConv1D, example=(Example(_of_gpt2, numbers((2, 5, 14)), "GPT-2", "transformers"),), card=CARD, laws={"one weight"}),
+    Row(
+        FactorizedQLinear,
+        example=(Example(lambda: QLinear(20, 16), numbers((3, 2, 20)), "`spectrim.plain.quaternion`"),),
+        card="quaternion-svd",
+        laws={"one weight"},
+    ),
+    Row(
+        FactorizedQConv1d,
+        example=(Example(lambda: QConv1d(12, 16, 3, padding="same", dilation=2), numbers((12, 9)), "dilation"),),
+        card="quaternion-svd",
+        laws={"one weight"},
+    ),
+    Row(
+        FactorizedQConv2d,
+        example=(
+            Example(lambda: QConv2d(8, 12, (3, 2), (2, 1), (1, 0), (1, 2), bias=False), numbers((2, 8, 7, 6)), "stride, padding, dilation"),
+        ),
+        card="quaternion-svd",
+        laws={"one weight"},
+    ),
+    Row(
+        FactorizedQConv3d,
+        example=(Example(lambda: QConv3d(8, 12, 2, padding="valid"), numbers((1, 8, 3, 4, 3))),),
+        card="quaternion-svd",
+        laws={"one weight"},
+    ),
+    Row(FactorizedReader, example=(), card=CARD),  # of classes outside: tests/unit/layers/test_reader.py has examples
 ]
-"""Every kind with its examples; the first row that accepts a layer is its kind."""
+"""Every kind with its examples; the first row that accepts a layer is its kind. The last one takes what no other does."""
 
 
 def register(kind: type[FactorizedLayer], layer: nn.Module, *inputs: Any) -> None:
@@ -163,13 +193,14 @@ def register(kind: type[FactorizedLayer], layer: nn.Module, *inputs: Any) -> Non
         >>> register(FactorizedLinear, nn.Linear(4, 3), torch.randn(2, 4))
     """
     present = kind_of(layer)
-    if present is not None and present is not kind:
+    if present is not None and present is not kind and present is not FactorizedReader:
         hint = f"a {type(layer).__name__} needs a separate class with a separate forward, so that the kinds can be told apart"
         raise LayerError(kind.__name__, f"its example is of the kind {present.__name__} already", hint=hint)
     check_kind(kind, layer, inputs)
     if all(row.method is not kind for row in METHODS):
         example = Example(lambda: copy.deepcopy(layer), lambda dtype: tuple([_to(x, dtype) for x in inputs]))
-        METHODS.append(Row(kind, example=(example,), card=CARD, laws={"one weight"} if issubclass(kind, OneWeight) else ()))
+        row: Row[Sequence[Example]] = Row(kind, example=(example,), card=CARD, laws={"one weight"} if issubclass(kind, OneWeight) else ())
+        METHODS.insert(len(METHODS) - 1, row)
 
 
 def _to(x: Any, dtype: torch.dtype) -> Any:

@@ -83,7 +83,7 @@ class FactorizedRecurrent(SeveralWeights):
                     weights[name], right = self.factors_of(name).pair()
                     input, width = _on_rows(partial(F.linear, weight=right), input), len(right)
                 else:
-                    weights[name] = getattr(self, name)
+                    weights[name] = self.dense_weight(name) if name in self.factors else getattr(self, name)
             kernel: Any = object.__new__(type(self))
             kernel.__dict__.update(self.__dict__)
             kernel.__dict__.update(num_layers=1, input_size=width, dropout=0.0, _flat_weights=list(weights.values()))

@@ -31,7 +31,7 @@ def become(layer: nn.Module, plain: nn.Module, base: type | None = None) -> nn.M
         held = held._stripped()
     ours: Any = type(plain)
     stands = getattr(ours, "stands_for", None)
-    known = stands is not None and base.__module__.startswith(("torch.", "transformers."))
+    known = stands is not None and base.__module__.startswith(("torch.", "transformers.", "spectrim.plain."))
     for name in ours.takes_over(held) if known else order:
         held._parameters.pop(name, None)
     plain.train(held.training)

@@ -12,7 +12,7 @@ from spectrim.layers.exchanged import Share
 from spectrim.layers.uses import Features, Side
 from spectrim.linalg.fold import Fold
 from spectrim.linalg.writings import write
-from spectrim.plain.chain import Composed
+from spectrim.plain.composed import Composed
 from spectrim.plain.writing import interpolative_layer
 
 ROWS_SIZE = 2**22
@@ -24,6 +24,21 @@ def refuse_to_set(layer: nn.Module, name: str) -> None:
     if name in layer.__dict__.get("_modules", {}).get("factors", ()):
         hint = "set U, S and Vh, or factorize again"
         raise LayerError(layer._get_name(), f"its {name} is composed and cannot be set", hint=hint)  # type: ignore[no-untyped-call]
+
+
+def composed_weight(layer: FactorizedLayer, name: str) -> Tensor:
+    """Return one weight in torch's layout, composed when its values are asked for; inside a compiler at once."""
+    if torch.compiler.is_compiling():
+        return layer.dense_weight(name)
+    factors = layer.factors_of(name)
+    shape = layer.unfold(layer, name, torch.empty(factors.folded_shape, device="meta"), layer.scheme).shape
+    trained = any(parameter.requires_grad for parameter in factors.parameters())
+    return Composed(layer._get_name(), lambda: layer.dense_weight(name), shape, factors.dtype, factors.device, trained)
+
+
+def refuse_reset(layer: FactorizedLayer) -> None:
+    """Raise a LayerError for `reset_parameters`, by which torch draws every parameter a layer has, factors too."""
+    raise LayerError(layer._get_name(), "its weights are factors, which are not drawn again", hint="factorize a new layer")
 
 
 class OneWeight(FactorizedLayer):
@@ -81,13 +96,7 @@ class OneWeight(FactorizedLayer):
 
         Dtype, device and shape cost nothing, gradients reach the factors, and a change in place is an error.
         """
-        if torch.compiler.is_compiling():
-            return self.dense_weight("weight")
-        factors = self.factors_of("weight")
-        folded = torch.empty(factors.folded_shape, device="meta")
-        shape = self.unfold(self, "weight", folded, self.scheme).shape
-        trained = any(parameter.requires_grad for parameter in factors.parameters())
-        return Composed(self._get_name(), lambda: self.dense_weight("weight"), shape, factors.dtype, factors.device, trained)
+        return composed_weight(self, "weight")
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
@@ -126,10 +135,17 @@ def _parts(x: Tensor) -> Iterator[Tensor]:
 class SeveralWeights(FactorizedLayer):
     """A factorized layer with several weights, which go by torch's names: ``layer.weight_ih_l0`` is composed on each access."""
 
+    def reset_parameters(self) -> None:
+        """Refuse to draw the factors again."""
+        refuse_reset(self)
+
+    def _reset_parameters(self) -> None:
+        refuse_reset(self)
+
     def __getattr__(self, name: str) -> Any:
-        """Compose a weight when it is asked for by torch's name."""
+        """Return a weight by torch's name; it is composed when its values are asked for, and refuses changes."""
         factors = self.__dict__.get("_modules", {}).get("factors")
-        return self.dense_weight(name) if factors is not None and name in factors else super().__getattr__(name)
+        return composed_weight(self, name) if factors is not None and name in factors else super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_to_set(self, name)

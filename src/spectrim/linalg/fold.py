@@ -8,8 +8,9 @@ from torch import Tensor
 
 from spectrim.errors import SettingError
 
-Fold = Literal["channel", "spatial", "input", "tucker", "cp", "tt"]
-"""``channel``: all taps on the input side; ``spatial``: those of the first axis that has some; ``input``: none; the others: on no side."""
+Fold = Literal["channel", "spatial", "input", "tucker", "cp", "tt", "quaternion"]
+"""``channel``: all taps on the input side; ``spatial``: those of the first axis that has some; ``input``: none; ``tucker``, ``cp`` and
+``tt``: on no side; ``quaternion``: all on the input side of a matrix of quaternions."""
 
 
 MATRICES: tuple[Fold, ...] = ("channel", "spatial", "input")

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import SettingError
+from spectrim.linalg.gram import Metric
+from spectrim.linalg.spectral import metric_root
+
+Parts = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +36,15 @@ class Quaternions:
         shape = max((part.shape for part in made), key=len)
         parts = [part.expand(shape if len(shape) == 2 else (1, 1)) for part in made]
         return cls(torch.complex(parts[0], parts[1]), torch.complex(parts[2], parts[3]))
+
+    @classmethod
+    def of_column(cls, column: Tensor) -> "Quaternions":
+        """Make one of its four real parts on top of each other, ``(4 m, n)``."""
+        return cls.of(*column.double().chunk(4))
+
+    def column(self) -> Tensor:
+        """Return the four real parts on top of each other, ``(4 m, n)``."""
+        return torch.cat(self.parts())
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the four real parts."""
@@ -74,6 +87,26 @@ class Quaternions:
     def columns(self) -> Tensor:
         """Return the first n columns of the adjoint, ``(2 m, n)``."""
         return torch.cat([self.A, -self.B.conj()])
+
+
+def structured(matrix: Tensor) -> Tensor:
+    """Return the real matrix ``(4 m, 4 n)`` of quaternions nearest to a real one.
+
+    It is the mean over products with the units from the right, ``J^T M J`` for ``J = 1, i, j, k``. Those commute with the real matrix ``D``
+    of any quaternions, so that ``tr(D M D^T)`` is the same for both: in a metric of real inputs, a weight of quaternions sees this part.
+
+    Examples:
+        >>> structured(torch.diag(torch.tensor([4.0, 0.0, 0.0, 0.0]))).diagonal()
+        tensor([1., 1., 1., 1.])
+    """
+    m, n = (size // 4 for size in matrix.shape)
+    M = matrix.reshape(4, m, 4, n).permute(0, 2, 1, 3)
+    a = M[0, 0] + M[1, 1] + M[2, 2] + M[3, 3]
+    b = M[1, 0] - M[0, 1] - M[2, 3] + M[3, 2]
+    c = M[2, 0] - M[0, 2] + M[1, 3] - M[3, 1]
+    d = M[3, 0] - M[0, 3] - M[1, 2] + M[2, 1]
+    rows = ((a, -b, -c, -d), (b, a, -d, c), (c, d, a, -b), (d, -c, b, a))
+    return torch.cat([torch.cat(row, 1) for row in rows]) / 4
 
 
 def mirrored(columns: Tensor) -> Tensor:
@@ -156,7 +189,9 @@ def randomized_qsvd(
 
 def _rank(Q: Quaternions, rank: int | None) -> int:
     full = min(Q.shape)
-    if rank is not None and (isinstance(rank, bool) or not 1 <= rank <= full):
+    if not full or not bool(torch.isfinite(torch.view_as_real(Q.A)).all() and torch.isfinite(torch.view_as_real(Q.B)).all()):
+        raise SettingError("qsvd", "Q", got=tuple(Q.shape), rule="of finite numbers, not empty")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full):
         raise SettingError("qsvd", "rank", got=rank, rule=f"an integer in [1, {full}]")
     return full if rank is None else rank
 
@@ -174,3 +209,38 @@ def _triplets(Q: Quaternions, right: Tensor) -> tuple[Quaternions, Tensor, Quate
         others = torch.linalg.qr(torch.cat([U[:, held], mirrored(U[:, held]), torch.eye(len(U), dtype=U.dtype)], 1)).Q
         U = torch.cat([U[:, held], orthonormal(others[:, 2 * int(held.sum()) :], int((~held).sum()))], 1)
     return Quaternions.from_columns(U), S, V.H
+
+
+def decomposed(folded: Tensor, rank: int | None = None) -> Parts:
+    """Return the quaternion SVD of a matrix ``(4 m, n)``, of its leading values, in float64, as three real ones.
+
+    Returns:
+        ``U (m, 4 r)`` as a first block row, ``S (r,)``, ``Vh (4 r, n)`` as a first block column.
+    """
+    U, S, Vh = qsvd(Quaternions.of_column(folded.detach()), rank)
+    return row_of(U.column()), S, Vh.column()
+
+
+def column_of(row: Tensor) -> Tensor:
+    """Return the first block column ``(4 m, r)`` for the first block row ``(m, 4 r)``."""
+    a, b, c, d = row.chunk(4, 1)
+    return torch.cat([a, -b, -c, -d])
+
+
+def row_of(column: Tensor) -> Tensor:
+    """Return the first block row ``(m, 4 r)`` for the first block column ``(4 m, r)``."""
+    a, b, c, d = column.chunk(4)
+    return torch.cat([a, -b, -c, -d], 1)
+
+
+def root_of(vectors: Tensor, metric: Metric | None, floor: float) -> tuple[Tensor, Tensor]:
+    """Return the symmetric root of ``V^T M V`` as a matrix of quaternions, and its inverse; both real ``(4 r, 4 r)``."""
+    if metric is None:
+        eye = torch.eye(vectors.shape[1], dtype=vectors.dtype, device=vectors.device)
+        return eye, eye
+    R, _ = metric_root(vectors, metric, 0.0)
+    eye = torch.eye(len(R), dtype=R.dtype, device=R.device)
+    root, _ = metric_root(eye, structured(R.mT @ R), floor)
+    values = root.norm(dim=1)
+    basis = root / values.unsqueeze(1)
+    return structured(basis.mT * values @ basis), structured(basis.mT / values @ basis)

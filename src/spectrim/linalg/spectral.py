@@ -178,6 +178,22 @@ def weighted_spectrum(
     return weighted_svd(*svd_of_product(U.detach(), S.detach(), Vh.detach()), left, right)[1]
 
 
+def seen_spectrum(
+    S: Float[Tensor, "*blocks rank"], Vh: Float[Tensor, "*blocks rank in_"], right: Tensor | ProjectedMetric
+) -> Float[Tensor, "*blocks rank"]:
+    """Singular values, descending, of ``U diag(S) Vh R^1/2`` with orthonormal ``U``, in float64: from eigenvalues, without vectors.
+
+    Values below ``1e-8`` of the largest are lost in rounding: for energies only.
+
+    Examples:
+        >>> seen_spectrum(torch.tensor([2.0, 1.0]), torch.eye(2), torch.tensor([1.0, 9.0], dtype=torch.float64)).tolist()
+        [3.0, 2.0]
+    """
+    S, gram = S.double(), _seen(Vh.double().mT, right)
+    values: Tensor = torch.linalg.eigvalsh(S.unsqueeze(-1) * (gram + gram.mT) / 2 * S.unsqueeze(-2))
+    return values.clamp(min=0).sqrt().flip(-1)
+
+
 def tail_energy(singular_values: Float[Tensor, " full"]) -> Float[Tensor, " full_plus_one"]:
     """Energy discarded at every rank: entry ``r`` is the sum of all but the ``r`` largest squared values; float64.
 

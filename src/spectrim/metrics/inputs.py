@@ -169,10 +169,22 @@ def _tried(inputs: Any, layouts: Sequence[Layout], model: nn.Module, owner: str)
                 unsure.append((verdict is not None, layout))
     if unsure:
         return take(inputs, min(unsure, key=lambda entry: entry[0])[1])
+    if failure is not None and whole is None:
+        _run_whole(inputs, model, owner)
     hint = "give example_inputs=(inputs that the model takes), or batch_dims=, the batch axis of each argument"
     what = "computes something else" if failure is None else f"fails: {type(failure).__name__}: {str(failure).strip()[:300]}"
     rule = f"given, since on one example ({described(cut)}) cut from a batch ({described(inputs)}) the model {what}"
     raise SettingError(owner, "example_inputs", got=None, rule=rule, hint=hint) from failure
+
+
+def _run_whole(inputs: Any, model: nn.Module, owner: str) -> None:
+    """Raise a SettingError where the model fails on a batch as it comes, so that no cut of it is to blame."""
+    with evaluating(model), unfused(), torch.random.fork_rng(devices=[]):
+        try:
+            call_model(model, send(inputs, model))
+        except Exception as error:  # whatever the model's own code raises
+            hint = f"on the first one it fails: {type(error).__name__}: {str(error).strip()[:300]}"
+            raise SettingError(owner, "data", got=described(inputs), rule="batches that the model takes", hint=hint) from error
 
 
 def length_of(data: Iterable[Any], owner: str) -> int:

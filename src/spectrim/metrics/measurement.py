@@ -15,11 +15,12 @@ from spectrim.metrics.batch import BatchDims, stated
 from spectrim.metrics.clock import compare_latency
 from spectrim.metrics.evaluate import Scores, evaluate
 from spectrim.metrics.macs import count_macs
-from spectrim.metrics.table import html_of, markdown_table
+from spectrim.metrics.table import Summarized, markdown_table
+from spectrim.protocols import Hardware
 
 
 @dataclasses.dataclass(frozen=True)
-class Measurement:
+class Measurement(Summarized):
     """The costs and merits of one model; None stands for what was not measured.
 
     Attributes:
@@ -39,6 +40,8 @@ class Measurement:
         coded_bytes: of the coded file that `pack` writes, everything in it.
         data_bytes: of the values in it, by their code lengths.
         index_bytes: of the positions of zeros in it, likewise.
+        tiles: of the crossbars that the network is mapped to, both of each pair and all slices.
+        tile_reads: products of one input with one of them, for one example.
 
     Examples:
         >>> m = Measurement(params=270_256, macs=40_813_184, size_bytes=1_081_024, accuracy=0.9173)
@@ -67,6 +70,8 @@ class Measurement:
     coded_bytes: int | None = None
     data_bytes: int | None = None
     index_bytes: int | None = None
+    tiles: int | None = None
+    tile_reads: int | None = None
 
     def scored(self, scores: Scores) -> "Measurement":
         """Return this measurement with the scores of `evaluate`, and how sure they are, in place of its scores."""
@@ -82,9 +87,6 @@ class Measurement:
     def summary(self) -> str:
         """Return a table of what was measured, as text."""
         return markdown_table([[name, text] for name, text in _texts(self).items() if text])
-
-    def _repr_html_(self) -> str:
-        return html_of(self.summary())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that `json.dumps` takes."""
@@ -118,6 +120,7 @@ def measure(
     latency: bool = True,
     batch_size: int | None = None,
     batch_dims: BatchDims | None = None,
+    crossbars: Hardware | None = None,
 ) -> Measurement:
     """Measure a model; values that the arguments do not allow stay None.
 
@@ -130,11 +133,13 @@ def measure(
         latency: whether to time the model (about a second).
         batch_size: examples in `inputs`; None to find it by agreement of sizes, see `batch_size_of`.
         batch_dims: states the batch axes of `inputs` instead, and of those in `data`, see `spectrim.metrics.batch.BatchDims`.
+        crossbars: `spectrim.runtimes.crossbar.Crossbars`, to count tiles on and, with inputs, their reads; not of a factorized model.
 
     Returns:
         The measurement.
 
     Raises:
+        LayerError: with `crossbars`, a layer is not mapped to them.
         SettingError: only one of `data` and `loss` is given, or an argument is of the wrong kind.
 
     Examples:
@@ -148,7 +153,7 @@ def measure(
             "measure", "data and loss", got="data alone" if loss is None else "loss alone", rule="given together or not at all"
         )
     check("measure", optional=("inputs", "data_once", "loss"), model=model, inputs=inputs, data_once=data, loss=loss, threads=threads)
-    check("measure", batch_size=batch_size)
+    check("measure", batch_size=batch_size, crossbars=crossbars)
     if batch_dims is not None and inputs is not None:
         size = stated(inputs, batch_dims, "measure").size
         if batch_size not in (None, size):
@@ -165,6 +170,9 @@ def measure(
     if data is not None and loss is not None:
         scores = evaluate(model, data, loss, batch_dims=batch_dims)
     model = unwrapped(model)
+    if crossbars is not None:
+        price = crossbars.price(model, inputs, batch_size)
+        fields |= {"tiles": price.tiles, "tile_reads": price.reads}
     found = Measurement(
         params=sum(tensor.numel() for tensor in _distinct(model.parameters())),
         size_bytes=size_bytes_of(model),
@@ -239,6 +247,7 @@ def compare_table(measurements: Mapping[str, Measurement]) -> str:
                 "compression": _ratio(first.size_bytes, m.size_bytes),
                 "compression, coded": _ratio(first.size_bytes, m.coded_bytes),
                 "MAC reduction": _ratio(first.macs, m.macs),
+                "tile reduction": _ratio(first.tiles, m.tiles),
                 "speedup": _ratio(first.latency_s, m.latency_s) if same else "",
             }
         )
@@ -252,6 +261,11 @@ def compare_table(measurements: Mapping[str, Measurement]) -> str:
 def _texts(m: Measurement) -> dict[str, str]:
     """Return each figure with its unit; an empty string for what was not measured."""
     ranks = ranks_in(m.ranks.values())
+    spread = (
+        f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f}, {len(m.ranks)} weight{'s' * (len(m.ranks) > 1)}"
+        if ranks
+        else ""
+    )
     mib = f" ({m.size_bytes / 2**20:.1f} MiB)" if m.size_bytes >= 2**19 else ""
     return {
         "accuracy": "" if m.accuracy is None else f"{100 * m.accuracy:.2f} %",
@@ -262,7 +276,9 @@ def _texts(m: Measurement) -> dict[str, str]:
         "coded file": "" if m.coded_bytes is None else f"{m.coded_bytes:,} B",
         "values in it": "" if m.data_bytes is None else f"{m.data_bytes:,} B",
         "zeros' positions": "" if m.index_bytes is None else f"{m.index_bytes:,} B",
-        "ranks": f"{min(ranks)} to {max(ranks)}, mean {sum(ranks) / len(ranks):.1f} ({len(m.ranks)})" if ranks else "",
+        "tiles": "" if m.tiles is None else f"{m.tiles:,}",
+        "tile reads": "" if m.tile_reads is None else f"{m.tile_reads:,}",
+        "ranks": spread,
         "latency": "" if m.latency_s is None else f"{1e3 * m.latency_s:,.3f} ms",
         "latency IQR": "" if m.latency_iqr_s is None else f"{1e3 * m.latency_iqr_s:,.3f} ms",
         "timed with": "" if m.batch is None else f"batch {m.batch}, {m.threads} thread{'' if m.threads == 1 else 's'}",

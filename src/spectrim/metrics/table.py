@@ -10,6 +10,20 @@ from rich.console import Console
 from rich.table import Table
 
 
+class Summarized:
+    """A result that prints, and shows itself in notebooks, as its `summary`."""
+
+    def summary(self) -> str:
+        """Return the result as text: Markdown tables and lines."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def _repr_html_(self) -> str:
+        return html_of(self.summary())
+
+
 def markdown_table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> str:
     """Return rows as a Markdown table, numbers to the right."""
     table = Table(box=box.MARKDOWN, show_header=header is not None)

@@ -14,6 +14,10 @@ CHANCE = 1.25
 """A dense network is taken to be at chance up to this multiple of the accuracy of a constant answer, and within its standard errors."""
 
 
+UNSTEADY = 0.5
+"""Seconds whose interquartile range is a larger share of their median are not compared: other work ran on the machine."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What a smaller network is worth, in words; prints as one line.
@@ -33,7 +37,8 @@ class Verdict:
     warnings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        parts = [f"{self.size}; {self.speed}" if self.speed else self.size, self.quality, *(f"Warning: {text}" for text in self.warnings)]
+        speed = self.speed[:1].lower() + self.speed[1:]
+        parts = [f"{self.size}; {speed}" if speed else self.size, self.quality, *(f"Warning: {text}" for text in self.warnings)]
         return ". ".join(part for part in [*parts, f"Next: {self.next}"] if part) + "."
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,7 +65,7 @@ def verdict(
 
     A difference in accuracy is called level up to the larger one of the two standard errors ``sqrt(p (1 - p) / n)``; a difference in loss
     up to the larger one of the standard errors over batches. Seconds are called different where the medians differ by more than the
-    larger one of the two interquartile ranges.
+    larger one of the two interquartile ranges, and neither range is more than half of its median.
 
     Args:
         dense: its measurement.
@@ -96,7 +101,9 @@ def verdict(
     if cut:
         warnings.append("fine-tuning ended worse than the cut" + (", and the cut was kept" if cut == "kept" else ""))
     told = _next(
-        chance=chance, slower=slower, level_speed=speed.startswith("Speed"), loops=loops, worse=worse, trained=trained, lost=bool(cut),
+        bytes_left=_bytes_left(dense, final),
+        chance=chance, slower=slower, level_speed=speed.startswith("Speed"),
+        unsteady=speed.startswith("Speed not measurable"), loops=loops, worse=worse, trained=trained, lost=bool(cut),
         coded=final.coded_bytes is not None,
     )  # fmt: skip
     return Verdict(_size(dense, final), speed, quality, told, tuple(warnings))
@@ -121,6 +128,9 @@ def _speed(dense: Measurement, final: Measurement) -> tuple[str, bool]:
     plural = "" if dense.threads == 1 else "s"
     texts = f"{1e3 * dense.latency_s:,.3f} to {1e3 * final.latency_s:,.3f} ms, batch {dense.batch}, {dense.threads} thread{plural}"
     spread = max(dense.latency_iqr_s or 0.0, final.latency_iqr_s or 0.0)
+    steady = all((m.latency_iqr_s or 0.0) <= UNSTEADY * (m.latency_s or 0.0) for m in (dense, final))
+    if not steady:
+        return f"Speed not measurable, other work ran on this machine ({texts}; interquartile range {1e3 * spread:,.3f} ms)", False
     if abs(dense.latency_s - final.latency_s) <= spread:
         return f"Speed not measurably different here ({texts}; interquartile range {1e3 * spread:,.3f} ms)", False
     ratio = dense.latency_s / final.latency_s
@@ -178,7 +188,15 @@ def _at_chance(dense: Measurement) -> bool:
     return dense.accuracy <= min(dense.chance + 2 * (accuracy_error(dense) or 0.0), CHANCE * dense.chance)
 
 
-def _next(**told: bool) -> str:
+def _bytes_left(dense: Measurement, final: Measurement) -> str:
+    """Return the budget that limits bytes as well, where multiply-accumulates are far fewer and bytes are not; else nothing."""
+    if not (dense.macs and final.macs and dense.size_bytes) or final.coded_bytes is not None:
+        return ""
+    macs, kept = final.macs / dense.macs, final.size_bytes / dense.size_bytes
+    return f"Budget(macs={macs:.2g}, size={macs:.2g}), which limits the bytes, too" if macs < 0.95 and kept > 1.3 * macs else ""
+
+
+def _next(*, bytes_left: str, **told: bool) -> str:
     """Return what to try."""
     by_clock = "a budget by the clock: latency_table and Budget(latency=0.8), or spectrim compress --latency 0.8"
     if told["chance"]:
@@ -194,9 +212,10 @@ def _next(**told: bool) -> str:
     if told["worse"]:
         more = "more epochs" if told["trained"] else "fine-tuning (epochs=)"
         return f"{more}, a larger budget, or Budget(max_drop=1.0) for the smallest network at most 1 point worse"
-    if told["level_speed"]:
-        return f"{by_clock}; or a smaller budget"
-    return "a smaller budget, or export it (spectrim.export, spectrim export)"
+    smaller = bytes_left or "a smaller budget"
+    if told["unsteady"]:
+        return f"measure again on an idle machine; {smaller}, or export it (spectrim.export, spectrim export)"
+    return f"{by_clock}; or {smaller}" if told["level_speed"] else f"{smaller}, or export it (spectrim.export, spectrim export)"
 
 
 def has_loops(network: nn.Module) -> bool:

@@ -18,16 +18,21 @@ from spectrim.training.stopping import Best
 from spectrim.training.tuning import Schedule, Tuning
 
 
-def without_labels(
-    model: nn.Module, data: Any, eval_data: Any, loss: Unlabeled | None, epochs: int, examples: int, dims: BatchDims | None
-) -> tuple[list[Any], list[Any] | None, Unlabeled]:
-    """Return the calibration set and the validation split with the dense network's outputs as targets, and the distance from these."""
+def check_unlabeled(data: Any, eval_data: Any, epochs: int) -> Any:
+    """Return data without labels as batches; refuse to train on them."""
     if epochs:
         hint = "reconstruct=Reconstruction() trains without labels; fit(..., distill=Distillation(model, weight=1.0)) too"
         raise SettingError("compress", "epochs", got=epochs, rule="0 without a loss", hint=hint)
     batches = [data] if isinstance(data, Tensor) else data
-    check("compress", batches_again=batches, eval_batches=eval_data, examples=examples)
-    known = with_outputs(model, first_examples(batches, examples, dims=dims))
+    check("compress", batches_again=batches, eval_batches=eval_data)
+    return batches
+
+
+def without_labels(
+    model: nn.Module, data: Any, eval_data: Any, loss: Unlabeled | None, examples: int, dims: BatchDims | None
+) -> tuple[list[Any], list[Any] | None, Unlabeled]:
+    """Return the calibration set and the validation split with the dense network's outputs as targets, and the distance from these."""
+    known = with_outputs(model, first_examples(data, examples, dims=dims))
     return known, None if eval_data is None else with_outputs(model, eval_data), loss or relative_distance(known)
 
 

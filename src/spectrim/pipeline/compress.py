@@ -14,30 +14,31 @@ from spectrim.budget.budget import Budget, as_budget
 from spectrim.budget.costs import calls
 from spectrim.budget.ladder import ladder
 from spectrim.budget.promise import counted, recounted
-from spectrim.budget.schemes import at_budget
+from spectrim.budget.schemes import AMONG, at_budget
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
-from spectrim.metrics.distance import Unlabeled
+from spectrim.metrics.distance import Unlabeled, with_outputs
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
-from spectrim.metrics.measurement import Measurement
 from spectrim.metrics.verdict import worse_than
-from spectrim.pipeline.checking import check_settings, check_tuning, without_labels
+from spectrim.pipeline.behavior import attributes_of, said
+from spectrim.pipeline.checking import check_settings, check_tuning, check_unlabeled, without_labels
 from spectrim.pipeline.coding import uncut, with_levels
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.cutter import Cutter
+from spectrim.pipeline.effort import examples_for
 from spectrim.pipeline.judge import Judge, scores_of_measurement
 from spectrim.pipeline.search import searching
-from spectrim.pipeline.steps import LOGGER, steps
 from spectrim.pipeline.store import Store, Told, identity_of
 from spectrim.pipeline.teaching import MEMORIZED, TEACHING, teacher_for, why_untaught, with_hint_layers
 from spectrim.pipeline.tuner import Tuner, squeezed
 from spectrim.pipeline.ways import Cut
 from spectrim.protocols import Importance, Latencies, Penalty, Where
+from spectrim.runtimes.crossbar import Crossbars
+from spectrim.steps import LOGGER, steps
 from spectrim.surgery.balance import balanced
 from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import Scheme, factorize
-from spectrim.surgery.merge import merge
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import layer_filter
@@ -70,10 +71,12 @@ def compress(
     distill: Distillation | Literal["auto"] | None = "auto",
     tuning: Tuning = DEFAULT,
     penalties: Sequence[Penalty] = (),
-    examples: int = 1024,
+    examples: int | None = None,
+    calibration_seconds: float | None = None,
     calibration: Calibration | None = None,
     reconstruct: Reconstruction | None = None,
     latency: Latencies | None = None,
+    crossbars: Crossbars | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Compressed:
@@ -103,7 +106,8 @@ def compress(
             stands for what all examples share.
         eval_data: the validation split, for the scores at each stage and the choice of ``cut="auto"``.
         scheme: how convolution kernels are folded, see `factorize`. ``auto`` chooses for each convolution together with all ranks, at the
-            budget (`spectrim.budget.schemes`); with `calibration` or `latency`, which are of one set of schemes, as `factorize` does.
+            budget (`spectrim.budget.schemes`), among the matrices, ``all`` among Tucker-2, CP and tensor trains, too; with `calibration`
+            or `latency`, which are of one set of schemes, as `factorize` does.
         writing: how `merge` writes what is cut, ``pair`` or ``interpolative``, see `factorize`.
         where: selects layers, see `factorize`.
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
@@ -111,9 +115,10 @@ def compress(
             plain and the whitened energy; ``both`` as ``whitened``, with outputs weighted by the root of their curvature; ``curved`` as
             ``sensitive``, with a refit in the same metric, for language models. ``auto`` makes the first three, without epochs ``both``
             too, and keeps the one that is best after the refit, on `eval_data` or else on the examples: by accuracy, where there is one and
-            nothing is trained, else by loss. With epochs, ``mixed`` takes its place where it starts little worse: with at most a quarter
-            more added to the dense network's loss, or, with a large loss gap (as under `distill`), from a loss at most a quarter higher,
-            and no higher than that of ``sensitive`` where that is lowest.
+            nothing is trained, else by loss. Without epochs, where one cut takes more than 1e11 operations (some ten seconds), ``both``
+            alone is made, which was best most often. With epochs, ``mixed`` takes the place of the best where it starts little worse: with
+            at most a quarter more added to the dense network's loss, or, with a large loss gap (as under `distill`), from a loss at most a
+            quarter higher, and no higher than that of ``sensitive`` where that is lowest.
         importance: ranks by this distortion instead of that of the cut method.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: distillation from the dense network while fine-tuning. ``auto`` uses it for a classifier whose cut network has a large
@@ -125,11 +130,16 @@ def compress(
             by default `one_cycle`: the optimizer's rate rises for a fifth of the steps and falls along a cosine to zero.
         penalties: added to the loss while fine-tuning, for example ``Orthogonality()`` or `FrobeniusDecay`. Without any, and without
             `squeeze`, the factors of large weights are fine-tuned as `balance_` leaves them, and orthonormal again in the end.
-        examples: number of training examples in the calibration set, >= 1.
+        examples: number of training examples in the calibration set, >= 1; by default 1,024, fewer for networks of more than 127 million
+            multiply-accumulates an example, at least 64.
+        calibration_seconds: time for calibration and cuts, > 0. A quarter of it goes to the moments, from as many batches as that allows;
+            with ``cut="auto"`` cuts are made in the order ``both`` (with epochs: ``plain``), ``whitened``, ``plain``, ``sensitive``
+            until another one would take longer than what is left. One batch and one cut are the least. Results then depend on the machine.
         calibration: made before by `calibrate` of ``factorize(model, scheme, where)``, so that several budgets share it.
         reconstruct: after the cut, train each block for a few steps toward the dense network's block, on inputs without labels, see
             `Reconstruction`; kept where the loss is lower.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
+        crossbars: `spectrim.runtimes.crossbar.Crossbars`, for a budget of tiles; tiles and their reads are then measured, too.
         folder: for the cut network, checkpoints, the final network, under ``coded_bytes`` ``model.spz``, and ``result.json``; an
             interrupted call resumes there. None for none.
         progress: whether to show progress, on stderr: the name of each step.
@@ -157,13 +167,15 @@ def compress(
         True
     """
     check("compress", model=model, epochs=epochs, example_inputs=example_inputs, where=where)
-    given = data
-    if loss is None or isinstance(loss, Unlabeled):
-        data, eval_data, loss = without_labels(unwrapped(model), data, eval_data, loss, epochs, examples, batch_dims)
-    check("compress", data=data, loss=loss, eval_data=eval_data)
     assert not isinstance(loss, Budget)  # `searching` has put it in its place
-    check("compress", squeeze=squeeze, tuning=tuning, penalties=penalties, examples=examples, latency=latency)
-    model, budget, epochs, examples = unwrapped(model), as_budget(budget, "compress", coded=True), index(epochs), index(examples)
+    if loss is None or isinstance(loss, Unlabeled):
+        data = check_unlabeled(data, eval_data, epochs)
+    else:
+        check("compress", data=data, loss=loss, eval_data=eval_data)
+    given = data
+    check("compress", squeeze=squeeze, tuning=tuning, penalties=penalties, latency=latency, crossbars=crossbars)
+    check("compress", optional=("examples", "calibration_seconds"), examples=examples, calibration_seconds=calibration_seconds)
+    model, budget, epochs = unwrapped(model), as_budget(budget, "compress", coded=True), index(epochs)
     where = layer_filter(where, model, "compress")
     check_settings(model, budget, epochs, cut, distill, reconstruct)
     check_tuning(tuning, eval_data is not None)
@@ -173,12 +185,18 @@ def compress(
         ExitStack() as held,
     ):
         step("reading the calibration set")
-        inputs = one_example(data, model, dims=batch_dims, owner="compress") if example_inputs is None else example_inputs
+        inputs, labels, start = example_inputs, loss is not None and not isinstance(loss, Unlabeled), attributes_of(model)
+        if inputs is None:
+            pairs = data if labels else with_outputs(model, first_examples(data, 1, dims=batch_dims))
+            inputs = one_example(pairs, model, dims=batch_dims, owner="compress")
         batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
+        examples = examples_for(model, inputs, batch) if examples is None else index(examples)
+        if loss is None or isinstance(loss, Unlabeled):
+            data, eval_data, loss = without_labels(model, data, eval_data, loss, examples, batch_dims)
         known = first_examples(data, examples, dims=batch_dims)
         more = None if reconstruct is None else reconstruct.examples
         unlabeled = [] if more is None else first_examples(given, more, dims=batch_dims)
-        judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch)
+        judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch, crossbars=crossbars)
         split = "calibration" if eval_data is None else "validation"
         low = model
         if budget.limits:
@@ -193,18 +211,16 @@ def compress(
             writing=writing,
             cut=cut,
             measure=type(loss).__name__ if isinstance(loss, Unlabeled) else "loss",
-            importance=None if importance is None else repr(importance),
+            importance=None if importance is None else said(importance),
             squeeze=squeeze,
-            distill=distill.settings
-            if isinstance(distill, Distillation)
-            else {"auto": [TEACHING, MEMORIZED]}
-            if distill == "auto"
-            else distill,
-            penalties=[repr(penalty) for penalty in penalties],
+            distill={"auto": [TEACHING, MEMORIZED]} if distill == "auto" else getattr(distill, "settings", None),
+            penalties=[said(penalty) for penalty in penalties],
             **tuning.settings,
             examples=examples,
+            calibration_seconds=calibration_seconds,
             reconstruct=None if reconstruct is None else repr(reconstruct),
-            **identity_of(model, low, data, known, inputs, loss, tuning.optimizer, latency, calibration) if folder is not None else {},
+            **({} if crossbars is None else {"crossbars": repr(crossbars)}),
+            **identity_of(folder, model, low, data, known, eval_data, inputs, loss, tuning, latency, calibration, start),
         )
         if not budget.limits:
             step("scoring the dense network")
@@ -215,11 +231,13 @@ def compress(
         step("comparing outputs and pricing ranks")
         same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
         used = calls(low, inputs)
-        prices = ladder(low, inputs, latency, dense_model=model, check=True, own=True, used=used)
-        if scheme == "auto" and latency is None and calibration is None:
-            low, prices = at_budget(low, budget, inputs, prices, model, used)
+        prices = ladder(low, inputs, latency, crossbars=crossbars, dense_model=model, check=True, own=True, used=used)
+        if scheme in AMONG and latency is None and calibration is None:
+            low, prices = at_budget(low, budget, inputs, prices, model, used, among=AMONG[scheme])
         check_floor(low, budget, prices)
-        cutter = Cutter(judge, budget, inputs, importance, prices, calibration, batch_dims, step, reconstruct, unlabeled, progress)
+        cutter = Cutter(
+            judge, budget, inputs, importance, prices, calibration, batch_dims, step, reconstruct, unlabeled, calibration_seconds, progress
+        )
         step("scoring the dense network")
         scores: dict[str, dict[str, float]] = {"dense": judge.dense}
         history, told = History(), Told()
@@ -251,12 +269,12 @@ def compress(
                 rest = tuner.run(low, epochs - training, penalties, "finetune")
             history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
         step("merging and measuring")
-        final, measured = _finished(low, judge, inputs, latency)
+        final, measured = judge.finished(low, inputs, latency)
         if before is not None and worse_than(measured["final"], before[0]):
             told.dropped["fine-tuned"] = scores_of_measurement(measured["final"])
             low.load_state_dict(before[1])
-            final, measured = _finished(low, judge, inputs, latency)
-        counted("compress", budget, final, measured["final"].macs, prices)
+            final, measured = judge.finished(low, inputs, latency)
+        counted("compress", budget, final, measured["final"].macs, prices, inputs)
         if before is not None:
             scores["final"] = scores_of_measurement(measured["final"])
         taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
@@ -275,11 +293,3 @@ def _finish(made: Compressed, store: Store) -> Compressed:
     for warning in made.verdict.warnings:
         LOGGER.warning("compress: %s", warning)
     return made
-
-
-def _finished(low: nn.Module, judge: Judge, inputs: Any, latency: Latencies | None) -> tuple[nn.Module, dict[str, Measurement]]:
-    """Merge the network, compare its outputs and measure it beside the dense one."""
-    low.eval()
-    final = merge(low, latency=latency)
-    same_function(low, final, inputs_of(judge.known[0]), names=("cut", "merged"))
-    return final, judge.measured(final, inputs)

@@ -10,7 +10,7 @@ from spectrim.forms.form import Size
 from spectrim.layers import named_factors
 from spectrim.metrics.figures import curve, figure, frame, ratios
 from spectrim.metrics.measurement import Measurement, compare_table
-from spectrim.metrics.table import html_of
+from spectrim.metrics.table import Summarized
 from spectrim.metrics.verdict import Verdict, has_loops, verdict
 from spectrim.storage.pack import Packed
 from spectrim.surgery.coverage import Coverage
@@ -21,7 +21,7 @@ SPLITS = {"validation": "validation split", "calibration": "calibration set"}
 
 
 @dataclass
-class Compressed:
+class Compressed(Summarized):
     """What `compress` made, and what it cost.
 
     Attributes:
@@ -42,8 +42,8 @@ class Compressed:
         packed: with a budget of coded bytes: the sizes of the file that `pack` writes of `model`, and of each tensor in it.
     """
 
-    model: nn.Module
-    low: nn.Module
+    model: nn.Module = field(repr=False)
+    low: nn.Module = field(repr=False)
     measured: dict[str, Measurement]
     scores: dict[str, dict[str, float]]
     cut: str
@@ -102,9 +102,6 @@ class Compressed:
         """Return a table of the dense and the low-rank network side by side, and the verdict as its last line."""
         name = "low-rank" if self.packed is None else "rounded"
         return f"{compare_table({'dense': self.measured['dense'], name: self.measured['final']})}\n{self.verdict}"
-
-    def _repr_html_(self) -> str:
-        return html_of(self.summary())
 
     def to_pandas(self) -> Any:
         """Return the measurements as a pandas data frame, a row for each network."""

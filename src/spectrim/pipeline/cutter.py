@@ -1,6 +1,7 @@
 """The cut of `compress`: in the way asked for, or in the one that suits best."""
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from spectrim.budget.ways import WAYS
 from spectrim.errors import SettingError
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.distance import relative_distance, with_outputs
+from spectrim.metrics.inputs import first_examples
+from spectrim.pipeline.effort import LARGE, work_of_a_cut
 from spectrim.pipeline.judge import Judge
 from spectrim.pipeline.store import Found, Told
 from spectrim.pipeline.ways import Cut, allowed_for_mixed
@@ -24,6 +27,9 @@ from spectrim.surgery.moments import Calibration
 from spectrim.surgery.states import orthonormalize_
 from spectrim.training.parts import Reconstruction
 from spectrim.training.reconstruct import reconstruct_
+
+AT_ONCE: tuple[Cut, ...] = ("both", "whitened", "plain", "sensitive")
+"""What is tried without training, in this order: in trials ``both`` was best in seven of eight (ResNet-8, ResNet-20, five budgets)."""
 
 
 @dataclass
@@ -40,19 +46,21 @@ class Cutter:
     step: Callable[[str], None] = lambda title: None
     reconstruction: Reconstruction | None = None
     unlabeled: Sequence[Any] = ()
+    seconds: float | None = None
     progress: bool = False
+    examples: Sequence[Any] = ()
 
     def cut(self, low: nn.Module, cut: Cut, trains: bool) -> Found:
         """Cut the network by the given method, or by the best one; return it, how, and its scores by stage."""
-        calibration = self.calibration
+        calibration, start, self.examples = self.calibration, time.monotonic(), self.judge.known
+        notes: list[str] = []
         if calibration is None and (cut == "auto" or WAYS[cut].needs != "none"):
             self.step("calibrating")
-            calibration = calibrate(low, self.judge.known, self.judge.loss, examples=None, batch_dims=self.batch_dims)
+            calibration = self._calibrated(low, notes)
         bench = Workbench(low, self.inputs, calibration, latency=self.prices.latency, prices=self.prices)
-        notes: list[str] = []
-        if self.calibration is None and calibration is not None and calibration.outputs:
+        if self.calibration is None and calibration is not None and (calibration.outputs or not calibration.slopes):
             bench = self._probed(low, bench, calibration, notes)
-        best = self._made(bench, cut) if cut != "auto" else self._best(bench, trains, notes)
+        best = self._made(bench, cut) if cut != "auto" else self._best(bench, trains, start, notes)
         bench.show(best)
         told = Told(best.way, {stage: dict(found) for stage, found in best.dropped.items()}, notes)
         scores = {stage: dict(found) for stage, found in best.scores.items()}
@@ -61,6 +69,15 @@ class Cutter:
         orthonormalize_(low)
         return low, told, scores
 
+    def _calibrated(self, low: nn.Module, notes: list[str]) -> Calibration:
+        """Return the moments, of as many examples as the time allows."""
+        given, dims = None if self.seconds is None else self.seconds / 4, self.batch_dims
+        found = calibrate(low, self.judge.known, self.judge.loss, examples=None, seconds=given, batch_dims=dims)
+        self.examples = first_examples(self.judge.known, found.examples, dims=dims)
+        if len(self.examples) < len(self.judge.known):
+            notes.append(f"calibrated on {found.examples} examples: calibration_seconds={self.seconds:g} allows no more")
+        return found
+
     def _probed(self, low: nn.Module, bench: Workbench, calibration: Calibration, notes: list[str]) -> Workbench:
         """Where the loss has no slope to speak of, as on targets that are the network's outputs, measure curvature by random directions."""
         try:
@@ -68,7 +85,7 @@ class Cutter:
             return bench
         except SettingError:
             distance = relative_distance(with_outputs(self.judge.model, self.judge.known))
-            probed = calibrate(low, self.judge.known, distance, examples=None, batch_dims=self.batch_dims)
+            probed = calibrate(low, self.examples, distance, examples=None, batch_dims=self.batch_dims)
             notes.append("the gradient of the loss vanishes: its curvature is that of the distance of the outputs, in random directions")
             return Workbench(low, self.inputs, probed, latency=self.prices.latency, prices=self.prices)
 
@@ -87,17 +104,12 @@ class Cutter:
         )
         told.notes.append(f"reconstructed, error on held-out examples: {shown}")
 
-    def _best(self, bench: Workbench, trains: bool, notes: list[str]) -> CutNetwork:
-        made = [self._made(bench, kind) for kind in ("plain", "whitened")]
-        kinds = ("sensitive",) if trains else ("sensitive", "both")
-        try:
-            made.extend(self._made(bench, kind) for kind in kinds)
-        except SettingError as error:
-            notes.append(f"not tried: {', '.join(kinds)} ({error})")
+    def _best(self, bench: Workbench, trains: bool, start: float, notes: list[str]) -> CutNetwork:
+        made = self._tried(bench, ("plain", "whitened", "sensitive") if trains else AT_ONCE, trains, start, notes)
         if not trains:
             return min(made, key=_rank)
         best = min(made, key=lambda one: one.last["loss"])
-        if self.importance is None:
+        if self.importance is None and self._has_time(start, len(made)):
             mixed = self._made(bench, "mixed")
             bench.show(best)
             if mixed.last["loss"] <= allowed_for_mixed(
@@ -106,12 +118,34 @@ class Cutter:
                 return mixed
         return best
 
+    def _tried(self, bench: Workbench, kinds: Sequence[Cut], trains: bool, start: float, notes: list[str]) -> list[CutNetwork]:
+        """Make cuts in this order, as many as there are work and time for; return them, equal ones by their order in `WAYS`."""
+        made: list[CutNetwork] = []
+        large = not trains and self.seconds is None and work_of_a_cut(bench.network) > LARGE
+        for place, kind in enumerate(kinds):
+            if made and (large or not self._has_time(start, len(made))):
+                why = "the network is large; cut= takes one of them" if large else f"calibration_seconds={self.seconds:g} are spent"
+                notes.append(f"not tried: {', '.join(kinds[place:])} ({why})")
+                break
+            try:
+                made.append(self._made(bench, kind))
+            except SettingError as error:
+                if WAYS[kind].needs != "loss":
+                    raise
+                notes.append(f"not tried: {kind} ({error})")
+        return sorted(made, key=lambda one: list(WAYS).index(one.way))
+
+    def _has_time(self, start: float, count: int) -> bool:
+        """Return whether there is time for another cut, after so many since `start`."""
+        spent = time.monotonic() - start
+        return self.seconds is None or spent * (count + 1) / count <= self.seconds
+
     def _made(self, bench: Workbench, kind: str) -> CutNetwork:
         way = WAYS[kind]
         self.step(f"cutting: {kind}")
         if way.needs == "loss":
             bench.distortions(way)  # refuses a loss without gradients, also with other ranks
-        return bench.cut_to(self.budget, way, self.judge, dense=self.judge.model, examples=self.judge.known, importance=self.importance)
+        return bench.cut_to(self.budget, way, self.judge, dense=self.judge.model, examples=self.examples, importance=self.importance)
 
 
 def _rank(made: CutNetwork) -> tuple[float, float]:

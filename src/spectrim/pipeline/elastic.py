@@ -12,6 +12,7 @@ from spectrim.checks import check, naming
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance
+from spectrim.runtimes.crossbar import Crossbars
 from spectrim.storage.save import load as load_whole
 from spectrim.surgery.prune import prune
 
@@ -24,6 +25,7 @@ def load(
     *,
     inputs: Any = None,
     importance: Importance | None = None,
+    crossbars: Crossbars | None = None,
 ) -> nn.Module:
     """Return the network that `save` wrote; with a budget sliced to it.
 
@@ -37,9 +39,11 @@ def load(
         budget: what the network may keep of the dense one, as for `allocate`; None for the network as it was saved.
         inputs: one batch of inputs, for the layers' sizes; with a budget.
         importance: as for `allocate`.
+        crossbars: as for `allocate`.
 
     Returns:
-        The factorized (or merged) model, on the device of `model`; parameters that were frozen are frozen again.
+        The factorized (or merged) model, on the device of `model`; parameters that were frozen are frozen again. A model that was saved
+        in eval mode is in eval mode; else the training flags are those of `model`.
 
     Raises:
         FormatError: for a missing, truncated, altered or foreign file, or for another architecture; nothing is changed then.
@@ -56,7 +60,7 @@ def load(
         >>> small[0].rank + small[2].rank > smaller[0].rank + smaller[2].rank
         True
     """
-    check("load", optional=("inputs",), inputs=inputs)
+    check("load", optional=("inputs",), inputs=inputs, crossbars=crossbars)
     if budget is not None and inputs is None:
         raise SettingError("load", "inputs", got=None, rule="one batch of inputs, with a budget", hint="load(folder, model, 0.5, inputs=x)")
     low = load_whole(folder, model)
@@ -65,4 +69,4 @@ def load(
     if next(named_factors(low), None) is None:
         hint = "save the factorized network before merge"
         raise SettingError("load", "budget", got=budget, rule="left out for a merged network, which has no ranks to slice", hint=hint)
-    return prune(low, allocate(low, budget, inputs, importance=importance))
+    return prune(low, allocate(low, budget, inputs, importance=importance, crossbars=crossbars))

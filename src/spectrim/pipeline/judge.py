@@ -9,8 +9,12 @@ from torch import nn
 
 from spectrim.metrics.clock import compare_latency
 from spectrim.metrics.evaluate import Scores, evaluate
+from spectrim.metrics.inputs import inputs_of
 from spectrim.metrics.measurement import Measurement, measure
 from spectrim.pipeline.teaching import GAP, NATS_GAP, axis_of_classes
+from spectrim.protocols import Hardware, Latencies
+from spectrim.surgery.merge import merge
+from spectrim.surgery.same_function import same_function
 from spectrim.training.distillation import Loss
 
 
@@ -24,6 +28,7 @@ class Judge:
     judged: Iterable[Any]
     batch: int | None = None
     on_known: dict[str, float] = field(default_factory=dict)
+    crossbars: Hardware | None = None
 
     def __call__(self, network: nn.Module) -> Scores:
         """Return the scores of a network on the data that decide."""
@@ -53,6 +58,13 @@ class Judge:
         classifies = axis_of_classes(self.model, self.known[0]) is not None
         return min(GAP * dense, dense + NATS_GAP) if classifies else GAP * dense
 
+    def finished(self, low: nn.Module, inputs: Any, latency: Latencies | None) -> tuple[nn.Module, dict[str, Measurement]]:
+        """Merge a network, compare its outputs and measure it beside the dense one."""
+        low.eval()
+        final = merge(low, latency=latency)
+        same_function(low, final, inputs_of(self.known[0]), names=("cut", "merged"))
+        return final, self.measured(final, inputs)
+
     def measured(self, final: nn.Module, inputs: Any) -> dict[str, Measurement]:
         """Measure the dense and the final network, timed side by side."""
         networks = {"dense": self.model, "final": final}
@@ -60,7 +72,7 @@ class Judge:
         scores = {"dense": self.dense, "final": self(final)}
         return {
             name: replace(
-                measure(network, inputs, latency=False, batch_size=self.batch),
+                measure(network, inputs, latency=False, batch_size=self.batch, crossbars=self.crossbars),
                 latency_s=times[name].median_s,
                 latency_iqr_s=times[name].iqr_s,
                 batch=times[name].batch,

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from spectrim.errors import RecipeError
+from spectrim.errors import RecipeError, UsageError
 
 BYTES = 1 << 20
 """Largest recipe, in bytes."""
@@ -55,11 +55,11 @@ def parsed_yaml(text: str, key: str) -> Any:
 def read_yaml(path: Path) -> Any:
     """Return what a YAML file holds; see `parsed_yaml`."""
     if path.stat().st_size > BYTES:
-        raise RecipeError(str(path), f"is too large for a recipe ({path.stat().st_size:,} bytes)", allowed=f"{BYTES:,} bytes at most")
+        raise UsageError(str(path), f"is too large for a recipe ({path.stat().st_size:,} bytes)", allowed=f"{BYTES:,} bytes at most")
     try:
         text = path.read_text(encoding="utf-8")
     except ValueError as error:
-        raise RecipeError(str(path), f"is not YAML: {error}") from error
+        raise UsageError(str(path), f"is not YAML: {error}") from error
     return parsed_yaml(text, str(path))
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from spectrim.budget.budget import Budget
-from spectrim.errors import RecipeError, SettingError
+from spectrim.errors import RecipeError, SettingError, UsageError
 from spectrim.pipeline.components import STEPS, Component, _filled, _guard, _scheduler, make, make_loss
 from spectrim.pipeline.parsing import apply_change, parsed
 from spectrim.pipeline.reading import read_yaml
@@ -171,13 +171,13 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), *, cut: bool = Tr
     """
     path = Path(path)
     if not path.is_file():
-        raise RecipeError(str(path), "no such file", allowed="a YAML recipe, such as recipes/digits.yaml")
+        raise UsageError(str(path), "no such file", allowed="a YAML recipe, such as recipes/digits.yaml")
     for folder in (str(path.resolve().parent), os.getcwd()):
         if folder not in sys.path:
             sys.path.append(folder)
     raw = read_yaml(path)
     if not isinstance(raw, dict):
-        raise RecipeError(str(path), f"is a {type(raw).__name__}", allowed="a mapping of keys")
+        raise UsageError(str(path), f"is a {type(raw).__name__}", allowed="a mapping of keys")
     for change in changes:
         apply_change(raw, change)
     return parse_recipe(raw, cut=cut)
@@ -195,12 +195,12 @@ def _check(recipe: Recipe, cut: bool) -> None:
     given = [name for name in ("rule", "budget", "ranks") if getattr(recipe.prune, name) is not None]
     if len(given) > 1 or (cut and not given):
         raise RecipeError("prune", f"has {' and '.join(given) or 'none'} of rule, budget, ranks", allowed="exactly one")
-    for name in ("latency", "latency_s"):
+    missing = dict.fromkeys(("latency", "latency_s"), ("a latency table", "latency_table and allocate in Python"))
+    missing |= dict.fromkeys(("tiles", "tile_reads", "tile_count"), ("crossbars", "spectrim compress --tiles 0.3 --crossbars ..."))
+    for name, (what, instead) in missing.items():
         if recipe.prune.budget is not None and name in recipe.prune.budget.limits:
-            problem = "needs a latency table, which a recipe does not make"
-            raise RecipeError(
-                f"prune.budget.{name}", problem, allowed="macs, params, size, size_bytes; or latency_table and allocate in Python"
-            )
+            problem = f"needs {what}, which a recipe does not {'make' if name.startswith('latency') else 'name'}"
+            raise RecipeError(f"prune.budget.{name}", problem, allowed=f"macs, params, size, size_bytes; or {instead}")
     if recipe.prune.budget is not None and recipe.prune.budget.coded_bytes is not None:
         problem = "is met by rounding, which a recipe does not do"
         raise RecipeError("prune.budget.coded_bytes", problem, allowed="macs, params, size, size_bytes; or spectrim compress --coded-bytes")

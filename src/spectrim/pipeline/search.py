@@ -10,8 +10,8 @@ from typing import Any, ParamSpec, TypeVar
 from spectrim.budget.budget import CODED, FRACTIONS, Budget, BudgetError, as_budget
 from spectrim.errors import SettingError
 from spectrim.pipeline.compressed import Compressed
-from spectrim.pipeline.steps import LOGGER
 from spectrim.pipeline.store import Store
+from spectrim.steps import LOGGER
 
 RESOLUTION = 1 / 32
 """Bisection ends when the smallest budget that is allowed is known up to this share of the dense network."""

@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,12 @@ class Stages:
             WriteError: another process is writing it.
         """
         make_folder(self.out)
-        with locked(self.out):
-            yield
+        try:
+            with locked(self.out):
+                yield
+        finally:
+            with suppress(OSError):  # of a call that wrote nothing no folder stays; one with anything in it is not removed
+                self.out.rmdir()
 
     def _check_layers(self) -> None:
         """Check what the recipe says about layers before any work."""

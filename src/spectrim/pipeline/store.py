@@ -4,9 +4,11 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -15,33 +17,45 @@ from spectrim.files import make_folder, read_json, write_json
 from spectrim.layers import named_factors
 from spectrim.locks import locked
 from spectrim.pipeline import identity
+from spectrim.pipeline.behavior import Attributes, of_network, of_value
 from spectrim.pipeline.compressed import Compressed
 from spectrim.storage.pack import pack
 from spectrim.storage.save import load, save
+from spectrim.training.tuning import Tuning
 
 RESULT, SETTINGS, CUT, CODED_FILE = "result.json", "settings.json", "cut.json", "model.spz"
 AGAIN = "delete the folder to begin again"
 
 
 def identity_of(
+    folder: Any,
     model: nn.Module,
     low: nn.Module,
     data: Any,
     known: Sequence[Any],
+    eval_data: Any,
     inputs: Any,
     loss: Any,
-    optimizer: Any,
+    tuning: Tuning,
     latency: Any,
     calibration: Any,
+    before: Attributes,
 ) -> dict[str, Any]:
-    """Return what else changes the result."""
+    """Return what else changes the result; nothing without a folder."""
+    if folder is None:
+        return {}
+    with torch.random.fork_rng([]):  # a loader draws a seed at each pass
+        judging = [] if eval_data is None else list(islice(eval_data, 1))
     return {
         "weights": identity.of_weights(model),
+        "network": of_network(model, before),
         "data": identity.of_data(data, known),
+        "eval_data": None if eval_data is None else identity.of_data(eval_data, judging),
         "where": [f"{name} {factors.shape}" for name, factors in named_factors(low)],
         "example_inputs": identity.digest(tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)),
-        "loss": getattr(loss, "__qualname__", repr(loss)),
-        "optimizer": identity.of_optimizer(optimizer, low),
+        "loss": of_value(loss),
+        "optimizer": identity.of_optimizer(tuning.optimizer, low),
+        "schedule": of_value(tuning.scheduler),
         "latency": identity.of_latency(latency, low),
         "calibration": None if calibration is None else identity.digest([calibration.examples, *calibration.inputs.values()]),
     }

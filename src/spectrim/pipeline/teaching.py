@@ -34,7 +34,7 @@ A guess at why: its logits hold hardly more than the labels, until softened, and
 """
 
 
-def teacher_for(dense: nn.Module, examples: Sequence[tuple[Any, Any]], loss: Loss, level: float | None = None) -> Distillation | None:
+def teacher_for(dense: nn.Module, examples: Sequence[Any], loss: Loss, level: float | None = None) -> Distillation | None:
     """Return distillation from the dense network where outputs are scores of classes and targets are their numbers, else None.
 
     None, too, where outputs in training mode are of another form than in eval mode, for example ``(logits, auxiliary logits)``.
@@ -54,7 +54,7 @@ def teacher_for(dense: nn.Module, examples: Sequence[tuple[Any, Any]], loss: Los
     return Distillation(dense, dim=axis, **(MEMORIZED if level < MEMORIZED_LOSS else TEACHING))
 
 
-def axis_of_classes(network: nn.Module, batch: tuple[Any, Any]) -> int | None:
+def axis_of_classes(network: nn.Module, batch: Any) -> int | None:
     """Return the axis without which the output has the shape of the targets, which are numbers of classes; None where they are not.
 
     Args:
@@ -74,7 +74,7 @@ def _axis_of(output: Any, target: Any) -> int | None:
     return axes[0] if axes else None
 
 
-def why_untaught(dense: nn.Module, batch: tuple[Any, Any]) -> str:
+def why_untaught(dense: nn.Module, batch: Any) -> str:
     """Say why `teacher_for` returns None.
 
     Args:
@@ -103,7 +103,7 @@ def training_output(network: nn.Module, inputs: Any) -> Any:
                 buffer.copy_(value)
 
 
-def with_hint_layers(teacher: Distillation, low: nn.Module, batch: tuple[Any, Any]) -> Distillation:
+def with_hint_layers(teacher: Distillation, low: nn.Module, batch: Any) -> Distillation:
     """Return the teacher with the layers whose outputs can be observed in both networks, and have the same shape.
 
     Args:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .chain import PlainPair
+from .chain import PlainPair, refuse_dense
 from .parts import Weight, _check_shapes, _projection, _shapes
 
 PACKED, SEPARATE = ("in_proj_weight",), ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -212,6 +212,10 @@ class PlainAttention(nn.Module):
     def takes_over(layer: nn.Module) -> tuple[str, ...]:
         """Return the names of the parameters of a `nn.MultiheadAttention` that this one holds otherwise."""
         return (*PACKED, *SEPARATE, "in_proj_bias", "bias_k", "bias_v")
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        refuse_dense((*PACKED, *SEPARATE, "in_proj_bias"), state_dict, prefix, rest[-1])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _get_name(self) -> str:
         return "PlainAttention"

@@ -1,29 +1,22 @@
 """Two layers in place of one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.utils._pytree import tree_map_only
 
-METADATA = {"dtype", "device", "shape", "ndim", "layout", "requires_grad", "grad", "itemsize", "nbytes"}
-
-
-METADATA |= {"is_meta", "is_cpu", "is_cuda", "is_mps", "is_xpu", "is_sparse", "is_quantized", "is_nested"}
-
-
-METADATA |= {"size", "dim", "ndimension", "numel", "nelement", "element_size", "__len__", "get_device", "is_floating_point", "is_complex"}
-"""What can be asked of a weight without knowing its values."""
-
-
-IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")}
-"""``weight += 1`` and its like."""
-
+from .composed import Composed
 
 MARKS: dict[type, type] = {nn.Linear: NonDynamicallyQuantizableLinear}
 """Torch's own sub-classes that say to quantizers: not this layer, but those inside."""
+
+
+def refuse_dense(names: Iterable[str], state_dict: Mapping[str, Any], prefix: str, errors: list[str]) -> None:
+    """Note an error for each dense weight of a `state_dict`, which a merged layer does not hold; ``strict=False`` would pass over it."""
+    told = "a dense weight for what is two layers here; load it into the dense network, then compress"
+    errors.extend(f"{prefix}{name}: {told}" for name in names if f"{prefix}{name}" in state_dict)
 
 
 class TwoLayers(nn.Module):
@@ -42,6 +35,10 @@ class TwoLayers(nn.Module):
     def takes_over(layer: nn.Module) -> tuple[str, ...]:
         """Return the names of a layer's parameters that the two layers hold in its place."""
         return "weight", "bias"
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        refuse_dense(("weight",), state_dict, prefix, rest[-1])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     __repr__ = nn.Module.__repr__
 
@@ -101,14 +98,10 @@ class PlainPair(TwoLayers):
             raise AttributeError("an embedding has no bias")
         return self[1].bias  # type: ignore[no-any-return]
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
-        """Refuse a dense weight, which two layers do not hold."""
-        if f"{prefix}weight" in state_dict:
-            rest[-1].append(f"{prefix}weight: a dense weight for what is two layers here; load it into the dense network, then compress")
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
     def _weight_shape(self) -> tuple[int, ...]:
         layer: Any = self
+        if hasattr(self[0], "shape_with"):
+            return tuple(self[0].shape_with(self[1]))
         if hasattr(self, "num_embeddings"):
             return layer.num_embeddings, layer.embedding_dim
         if hasattr(self, "nx"):
@@ -121,6 +114,8 @@ class PlainPair(TwoLayers):
     def _composed(self) -> Tensor:
         """Multiply the two weights."""
         first, second = self[0].weight, self[1].weight
+        if hasattr(self[0], "product_with"):
+            return self[0].product_with(self[1])  # type: ignore[no-any-return]
         if hasattr(self, "num_embeddings"):
             return first @ second.T  # type: ignore[no-any-return]
         if hasattr(self, "groups"):
@@ -156,56 +151,6 @@ class PlainPair(TwoLayers):
             super().__setattr__(name, value)
 
 
-class Composed(Tensor):
-    """A weight that is composed when its values are read; changes in place are refused, because they would only change a copy.
-
-    Args:
-        owner: kind of the layer, for errors.
-        compose: returns the weight.
-        shape, dtype, device: its own.
-        requires_grad: whether gradients reach what it is composed of.
-    """
-
-    _owner: str
-    _compose: Callable[[], Tensor]
-    _detached: bool = False
-
-    @staticmethod
-    def __new__(
-        cls: Any, owner: str, compose: Callable[[], Tensor], shape: Sequence[int], dtype: Any, device: Any, requires_grad: bool
-    ) -> "Composed":
-        """Make one without composing it."""
-        weight: Composed = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, requires_grad=requires_grad)
-        weight._owner, weight._compose = owner, compose
-        return weight
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__
-        if name == "__get__":
-            name = getattr(func.__self__, "__name__", "")
-        if name in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        weight = args[0] if args and isinstance(args[0], Composed) else None
-        if weight is not None and name in ("data", "detach"):
-            detached = Composed(weight._owner, lambda: weight._compose().detach(), weight.shape, weight.dtype, weight.device, False)
-            detached._detached = True
-            return detached
-        if weight is not None and weight._detached and name == "requires_grad_":  # to differentiate by a copy, as is usual
-            return weight._compose().requires_grad_(*args[1:], **(kwargs or {}))
-        changes = name in ("__set__", "__setitem__", *IN_PLACE) or (name.endswith("_") and not name.endswith("__"))
-        if weight is not None and changes:
-            parts = "weights of its layers" if weight._owner.startswith("Plain") else "factors U, S and Vh"
-            raise RuntimeError(f"{weight._owner}: its weight is composed of the {parts}; {name} would change a copy, so change those")
-        return cls.__torch_dispatch__(func, types, args, kwargs)
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        args, kwargs = tree_map_only(Composed, lambda weight: weight._compose(), (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
 def _run_sized(first: Any, second: Any, input: Tensor, output_size: Sequence[int]) -> Tensor:
     """Run two convolutions, at least one of them transposed, to an output of that size; each axis gets its size from its own one."""
     if not getattr(second, "transposed", False):
@@ -222,7 +167,9 @@ def _run_sized(first: Any, second: Any, input: Tensor, output_size: Sequence[int
 
 
 def _settings(first: Any, second: Any, conv1d: bool) -> dict[str, Any]:
-    """Return the attributes of the dense layer that two layers stand for."""
+    """Return the attributes of the dense layer that two layers stand for; a layer that is none of torch's says itself."""
+    if hasattr(first, "settings_with"):
+        return first.settings_with(second)  # type: ignore[no-any-return]
     if isinstance(first, nn.Embedding):
         own = ("num_embeddings", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
         return {name: getattr(first, name) for name in own} | {"embedding_dim": second.out_features}

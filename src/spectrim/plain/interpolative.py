@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import Composed
+from .composed import Composed
 from .pieces import PlainInterpolative, blocks, check_joint, kernel, width
 
 

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .chain import Composed, TwoLayers
+from .chain import TwoLayers
+from .composed import Composed
 
 
 class PlainInterpolative(TwoLayers):

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from .chain import Composed
+from .chain import refuse_dense
+from .composed import Composed
 from .parts import Weight, _check_shapes, _linear, _projection, _shapes
 
 State: TypeAlias = tuple[Tensor, ...]  # of an LSTM: hidden and cell; of a GRU: hidden
@@ -192,6 +193,10 @@ class PlainRecurrent(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        refuse_dense(self.given, state_dict, prefix, rest[-1])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _get_name(self) -> str:
         return "PlainRecurrent"

@@ -116,9 +116,23 @@ class Levels:
         """Return the nearest tensor of such levels."""
         if self.kind == "affine":
             return from_rows(affine(in_rows(tensor, self.per), self.bits, self.zero), tensor)
+        return scaled(tensor, self._steps(), self.per)
+
+    def _steps(self) -> Float[Tensor, " levels"]:
+        """Return symmetric levels in steps."""
         most = 2 ** (self.bits - 1) - (1 if self.zero else 0)
         levels = torch.arange(-most, most + 1, dtype=torch.float64)
-        return scaled(tensor, levels if self.zero else levels[levels != 0], self.per)
+        return levels if self.zero else levels[levels != 0]
+
+    def table(self, tensor: Tensor) -> "LevelTable":
+        """Return the levels that a tensor is rounded to, as fixed values: symmetric ones, with one step for the tensor.
+
+        Examples:
+            >>> Levels(2).table(torch.tensor([0.5, -0.25])).values
+            (-0.375, 0.0, 0.375)
+        """
+        levels = self._steps()
+        return LevelTable(tuple((best_scale(in_rows(tensor, "tensor"), levels).to(levels) * levels).flatten().tolist()))
 
     def scale_bits(self, tensor: Tensor) -> int:
         """Return the bits of the steps and offsets; a whole-number offset has those of a value."""

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from spectrim.budget.plan_table import Plan, WeightPlan
+from spectrim.budget.plan_rows import WeightPlan
+from spectrim.budget.plan_table import Plan
 from spectrim.errors import FormatError
 from spectrim.files import check_digest, read_json
 from spectrim.forms.form import rung_of
@@ -187,6 +188,7 @@ def result_data(result: Mapping[str, Any], stages: Mapping[str, Mapping[str, Any
         "environment": result.get("environment", {}),
         "split": _split(result),
         "verdict": _verdict(result),
+        "verdicts": {str(name): Verdict.from_dict(found).to_dict() for name, found in (result.get("verdicts") or {}).items()},
         "tried": [dict(one) for one in result.get("tried") or []],
         "measured": {LABELS.get(name, name): entry for name, entry in result.items() if name != "packed" and _is_measured(entry)},
         "coded": _coded(result),

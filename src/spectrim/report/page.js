@@ -1,4 +1,4 @@
-// Plain JavaScript without libraries, behind knapsack.js. Data: the JSON in #data, written by spectrim/report/data.py.
+// Plain JavaScript without libraries, behind knapsack.js and charts.js. Data: the JSON in #data, written by spectrim/report/data.py.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const COLORS = ["var(--c0)", "var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)", "var(--c5)"];
 const DASHES = ["", "6 3", "2 2", "9 3 2 3", "12 3", "1 3"]; // lines differ in more than color
@@ -42,99 +42,6 @@ function table(parent, titles, rows, words = []) {
   }
   return made;
 }
-
-// Charts: lines or dots in SVG
-
-function ticks(low, high, log) {
-  if (log) {
-    const [first, last] = [Math.ceil(low - 1e-9), Math.floor(high + 1e-9)];
-    const every = Math.max(1, Math.ceil((last - first) / 5));
-    const found = [];
-    for (let power = first; power <= last; power += every) found.push(power);
-    if (found.length > 1) return found;
-    const steps = [1, 1.5, 2, 3, 5, 7].flatMap((step) => [first - 1, first].map((power) => power + Math.log10(step)));
-    const inside = steps.filter((place) => place >= low && place <= high).sort((a, b) => a - b);
-    return inside.length > 1 ? inside : [low, high];
-  }
-  const rough = (high - low) / 4 || 1;
-  const unit = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((factor) => factor * unit).find((size) => size >= rough);
-  const found = [];
-  for (let value = Math.ceil(low / step - 1e-9) * step; value <= high + step * 1e-6; value += step) found.push(+value.toPrecision(10));
-  return found;
-}
-
-// series: [{name, points: [[x, y, label?]], dots}]; marks: [{x, label, hint?}], those with a hint as solid lines
-function chart(parent, { title, series, marks = [], log = false, x = "", y = "", zero = false }) {
-  const shown = series.map((one) => ({ ...one, points: one.points.filter((p) => Number.isFinite(p[1]) && (!log || p[1] > 0)) }));
-  const points = shown.flatMap((one) => one.points);
-  if (!points.length || new Set(points.map((p) => p[0])).size < 2) return null; // a single point is no chart
-  const figure = add(parent, "figure");
-  add(figure, "figcaption", {}, title);
-  const [W, H, left, right, top, bottom] = [440, 230, 52, 10, 14, 34];
-  const scale = (value) => (log ? Math.log10(value) : value);
-  const xs = [...points.map((p) => p[0]), ...marks.map((mark) => mark.x)];
-  let [x0, x1] = [Math.min(...xs), Math.max(...xs)];
-  const [below, above] = [(p) => (log ? p[1] : p[1] - (p.error || 0)), (p) => p[1] + (p.error || 0)];
-  let [y0, y1] = [Math.min(...points.map((p) => scale(below(p)))), Math.max(...points.map((p) => scale(above(p))))];
-  if (zero) y0 = Math.min(0, y0);
-  if (x0 === x1) [x0, x1] = [x0 - 0.5, x1 + 0.5];
-  if (y0 === y1) [y0, y1] = [y0 - Math.abs(y0 || 1) * 0.05, y1 + Math.abs(y1 || 1) * 0.05];
-  const [padX, padY] = [shown.some((one) => one.dots) ? (x1 - x0) * 0.06 : 0, (y1 - y0) * 0.05];
-  [x0, x1, y0, y1] = [x0 - padX, x1 + padX, y0 - (zero ? 0 : padY), y1 + padY];
-  const px = (value) => left + ((value - x0) / (x1 - x0)) * (W - left - right);
-  const py = (value) => H - bottom - ((value - y0) / (y1 - y0)) * (H - top - bottom);
-  const svg = add(figure, "svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `${title}: ${shown.map((one) => one.name).join(", ")}` });
-  for (const value of ticks(y0, y1, log)) {
-    add(svg, "line", { class: "grid", x1: left, x2: W - right, y1: py(value), y2: py(value) });
-    add(svg, "text", { x: left - 6, y: py(value) + 4, "text-anchor": "end" }, brief(log ? 10 ** value : value));
-  }
-  for (const value of ticks(x0, x1, false)) add(svg, "text", { x: px(value), y: H - bottom + 14, "text-anchor": "middle" }, brief(value));
-  add(svg, "text", { x: (left + W - right) / 2, y: H - 4, "text-anchor": "middle" }, x);
-  if (y) add(svg, "text", { x: 4, y: 10 }, y);
-  for (const mark of marks) {
-    const line = add(svg, "line", { class: mark.hint ? "mark step" : "mark", x1: px(mark.x), x2: px(mark.x), y1: top, y2: H - bottom });
-    if (mark.hint) add(line, "title", {}, mark.hint);
-  }
-  marks.forEach((mark, index) => {
-    const end = px(mark.x) > W * 0.7;
-    add(svg, "text", { x: px(mark.x) + (end ? -3 : 3), y: top + 9 + 11 * (index % 3), "text-anchor": end ? "end" : "start" }, mark.label);
-  });
-  shown.forEach((one, index) => {
-    const [color, dash] = [COLORS[index % 6], DASHES[index % 6]];
-    if (!one.dots) {
-      const path = one.points.map((p, i) => `${i && !p.gap ? "L" : "M"}${px(p[0]).toFixed(1)} ${py(scale(p[1])).toFixed(1)}`).join("");
-      add(svg, "path", { d: path, fill: "none", stroke: color, "stroke-width": 2, "stroke-dasharray": dash });
-    }
-    if (one.dots || one.points.length < 40) {
-      for (const p of one.points) {
-        const place = { fill: color, stroke: "var(--panel)" };
-        const [cx, cy, r] = [px(p[0]), py(scale(p[1])), one.dots ? 6 : 2.5];
-        if (p.error) add(svg, "line", { x1: cx, x2: cx, y1: py(scale(below(p))), y2: py(scale(above(p))), stroke: color, "stroke-width": 1.5 });
-        const dot = one.dots ? add(svg, "path", { ...place, d: SHAPES[index % SHAPES.length](cx, cy, r) }) : add(svg, "circle", { ...place, cx, cy, r });
-        add(dot, "title", {}, `${one.name}${p[2] ? `, ${p[2]}` : ""}: ${brief(p[0])}, ${brief(p[1])}`);
-      }
-    }
-  });
-  const legend = add(figure, "div", { class: "legend" });
-  shown.forEach((one, index) => {
-    if (!one.points.length) return;
-    const item = add(legend, "span");
-    const key = add(item, "svg", { viewBox: "0 0 22 10", "aria-hidden": "true" });
-    if (one.dots) add(key, "path", { fill: COLORS[index % 6], d: SHAPES[index % SHAPES.length](11, 5, 5) });
-    else add(key, "line", { x1: 0, x2: 22, y1: 5, y2: 5, stroke: COLORS[index % 6], "stroke-width": 2.5, "stroke-dasharray": DASHES[index % 6] });
-    item.append(one.name);
-  });
-  return figure;
-}
-
-const SHAPES = [
-  (x, y, r) => `M${x - r} ${y}a${r} ${r} 0 1 0 ${2 * r} 0a${r} ${r} 0 1 0 ${-2 * r} 0`,
-  (x, y, r) => `M${x} ${y - r}L${x + r} ${y + r}L${x - r} ${y + r}Z`,
-  (x, y, r) => `M${x - r} ${y - r}h${2 * r}v${2 * r}h${-2 * r}Z`,
-  (x, y, r) => `M${x} ${y - r}L${x + r} ${y}L${x} ${y + r}L${x - r} ${y}Z`,
-  (x, y, r) => `M${x - r} ${y - r}L${x + r} ${y - r}L${x} ${y + r}Z`,
-];
 
 // A plan, unpacked
 
@@ -216,7 +123,7 @@ function hero(parent, verdict) {
   for (const text of [verdict.size, verdict.speed, verdict.quality].filter(Boolean)) {
     const [, head, rest] = text.match(/^([^(]*?)\s*(?:\((.*)\))?$/s);
     const bad = /slower|larger|(Accuracy|Loss) .*(lower|higher)/.test(head) && !/points higher|^Loss .*lower/.test(head);
-    const level = /level|not measurably|As large/.test(head);
+    const level = /level|not measurabl|As large/.test(head);
     const card = add(cards, "div", { class: `card ${bad ? "bad" : level ? "level" : "good"}` });
     add(card, "strong", {}, head);
     if (rest) add(card, "span", { class: "soft" }, rest);
@@ -228,6 +135,10 @@ function hero(parent, verdict) {
 function overview(parent) {
   const run = DATA.run;
   if (run && run.verdict) hero(parent, run.verdict);
+  for (const [name, verdict] of Object.entries((run && run.verdicts) || {})) {
+    add(parent, "h3", {}, name);
+    hero(parent, verdict);
+  }
   if (DATA.shortfalls.length) {
     const box = add(parent, "div", { class: "short", role: "note" });
     add(box, "strong", {}, "What fell short");
@@ -264,8 +175,11 @@ function compared(pair, measured, split) {
     ["coded file, bytes", (m) => m.coded_bytes && whole(m.coded_bytes)],
     ["values in it, bytes", (m) => m.coded_bytes && whole(m.data_bytes)],
     ["positions of zeros, bytes", (m) => m.coded_bytes && whole(m.index_bytes)],
+    ["tiles", (m) => m.tiles && whole(m.tiles)],
+    ["tile reads", (m) => m.tile_reads && whole(m.tile_reads)],
     ["latency", (m) => m.latency_s && `${milliseconds(m.latency_s)} ± ${(500 * m.latency_iqr_s).toFixed(3)}`],
     ["MAC reduction", ratio("macs")],
+    ["tile reduction", ratio("tiles")],
     ["compression (bytes)", ratio("size_bytes")],
     ["compression (coded file)", (m) => m.coded_bytes && `${(dense.size_bytes / m.coded_bytes).toFixed(2)}x`],
     ["speedup (measured)", ratio("latency_s")],
@@ -296,7 +210,7 @@ function budgets(parent) {
     const name = Object.entries(row.budget).map(([key, value]) => `${key} ${value <= 1 ? percent(value, 0) : whole(value)}`).join(", ");
     return row.totals ? cells(name, row.totals) : [name, `cannot be met: ${row.problem}`];
   });
-  const titles = ["budget", "MACs", "parameters", "bytes", "latency, predicted", "output error", "loss", "accuracy"];
+  const titles = ["budget", "MACs", "parameters", "bytes", "tiles", "tile reads", "latency, predicted", "output error", "loss", "accuracy"];
   const all = [cells("dense", PLAN.dense), ...rows.filter((row) => row.length > 2)];
   const kept = titles.map((_, index) => index).filter((index) => index < 4 || all.some((row) => row[index]));
   table(parent, kept.map((index) => titles[index]), all.map((row) => kept.map((index) => row[index])));
@@ -317,6 +231,8 @@ function cells(name, t) {
     part(t.macs, PLAN.dense.macs),
     part(t.params, PLAN.dense.params),
     part(t.size_bytes, PLAN.dense.size_bytes),
+    t.tiles ? part(t.tiles, PLAN.dense.tiles) : "",
+    t.tile_reads ? part(t.tile_reads, PLAN.dense.tile_reads) : "",
     filled(t.latency_s, milliseconds),
     filled(t.output_error, (value) => percent(value, 2)),
     filled(t.loss, (value) => value.toFixed(4)),
@@ -669,7 +585,7 @@ function trainingCharts(charts, lines, marks) {
   draw("Loss", ["loss", "eval_loss"]);
   draw("Accuracy on the validation split", ["eval_accuracy"]);
   draw("Penalties, as added to the loss", names.filter((key) => !known.includes(key) && !key.startsWith("eval_")), { log: true });
-  draw("Mean rank", ["mean_rank"], { zero: true });
+  if (lines.some((line) => line.mean_rank)) draw("Mean rank", ["mean_rank"], { zero: true }); // a dense network has none
   draw("Examples per second", ["examples_per_s"], { zero: true });
   draw("Learning rate", ["learning_rate"], { zero: true });
 }

@@ -105,7 +105,7 @@ def _page(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
     parts = {
         "title": html.escape(str(title)),
         "style": (folder / "page.css").read_text(encoding="utf-8"),
-        "script": "".join((folder / name).read_text(encoding="utf-8") for name in ("knapsack.js", "page.js")),
+        "script": "".join((folder / name).read_text(encoding="utf-8") for name in ("knapsack.js", "charts.js", "page.js")),
         "data": escaped_json(data),
         "text": html.escape(_text(plan, run)),
     }
@@ -154,6 +154,8 @@ def _text(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
         parts.append(str(plan))
     if run is not None and run["verdict"]:
         parts.append(str(Verdict.from_dict(run["verdict"])))
+    if run is not None and run["verdicts"]:
+        parts.append("\n".join(f"{name}: {Verdict.from_dict(found)}" for name, found in run["verdicts"].items()))
     return "\n\n".join(part for part in parts if part)
 
 

@@ -1,4 +1,4 @@
-"""Files for other runtimes: `torch.export`, ONNX, ExecuTorch and OpenVINO, each compared with the model before it is written.
+"""Files for other runtimes: `torch.export`, ONNX, ExecuTorch, OpenVINO and LiteRT, each compared with the model before it is written.
 
 What one format needs stands in three functions side by side: one that writes it, one that opens it, one row in `_WRITERS` and `_READERS`.
 """
@@ -20,7 +20,7 @@ from spectrim.layers import named_layers
 from spectrim.locks import writing_to
 from spectrim.metrics.clock import Latency, compare_latency
 from spectrim.metrics.inputs import batch_size_of
-from spectrim.metrics.table import markdown_table
+from spectrim.metrics.table import Summarized, markdown_table
 from spectrim.runtimes.blame import first_line
 from spectrim.runtimes.finite import check_finite
 from spectrim.runtimes.formats import TITLES, Runner, _format_of, _require
@@ -29,6 +29,7 @@ from spectrim.runtimes.readers import open_exported
 from spectrim.runtimes.tensors import compare_outputs
 from spectrim.runtimes.trace import _outputs, _trace
 from spectrim.runtimes.writers import _OTHER, _WRITERS, _onnx_node
+from spectrim.steps import steps
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.merge import merge
 from spectrim.tables import Format
@@ -38,12 +39,12 @@ TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(Summarized):
     """A file that was written, and its comparison with the model.
 
     Attributes:
         path: of the file; OpenVINO writes its weights beside it, ``.bin``, and ONNX those above 2 GB, ``.onnx.data``.
-        format: ``pt2``, ``onnx``, ``executorch`` or ``openvino``.
+        format: ``pt2``, ``onnx``, ``executorch``, ``openvino`` or ``litert``.
         size_bytes: of all files together.
         difference: largest difference to the model's outputs, over all outputs and `batches`, as a fraction of the output's largest
             magnitude.
@@ -100,6 +101,7 @@ def export(
     half_weights: bool = False,
     latency: bool = False,
     threads: int = 1,
+    progress: bool = True,
 ) -> Exported:
     """Write a model for another runtime; the file is loaded there and compared with the model before it is kept.
 
@@ -113,9 +115,10 @@ def export(
         inputs: one batch: a tensor, a tuple of arguments or a dict of keyword arguments. Values that are not tensors become part of the
             file, and so does every size but the batch.
         path: of the file, in a folder that exists or can be made.
-        format: ``pt2`` (`torch.export`), ``onnx``, ``executorch`` (with XNNPACK) or ``openvino``; by the suffix when omitted: ``.pt2``,
-            ``.onnx``, ``.pte``, ``.xml``.
-        dynamic_batch: let the leading dimension of each tensor that holds the batch be of any size, else the one of `inputs`.
+        format: ``pt2`` (`torch.export`), ``onnx``, ``executorch`` (with XNNPACK), ``openvino`` or ``litert``; by the suffix when omitted:
+            ``.pt2``, ``.onnx``, ``.pte``, ``.xml``, ``.tflite``.
+        dynamic_batch: let the leading dimension of each tensor that holds the batch be of any size, else the one of `inputs`. A LiteRT
+            file is for the batch of `inputs`: its converter takes no other.
         max_batch: largest batch that an ExecuTorch file takes, at least the one of `inputs`: its memory is laid out for it. Other formats
             have no limit.
         tolerance: largest difference allowed, as a fraction of the output's largest magnitude, above 0; when omitted `TOLERANCE`, and
@@ -123,6 +126,7 @@ def export(
         half_weights: store OpenVINO's weights in float16: half the size; the default tolerance is then 8 steps of float16.
         latency: time the file and the model in turns (about two seconds), on `inputs`.
         threads: CPU threads of that timing, at least 1.
+        progress: whether to name each step on stderr.
 
     Returns:
         The file, and its difference to the model.
@@ -137,8 +141,7 @@ def export(
     Examples:
         >>> import tempfile
         >>> from spectrim.runtimes import run_exported
-        >>> import tempfile
-        >>> made = export(nn.Linear(4, 2), torch.randn(3, 4), Path(tempfile.mkdtemp()) / "linear.pt2")
+        >>> made = export(nn.Linear(4, 2), torch.randn(3, 4), Path(tempfile.mkdtemp()) / "linear.pt2", progress=False)
         >>> made.batches, made.difference <= made.tolerance
         ((1, 3, 4), True)
         >>> run_exported(made.path, torch.zeros(5, 4)).shape
@@ -167,25 +170,33 @@ def export(
     outputs = _outputs(format, reference, inputs)
     check_finite(format, reference, inputs, outputs)
     limit = max_batch if format == "executorch" else None
+    dynamic_batch = dynamic_batch and format != "litert"
     batches = _batches(batch, limit) if dynamic_batch else (batch,)
     allowed = tolerance or _tolerance(outputs, half_weights and format == "openvino")
 
-    with new_files(path) as folder, _quiet():
-        file = folder / path.name
-        traced = max(batch, 2) if dynamic_batch and limit != 1 else None
-        example = _resized(inputs, batch, traced or batch)
-        program, names = _trace(format, network, example, traced, limit)
-        check_room(
-            folder,
-            sum(tensor.nbytes for tensor in network.state_dict().values() if isinstance(tensor, Tensor)) // (2 if half_weights else 1),
-        )
-        with writing_to(path):
-            content = _WRITERS[format](program, file, names, half_weights)
-        difference = _proved(format, file, reference, inputs, batch, batches, allowed)
-        size = sum(part.stat().st_size for part in folder.iterdir() if part.is_file())
-    if format == "onnx" and size == path.stat().st_size:
-        path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of a larger model that was here before
-    timed = _timed(path, network, inputs, threads) if latency else {}
+    with steps("export", 3 + latency, progress) as step:
+        with new_files(path) as folder, _quiet():
+            step("tracing")
+            file = folder / path.name
+            traced = max(batch, 2) if dynamic_batch and limit != 1 else None
+            example = _resized(inputs, batch, traced or batch)
+            program, names = _trace(format, network, example, traced, limit)
+            check_room(
+                folder,
+                sum(tensor.nbytes for tensor in network.state_dict().values() if isinstance(tensor, Tensor)) // (2 if half_weights else 1),
+            )
+            step(f"writing {TITLES[format]}")
+            with writing_to(path):
+                content = _WRITERS[format](program, file, names, half_weights)
+            step("comparing outputs")
+            difference = _proved(format, file, reference, inputs, batch, batches, allowed)
+            size = sum(part.stat().st_size for part in folder.iterdir() if part.is_file())
+        if format == "onnx" and size == path.stat().st_size:
+            path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of a larger model that was here before
+        timed = {}
+        if latency:
+            step("timing", has_bar=True)
+            timed = _timed(path, network, inputs, threads)
     return Exported(path, format, size, difference, allowed, batches, content.operators, content.delegated, **timed)
 
 

@@ -13,7 +13,7 @@ from spectrim.errors import SettingError
 from spectrim.runtimes.quiet import quietly
 from spectrim.tables import SUFFIXES, Format
 
-TITLES = {"pt2": "torch.export", "onnx": "ONNX", "executorch": "ExecuTorch", "openvino": "OpenVINO"}
+TITLES = {"pt2": "torch.export", "onnx": "ONNX", "executorch": "ExecuTorch", "openvino": "OpenVINO", "litert": "LiteRT"}
 
 
 Runner = Callable[[Any], list[Tensor]]
@@ -48,14 +48,19 @@ def _require(format: Format) -> None:
         "onnx": ("onnx", "onnxscript", "onnxruntime"),
         "executorch": ("executorch",),
         "openvino": ("openvino", "onnx", "onnxscript"),
+        "litert": ("litert_torch", "ai_edge_litert"),
     }
     missing = [name for name in needed[format] if find_spec(name) is None]
     if missing:
-        raise ImportError(f"{TITLES[format]} needs {', '.join(missing)}: pip install 'spectrim[{format}]'")
+        raise ImportError(f"{TITLES[format]} needs {', '.join(missing)}: pip install {' '.join(missing)}, or install the extra '{format}'")
 
 
 INPUT_NAMES = "input_names"
 """Method of an ExecuTorch file that returns the names of its inputs, with commas between."""
+
+
+DIGEST = "spectrim_digest"
+"""Method of an ExecuTorch file that returns what `file_digest` wrote."""
 
 
 def _executorch() -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 from spectrim.checks import check, unwrapped
 from spectrim.errors import ExportError, LayerError, SettingError
 from spectrim.files import new_files
-from spectrim.metrics.table import markdown_table
+from spectrim.metrics.table import Summarized, markdown_table
 from spectrim.protocols import LayerFilter
 from spectrim.runtimes.int8_file import _operators, _states, _write
 from spectrim.runtimes.int8_network import _Network, _prepare
@@ -25,7 +25,7 @@ from spectrim.runtimes.quiet import quietly
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Quantized(Summarized):
     """An int8 file, and its difference to the float network.
 
     Attributes:

@@ -108,7 +108,7 @@ def _prepare(model: nn.Module | str | Path, data: Iterable[Any], folder: Path, h
 def _require() -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
     if missing:
-        raise ImportError(f"int8 needs {', '.join(missing)}: pip install 'spectrim[onnx]'")
+        raise ImportError(f"int8 needs {', '.join(missing)}: pip install {' '.join(missing)}, or install the extra 'onnx'")
 
 
 def _load(path: Path) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 from spectrim.errors import FormatError, SettingError
 from spectrim.metrics.calls import call_model
 from spectrim.runtimes.blame import first_line
+from spectrim.runtimes.file_digest import verify_file
 from spectrim.runtimes.formats import INPUT_NAMES, TITLES, Runner, _executorch, _format_of, _require
 from spectrim.runtimes.onnx_digest import verify
 from spectrim.runtimes.quiet import _quiet, _quiet_stderr
@@ -25,7 +26,7 @@ def run_exported(path: str | Path, inputs: Any) -> Any:
     A ``.pt2`` is read by `torch.export.load`, which may run code from the file: open only files that you trust.
 
     Args:
-        path: a ``.pt2``, ``.onnx``, ``.pte`` or ``.xml``.
+        path: a ``.pt2``, ``.onnx``, ``.pte``, ``.xml`` or ``.tflite``.
         inputs: as for `export`: a tensor, a tuple of arguments or a dict of keyword arguments.
 
     Returns:
@@ -45,7 +46,7 @@ def open_exported(path: str | Path, threads: int | None = None) -> Runner:
     """Load a file in its own runtime and return what calls it: inputs as for `run_exported`, a list of tensors as outputs.
 
     Args:
-        path: a ``.pt2``, ``.onnx``, ``.pte`` or ``.xml``.
+        path: a ``.pt2``, ``.onnx``, ``.pte``, ``.xml`` or ``.tflite``.
         threads: CPU threads; the runtime's own choice when omitted. A ``.pt2`` runs in torch and takes those of `torch.set_num_threads`;
             ExecuTorch has one pool for the process, which keeps its size.
 
@@ -98,6 +99,7 @@ def _open_onnx(path: Path, threads: int | None) -> Runner:
 
 
 def _open_executorch(path: Path, threads: int | None) -> Runner:
+    verify_file(path)
     runtime = _executorch()
     with _quiet_stderr():
         if threads is not None:
@@ -116,6 +118,7 @@ def _open_executorch(path: Path, threads: int | None) -> Runner:
 
 
 def _open_openvino(path: Path, threads: int | None) -> Runner:
+    verify_file(path, [path.with_suffix(".bin")])
     openvino = import_module("openvino")
     settings = {"INFERENCE_PRECISION_HINT": "f32"} | ({} if threads is None else {"INFERENCE_NUM_THREADS": threads})
     compiled = openvino.Core().compile_model(str(path), "CPU", settings)
@@ -130,11 +133,32 @@ def _open_openvino(path: Path, threads: int | None) -> Runner:
     return run
 
 
+def _open_litert(path: Path, threads: int | None) -> Runner:
+    with _quiet_stderr():
+        interpreter = import_module("ai_edge_litert.interpreter").Interpreter(str(path), num_threads=threads)
+        runner = interpreter.get_signature_runner()
+    order = [detail["index"] for detail in interpreter.get_input_details()]
+    wanted = runner.get_input_details()
+    names = sorted(wanted, key=lambda name: order.index(wanted[name]["index"]))
+
+    def run(inputs: Any) -> list[Tensor]:
+        given = dict(zip(names, in_order(path, inputs, names), strict=True))
+        for name, tensor in given.items():
+            if tensor.shape != (shape := tuple(map(int, wanted[name]["shape"]))):
+                rule = f"of the shape {shape} that {path.name} was written for"
+                raise SettingError("run_exported", f"input {name!r}", got=tuple(tensor.shape), rule=rule)
+        found = runner(**{name: array_of(tensor).astype(wanted[name]["dtype"]) for name, tensor in given.items()})
+        return [torch.from_numpy(found[name].copy()) for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
+
+    return run
+
+
 _READERS: dict[Format, Callable[[Path, int | None], Runner]] = {
     "pt2": _open_pt2,
     "onnx": _open_onnx,
     "executorch": _open_executorch,
     "openvino": _open_openvino,
+    "litert": _open_litert,
 }
 
 

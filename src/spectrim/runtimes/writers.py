@@ -4,18 +4,20 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from spectrim.errors import ExportError
 from spectrim.runtimes.blame import _blame, _Place, _root, first_line, layer_of
-from spectrim.runtimes.formats import INPUT_NAMES, _executorch, _Names
+from spectrim.runtimes.file_digest import EMPTY, seal_file
+from spectrim.runtimes.formats import DIGEST, INPUT_NAMES, _executorch, _Names
 from spectrim.runtimes.onnx_digest import seal
 from spectrim.runtimes.quiet import quietly
 from spectrim.tables import Format
@@ -64,7 +66,7 @@ def _write_executorch(program: ExportedProgram, file: Path, names: _Names, half:
     try:
         with quietly():
             # inputs have no names in the file, so a second method returns them
-            known = {INPUT_NAMES: ",".join(names.inputs)}
+            known = {INPUT_NAMES: ",".join(names.inputs), DIGEST: EMPTY}
             edge = exir.to_edge_transform_and_lower(
                 program,
                 partitioner=[xnnpack.XnnpackPartitioner()],
@@ -89,6 +91,7 @@ def _write_executorch(program: ExportedProgram, file: Path, names: _Names, half:
             raise ExportError("executorch", problem, operator=operator, layer=_layer_with(graph, entry.name), hint=_OTHER)
     with file.open("wb") as stream:
         made.write_to_file(stream)
+    seal_file(file)
     return _Content(*_delegated(delegation))
 
 
@@ -119,12 +122,44 @@ def _write_openvino(program: ExportedProgram, file: Path, names: _Names, half: b
     try:
         with quietly():
             made = openvino.convert_model(between)
+            made.set_rt_info(EMPTY, ["spectrim", "sha256"])
             openvino.save_model(made, file, compress_to_fp16=half)
     except Exception as error:  # of its front end
         operator, layer = _onnx_node(between, str(error))
         problem = f"cannot be converted: {_conversion_problem(error)}"
         raise ExportError("openvino", problem, operator=operator, layer=layer, hint=_OTHER) from error
+    seal_file(file, [file.with_suffix(".bin")])
     return _Content(dict(Counter(operation.get_type_name() for operation in made.get_ops())))
+
+
+class _Named(nn.Module):
+    """A program that is called by the names of its inputs, which a LiteRT file then keeps."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__()
+        self.program = program.module(check_guards=False)
+
+    def forward(self, **tensors: Tensor) -> Any:
+        """Call by position."""
+        return self.program(*tensors.values())
+
+
+def _write_litert(program: ExportedProgram, file: Path, names: _Names, half: bool) -> _Content:
+    """Convert for the batch of the inputs: the converter takes no other."""
+    args, _ = program.example_inputs or ((), {})
+    try:
+        with quietly(), redirect_stdout(io.StringIO()):
+            given = dict(zip(names.inputs, args, strict=True))
+            import_module("litert_torch").convert(_Named(program), sample_kwargs=given).export(str(file))
+    except Exception as error:  # of jax and MLIR
+        place = _blame(error, nn.Module())
+        problem = f"cannot be converted: {first_line(error)}"
+        raise ExportError("litert", problem, operator=place.operator, layer=place.layer, hint=_OTHER) from error
+    schema = import_module("ai_edge_litert.schema_py_generated")
+    content = schema.ModelT.InitFromPackedBuf(file.read_bytes(), 0)
+    titles = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}
+    used = [content.operatorCodes[operator.opcodeIndex].builtinCode for graph in content.subgraphs for operator in graph.operators]
+    return _Content(dict(Counter(titles[code] for code in used)))
 
 
 def _conversion_problem(error: BaseException) -> str:
@@ -140,6 +175,7 @@ _WRITERS: dict[Format, Callable[[ExportedProgram, Path, _Names, bool], _Content]
     "onnx": _write_onnx,
     "executorch": _write_executorch,
     "openvino": _write_openvino,
+    "litert": _write_litert,
 }
 
 

@@ -10,6 +10,8 @@ from spectrim.plain.attention import PlainAttention
 from spectrim.plain.chain import PlainPair
 from spectrim.plain.interpolative import PlainColumns, PlainRows
 from spectrim.plain.pieces import PlainInterpolative
+from spectrim.plain.quaternion import QConv1d, QConv2d, QConv3d, QLinear
+from spectrim.plain.reader import PlainReader
 from spectrim.plain.recurrent import PlainRecurrent
 
 CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
@@ -25,6 +27,8 @@ SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("in_features", "out_features"),
     nn.Embedding: ("num_embeddings", "embedding_dim", "padding_idx", "scale_grad_by_freq"),
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONVOLUTION),
+    QLinear: ("in_features", "out_features"),
+    **dict.fromkeys((QConv1d, QConv2d, QConv3d), CONVOLUTION[:6]),
     **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), (*CONVOLUTION, "output_padding")),
 }
 """The constructor arguments of the layers that `merge` writes."""
@@ -90,6 +94,10 @@ def describe(module: nn.Module) -> list[dict[str, Any]] | None:
         parts = [_settings(part, SETTINGS[type(part)]) | _bias(part) for part in (module.kept, module.mix)]
         pieces = {"start": module.start, "gather": module.gather is not None, "conv1d": hasattr(module, "nx")}
         return [{"kind": str(module._get_name()), "parts": parts} | pieces]
+    if isinstance(module, PlainReader):
+        held: dict[str, Any] = dict(module.thin_weights.items())
+        pairs = {name: [list(pair.left.shape), list(pair.right.shape)] for name, pair in held.items()}
+        return [{"kind": "PlainReader", "pairs": pairs}]
     if isinstance(module, PlainRecurrent):
         return [_settings(module, (*RECURRENT, "given"))]
     if isinstance(module, PlainAttention):

@@ -222,7 +222,8 @@ def _sizes(entry: Mapping[str, Any]) -> Iterator[int]:
     rows = next((entry[name] for name in ("out_features", "out_channels", "num_embeddings") if name in entry), 0)
     columns = next((entry[name] for name in ("in_features", "in_channels", "embedding_dim") if name in entry), 0)
     taps = entry.get("kernel_size", [1])
-    yield rows * columns * math.prod(taps if isinstance(taps, list) else [taps]) // max(1, entry.get("groups", 1))
+    parts = 4 if str(entry.get("kind")) in ("QLinear", "QConv1d", "QConv2d", "QConv3d") else 1  # a quaternion is four features
+    yield rows * columns * math.prod(taps if isinstance(taps, list) else [taps]) // max(parts, entry.get("groups", 1))
 
 
 def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -12,6 +12,7 @@ from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import FormatError, SettingError
 from spectrim.files import make_folder, whole_file
 from spectrim.layers.sharded import refuse_shards
+from spectrim.metrics.table import Summarized
 from spectrim.storage.coded.container import coded_file, read_file
 from spectrim.storage.folder import check_sizes, read, tensors_of
 from spectrim.storage.save import plan_of, rebuilt
@@ -23,7 +24,7 @@ NOTHING: dict[str, Any] = {"factorized": {}, "ranks": {}, "merged": {}, "aliases
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(Summarized):
     """What a coded file takes.
 
     Attributes:
@@ -136,7 +137,7 @@ def _content(model: nn.Module | Mapping[str, Tensor] | str | Path) -> tuple[dict
 
 def _short(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Return the header's entry of a plan without what is empty or not needed."""
-    return {"plan": {key: value for key, value in plan.items() if value and key not in ("versions", "format", "tensors")}}
+    return {"plan": {key: value for key, value in plan.items() if value and key not in ("versions", "format", "tensors", "eval")}}
 
 
 @outside_inference_mode
@@ -148,7 +149,7 @@ def unpack(path: str | Path, model: nn.Module | None = None) -> Any:
         model: the original architecture, dense; its weights do not matter, and it is left untouched. None for plain tensors.
 
     Returns:
-        A dict of tensors, or a copy of `model` with the layers and weights that were packed.
+        A dict of tensors, or a copy of `model` with the layers and weights that were packed, in eval mode.
 
     Raises:
         FormatError: for a missing, truncated, altered or foreign file, or for another architecture.
@@ -164,7 +165,7 @@ def unpack(path: str | Path, model: nn.Module | None = None) -> Any:
     if model is None:
         return {**content.tensors, **{alias: content.tensors[kept] for alias, kept in plan["aliases"].items()}}
     check("unpack", model=model)
-    return rebuilt(unwrapped(model), plan, content.tensors, path)
+    return rebuilt(unwrapped(model), plan, content.tensors, path).eval()
 
 
 def packed_sizes(path: str | Path) -> Packed:

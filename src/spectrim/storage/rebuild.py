@@ -12,6 +12,7 @@ from spectrim.forms import FORMS, Form, Size
 from spectrim.layers import kind_of, named_layers
 from spectrim.layers.attention import become_attention
 from spectrim.layers.forwards import renew
+from spectrim.layers.reader import FactorizedReader, readable
 from spectrim.layers.taking_over import become
 from spectrim.linalg.fold import MATRICES, Fold
 from spectrim.plain.attention import PlainAttention
@@ -90,6 +91,9 @@ def exchanged(model: nn.Module, plan: Mapping[str, Any], path: Path) -> tuple[nn
             weight = next(target.parameters())
             written.append(become(target, parts.to(weight.device, weight.dtype), kind.base_of(type(target))))
             continue
+        if description[0]["kind"] == "PlainReader":
+            written.append(_reader(target, description[0]["pairs"], name, path, plan))
+            continue
         wanted, own = dense_settings(description), found_settings(target, description)
         if plan.get("folded") and wanted.get("bias") and own.get("bias") is False:
             own["bias"] = True  # it came with a BatchNorm
@@ -110,6 +114,27 @@ def exchanged(model: nn.Module, plan: Mapping[str, Any], path: Path) -> tuple[nn
         layer.__dict__["writing"] = plan["factorized"][name].get("writing", "pair")
     follow_layers(built)
     return built, written
+
+
+def _reader(target: nn.Module, pairs: Mapping[str, Any], name: str, path: Path, plan: Mapping[str, Any]) -> nn.Module:
+    """Make a layer with a forward of its own what `merge` had written, with zeros; in place."""
+    ranks = {}
+    for key, (left, right) in pairs.items():
+        weight = getattr(target, key, None) if key in readable(target) else None
+        *lead, out, in_ = FactorizedReader.fold(target, key, weight.detach(), "channel").shape if isinstance(weight, Tensor) else (0, 0)
+        ranks[key] = left[-1]
+        if [*lead, out, ranks[key]] != left or [*lead, ranks[key], in_] != right or not 1 <= ranks[key] <= min(out, in_):
+            problem = f"layer '{name}' had '{key}' in two parts {tuple(left)} and {tuple(right)}, which the model's do not fit"
+            raise FormatError(path, f"is of another architecture: {problem}", hint=hint_of(plan))
+    factors: dict[str, Form] = {}
+    for key in readable(target):
+        weight = getattr(target, key)
+        matrix = FactorizedReader.fold(target, key, weight.detach(), "channel")
+        factors[key] = FORMS["channel"].empty(weight, matrix, ranks.get(key, 1))
+    layer = FactorizedReader.adopt(target, factors, "channel")
+    plain = layer.split(lambda _, part, tensor: nn.Parameter(tensor), tuple(pairs))
+    assert plain is not None
+    return become(layer, plain)
 
 
 def _size(stored: Any) -> Size | None:
@@ -133,7 +158,7 @@ def _replayed(target: Any, description: list[dict[str, Any]]) -> nn.Module | Non
     last, kind = description[-1], kind_of(target)
     if kind is None or kind.weights(target) != ("weight",) or not ("in_features" in last or "in_channels" in last):
         return None
-    rank = last["in_features"] if "in_features" in last else last["in_channels"] // last["groups"]
+    rank = last["in_features"] if "in_features" in last else last["in_channels"] // last.get("groups", 1)
     for scheme in (scheme for scheme in kind.schemes(target) if scheme in MATRICES):
         matrix = kind.fold(target, "weight", target.weight.detach(), scheme)
         if rank <= min(matrix.shape[-2:]):

@@ -18,6 +18,7 @@ from spectrim.storage.describe import SETTINGS, describe
 from spectrim.storage.folder import FORMAT, PLAN, read, tensors_of, write
 from spectrim.storage.rebuild import exchanged, hint_of
 from spectrim.storage.tasks import plan_of_tasks, rebuild_tasks
+from spectrim.surgery.frozen import is_training
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -42,7 +43,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     refuse_shards(model, "save")
     folder = Path(folder)
     tensors, aliases = tensors_of(model)
-    write(folder, plan_of(model) | {"aliases": aliases}, tensors)
+    write(folder, plan_of(model) | {"aliases": aliases, "eval": not is_training(model)}, tensors)
     return folder
 
 
@@ -55,7 +56,8 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
         model: the original architecture, dense; its weights do not matter. It is left untouched.
 
     Returns:
-        The factorized (or merged) model, on the device of `model`; parameters that were frozen are frozen again.
+        The factorized (or merged) model, on the device of `model`; parameters that were frozen are frozen again. A model that was saved
+        in eval mode is in eval mode; else the training flags are those of `model`.
 
     Raises:
         FormatError: for a missing, truncated, altered or foreign file, or for another architecture; nothing is changed then.
@@ -63,7 +65,8 @@ def load(folder: str | Path, model: nn.Module) -> nn.Module:
     check("load", folder=folder, model=model)
     model = unwrapped(model)
     plan, tensors = read(Path(folder))
-    return rebuilt(model, plan, tensors, Path(folder) / PLAN)
+    built = rebuilt(model, plan, tensors, Path(folder) / PLAN)
+    return built.eval() if plan.get("eval") else built
 
 
 def rebuilt(model: nn.Module, plan: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> nn.Module:

@@ -1,5 +1,6 @@
 """`calibrate`: second moments of the inputs of each factorized weight, and of the gradients at its outputs."""
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,6 +27,7 @@ def calibrate(
     loss: Loss | None = None,
     *,
     examples: int | None = 1024,
+    seconds: float | None = None,
     centered: bool = True,
     batch_dims: BatchDims | None = None,
     progress: bool = False,
@@ -44,6 +46,7 @@ def calibrate(
         loss: called as ``loss(output, target)``, gives the mean over a batch; None for `inputs` alone. A loss without labels
             (`spectrim.metrics.distance`) is probed in random directions of the output instead: at the dense network it has no slope.
         examples: stop after the batch that completes this number, counted along the leading dimension, >= 1; None for all data.
+        seconds: stop after the batch in which so much time has passed, > 0; None for no limit.
         centered: whether to take the mean out of the inputs where a bias absorbs it (see `absorbing`); the sources do not.
         batch_dims: states the batch axes of the inputs, see `spectrim.metrics.batch.BatchDims`; found by agreement of sizes when omitted.
         progress: whether to show a progress bar, on stderr and on a terminal only.
@@ -75,7 +78,7 @@ def calibrate(
     for factors in held.values():
         for parameter in factors.slope_parameters():
             parameter.requires_grad_(loss is not None)
-    seen = 0
+    seen, start = 0, time.monotonic()
     labels = loss is not None and not isinstance(loss, Unlabeled)
     with isolated(observed), torch.set_grad_enabled(loss is not None), sums.watching(observed):
         if not labels and loss is not None:
@@ -89,6 +92,8 @@ def calibrate(
             elif loss is not None:
                 sums.add_slopes(held, loss_of(loss, output, target, "calibrate") * count)
             seen += count
+            if seconds is not None and time.monotonic() - start > seconds:
+                break
     if not seen:
         hint = "a generator can be read only once: give a list or a DataLoader"
         raise SettingError("calibrate", "data", got=f"nothing from {type(data).__name__}", rule="at least one batch", hint=hint)

@@ -1,13 +1,13 @@
 """`coverage`: every layer, factorized or why not."""
 
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from torch import nn
 
 from spectrim.checks import check, unwrapped
@@ -69,15 +69,15 @@ class Coverage(tuple[LayerCoverage, ...]):
     """All lines of `coverage`; prints as a table."""
 
     def __str__(self) -> str:
-        table = Table(*TITLES, title=None)
+        table = Table(Column(TITLES[0], overflow="fold"), *TITLES[1:], title=None)
         for cells in self._rows():
             table.add_row(*cells)
         text = io.StringIO()
         Console(width=150, file=text, markup=False, emoji=False, highlight=False).print(table)
-        return text.getvalue()
+        return text.getvalue() + self._rest()
 
     def _repr_html_(self) -> str:
-        return html_of(markdown_table(self._rows(), TITLES))
+        return html_of(f"{markdown_table(self._rows(), TITLES)}\n{self._rest()}")
 
     def to_pandas(self) -> Any:
         """Return the lines as a pandas data frame, by layer."""
@@ -86,6 +86,8 @@ class Coverage(tuple[LayerCoverage, ...]):
     def _rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = []
         for line in self:
+            if _is_vectors(line):
+                continue
             if line.factorized and line.shape:
                 blocks = f"{line.blocks} x " if line.blocks > 1 else ""
                 rank, full, limit = (shown(size) for size in (line.rank or 0, line.full or min(line.shape), line.break_even or 0))
@@ -94,6 +96,15 @@ class Coverage(tuple[LayerCoverage, ...]):
                 cells = ("", "", "dense", "")
             rows.append((line.name or "(model)", line.kind, *cells, line.reason))
         return rows
+
+    def _rest(self) -> str:
+        """Return one line for all layers that hold no matrix."""
+        counts = Counter(line.kind for line in self if _is_vectors(line))
+        return f"vectors only, not listed: {', '.join(f'{count} {kind}' for kind, count in counts.items())}" if counts else ""
+
+
+def _is_vectors(line: LayerCoverage) -> bool:
+    return line.reason == f"{line.kind} has vectors only"
 
 
 def coverage(model: nn.Module, where: Where | None = None, *, inputs: Any = None, latency: Latencies | None = None) -> Coverage:
@@ -138,6 +149,8 @@ def _factorized_line(site: Site, limit: int, latency: Latencies | None) -> Layer
     elif factors.rank <= limit:
         layers = ("two", "three", "four", "five")[len(factors.chain()) - 2]
         verdict = f"merges to {layers} layers (rank {shown(factors.size)} <= {shown(most)})"
+    elif factors.size == factors.full_size:
+        verdict = "merges to one dense layer (at full rank" + (f"; more than one cost less up to rank {shown(most)})" if limit else ")")
     else:
         verdict = f"merges to one dense layer (rank {shown(factors.size)} > {shown(most)})"
     kind, scheme = site.layer.dense_kind.__name__, site.layer.scheme

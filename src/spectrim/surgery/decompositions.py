@@ -6,10 +6,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from spectrim.forms.derived import measured_tail
 from spectrim.forms.form import Form, Size
 from spectrim.layers import named_factors
 from spectrim.linalg.gram import ProjectedMetric
-from spectrim.linalg.spectral import pooled_spectrum, tail_energy, weighted_svd
+from spectrim.linalg.spectral import pooled_spectrum, seen_spectrum, tail_energy, weighted_svd
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.side_by_side import room
 
@@ -40,6 +41,7 @@ class Decompositions:
         self._factors: dict[str, Parts] = {}
         self._parts: dict[tuple[str, Metric], Parts] = {}
         self._roots: dict[str, Tensor] = {}
+        self._cuts: dict[tuple[str, Size, Metric], Form] = {}
         self._tails: dict[tuple[str, Metric], Tensor] = {}
         self._values: dict[tuple[str, Metric], Tensor] = {}
 
@@ -53,10 +55,14 @@ class Decompositions:
             metric: the plain values where the calibration has no such metric for this weight.
         """
         if (name, metric) not in self._values:
-            plain = all(side is None for side in self._metrics(name, metric))
-            form = self.factors[name]
-            if plain:
+            (left, right), form = self._metrics(name, metric), self.factors[name]
+            if left is None and right is None:
                 self._values[name, metric] = form.spectrum()
+            elif (
+                form.is_matrix and left is None and right is not None and (name, metric) not in self._parts
+            ):  # where ranks are chosen, and it is not cut
+                _, S, Vh = self._exact(name)
+                self._values[name, metric] = pooled_spectrum(seen_spectrum(S, Vh, right))
             elif form.is_matrix:
                 self._values[name, metric] = pooled_spectrum(self.parts(name, metric)[1])
             else:
@@ -68,7 +74,8 @@ class Decompositions:
         if self.factors[name].is_matrix:
             return tail_energy(self.spectrum(name, metric))
         if (name, metric) not in self._tails:
-            self._tails[name, metric] = self.factors[name].tail(*self._metrics(name, metric))
+            form = self.factors[name]
+            self._tails[name, metric] = measured_tail(form, form.tail(*self._metrics(name, metric)))
         return self._tails[name, metric]
 
     def has(self, name: str, metric: Metric) -> bool:
@@ -103,7 +110,12 @@ class Decompositions:
         """
         held, (left, right) = self.factors[name], self._metrics(name, metric)
         if not held.is_matrix:
-            return held.cut_to(size, left, right)
+            key = (name, size, "none" if left is None and right is None else metric)
+            made = self._cuts[key] if key in self._cuts else held.cut_to(size, left, right)
+            if self.keep:
+                self._cuts[key] = made
+                return made.like(*made.parameters(), exact=True)
+            return made
         rank = held.rung_of(size)
         if rank == held.rank or (left is None and right is None):
             U, S, Vh = self._exact(name)

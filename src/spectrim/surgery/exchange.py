@@ -1,14 +1,10 @@
 """Copies of a model in which layers are exchanged in place, while tied, shared and otherwise referenced ones stay so."""
 
 import copy
-import functools
 import sys
-import types
-import weakref
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from spectrim.errors import LayerError
 from spectrim.layers import kind_of
 from spectrim.plain.encoder import follow_layers
+from spectrim.surgery import functions
 
 HELD = "its weight is also held outside the layer (in a list, a tuple, a function, an attribute)"
 """Why a layer stays dense whose weight something else refers to."""
@@ -153,41 +150,35 @@ def _held_beside(slots: Mapping[int, int], holes: Mapping[int, nn.Parameter]) ->
 
 
 def _refuse_functions(model: nn.Module, chosen: set[str]) -> None:
-    """Raise a LayerError where a function held by a module refers to a layer or to what contains it: a copy would run the original's."""
+    """Raise a LayerError where a function held by a module refers to a layer or to what contains it: a copy would run the original's.
+
+    Forward hooks and the methods of the modules' classes are such functions, too; of those, only the layers themselves are looked for.
+    """
     above = {".".join(name.split(".")[:end]) for name in chosen for end in range(name.count(".") + 1)} | {""}
-    names = {id(module): name for name, module in model.named_modules() if name in chosen or name in above}
-    for owner, module in model.named_modules():
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items() if name in chosen or name in above}
+    layers = {place: name for place, name in names.items() if name in chosen}
+    for owner, module in modules.items():
+        if type(module).__name__ == "OptimizedModule":
+            hint = "compress first and compile the result, or use module.compile(), which wraps nothing"
+            raise LayerError(owner, "is wrapped by torch.compile, which holds functions of its layers", hint=hint)
         for key, value in vars(module).items():
-            if key.startswith("_"):  # torch's own tables; hooks change no function of the layer
+            hooks = key in ("_forward_hooks", "_forward_pre_hooks")
+            if key.startswith("_") and not hooks:  # torch's own tables
                 continue
-            for reached in _reached(value, 0):
-                if id(reached) in names:
-                    which = f"layer '{names[id(reached)]}'" if names[id(reached)] else "the model"
-                    problem = f"its attribute '{key}' is a function of {which}: in a copy it still calls the original"
-                    hint = "make it a method, or a functools.partial of the layer"
-                    raise LayerError(owner or type(module).__name__, problem, hint=hint)
+            what = "a forward hook is" if hooks else f"its attribute '{key}' is"
+            _refuse(owner, module, what, functions.reached(value), layers if hooks else names)
+    for kind, (owner, module) in {type(module): (owner, module) for owner, module in modules.items()}.items():
+        for key, method in functions.methods_of(kind):
+            _refuse(owner, module, f"its method '{key}' is", functions.reached_by_code(method), layers)
 
 
-def _reached(value: Any, depth: int) -> Iterator[object]:
-    """Yield what functions in a value refer to: closures, defaults, weak references."""
-    if depth > 4:
-        return
-    inner: list[Any] = []
-    if isinstance(value, dict):
-        inner = list(value.values())
-    elif isinstance(value, list | tuple | set):
-        inner = list(value)
-    elif isinstance(value, functools.partial):
-        inner = [value.func]
-    elif isinstance(value, weakref.ref):
-        yield value()
-    elif isinstance(value, types.FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
-        held = [*cells, *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        yield from held
-        inner = [entry for entry in held if isinstance(entry, types.FunctionType | functools.partial | list | dict | tuple)]
-    for entry in inner:
-        yield from _reached(entry, depth + 1)
+def _refuse(owner: str, module: nn.Module, what: str, reached: Iterable[object], names: Mapping[int, str]) -> None:
+    for value in reached:
+        if id(value) in names:
+            which = f"layer '{names[id(value)]}'" if names[id(value)] else "the model"
+            problem = f"{what} a function of {which}: in a copy it still calls the original"
+            raise LayerError(owner or type(module).__name__, problem, hint="make it a method, or a functools.partial of the layer")
 
 
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:

@@ -27,7 +27,7 @@ from spectrim.surgery.head import call_order
 from spectrim.surgery.ranks import Ranks, check_names, chooser
 from spectrim.surgery.select import decide, layer_filter
 
-Scheme = Literal["auto", "channel", "spatial", "input", "tucker", "cp", "tt"]
+Scheme = Literal["auto", "all", "channel", "spatial", "input", "tucker", "cp", "tt", "quaternion"]
 
 
 Method = Literal["exact", "randomized", "auto"]
@@ -51,9 +51,9 @@ def pick_scheme(module: Any, scheme: Scheme) -> Fold:
     offered = kind.schemes(module)
     if scheme == "tt" and scheme not in offered and "tucker" in offered:
         return "tucker"  # which a tensor train along one axis of taps is
-    if scheme != "auto":
+    if scheme not in ("auto", "all"):
         return scheme if scheme in offered else offered[0]
-    offered = tuple(fold for fold in offered if fold in MATRICES)
+    offered = tuple(fold for fold in offered if fold in MATRICES) or offered
     if len(offered) == 1 or module.weight.is_meta:
         return offered[0]
 
@@ -102,8 +102,10 @@ def factorize(
             then all taps; ``spatial``, the taps of one axis and then those of the others; ``tucker``, a 1x1, all taps and a 1x1, with two
             ranks (`spectrim.forms.Tucker2`); ``cp``, the same with depthwise taps and one rank (`spectrim.forms.CP`); ``tt``, a 1x1, the
             taps of each axis and a 1x1 (`spectrim.forms.TensorTrain`); or ``auto``, which takes for each layer the matrix
-            with the fewest MACs at 80 % of the spectral energy (``channel`` on the meta device). A layer without the asked scheme, as
-            1x1 kernels and layers that are no convolutions, takes ``channel``; a kernel along one axis, ``tucker`` for ``tt``.
+            with the fewest MACs at 80 % of the spectral energy (``channel`` on the meta device), as does ``all``, which `compress` and
+            `plan` then exchange for the best of all forms at the budget. A layer without the asked scheme, as
+            1x1 kernels and layers that are no convolutions, takes ``channel``; a kernel along one axis, ``tucker`` for ``tt``. Quaternion
+            layers (`spectrim.plain.quaternion`) always take ``quaternion``.
         where: selects layers: a name, a glob, a list of these, or a predicate of name and module, see `match`; everything but the
             classifier head when omitted.
         rank: how many singular values to keep from the start: a number (capped at each layer's full rank), a rank rule, or a mapping
@@ -140,7 +142,9 @@ def factorize(
     check("factorize", model=model, where=where, rank=rank, example_inputs=example_inputs)
     model = unwrapped(model)
     if scheme not in get_args(Scheme):
-        raise SettingError("factorize", "scheme", got=scheme, rule="'auto', 'channel', 'spatial', 'input', 'tucker', 'cp' or 'tt'")
+        raise SettingError(
+            "factorize", "scheme", got=scheme, rule="'auto', 'all', 'channel', 'spatial', 'input', 'tucker', 'cp', 'tt' or 'quaternion'"
+        )
     if method not in ("exact", "randomized", "auto"):
         raise SettingError("factorize", "method", got=method, rule="'exact', 'randomized' or 'auto'")
     if writing not in ("pair", "interpolative"):
@@ -152,7 +156,7 @@ def factorize(
 
     def of(name: str, weight: Tensor, matrix: Tensor, scheme: Fold) -> Form:
         tick(name)
-        if scheme in KERNELS:
+        if scheme not in MATRICES:
             return kernel(name, weight, matrix, scheme)
         shape = (matrix.shape[-2], matrix.shape[-1])
         choose = chooser(rank, name, shape, min(shape))
@@ -165,8 +169,11 @@ def factorize(
         return Factors.of(weight, matrix, choose, decomposition(method, choose(matrix) if stated else None, min(shape)), name)
 
     def kernel(name: str, weight: Tensor, folded: Tensor, scheme: Fold) -> Form:
-        if weight.is_meta:
+        if weight.is_meta and (scheme in KERNELS or not (stated or rank is None)):
             raise SettingError("factorize", "scheme", got=scheme, rule="one of matrices on the meta device: sizes depend on values")
+        if weight.is_meta:
+            most: Any = FORMS[scheme].full_size_of(folded)
+            return FORMS[scheme].empty(weight, folded, chooser(rank, name, (folded.shape[0], folded.shape[1]), most)(folded))
         if not torch.isfinite(weight.detach()).all():
             raise LayerError(name, "its weight holds NaN or infinite values", hint="load an undamaged checkpoint")
         form = FORMS[scheme].of(weight, folded, None, name=name)

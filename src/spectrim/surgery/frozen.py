@@ -10,8 +10,9 @@ from torch.nn.modules.batchnorm import _NormBase
 def is_frozen_norm(norm: nn.Module, model: nn.Module) -> bool:
     """Whether a normalization layer with running statistics is frozen: its statistics do not change.
 
-    It is frozen when all its parameters are, or when it is in eval mode inside a model that is in training mode. A model in eval
-    mode as a whole freezes no layer, nor does a wrapper (new, and so in training mode) around such a model.
+    It is frozen when all its parameters are, when it is in eval mode inside a model that is in training mode, or when the model's own
+    ``train`` method leaves it in eval mode. A model in eval mode as a whole freezes no layer, nor does a wrapper (new, and so in training
+    mode) around such a model.
 
     Args:
         norm: any module of `model`; False for one without running statistics.
@@ -26,7 +27,20 @@ def is_frozen_norm(norm: nn.Module, model: nn.Module) -> bool:
         return False
     parameters = list(norm.parameters(recurse=False))
     fixed = bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
-    return fixed or (is_training(model) and not norm.training)
+    return fixed or (is_training(model) and not norm.training) or norm in left_in_eval(model)
+
+
+def left_in_eval(model: nn.Module) -> set[nn.Module]:
+    """Return the normalization layers that ``model.train()`` leaves in eval mode, because a class overrides it; flags stay as they are."""
+    if all(type(module).train is nn.Module.train for module in model.modules()):
+        return set()
+    came = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        return {module for module in model.modules() if isinstance(module, _NormBase) and not module.training}
+    finally:
+        for module, flag in came:
+            module.training = flag
 
 
 def is_training(model: nn.Module) -> bool:
@@ -50,7 +64,8 @@ def training_mode(model: nn.Module) -> Iterator[Callable[[], None]]:
     """
     came = [(module, module.training) for module in model.modules()]
     whole = not is_training(model)
-    wanted = [(module, (flag or whole) and not (isinstance(module, _NormBase) and is_frozen_norm(module, model))) for module, flag in came]
+    frozen = {module for module, _ in came if is_frozen_norm(module, model)}
+    wanted = [(module, (flag or whole) and module not in frozen) for module, flag in came]
 
     def renew() -> None:
         for module, flag in wanted:

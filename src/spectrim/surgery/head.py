@@ -1,9 +1,11 @@
 """Which layer is the classifier head: the last one called, or without a forward pass the one that names and sizes point to."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from spectrim.layers import has_matrix
 from spectrim.metrics.calls import call_model, evaluating, unfused
@@ -14,6 +16,8 @@ NAMES = ("head", "classifier", "cls", "cls_head", "cls_score", "class_head", "lm
 
 def call_order(model: nn.Module, inputs: Any) -> list[str]:
     """Run the model once in eval mode and return the names of its layers with a matrix, in the order of their last calls.
+
+    A layer whose weight is read instead, as by ``F.linear(x, head.weight)``, counts as called then.
 
     Args:
         model: dense or factorized.
@@ -33,14 +37,33 @@ def call_order(model: nn.Module, inputs: Any) -> list[str]:
 
         return note
 
-    handles = [module.register_forward_pre_hook(noting(name)) for name, module in _layers(model)]
+    layers = _layers(model)
+    handles = [module.register_forward_pre_hook(noting(name)) for name, module in layers]
+    held = [(name, p) for name, module in layers for p in module.parameters(recurse=False) if p.dim() > 1]
+    uses = Counter(id(p) for _, p in held)
+    weights = {id(p): noting(name) for name, p in held if uses[id(p)] == 1}
     try:
-        with evaluating(model), unfused():
+        with evaluating(model), unfused(), _Reads(weights):
             call_model(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
     return list(called)
+
+
+class _Reads(TorchFunctionMode):
+    """Notes the parameters that functions are given."""
+
+    def __init__(self, notes: Mapping[int, Callable[[], None]]) -> None:
+        super().__init__()
+        self.notes = notes
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") != "__get__":  # a shape or a dtype
+            for value in (*args, *(kwargs or {}).values()):
+                if (note := self.notes.get(id(value))) is not None:
+                    note()
+        return func(*args, **(kwargs or {}))
 
 
 def head_of(model: nn.Module, order: Sequence[str] | None = None) -> str | None:

@@ -1,7 +1,7 @@
 """The second moments of what a weight meets: `Calibration`, and the sums behind it."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import LayerError
 from spectrim.forms import Factors, Form
+from spectrim.layers import named_layers
 from spectrim.layers.uses import first_argument
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.gram import Metric, MomentSum, ProjectedMetric, gram, precise
@@ -114,10 +115,13 @@ class Sums:
         self.slopes: dict[str, Tensor] = {}
         self.positions: dict[str, int] = defaultdict(int)
         self.skipped: dict[str, str] = {}
+        self.differentiating = False
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Add up whatever the layers of `model` meet inside."""
+        for _, layer in named_layers(model):
+            self.skipped |= {self.names[factors]: layer.unobserved for _, factors in layer.named_factors() if layer.unobserved}
         layers = [layer for layer in model.modules() if isinstance(layer, OneWeight)]
         for layer in layers:
             if layer.looks_up:
@@ -138,13 +142,19 @@ class Sums:
             self.skipped[name] = WIDE
             return
         absorbing = name in self.absorbing
+        if self.differentiating:  # activation checkpointing runs the layer once more
+            self._observe_slope(layer, name, x, output)
+            return
         if name not in self.inputs:
             self.inputs[name] = MomentSum(shifted=absorbing, seen=None if basis is None else lambda rows: rows @ basis.mT.to(rows))
         for rows in layer.input_rows(x.detach(), output.shape):
             self.inputs[name].add(rows)
             if absorbing:
                 self.totals[name] = self.totals.get(name, 0) + rows.sum(-2, dtype=torch.float64)
-        if output.requires_grad and factors.shape[0] <= WIDEST:
+        self._observe_slope(layer, name, x, output)
+
+    def _observe_slope(self, layer: OneWeight, name: str, x: Tensor, output: Tensor) -> None:
+        if output.requires_grad and layer.factors_of("weight").shape[0] <= WIDEST:
             observe: Any = output.register_hook
             observe(lambda grad: self._differentiated(layer, name, x.shape, grad))
 
@@ -157,9 +167,12 @@ class Sums:
         """Differentiate the sum of the examples' losses."""
         if not total.requires_grad:
             return
-        grads = torch.autograd.grad(
-            total, [parameter for factors in held.values() for parameter in factors.slope_parameters()], allow_unused=True
-        )
+        slopes = [parameter for factors in held.values() for parameter in factors.slope_parameters()]
+        self.differentiating = True
+        try:
+            grads = _gradients(total, slopes)
+        finally:
+            self.differentiating = False
         for name, grad in zip(held, grads, strict=True):
             if grad is not None:
                 self.slopes[name] = self.slopes.get(name, torch.zeros_like(grad, dtype=torch.float64)) + grad
@@ -206,3 +219,27 @@ def _basis(factors: Form) -> Tensor | None:
         return None
     Vh = factors.svd()[2]
     return Vh if factors.lead else Vh[None]
+
+
+def _gradients(total: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    """Differentiate a loss; reentrant checkpointing refuses `torch.autograd.grad`, and so writes into ``grad``."""
+    if not _has_reentrant_checkpoint(total):
+        return list(torch.autograd.grad(total, parameters, allow_unused=True))
+    torch.autograd.backward(total)
+    grads = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    return grads
+
+
+def _has_reentrant_checkpoint(total: Tensor) -> bool:
+    waiting, seen = [total.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        waiting.extend(following for following, _ in node.next_functions)
+    return False

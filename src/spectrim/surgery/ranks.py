@@ -7,7 +7,7 @@ from typing import Any, SupportsIndex
 
 from torch import Tensor, nn
 
-from spectrim.errors import LayerError, RankError
+from spectrim.errors import LayerError, RankError, SpectrimError
 from spectrim.layers import named_factors
 from spectrim.protocols import RankRule
 
@@ -37,7 +37,7 @@ def chooser(ranks: Ranks | None, name: str, shape: tuple[int, int], held: int | 
         elif isinstance(ranks, SupportsIndex):
             rank = min(ranks if isinstance(ranks, bool) else index(ranks), most)
         else:
-            rank = ranks(spectrum)
+            rank = _ruled(ranks, spectrum, name)
         return checked(rank, most)
 
     def checked(rank: Any, most: int) -> int:
@@ -46,6 +46,17 @@ def chooser(ranks: Ranks | None, name: str, shape: tuple[int, int], held: int | 
         return index(rank)
 
     return choose
+
+
+def _ruled(rule: Any, spectrum: Tensor, name: str) -> Any:
+    """Call a rank rule; its failures name the layer."""
+    try:
+        return rule(spectrum)
+    except SpectrimError:
+        raise
+    except Exception as error:  # whatever the caller's own code raises
+        problem = f"its rank rule fails with {type(error).__name__}: {error}"
+        raise LayerError(name, problem, hint="a rule takes the singular values, descending, and returns a rank") from error
 
 
 def check_names(model: nn.Module, ranks: Mapping[str, Any]) -> None:

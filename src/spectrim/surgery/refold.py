@@ -6,19 +6,22 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from spectrim.forms import FORMS
+from spectrim.forms import FORMS, Form
 from spectrim.layers import named_layers, sites
 from spectrim.linalg.fold import Fold
 
 
 @torch.no_grad()
-def refold_(model: nn.Module, schemes: Mapping[str, Fold], dense: nn.Module | None = None) -> list[str]:
+def refold_(
+    model: nn.Module, schemes: Mapping[str, Fold], dense: nn.Module | None = None, made: Mapping[tuple[str, Fold], Form] | None = None
+) -> list[str]:
     """Hold the weights of some layers in the forms of other schemes, at full size; in place.
 
     Args:
         model: factorized, nothing of it cut.
         schemes: by the names of layers. Layers that are not named, that have the scheme already or whose weight is tied stay as they are.
         dense: the network before `factorize`, whose weights are decomposed; those of the model are composed otherwise.
+        made: forms of weights that are decomposed already, by layer and scheme.
 
     Returns:
         The names of the layers that were changed.
@@ -37,7 +40,7 @@ def refold_(model: nn.Module, schemes: Mapping[str, Fold], dense: nn.Module | No
             continue
         held = layer.factors_of("weight")
         weight = layer.dense_weight("weight") if dense is None else dense.get_parameter(f"{name}.weight".removeprefix(".")).detach()
-        form = FORMS[scheme].of(weight, layer.fold(layer, "weight", weight, scheme), name=name)
+        form = (made or {}).get((name, scheme)) or FORMS[scheme].of(weight, layer.fold(layer, "weight", weight, scheme), name=name)
         layer.factors["weight"] = form.requires_grad_(held.trained).train(held.training)
         layer.__dict__["scheme"] = scheme
         layer.execution.clear()

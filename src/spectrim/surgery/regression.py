@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectrim import linalg
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.fold import leading
 from spectrim.linalg.gram import MomentSum, precise
+from spectrim.linalg.spectral import LEFT_FLOOR, metric_root
 from spectrim.surgery.decompositions import unit_rows
 from spectrim.surgery.side_by_side import _Met
 
@@ -25,6 +25,9 @@ REFINEMENTS = 4
 
 FLOOR = 1e-12
 """Added to the second moments of all inputs, as a share of the largest: above what rounding leaves of constant inputs when centered."""
+
+
+Parts = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -134,15 +137,16 @@ def refit_(layer: Any, original: Any, dense: Tensor, moments: Moments, left: Ten
     """
     factors, wanted, own = layer.factors_of("weight"), moments.wanted, moments.own
     target = dense + _divided(wanted - dense @ own, own)
-    if layer.scheme == "channel":
-        judged, candidates = left, [truncated(factors.rank, target, own, left)]
-    else:
-        judged, candidates = None, _of_columns(layer, wanted, target, moments, left)
     held = factors.block_parts()
     held = held if basis is None else (*held[:2], held[2] @ basis.mT)
-    errors = [_error(_composed(layer, *parts), wanted, own, judged) for parts in (held, *candidates)]
+    fits = (
+        _of_rows(factors.rank, held, target, moments, left)
+        if layer.scheme == "channel"
+        else _of_columns(layer, held, target, moments, left)
+    )
+    errors, parts = zip(*fits, strict=True)
     better = min(range(len(errors)), key=errors.__getitem__)
-    U, S, Vh = (held, *candidates)[better]
+    U, S, Vh = parts[better]
     if better:
         factors.set_(U, S, Vh if basis is None else Vh @ basis)
     _set_bias(layer, original, _composed(layer, *factors.block_parts()) if basis is None else _composed(layer, U, S, Vh), moments)
@@ -156,42 +160,45 @@ def _set_bias(layer: Any, original: Any, weight: Tensor, moments: Moments) -> No
         layer.bias.copy_((moments.wanted_mean - (weight @ moments.own_mean.unsqueeze(-1)).squeeze(-1)).flatten())
 
 
-def _error(weight: Tensor, wanted: Tensor, own: Tensor, left: Tensor | None) -> float:
-    """Return the mean squared error of the output, in the metric `left`, less what no weight can change; ``wanted = W C_xx~``."""
-    change = weight @ own - 2 * wanted
-    return float(((change if left is None else left @ change) * weight).sum())
+def _error(left_factor: Tensor, cross: Tensor, gram: Tensor, metric: Tensor | None) -> float:
+    """Return the mean squared error of the output, in the metric of the outputs, less what no weight can change.
+
+    Of a weight ``L B``: ``cross`` is ``W C_xx~ B^T`` and ``gram`` is ``B C B^T``.
+    """
+    change = left_factor @ gram - 2 * cross
+    return float(((change if metric is None else metric @ change) * left_factor).sum())
 
 
 def _divided(right: Tensor, moment: Tensor) -> Tensor:
     """Return ``right @ moment^+``, where eigenvalues far below `CUTOFF` of the norm count as zero.
 
     By iterated Tikhonov regularisation: an eigenvalue ``s`` is inverted to ``(1 - (r / (s + r))^n) / s``, with ``r`` the ridge and ``n``
-    `REFINEMENTS`. An eigendecomposition of thousands of inputs would take ten times as long.
+    `REFINEMENTS`. What a solution ``X`` of the regularised equations leaves of the right side is ``r X``. An eigendecomposition of
+    thousands of inputs would take ten times as long.
     """
     moment = (moment + moment.mT) / 2
     ridge = (CUTOFF * torch.linalg.matrix_norm(moment)).clamp_min(torch.finfo(moment.dtype).tiny)[..., None, None]
     triangle = torch.linalg.cholesky(moment + ridge * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device))
-    solution = torch.zeros_like(right)
+    rest, solution = right.mT, torch.zeros((), dtype=right.dtype, device=right.device)
     for _ in range(REFINEMENTS):
-        solution = solution + torch.cholesky_solve((right - solution @ moment).mT, triangle).mT
-    return solution
-
-
-Parts = tuple[Tensor, Tensor, Tensor]
+        step = torch.cholesky_solve(rest, triangle)
+        rest, solution = ridge * step, solution + step
+    return solution.mT
 
 
 def truncated(rank: int, target: Tensor, metric: Tensor, left: Tensor | None) -> Parts:
     """Return the best approximation of `target` of that rank in the metrics of the inputs and, where given, the outputs.
 
-    Without a metric of the outputs it is the projection of `target` onto the leading eigenvectors of ``T metric T^T``.
+    With ``R^T R`` the metric of the outputs it is ``R^-1 E E^T R target``, with ``E`` the leading eigenvectors of ``R T metric T^T R^T``.
     """
-    if left is not None and rank < min(target.shape[-2:]):
-        X, _, Y = linalg.weighted_svd(*linalg.svd(target), left, metric)
-        return unit_rows(X[..., :rank], Y[..., :rank, :])
-    Q, R = torch.linalg.qr(target)  # of the smaller side
-    gram = R @ metric @ R.mT
+    Q, core = torch.linalg.qr(target)  # of the smaller side
+    gram = core @ metric @ core.mT
+    root, inverse = metric_root(Q, left, LEFT_FLOOR)
+    gram = gram if left is None else root @ gram @ root.mT
     basis = torch.linalg.eigh((gram + gram.mT) / 2).eigenvectors[..., -rank:]
-    return unit_rows(Q @ basis, basis.mT @ R)
+    if left is None:
+        return unit_rows(Q @ basis, basis.mT @ core)
+    return unit_rows(Q @ (inverse @ basis), basis.mT @ (root @ core))
 
 
 def _sizes(layer: Any) -> tuple[int, int, int, int]:
@@ -210,32 +217,44 @@ def _composed(layer: Any, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:
     return matrix.reshape(-1, out, width, in_, height).permute(0, 1, 3, 4, 2).reshape(-1, out, in_ * height * width)
 
 
-def _of_columns(layer: Any, wanted: Tensor, target: Tensor, moments: Moments, metric: Tensor | None) -> list[Parts]:
-    """Refit the second factor to the output, where it has taps: with the first one that is held, and with that of the truncation.
+def _of_rows(rank: int, held: Parts, target: Tensor, moments: Moments, metric: Tensor | None) -> list[tuple[float, Parts]]:
+    """Return the parts that are held and the truncation of the target, each with its error."""
+    fits = []
+    for U, S, Vh in (held, truncated(rank, target, moments.own, metric)):
+        cross, gram = moments.wanted @ Vh.mT, Vh @ moments.own @ Vh.mT
+        fits.append((_error(U * S.unsqueeze(-2), cross, gram, metric), (U, S, Vh)))
+    return fits
 
-    With ``B`` the map from patches to the outputs of the first operation at each tap of the second one, ``L <- L + (W C_xx~ - L B C) B^T
-    (B C B^T)^+``; ``wanted = W C_xx~``.
+
+def _of_columns(layer: Any, held: Parts, target: Tensor, moments: Moments, metric: Tensor | None) -> list[tuple[float, Parts]]:
+    """Return the parts that are held, and the second factor refitted to the output, each with its error.
+
+    It is refitted where it has taps, with the first factor that is held and with that of the truncation. With ``B`` the map from patches
+    to the outputs of the first operation at each tap of the second one, ``L <- L + (W C_xx~ - L B C) B^T (B C B^T)^+``;
+    ``wanted = W C_xx~``.
     """
     out, in_, height, width = _sizes(layer)
-    factors = layer.factors_of("weight")
-    folded = in_scheme(layer, target)
     by_offset = moments.own.reshape(-1, in_ * height, width, in_ * height, width)
     columns = by_offset.diagonal(dim1=-3, dim2=-1).mean(-1)
-    candidates = []
-    for U, S, Vh in (factors.block_parts(), truncated(factors.rank, folded, columns, metric)):
-        rank, B = S.shape[-1], _by_taps(layer, Vh)
-        left = (U * S.unsqueeze(-2)).reshape(-1, out, width * rank)
-        seen = moments.own @ B.mT
-        left = left + _divided(wanted @ B.mT - left @ (B @ seen), B @ seen)
-        candidates.append(unit_rows(left.reshape(-1, out * width, rank), Vh))
-    return candidates
+    fits: list[tuple[float, Parts]] = []
+    for U, S, Vh in (held, truncated(held[1].shape[-1], in_scheme(layer, target), columns, metric)):
+        cross = _seen_by_taps(moments.wanted, Vh, width)
+        gram = _seen_by_taps(_seen_by_taps(moments.own, Vh, width).mT, Vh, width).mT
+        left = (U * S.unsqueeze(-2)).reshape(-1, out, width * S.shape[-1])
+        if not fits:
+            fits.append((_error(left, cross, gram, None), held))
+        left = left + _divided(cross - left @ gram, gram)
+        fits.append((_error(left, cross, gram, None), unit_rows(left.reshape(-1, out * width, S.shape[-1]), Vh)))
+    return fits
 
 
-def _by_taps(layer: Any, Vh: Tensor) -> Tensor:
-    """Return the map, ``(blocks, width * rank, in * height * width)``, from patches to what the second operation meets at its taps."""
-    _, in_, height, width = _sizes(layer)
-    eye = torch.eye(width, dtype=Vh.dtype, device=Vh.device)
-    return torch.einsum("grm,bc->gbrmc", Vh, eye).reshape(-1, width * Vh.shape[-2], in_ * height * width)
+def _seen_by_taps(rows: Tensor, Vh: Tensor, width: int) -> Tensor:
+    """Return ``rows B^T``, ``(blocks, n, width * rank)``, of rows of patches ``(blocks, n, in * height * width)``.
+
+    ``B`` maps patches to what the second operation meets at each of its taps.
+    """
+    by_taps = rows.reshape(*rows.shape[:-1], -1, width)
+    return torch.cat([by_taps[..., tap] @ Vh.mT for tap in range(width)], -1)
 
 
 def in_scheme(layer: Any, weight: Tensor) -> Tensor:

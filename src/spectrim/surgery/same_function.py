@@ -60,7 +60,7 @@ def same_function(
             if training:
                 return
             raise
-        difference = _difference(one, _run(b, inputs, training))
+        difference = _difference(one, _run_second(b, inputs, training, names))
         allowed = tolerance or ROUNDINGS * max((torch.finfo(leaf.dtype).eps for leaf in one), default=0.0)
         if difference <= allowed:
             continue
@@ -90,6 +90,18 @@ def _error(a: nn.Module, b: nn.Module, inputs: Any, training: bool, names: tuple
     return LayerError(
         type(a).__name__, problem, hint="the outputs of all layers agree: the model uses its layers in another way than calling them"
     )
+
+
+def _run_second(network: nn.Module, inputs: Any, training: bool, names: tuple[str, str]) -> list[Tensor]:
+    """Run the second network, which has to run where the first does."""
+    try:
+        return _run(network, inputs, training)
+    except Exception as error:  # whatever the model's own code raises
+        told = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        mode = "training" if training else "eval"
+        problem = f"the {names[1]} network fails in {mode} mode where the {names[0]} computes ({told})"
+        hint = "the model asks its layers for more than to be called, such as their children; leave those out with where="
+        raise LayerError(type(network).__name__, problem, hint=hint) from error
 
 
 def _run(network: nn.Module, inputs: Any, training: bool, layers: dict[str, list[Tensor]] | None = None) -> list[Tensor]:

@@ -11,10 +11,12 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from spectrim.checks import check
+from spectrim.checks import WHERE, check
+from spectrim.checks.messages import fail
 from spectrim.errors import SettingError
 from spectrim.forms.form import Form
 from spectrim.layers import METHODS, is_factorized, kind_of
+from spectrim.layers.reader import OWN_BASES, readable, why_not
 from spectrim.protocols import LayerFilter, Where
 from spectrim.surgery.exchange import HELD, held_elsewhere
 from spectrim.surgery.head import head_of
@@ -68,8 +70,10 @@ def layer_filter(where: Where | None, model: nn.Module | None = None, verb: str 
         (True, True, False)
     """
     check(verb, where=where)
-    if where is None or not isinstance(where, str | Sequence | Set):
-        return where
+    if where is None:
+        return None
+    if not isinstance(where, str | Sequence | Set):
+        return _guarded(where, verb)
     wanted = [where] if isinstance(where, str) else list(where)
     if model is not None:
         names = [name for name, _ in model.named_modules()]
@@ -82,7 +86,17 @@ def layer_filter(where: Where | None, model: nn.Module | None = None, verb: str 
     return match(*wanted, *inside)
 
 
-STACKED = "write it with one nn.Linear for each expert, or register a class whose fold gives (experts, out, in)"
+def _guarded(where: LayerFilter, verb: str) -> LayerFilter:
+    """Return a predicate whose failures name the layer on which it fails."""
+
+    def select(name: str, module: nn.Module) -> bool:
+        try:
+            return bool(where(name, module))
+        except Exception as error:  # whatever the caller's own code raises
+            hint = f"it fails on layer '{name}' ({type(module).__name__}) with {type(error).__name__}: {error}"
+            raise fail(verb, "where", where, WHERE, hint) from error
+
+    return select
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -109,15 +123,14 @@ def refusal(module: nn.Module) -> str | None:
     if found is None:
         base = next((k.__name__ for k in type(module).__mro__[1:] if kind_of_class(k)), None)
         if base:
-            return f"{kind} is a {base} with another forward; {OWN_FORWARD}"
+            why = why_not(module) if isinstance(module, OWN_BASES) else None
+            return f"{kind} is a {base} with another forward{f' ({why})' if why else ''}; {OWN_FORWARD}"
         if not own_parameters(module):
             return f"its tensors are buffers ({', '.join(own_matrices(module))}), which are not trained; factorize before quantizing"
         if all(p.dim() < 2 for p in own_parameters(module).values()):
             return f"{kind} has vectors only"
-        stacked = [f"{name} {' x '.join(map(str, p.shape))}" for name, p in own_parameters(module).items() if p.dim() == 3]
-        if stacked and not type(module).__module__.startswith("torch.nn"):
-            problem = f"no factorized form for {kind}, whose matrices are stacked in 3-D parameters ({', '.join(stacked)})"
-            return f"{problem}; {STACKED}"
+        if stacked := readable(module):
+            return f"no factorized form for {kind}, whose matrices are stacked ({', '.join(stacked)}): {why_not(module)}"
         return f"no factorized form for {kind}"
     weights = [getattr(module, name) for name in found.weights(module)]
     if any(not isinstance(weight, nn.Parameter) for weight in weights):

@@ -8,6 +8,7 @@ from spectrim.training.fit import EpochCallback
 from spectrim.training.history import History
 from spectrim.training.low_bits import bits_of, float_in_int8, rounding
 from spectrim.training.magnitude import Gradual, Hold, OneShot
+from spectrim.training.masked_mapping import MaskedMapping
 from spectrim.training.precision import CyclicPrecision, LearnedPrecision, StaticPrecision
 from spectrim.training.quasi_newton import BFGS
 from spectrim.training.ramp import Ramp
@@ -31,6 +32,7 @@ __all__ = [
     "History",
     "Hold",
     "LearnedPrecision",
+    "MaskedMapping",
     "OneShot",
     "Ramp",
     "Retraction",

@@ -11,10 +11,11 @@ from spectrim.layers import named_factors
 from spectrim.layers.sharded import reshard, whole, whole_sides
 from spectrim.linalg.spectral import orthogonality_defect
 from spectrim.metrics.figures import frame
+from spectrim.metrics.table import Summarized, markdown_table
 
 
 @dataclass
-class History:
+class History(Summarized):
     """The log of a training run.
 
     Attributes:
@@ -40,6 +41,14 @@ class History:
     def last(self) -> dict[str, float]:
         """The last line; empty before the first epoch."""
         return self.epochs[-1] if self.epochs else {}
+
+    def summary(self) -> str:
+        """Return a table with a row for each epoch, as text."""
+        names = list(dict.fromkeys(name for line in self.epochs for name in line if name != "mean_rank" or line[name]))
+        rows = [
+            [str(number), *(f"{line[name]:.4g}" if name in line else "" for name in names)] for number, line in enumerate(self.epochs, 1)
+        ]
+        return markdown_table(rows, ["epoch", *names]) if rows else "no epochs"
 
     def to_pandas(self) -> Any:
         """Return the epochs as a pandas data frame, a row for each, counted from 1."""

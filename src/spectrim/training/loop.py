@@ -174,9 +174,18 @@ class Loop:
         self.tally.rate = float(self.optimizer.param_groups[0]["lr"])
         self.stepper.step()
         if self.scheduler is not None and not self.stepper.step_was_skipped:
-            self.scheduler.step()
+            self._schedule(self.scheduler, total)
         self.step.after(self.model, at, total, self.optimizer)
         self.position.steps += 1
+
+    def _schedule(self, scheduler: LRScheduler, total: int) -> None:
+        """Step the schedule, which may have been made for fewer batches than come."""
+        try:
+            scheduler.step()
+        except ValueError as error:
+            got = f"more than the {total} optimizer steps that its length and the epochs promise" if total else str(error)
+            hint = "give data whose len() is their number of batches, or steps_per_epoch"
+            raise SettingError("fit", "data", got=got, rule="as many batches as the schedule was made for", hint=hint) from error
 
     def _before(self, batch: Any, at: int, total: int) -> None:
         """Cut and choose what is due before an optimizer step; not within a group, whose gradients are of one shape."""
@@ -251,7 +260,8 @@ class Loop:
         if what.startswith("loss") and broken:
             what += f", and so is parameter '{broken[0]}' before the step,"
         last = self.checkpoint if self.checkpoint is not None and self.checkpoint.exists() else None
-        return DivergedError(what, epoch=self.number, step=step, layer=layer, grad_norm=norm, checkpoint=last)
+        half = any(p.dtype == torch.float16 and p.requires_grad for p in self.model.parameters())
+        return DivergedError(what, epoch=self.number, step=step, layer=layer, grad_norm=norm, checkpoint=last, half=half)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from spectrim.linalg.rounding import EXACT
 from spectrim.protocols import Change, LayerFilter
 from spectrim.training.bits import STATIC, arithmetics, bit_operations, counted, left_in_float, lend_bits, sizes_of, slopes_of
 
+MOST = 16
+"""Largest number of bits that is simulated; 32 stand for none."""
+
 INT8 = 8
 """Bits of the engines that `quantize` writes for."""
 
@@ -134,7 +137,7 @@ def bits_of(line: Mapping[str, float]) -> dict[str, int]:
 
 def check_bits(owner: str, field: str, bits: Any) -> None:
     """Raise a SettingError unless bits are an integer in [2, 16], or 32."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not (2 <= bits <= 16 or bits == EXACT):
+    if isinstance(bits, bool) or not isinstance(bits, int) or not (2 <= bits <= MOST or bits == EXACT):
         raise SettingError(owner, field, got=bits, rule=f"an integer in [2, 16], or {EXACT} to round nothing")
 
 
@@ -143,5 +146,5 @@ def check_limits(owner: str, least: Any, most: Any) -> None:
     for field, bits in (("least", least), ("most", most)):
         if isinstance(bits, bool) or not isinstance(bits, int):
             raise SettingError(owner, field, got=bits, rule="an integer")
-    if not 2 <= least <= most <= 16:
+    if not 2 <= least <= most <= MOST:
         raise SettingError(owner, "least and most", got=(least, most), rule="2 <= least <= most <= 16")

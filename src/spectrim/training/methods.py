@@ -4,10 +4,11 @@ from typing import Any
 
 from spectrim.budget.budget import Budget
 from spectrim.penalties import L1
-from spectrim.projections import TopK
+from spectrim.projections import Levels, TopK
 from spectrim.tables import Row
 from spectrim.training.admm import ADMM
 from spectrim.training.magnitude import Gradual, Hold, OneShot
+from spectrim.training.masked_mapping import MaskedMapping
 from spectrim.training.precision import CyclicPrecision, LearnedPrecision, StaticPrecision
 from spectrim.training.ramp import Ramp
 from spectrim.training.retraction import Retraction
@@ -30,6 +31,7 @@ METHODS: tuple[Row[Any], ...] = (
     Row(Gradual, example=Gradual({"*": TopK(0.1)}), card="magnitude-pruning"),
     Row(StraightThrough, example=StraightThrough({"*": TopK(0.1)}), card="admm"),
     Row(Hold, example=Hold(), card="magnitude-pruning"),
+    Row(MaskedMapping, example=MaskedMapping({"*": Levels(5)}), card="crossbars"),
     Row(LearnedPrecision, example=LearnedPrecision(0.6), card="learned-precision"),
     Row(CyclicPrecision, example=CyclicPrecision(), card="learned-precision"),
     Row(StaticPrecision, example=StaticPrecision(8), card="learned-precision"),

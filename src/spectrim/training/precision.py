@@ -10,7 +10,7 @@ from torch import nn
 
 from spectrim.errors import SettingError
 from spectrim.training.bits import STATIC, Vector, bit_operations, shifted_to
-from spectrim.training.low_bits import Rounding, check_bits, check_limits
+from spectrim.training.low_bits import MOST, Rounding, check_bits, check_limits
 
 MEMORY = 0.99
 """Share of the running mean of a gradient that stays at each step."""
@@ -20,6 +20,9 @@ HORIZON = 0.05
 
 MARGIN = 0.99
 """Share of the allowed cost that is planned: learned bits are not whole numbers, and the rest takes up what rounding them costs."""
+
+CUT = 0.999
+"""Share of the multiply-accumulates at the begin below which ranks have been cut."""
 
 FAINT = 1e-6
 """Gains for a bit operation below this share of the largest one are noise."""
@@ -110,7 +113,8 @@ class LearnedPrecision(Rounding):
 
     The planned cost of a step is constant; with `rise` it grows linearly from that of `least` bits for a share of the training first. Its
     mean is 99 % of `cost`, which is never exceeded. Multiply-accumulates are counted by running the network, again after each cut: a
-    smaller rank leaves more for bits.
+    smaller rank leaves more for bits. Where not even `most` bits everywhere spend what a cut has left, the limit is raised by as many bits
+    as it takes, up to `most_after_cuts`.
 
     A `Course`: give it to ``fit(..., courses=[...])``. Costs and bits are in the log, see `noted`; between steps and after training the
     network is in float, and ``with rounding(model, bits_of(history.last)):`` runs it in bits.
@@ -120,9 +124,11 @@ class LearnedPrecision(Rounding):
             what `least` and `most` bits cost.
         least: bits, in [2, most].
         most: bits, at most 16.
+        most_after_cuts: bits at most once ranks have been cut, in [most, 16]; `most` keeps to that, and leaves a part of `cost`.
         gradient_bits: of the gradients of outputs, in [2, 16], or 32 to round nothing.
         rate: share of the way to equal gains in one step, in (0, 1].
         rise: share of the training in which the plan rises, in [0, 1]; shorter where the end would cost more than `most` bits.
+        settle: share of the training at the end, in [0, 1), in which bits stay as they are: the network ends adapted to them.
 
     Raises:
         SettingError: for a value outside its range, or, when training starts, a network without a layer that can compute in fewer bits.
@@ -144,16 +150,23 @@ class LearnedPrecision(Rounding):
     cost: float = 0.6
     least: int = 3
     most: int = 8
+    most_after_cuts: int = 16
     gradient_bits: int = 8
     rate: float = 0.02
     rise: float = 0.0
+    settle: float = 0.0
     learns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_limits("LearnedPrecision", self.least, self.most)
+        if self.most_after_cuts not in range(self.most, MOST + 1):
+            rule = f"an integer in [{self.most}, {MOST}], from `most` on"
+            raise SettingError("LearnedPrecision", "most_after_cuts", got=self.most_after_cuts, rule=rule)
         check_bits("LearnedPrecision", "gradient_bits", self.gradient_bits)
         if not 0 < self.rate <= 1 or not 0 <= self.rise <= 1:
             raise SettingError("LearnedPrecision", "rate and rise", got=(self.rate, self.rise), rule="in (0, 1] and in [0, 1]")
+        if not 0 <= self.settle < 1:
+            raise SettingError("LearnedPrecision", "settle", got=self.settle, rule="in [0, 1)")
         lowest, highest = self._share(self.least), self._share(self.most)
         if isinstance(self.cost, bool) or not lowest <= self.cost <= highest:
             rule = f"a share of static {STATIC} bits in [{lowest:.3f}, {highest:.3f}], what {self.least} and {self.most} bits cost"
@@ -172,7 +185,7 @@ class LearnedPrecision(Rounding):
         """Return the memory before the first step: the bits that cost what is planned, the same everywhere, see `Course`."""
         memory = super().start(model, inputs, steps) | {"planned": 0.0, "slopes": {}, "learned": 0, "values": {}}
         macs = np.array(list(memory["macs"].values()))
-        values = self._shifted(np.full(len(macs), float(self.least)), macs, self._goal(0, steps, memory))
+        values = self._shifted(np.full(len(macs), float(self.least)), macs, self._goal(0, steps, memory), self.most)
         return memory | {"values": dict(zip(memory["macs"], values.tolist(), strict=True))}
 
     def noted(self, memory: Mapping[str, Any]) -> dict[str, float]:
@@ -187,8 +200,24 @@ class LearnedPrecision(Rounding):
         late = memory["planned"] - memory["bit_operations"]
         return float(memory["reference"] * self.planned(step, steps) + late / max(1.0, HORIZON * steps))
 
-    def _shifted(self, values: Vector, macs: Vector, goal: float) -> Vector:
-        return shifted_to(values, goal, macs, (self.least, self.most), self.gradient_bits)
+    def _shifted(self, values: Vector, macs: Vector, goal: float, most: int) -> Vector:
+        return shifted_to(values, goal, macs, (self.least, most), self.gradient_bits)
+
+    def _whole(self, values: Vector, macs: Vector, goal: float) -> Vector:
+        """Return whole bits, each rounded up that the goal has room for, those nearest to it first."""
+        found = np.maximum(np.floor(values), self.least)
+        for index in np.argsort(found - values, kind="stable"):
+            raised = found + (np.arange(len(found)) == index)
+            if values[index] > found[index] and bit_operations(macs, raised, self.gradient_bits).sum() <= goal:
+                found = raised
+        return found
+
+    def _most(self, macs: float, goal: float, reference: float) -> int:
+        """Return the most bits of a step: those that spend the goal, from `most` on, where ranks have been cut."""
+        if bit_operations(macs, STATIC, STATIC) >= CUT * reference:
+            return self.most
+        enough = (bits for bits in range(self.most, self.most_after_cuts) if bit_operations(macs, bits, self.gradient_bits) >= goal)
+        return next(enough, self.most_after_cuts)
 
     def _bits(self, step: int, steps: int, memory: Mapping[str, Any]) -> dict[str, int]:
         """Round the learned bits; the least ones where what is left would not do for the steps behind this one."""
@@ -204,6 +233,12 @@ class LearnedPrecision(Rounding):
         names = list(memory["values"])
         values, macs = (np.array([memory[key][name] for name in names]) for key in ("values", "macs"))
         goal = self._goal(step + 1, steps, memory)
+        if step + 1 >= (1 - self.settle) * steps:
+            if not all(value.is_integer() for value in memory["values"].values()):
+                left = (self.cost * steps * memory["reference"] - memory["bit_operations"]) / max(1, steps - step - 1)
+                memory["values"] = dict(zip(names, self._whole(values, macs, min(left, goal)).tolist(), strict=True))
+            return
+        most = self._most(float(macs.sum()), goal, memory["reference"])
         if slopes and all(math.isfinite(slope) for slope in slopes.values()):
             held = memory["slopes"]
             memory["slopes"] = {name: MEMORY * held.get(name, 0.0) + (1 - MEMORY) * slopes[name] for name in names}
@@ -211,8 +246,8 @@ class LearnedPrecision(Rounding):
         if memory["learned"]:
             gains = -np.array([memory["slopes"][name] for name in names]) / (macs * 2 * (values + self.gradient_bits))
             equal = values + 0.5 * np.log2(np.maximum(gains, max(FAINT * float(gains.max()), np.finfo(np.float64).tiny)))
-            values = values + self.rate * (self._shifted(equal, macs, goal) - values)
-        memory["values"] = dict(zip(names, self._shifted(values, macs, goal).tolist(), strict=True))
+            values = values + self.rate * (self._shifted(equal, macs, goal, most) - values)
+        memory["values"] = dict(zip(names, self._shifted(values, macs, goal, most).tolist(), strict=True))
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, int]:

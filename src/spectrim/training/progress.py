@@ -33,7 +33,7 @@ class _Bar:
 
     def finish(self, line: dict[str, float]) -> None:
         if self.progress is not None:
-            shown = {key: value for key, value in line.items() if key not in ("seconds", "learning_rate")}
+            shown = {key: value for key, value in line.items() if key not in ("seconds", "learning_rate") and (key != "mean_rank" or value)}
             terms = "  ".join(f"{key} {value:,.4g}" for key, value in shown.items())
             self.progress.console.print(f"{self.title}  {terms}", highlight=False, soft_wrap=True)
 

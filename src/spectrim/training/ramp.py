@@ -48,11 +48,11 @@ class Ramp:
     def __post_init__(self) -> None:
         if not isinstance(self.target, Budget) and not 0 < self.target <= 1:
             raise SettingError("Ramp", "target", got=self.target, rule="a Budget, or a fraction in (0, 1] of the energy")
-        refused = [
-            name for name in ("latency", "size_bytes", "latency_s") if isinstance(self.target, Budget) and name in self.target.limits
-        ]
+        refused = [] if not isinstance(self.target, Budget) else set(self.target.limits) - {"macs", "params", "size"}
         if refused:
-            hint = "bytes: as_fractions(budget, model, inputs); seconds need a latency table: allocate once, after training"
+            hint = (
+                "bytes: as_fractions(budget, model, inputs); seconds need a latency table, tiles crossbars: allocate once, after training"
+            )
             raise SettingError("Ramp", "target", got=self.target, rule="a Budget of macs, params and size, which are fractions", hint=hint)
         if not 0 <= self.begin < self.end <= 1:
             raise SettingError("Ramp", "begin and end", got=(self.begin, self.end), rule="0 <= begin < end <= 1")

@@ -19,6 +19,7 @@ from spectrim.penalties import TailEnergy, tail_shares
 from spectrim.penalties.sums import total
 from spectrim.penalties.tail import larger
 from spectrim.protocols import Change, Importance, Latencies
+from spectrim.runtimes.crossbar import Crossbars
 
 PULL, DAMPING = 15.0, 1.5
 """How fast `Squeeze` corrects a strength: for being behind, over the whole span; and for falling behind."""
@@ -85,6 +86,7 @@ class Squeeze:
         left: share of each weight's energy that may be left to cut, in (0, 1).
         importance: for `allocate`; its own default when omitted. It is called at every update.
         latency: a `LatencyTable` of the model, for `allocate`.
+        crossbars: `spectrim.runtimes.crossbar.Crossbars`, for a budget of tiles.
         cut: False to leave the cut to a later `prune`: from `end` on the tails are then kept at `left`.
         prices: the `ladder` of the model, so that it is not recomputed at every update; its ranks must not change before the cut.
 
@@ -112,6 +114,7 @@ class Squeeze:
     left: float = 1e-4
     importance: Importance | None = None
     latency: Latencies | None = None
+    crossbars: Crossbars | None = None
     cut: bool = True
     prices: Ladder | None = field(default=None, repr=False, compare=False)
     penalizes: ClassVar[bool] = True
@@ -189,7 +192,8 @@ class Squeeze:
         return part != part_before
 
     def _allocate(self, model: nn.Module, inputs: Any) -> dict[str, Size]:
-        return allocate(model, self.budget, inputs, importance=self.importance, latency=self.latency, prices=self.prices)
+        on = {"latency": self.latency, "crossbars": self.crossbars, "prices": self.prices}
+        return allocate(model, self.budget, inputs, importance=self.importance, **on)  # type: ignore[arg-type]
 
     def _steer(self, tail: SteeredTail, model: nn.Module, remaining: int, span: int) -> SteeredTail:
         """Move every goal on by one step and correct every strength.

@@ -42,12 +42,12 @@ def digits(batch_size: int = 64, seed: int = 0) -> Splits:
         seed: of the training order, >= 0.
 
     Raises:
-        ImportError: scikit-learn is missing (``pip install 'spectrim[demo]'``).
+        ImportError: scikit-learn is missing (``pip install scikit-learn``, or the extra ``demo``).
     """
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError("digits come with scikit-learn: pip install 'spectrim[demo]'") from error
+        raise ImportError("digits come with scikit-learn: pip install scikit-learn, or install the extra 'demo'") from error
     raw = load_digits()
     images = torch.tensor(raw.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(raw.target, dtype=torch.int64)

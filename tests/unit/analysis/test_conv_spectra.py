@@ -144,6 +144,21 @@ def test_circular_padding_wider_than_the_kernel_repeats_outputs_and_has_no_bound
         spectral_norm_bound(layer)
 
 
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (4, 6, 3, 5)])
+def test_circular_spectra_and_norms_agree_with_orthogonium(shape: tuple[int, ...]) -> None:
+    """It has the extremes of circular spectra, and bounds of norms by Gram iterations: the circular one converges to the norm itself."""
+    fast = pytest.importorskip("orthogonium.layers.conv.AOC.fast_block_ortho_conv")
+    bounds = pytest.importorskip("orthogonium.layers.conv.singular_values.delattre24")
+    kernel = torch.randn(shape).double()
+    values = conv_singular_values(Convolution(kernel, padding_mode="circular"), 8)
+    least, largest, _ = fast.conv_singular_values_numpy(kernel[None].numpy(), (8, 8))
+    assert (float(values[0]), float(values[-1])) == pytest.approx((largest, least), rel=1e-10)
+    assert float(bounds.compute_delattre2023(kernel.clone(), 8, n_iter=12)) == pytest.approx(float(values[0]), rel=1e-3)
+    if shape[2] == shape[3]:
+        theirs = float(bounds.compute_delattre2024(kernel, n_iter=3))  # for zero padding and images of every size
+        assert operator_norm(kernel, 16) <= spectral_norm_bound(kernel, grid=64) <= theirs
+
+
 def test_what_has_no_operator_here_is_refused() -> None:
     with pytest.raises(LayerError, match="has no operator that is known here"):
         conv_singular_values(nn.ConvTranspose2d(2, 2, 3), 4)

@@ -1,5 +1,6 @@
 """Schemes that are chosen at the budget, together with all ranks."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -7,9 +8,12 @@ import spectrim as sp
 from spectrim.budget.costs import calls
 from spectrim.budget.distortion import SpectralEnergy
 from spectrim.budget.ladder import ladder
-from spectrim.budget.schemes import at_budget, schemes_at
+from spectrim.budget.schemes import AMONG, at_budget, schemes_at
+from spectrim.forms import CP, derived
+from spectrim.forms.derived import measure_cuts, measured_tail
 from spectrim.layers import named_factors, named_layers
-from spectrim.linalg.fold import FOLDS, MATRICES
+from spectrim.linalg.fold import FOLDS, MATRICES, to_matrix
+from spectrim.surgery.decompositions import Decompositions
 from spectrim.surgery.refold import refold_
 
 BUDGETS = (sp.Budget(macs=0.6), sp.Budget(macs=0.3), sp.Budget(params=0.4), sp.Budget(macs=0.5, size=0.5))
@@ -50,13 +54,44 @@ def test_low_rank_channels_are_found_on_their_side() -> None:
     assert chosen["4"] == "input"
 
 
-def test_every_form_can_be_among_them() -> None:
+def test_all_forms_compete_by_what_their_cuts_lose() -> None:
     model, x = network(), torch.randn(2, 3, 12, 12)
-    low = sp.factorize(model, "channel")
-    matrices, every = (schemes_at(low, sp.Budget(macs=0.4), x, ladder(low, x), among=among) for among in (MATRICES, FOLDS))
-    assert set(matrices.values()) <= set(MATRICES)
-    refold_(low, every, model)
+    low = sp.factorize(model, "all")
+    assert {layer.scheme for _, layer in named_layers(low)} <= set(MATRICES)
+    chosen, prices = at_budget(low, sp.Budget(macs=0.3), x, ladder(low, x), model, calls(low, x), among=AMONG["all"])
+    assert chosen[0].scheme == "cp"
     torch.testing.assert_close(low(x), model(x), rtol=1e-4, atol=1e-4)
+    form = dict(named_factors(chosen))["0"]
+    tail, known = form.tail(), measured_tail(form, form.tail())  # leaving components out loses more than fitting those that stay
+    middle = form.rank // 2
+    assert float(known[middle]) < 0.8 * float(tail[middle])
+    assert bool((known <= tail).all())
+    assert bool((known.diff() <= 0).all())
+    assert torch.equal(Decompositions(chosen).tail("0"), known)
+    ranks = sp.allocate(chosen, sp.Budget(macs=0.3), x, prices=prices)
+    assert sp.prune(chosen, ranks)(x).isfinite().all()
+
+
+def test_a_form_whose_cuts_take_too_long_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = network(), torch.randn(2, 3, 12, 12)
+    monkeypatch.setattr(derived, "AFFORDABLE", 1e4)
+    low = sp.factorize(model, "channel")
+    assert "cp" not in schemes_at(low, sp.Budget(macs=0.3), x, ladder(low, x), among=FOLDS).values()
+    form = CP.of(model[4].weight, to_matrix(model[4].weight.detach(), "cp"))
+    measure_cuts(form)
+    assert torch.equal(measured_tail(form, form.tail()), form.tail())
+
+
+def test_cuts_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    low = sp.factorize(network(), "cp", where="*")
+    decomposed, calls = Decompositions(low, keep=True), []
+    monkeypatch.setattr(
+        CP, "nearest", lambda self, kernel, size, held, old=CP.nearest: (calls.append(size), old(self, kernel, size, held))[1]
+    )
+    first, second = decomposed.cut("2", 3), decomposed.cut("2", 3)
+    assert calls == [3]
+    assert first is not second
+    assert torch.equal(first.matrix(), second.matrix())
 
 
 def test_what_it_cannot_price_stays() -> None:

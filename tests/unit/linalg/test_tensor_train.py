@@ -2,12 +2,15 @@
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from spectrim.linalg import tensor_train as tt
+from spectrim.linalg import train_sizes
+from spectrim.linalg.train_sizes import nested_path, path_losses
 
 SHAPE = (6, 3, 4, 7)
 
@@ -56,17 +59,50 @@ def test_ranks_that_no_tensor_fills_are_zeros() -> None:
     torch.testing.assert_close(tt.contract(cores), tt.contract(tt.tt_svd(W, (1, 3, 7))))
 
 
-def test_the_path_is_nested_and_every_size_on_it_can_be_filled() -> None:
-    energies = [energy.tolist() for energy in tt.right_spectra(tt.tt_svd(tensor(*SHAPE), tt.full_ranks(SHAPE)))]
-    path = tt.nested_path(energies, SHAPE)
-    assert path[0] == (1, 1, 1)
-    assert path[-1] == tt.full_ranks(SHAPE)
+@pytest.mark.parametrize("shape", [SHAPE, (5, 4), (3, 5, 4), (4, 2, 3, 2, 6)])
+@pytest.mark.parametrize("work", [1e10, 300.0], ids=["every rank", "some ranks"])
+def test_the_path_is_nested_filled_and_priced_by_what_is_lost(shape: tuple[int, ...], work: float, monkeypatch: Any) -> None:
+    monkeypatch.setattr(train_sizes, "WORK", work)
+    W, full = tensor(*shape), tt.full_ranks(shape)
+    cores = tt.tt_svd(W, full)
+    path = nested_path(cores, shape)
+    assert path[0] == (1,) * len(full)
+    assert path[-1] == full
     for before, after in pairwise(path):
         assert sum(b - a for a, b in zip(before, after, strict=True)) == 1
     for size in path:
         around = (1, *size, 1)
-        for cut, rank in enumerate(size):
-            assert rank <= min(around[cut] * SHAPE[cut], SHAPE[cut + 1] * around[cut + 2])
+        assert all(rank <= min(around[cut] * shape[cut], shape[cut + 1] * around[cut + 2]) for cut, rank in enumerate(size))
+    errors = [W.square().sum(), *((W - tt.contract(tt.leading(cores, size))).square().sum() for size in path)]
+    expected, found = torch.stack(errors).cummin(0).values, path_losses(cores, path, shape)
+    if work == 1e10:
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert bool((found >= expected - 1e-12).all())  # of ranks that are not compared that of smaller ones
+    assert bool((found.diff() <= 0).all())
+
+
+def test_the_path_goes_down_where_least_is_lost_for_each_number() -> None:
+    """Of a train that is exact at small ranks, these are on the path: all larger sizes lose nothing."""
+    W = tt.contract([torch.randn(shape, dtype=torch.float64) for shape in tt.shapes(SHAPE, (2, 3, 2))])
+    cores = tt.tt_svd(W, tt.full_ranks(SHAPE))
+    path = nested_path(cores, SHAPE)
+    assert (2, 3, 2) in path
+    assert float(path_losses(cores, path, SHAPE)[path.index((2, 3, 2)) + 1]) < 1e-9 * float(W.square().sum())
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (5, 4), (4, 2, 3, 2, 6)])
+def test_alternating_least_squares_comes_nearer_and_keeps_columns_orthonormal(shape: tuple[int, ...]) -> None:
+    W, ranks = tensor(*shape), tuple(max(1, rank // 2) for rank in tt.full_ranks(shape))
+    errors, cores = [], tt.tt_svd(W, ranks)
+    for _ in range(4):
+        errors.append(float((W - tt.contract(cores)).square().sum()))
+        cores = tt.improved(W, cores, 1)
+        for core in cores[:-1]:
+            unfolded = core.reshape(-1, core.shape[-1])
+            torch.testing.assert_close(unfolded.mT @ unfolded, torch.eye(core.shape[-1], dtype=torch.float64), rtol=0, atol=1e-12)
+        assert float((W - tt.contract(cores)).square().sum()) == pytest.approx(float(W.square().sum() - cores[-1].square().sum()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < errors[0] or len(shape) == 2  # of a matrix the first one is the best
 
 
 def test_overlaps_of_a_train_with_itself_are_identities() -> None:

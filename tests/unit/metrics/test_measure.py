@@ -456,15 +456,15 @@ def test_from_dict_says_what_is_wrong():
 def test_summary():
     m = Measurement(1_234_567, 89_012_345, 4_938_268, {"a": 3, "b": 8}, 0.9173, 0.25, 0.001234, 0.00001, 1, 2)
     assert m.summary().splitlines() == [
-        "| accuracy    |               91.73 % |",
-        "| loss        |                0.2500 |",
-        "| parameters  |             1,234,567 |",
-        "| MACs        |            89,012,345 |",
-        "| size        | 4,938,268 B (4.7 MiB) |",
-        "| ranks       |  3 to 8, mean 5.5 (2) |",
-        "| latency     |              1.234 ms |",
-        "| latency IQR |              0.010 ms |",
-        "| timed with  |    batch 1, 2 threads |",
+        "| accuracy    |                     91.73 % |",
+        "| loss        |                      0.2500 |",
+        "| parameters  |                   1,234,567 |",
+        "| MACs        |                  89,012,345 |",
+        "| size        |       4,938,268 B (4.7 MiB) |",
+        "| ranks       | 3 to 8, mean 5.5, 2 weights |",
+        "| latency     |                    1.234 ms |",
+        "| latency IQR |                    0.010 ms |",
+        "| timed with  |          batch 1, 2 threads |",
     ]
 
 
@@ -476,7 +476,7 @@ def test_compare_table():
     rows = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line)}
     assert rows[""] == ["dense", "low-rank", "[b]other"]
     assert rows["accuracy"] == ["50.00 %", "25.00 %", "-"]
-    assert rows["ranks"] == ["-", "2 to 2, mean 2.0 (1)", "-"]
+    assert rows["ranks"] == ["-", "2 to 2, mean 2.0, 1 weight", "-"]
     assert rows["compression"] == ["1.00x", "2.00x", "4.00x"]
     assert rows["MAC reduction"] == ["1.00x", "4.00x", "-"]
     assert rows["speedup"] == ["1.00x", "1.50x", "-"]  # another batch: no comparison

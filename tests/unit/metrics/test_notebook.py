@@ -37,6 +37,20 @@ def test_results_and_coverage_show_themselves(made: Any) -> None:
     assert "smaller (" in shown.rpartition("</table>")[2], "the verdict is below the table"
     assert made.coverage._repr_html_().count("<tr>") == len(made.coverage) + 1
     assert "<th>parameters</th>" in made.measured["final"]._repr_html_()
+    assert str(made) == made.summary()
+    assert "Sequential" not in repr(made)
+    assert made.history._repr_html_() == "<p>no epochs</p>"
+
+
+def test_coverage_names_every_layer_in_full_and_counts_those_of_vectors() -> None:
+    name = "a_name_that_is_" + "very_" * 8 + "long"
+    model = nn.ModuleDict({name: nn.Linear(8, 8), "a": nn.LayerNorm(8), "b": nn.LayerNorm(8), "c": nn.BatchNorm1d(8)})
+    lines = sp.coverage(sp.factorize(model, where="*"))
+    assert len(lines) == 4
+    assert str(lines).endswith("vectors only, not listed: 2 LayerNorm, 1 BatchNorm1d")
+    assert name in lines._repr_html_()
+    assert "…" not in str(lines)
+    assert lines[0].reason == "merges to one dense layer (at full rank; more than one cost less up to rank 3)"
 
 
 def test_figures(made: Any) -> None:

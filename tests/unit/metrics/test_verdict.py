@@ -47,6 +47,20 @@ def test_speed_is_told_beyond_the_interquartile_range(seconds: float, words: str
     assert len(found.warnings) == warned
 
 
+def test_unsteady_seconds_are_not_compared_however_far_apart() -> None:
+    found = verdict(replace(DENSE, latency_s=4e-3, latency_iqr_s=2.1e-3), FINAL)
+    assert found.speed.startswith("Speed not measurable, other work")
+    assert (found.warnings, found.next.startswith("measure again on an idle machine")) == ((), True)
+    assert "; speed not measurable" in str(found)
+
+
+def test_bytes_that_are_left_are_limited_next() -> None:
+    lean = replace(FINAL, macs=DENSE.macs and DENSE.macs // 2)
+    told = [verdict(DENSE, replace(lean, size_bytes=size)).next for size in (3200, 2000)]
+    told.append(verdict(DENSE, replace(lean, size_bytes=3200, coded_bytes=90, data_bytes=80, index_bytes=0)).next)
+    assert ["Budget(macs=0.5, size=0.5)" in text for text in told] == [True, False, False]
+
+
 def test_other_conditions_or_no_clock_say_nothing_about_speed() -> None:
     assert verdict(DENSE, replace(FINAL, threads=2)).speed == ""
     assert verdict(DENSE, replace(FINAL, latency_s=None)).speed == ""

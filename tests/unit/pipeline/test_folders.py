@@ -110,6 +110,11 @@ def test_every_command_takes_every_folder(folder: Path, target: str, capsys: pyt
 def test_a_sweep_is_one_table_and_its_folders_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("report", "sweep", "--text") == 0
     text = capsys.readouterr().out
+    assert [line.partition(":")[0] for line in text.splitlines() if "smaller (" in line] == ["macs0.7", "macs0.5"], (
+        "a verdict for each budget"
+    )
+    assert call("report", "sweep", "--text") == 0
+    text = capsys.readouterr().out
     assert all(name in text.splitlines()[0] for name in ("dense", "macs0.7", "macs0.5"))
     assert call("export", "sweep", "--format", "pt2") == 1
     assert "pass one of the folders in it: macs0.5, macs0.7" in capsys.readouterr().err
@@ -170,7 +175,7 @@ def test_damaged_files_are_named_in_one_clear_error(folder: Path, how: str, caps
     for path in [path for place in TARGETS for path in (folder / place).rglob("*") if path.suffix in (".json", ".yaml")]:
         content, target = path.read_bytes(), next(place for place in TARGETS if folder / place in path.parents)
         path.write_bytes(DAMAGE[how](content))
-        slow = (("plan", "--quiet", "--budgets", "0.6"), ("export", "--format", "pt2"), ("measure", "--split", "val"))
+        slow = (("plan", "--quiet", "--budgets", "0.6"), ("export", "--quiet", "--format", "pt2"), ("measure", "--split", "val"))
         needed = path.name == "spectrim.json" or path.parent == folder / target
         for command, *options in (*QUICK, *(slow if needed else ())):
             code, err = call(command, target, *options), capsys.readouterr().err

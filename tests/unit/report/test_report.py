@@ -19,7 +19,8 @@ from torch import nn
 import spectrim as sp
 from spectrim import cli
 from spectrim.budget.plan import plan
-from spectrim.budget.plan_table import Plan, SkippedLayer, Totals, WeightPlan
+from spectrim.budget.plan_rows import SkippedLayer, Totals, WeightPlan
+from spectrim.budget.plan_table import Plan
 from spectrim.errors import FormatError
 from spectrim.files import read_json
 from spectrim.pipeline import recipe

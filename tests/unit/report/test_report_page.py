@@ -1,6 +1,7 @@
 """The page in a real browser: what it computes is what the library computes."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -299,6 +300,27 @@ def test_the_address_keeps_the_slider_and_ranks_are_copied_as_python(opened: Any
     assert f'"0": {wanted["0"]},' in given
     page.click(".glossary summary")
     assert "number of singular values that a layer holds" in page.inner_text(".glossary")
+
+
+def test_a_chart_reads_its_lines_at_one_place_and_changes_its_axis(opened: Any, file: Path) -> None:
+    page = opened(file)
+    figure = page.locator("#layer-charts figure").first
+    figure.locator("svg").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    assert re.fullmatch(r"index 2 · singular value [\d.]+", figure.locator(".read").inner_text())
+    box = page.locator("#training figure svg").first.bounding_box()
+    page.locator("#training figure svg").first.hover(position={"x": box["width"] - 12, "y": 60})
+    assert re.match(r"epoch \d+ · loss [\d.]+", page.locator("#training .read").first.inner_text())
+    page.mouse.move(0, 0)
+    assert page.locator("#training .read").first.inner_text().strip() == ""
+    before = figure.locator("svg text").all_text_contents()
+    assert figure.locator(".scale").get_attribute("aria-pressed") == "true"
+    figure.locator(".scale").click()
+    assert figure.locator(".scale").get_attribute("aria-pressed") == "false"
+    assert figure.locator("svg text").all_text_contents() != before, "other ticks"
+    page.select_option("#layer", index=1)
+    assert page.locator("#layer-charts figure").first.locator(".scale").get_attribute("aria-pressed") == "false", "the choice stays"
 
 
 def test_the_course_of_a_layer_and_the_steps_of_cuts(opened: Any, file: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 import spectrim as sp
 from spectrim.errors import LayerError, SettingError
+from spectrim.projections import Structured, Tiles
 from spectrim.runtimes.crossbar import PRESETS, Device, Mapping, monte_carlo, on_crossbars, price_on_crossbars
 from spectrim.runtimes.crossbar.layers import mapped_layers
 
@@ -23,7 +24,7 @@ def network() -> nn.Module:
 
 
 @pytest.mark.parametrize("bits", [1, 3, 8])
-@pytest.mark.parametrize("cell", [1, 2, 4])
+@pytest.mark.parametrize("cell", [1, 4])
 @pytest.mark.parametrize("tile", [(1, 1), (7, 3), (128, 64)])
 @pytest.mark.parametrize("output_bits", [32, 24], ids=["exact sums", "sums of tiles"])
 def test_an_ideal_device_computes_the_quantized_network(bits: int, cell: int, tile: tuple[int, int], output_bits: int) -> None:
@@ -89,6 +90,46 @@ def test_halving_the_columns_halves_the_tiles() -> None:
     low = sp.merge(sp.factorize(nn.Sequential(nn.Linear(64, 64)), where=sp.match("*"), rank=16))
     assert price_on_crossbars(low, device, mapping).tiles == 2 * (4 + 4), "two thin arrays"
     assert len(mapped_layers(low)) == 2
+
+
+def test_tiles_of_what_is_left_by_hand() -> None:
+    """Outputs of one band lie side by side, so that what `Tiles` and blocks prune saves tiles by count."""
+    mapping, weight = Mapping(rows=16, columns=16, bits=4), torch.randn(64, 64)
+    assert mapping.tiles(weight) == 16
+    assert mapping.tiles(Tiles(16, 16, keep=8, along="rows")(weight)) == 8, "half of the outputs of each band"
+    assert mapping.tiles(Structured(32, along="columns")(weight)) == 8, "half of the inputs, wherever they are"
+    assert mapping.tiles(Structured(5, along="blocks", block=(16, 16))(weight)) == 5
+    assert mapping.tiles(Structured(33, along="rows")(weight)) == 12, "one output more than two tiles"
+    shifted = weight.clone()
+    shifted[:32, 16:32] = 0  # two tiles of the second band; its inputs would lie elsewhere if those of the first band were left out
+    shifted[:, :3] = 0
+    assert mapping.tiles(shifted) == 14
+    assert mapping.tiles(torch.zeros(64, 64)) == 0
+
+
+def test_what_is_not_built_is_zero_on_any_device() -> None:
+    model = nn.Linear(64, 48, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(Structured(16, along="columns")(Structured(32)(model.weight)))
+    built = model.weight.any(0) & model.weight.any(1)[:, None]
+    held = on_crossbars(model, PRESETS["ReRam"], Mapping(16, 16, 4)).weight
+    assert torch.equal(held != 0, built)
+    assert int(built.sum()) == 16 * 32
+
+
+def test_weights_on_levels_stay_on_them() -> None:
+    """Also where the highest levels are free: the step is that of the levels, and an ideal device computes the same network."""
+    torch.manual_seed(0)
+    step, places = 0.037, torch.randint(-13, 14, (40, 30))
+    weight = step * places.float()
+    weight[0, 0] = 13 * step
+    mapping = Mapping(bits=4)
+    assert mapping.step(weight) == pytest.approx(step)
+    torch.testing.assert_close(mapping.quantized(weight), weight, rtol=1e-6, atol=0)
+    assert mapping.step(torch.randn(50, 50) * 3) > 0
+    other = torch.randn(50, 50)
+    assert mapping.step(other) == pytest.approx(float(other.abs().max()) / 15), "no levels: the largest magnitude has all bits"
+    assert Mapping(bits=2).step(torch.tensor([[1.0, -1.0]])) == pytest.approx(1 / 3)
 
 
 def test_accuracy_over_draws() -> None:

@@ -89,19 +89,24 @@ def test_settings(settings: dict[str, object], words: str, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("suffix", "extra"), [(".onnx", "onnx"), (".pte", "executorch"), (".xml", "openvino")])
+@pytest.mark.parametrize(("suffix", "extra"), [(".onnx", "onnx"), (".pte", "executorch"), (".xml", "openvino"), (".tflite", "litert")])
 def test_a_missing_package_names_its_extra(suffix: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("spectrim.runtimes.formats"), "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=rf"pip install 'spectrim\[{extra}\]'"):
+    with pytest.raises(ImportError, match=rf"pip install [\w ]+, or install the extra '{extra}'"):
         export(nn.Linear(4, 2), torch.randn(2, 4), tmp_path / f"file{suffix}")
     (tmp_path / f"file{suffix}").write_bytes(b"")
-    with pytest.raises(ImportError, match=rf"pip install 'spectrim\[{extra}\]'"):
+    with pytest.raises(ImportError, match=rf"pip install [\w ]+, or install the extra '{extra}'"):
         run_exported(tmp_path / f"file{suffix}", torch.randn(2, 4))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_files_that_cannot_be_read(suffix: str, tmp_path: Path) -> None:
-    for package in {".onnx": ["onnxruntime"], ".pte": ["executorch"], ".xml": ["openvino"]}.get(suffix, []):
+    for package in {
+        ".onnx": ["onnxruntime"],
+        ".pte": ["executorch"],
+        ".xml": ["openvino"],
+        ".tflite": ["ai_edge_litert", "litert_torch"],
+    }.get(suffix, []):
         pytest.importorskip(package)
     path = tmp_path / f"file{suffix}"
     with pytest.raises(FormatError, match="no such file"):
@@ -111,12 +116,15 @@ def test_files_that_cannot_be_read(suffix: str, tmp_path: Path) -> None:
         run_exported(path, torch.randn(2, 4))
 
 
-def test_one_flipped_bit_in_the_weights_of_a_pt2(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("suffix", "package"), [(".pt2", "torch"), (".pte", "executorch"), (".xml", "openvino")])
+def test_one_flipped_bit_in_the_weights_of_a_file(suffix: str, package: str, tmp_path: Path) -> None:
+    pytest.importorskip(package)
     model = nn.Linear(64, 64)
-    path = export(model, torch.zeros(2, 64), tmp_path / "file.pt2").path
-    content = path.read_bytes()
+    path = export(model, torch.zeros(2, 64), tmp_path / f"file{suffix}").path
+    held = path.with_suffix(".bin") if suffix == ".xml" else path
+    content = held.read_bytes()
     place = content.index(model.weight.detach().numpy().tobytes()[:64]) + 7
-    path.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])
+    held.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])
     with pytest.raises(FormatError, match="is damaged"):
         run_exported(path, torch.zeros(2, 64))
 

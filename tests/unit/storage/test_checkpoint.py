@@ -262,12 +262,14 @@ def test_reference_networks(tmp_path: Path) -> None:
         round_trip(model, encoder, tmp_path / name, torch.randn(2, 5, 24))
 
 
-def test_training_mode_is_that_of_the_model_given(tmp_path: Path) -> None:
+def test_a_network_saved_in_eval_mode_is_loaded_in_it_else_the_mode_is_that_of_the_model_given(tmp_path: Path) -> None:
     low = sp.factorize(Body(nn.Linear(24, 9), 9), where=EVERYTHING, rank=2)
     sp.save(sp.merge(low), tmp_path)
     for mode in (True, False):
         again = sp.load(tmp_path, Body(nn.Linear(24, 9), 9).train(mode))
         assert {module.training for module in again.modules()} == {mode}
+    sp.save(sp.merge(low).eval(), tmp_path)
+    assert not any(module.training for module in sp.load(tmp_path, Body(nn.Linear(24, 9), 9).train()).modules())
 
 
 # Files that are not whole

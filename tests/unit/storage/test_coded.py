@@ -202,7 +202,7 @@ def test_a_network_comes_back_in_its_class_with_folded_norms_and_pairs(tmp_path:
     merged = sp.merge(sp.prune(sp.factorize(model, where="4"), {"4": 6})).eval()
     x = torch.randn(2, 3, 6, 6)
     pack(merged, tmp_path / "m.spz")
-    back = unpack(tmp_path / "m.spz", make().eval())
+    back = unpack(tmp_path / "m.spz", make().train())
     assert torch.equal(back(x), merged(x))
     assert {name: tuple(t.shape) for name, t in unpack(tmp_path / "m.spz").items()} == {
         n: tuple(t.shape) for n, t in merged.state_dict().items()

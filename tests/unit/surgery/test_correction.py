@@ -11,10 +11,12 @@ from torch import Tensor, nn
 import spectrim as sp
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_factors, named_layers
+from spectrim.linalg import svd, weighted_svd
 from spectrim.surgery import correct as module
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.correct import correct, uncorrected
 from spectrim.surgery.recalibrate import recalibrate
+from spectrim.surgery.regression import truncated
 
 EVERYTHING = sp.match("*")
 
@@ -432,3 +434,15 @@ def test_a_spatial_layer_of_many_inputs_is_refitted() -> None:
     x = data[0][0]
     before, after = ((dense(x) - net(x)).square().mean() for net in (cut, sp.correct(cut, dense, data)))
     assert after < before
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_truncation_in_both_metrics_is_that_of_the_weighted_decomposition(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    target, left, right = (
+        torch.randn(1, *size, generator=generator, dtype=torch.float64) for size in (shape, (30, shape[0]), (40, shape[1]))
+    )
+    left, right = left.mT @ left, right.mT @ right
+    U, S, Vh = truncated(3, target, right, left)
+    X, _, Y = weighted_svd(*svd(target), left, right)
+    assert torch.allclose(U * S.unsqueeze(-2) @ Vh, X[..., :3] @ Y[..., :3, :], atol=1e-9)

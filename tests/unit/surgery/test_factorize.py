@@ -83,7 +83,8 @@ def test_a_scheme_that_a_layer_does_not_have_falls_back_to_the_one_it_has() -> N
 def test_an_unknown_scheme_is_refused() -> None:
     factorize = inspect.unwrap(sp.factorize)  # without the checks of argument types
     with pytest.raises(
-        SettingError, match=r"factorize: scheme must be 'auto', 'channel', 'spatial', 'input', 'tucker', 'cp' or 'tt', got 'diagonal'"
+        SettingError,
+        match=r"factorize: scheme must be 'auto', 'all', 'channel', .*, 'tt' or 'quaternion', got 'diagonal'",
     ):
         factorize(network(), "diagonal")
 

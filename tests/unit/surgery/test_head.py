@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import spectrim as sp
-from spectrim.errors import SettingError
+from spectrim.errors import LayerError, SettingError
 from spectrim.surgery.head import call_order, head_of
 from spectrim.surgery.select import HEAD, decide
 
@@ -140,6 +140,12 @@ def test_wrapped_models_are_those_inside(wrap: Callable[[nn.Module], nn.Module],
     assert torch.equal(sp.correct(wrap(cut), wrap(model), [x])(x), sp.correct(cut, model, [x])(x))
     made = sp.compress(wrap(model), [(x, torch.randint(3, (4,)))], nn.CrossEntropyLoss(), 0.9, progress=False)
     assert list(made.ranks) == ["0"]
+
+
+def test_a_compiled_part_of_a_model_says_what_to_do() -> None:
+    model = nn.Sequential(torch.compile(nn.Linear(6, 6), backend="eager"), nn.Linear(6, 3))
+    with pytest.raises(LayerError, match=r"layer '0': is wrapped by torch\.compile.*compress first"):
+        sp.factorize(model)
 
 
 def test_a_name_of_no_layer_is_refused_with_those_that_are_near() -> None:

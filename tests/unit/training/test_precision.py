@@ -65,6 +65,15 @@ def test_bits_differ_over_layers_and_time_and_the_network_learns() -> None:
         assert sp.evaluate(model, task(seed=3), nn.CrossEntropyLoss())["accuracy"] > 0.8
 
 
+def test_bits_settle_for_the_last_steps_and_the_cost_is_met() -> None:
+    history = train(net(), [LearnedPrecision(0.6, settle=0.5)], epochs=10)
+    bits = [bits_of(line) for line in history.epochs]
+    assert bits[5:] == [bits[5]] * 5
+    assert 0.57 <= columns(history, "cost")[-1] <= 0.6
+    whole = LearnedPrecision()._whole(np.array([3.2, 5.9, 8.0]), np.ones(3), float(bit_operations(1.0, np.array([3, 6, 8]), 8).sum()))
+    assert whole.tolist() == [3, 6, 8]
+
+
 def test_the_costs_in_the_log_by_hand() -> None:
     macs = 6 * 9 * 36 + 54 * 24 + 24 * 4
     last = train(net(), [StaticPrecision(6)], epochs=1).last
@@ -152,12 +161,22 @@ def test_ranks_and_bits_share_one_budget() -> None:
     history = train(low, [cut, LearnedPrecision(0.6, rise=0.0)], epochs=12)
     assert set(bits_of(history.last)) == {f"{layer}.{part}" for layer in "046" for part in ("Vh", "U")}
     assert history.cuts
-    assert columns(history, "cost")[-1] <= 0.6
+    assert 0.57 <= columns(history, "cost")[-1] <= 0.6  # with more than 8 bits in the end: the rank costs less than that
+    assert 8 < max(bits_of(history.last).values()) <= 16
     means = [np.mean(list(bits_of(history.epochs[epoch]).values())) for epoch in (2, -1)]
     assert means[1] > means[0] + 0.5
     assert columns(history, "BOPs")[-1] == pytest.approx(
         columns(history, "cost")[-1] * 192 * sum(macs_of(sp.factorize(net(), where=EVERYTHING)))
     )
+
+
+def test_bits_rise_no_further_than_a_cut_makes_room_for() -> None:
+    course, reference = LearnedPrecision(0.6), float(bit_operations(100.0, 8, 8))
+    assert course._most(100.0, 2 * reference, reference) == 8  # nothing has been cut
+    assert course._most(40.0, 0.3 * reference, reference) == 8
+    assert course._most(40.0, 0.6 * reference, reference) == 11  # 40 (11 11 + 2 11 8) = 0.62 of 100 (8 8 + 2 8 8); 10 bits cost 0.54
+    assert course._most(1.0, 0.6 * reference, reference) == 16
+    assert LearnedPrecision(0.6, most_after_cuts=8)._most(1.0, 0.6 * reference, reference) == 8
 
 
 def macs_of(model: nn.Module) -> list[float]:
@@ -242,7 +261,9 @@ def test_counting_leaves_the_network_as_it_was() -> None:
         (lambda: CyclicPrecision(cycles=0), "CyclicPrecision: cycles must be"),
         (lambda: CyclicPrecision(6, 5), "CyclicPrecision: least and most must be"),
         (lambda: LearnedPrecision(0.2), r"LearnedPrecision: cost must be a share of static 8 bits in \[0.297, 1.000\]"),
+        (lambda: LearnedPrecision(settle=1.0), r"LearnedPrecision: settle must be in \[0, 1\)"),
         (lambda: LearnedPrecision(rate=0.0), "LearnedPrecision: rate and rise must be"),
+        (lambda: LearnedPrecision(most_after_cuts=7), r"LearnedPrecision: most_after_cuts must be an integer in \[8, 16\]"),
         (lambda: LearnedPrecision(most=17), "LearnedPrecision: least and most must be 2 <= least <= most <= 16"),
     ],
 )

@@ -45,7 +45,7 @@ def test_digits_are_split_by_class_and_complete():
 
 def test_digits_without_sklearn_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=re.escape("pip install 'spectrim[demo]'")):
+    with pytest.raises(ImportError, match=re.escape("pip install scikit-learn")):
         zoo.digits()
 
 

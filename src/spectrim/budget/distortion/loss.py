@@ -110,7 +110,8 @@ def check_gradients(decomposed: Decompositions) -> None:
         outputs = float(decomposed.spectrum(name, "inputs").square().sum())
         rounding = torch.finfo(factors.dtype).eps
         shares.append(math.sqrt(squares / outputs) / rounding if outputs > 0 else 0.0)
-    if shares and max(shares) < VANISHING:
-        got = f"gradients of at most {max(shares):.2g} times the rounding of the outputs"
+    no_slope = decomposed.calibration is not None and not decomposed.calibration.slopes  # a loss that cannot be differentiated
+    if no_slope or (shares and max(shares) < VANISHING):
+        got = "no gradients" if no_slope else f"gradients of at most {max(shares):.2g} times the rounding of the outputs"
         hint = "targets that are the network's own outputs give none; use WhitenedEnergy(calibration)"
         raise SettingError("LossSensitivity", "calibration", got=got, rule="made with a loss whose gradient does not vanish", hint=hint)

@@ -18,6 +18,7 @@ from spectrim.budget.rounding.weights import Weight, weights_of
 from spectrim.errors import SettingError
 from spectrim.metrics.calls import evaluating
 from spectrim.metrics.inputs import batch_size_of
+from spectrim.metrics.table import Summarized
 from spectrim.storage.pack import Packed, coded
 from spectrim.surgery.exchange import duplicate
 
@@ -41,7 +42,7 @@ TRIAL = 0.3
 
 
 @dataclass(frozen=True)
-class Rounded:
+class Rounded(Summarized):
     """A network on levels.
 
     Attributes:

@@ -90,12 +90,13 @@ class Converted:
 
 
 def programmed(weight: Tensor, device: Device, mapping: Mapping, generator: torch.Generator) -> Tensor:
-    """Return the weight that the cells hold after programming: one draw."""
+    """Return the weight that the cells hold after programming: one draw. What has no cells is exactly zero, see `Mapping.built`."""
     levels, step = mapping.levels(weight.flatten(1), device)
     held = device.programmed(levels, generator)
     slices = 2.0 ** (device.bits * torch.arange(len(held), dtype=torch.float64))
     difference = (held[:, 0] - held[:, 1]) / device.step
-    return ((slices[:, None, None] * difference).sum(0) * step).reshape(weight.shape).to(weight.dtype)
+    made = torch.where(mapping.built(weight.flatten(1)), (slices[:, None, None] * difference).sum(0) * step, 0)
+    return made.reshape(weight.shape).to(weight.dtype)
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
