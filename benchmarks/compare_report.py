@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from cells import mean_std
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "compare"
 TASKS = HERE / "compare"
@@ -122,8 +124,7 @@ def gather(found: Iterable[Result], value: Callable[[Result], float | None]) -> 
 def cell(values: Sequence[float], digits: int, best: bool = False) -> str:
     if not values:
         return "-"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    text = f"{statistics.fmean(values):.{digits}f}{spread}"
+    text = mean_std(values, digits)
     return f"{f'**{text}**' if best else text} (n={len(values)})"
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
+from cells import mean_std
 from forms import dense_of
 from micro.harness import environment
 from spectrim import zoo
@@ -91,7 +92,7 @@ def table() -> str:
         first, cells = found[name, SIGMAS[0]], []
         for sigma in SIGMAS:
             values = [100 * value for row in found[name, sigma] for value in row["accuracies"]]
-            cells.append(f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}")
+            cells.append(mean_std(values))
         tiles = sorted({row["tiles"] for row in first})
         digital = statistics.mean(100 * row["digital"] for row in first)
         lines.append(f"| {name} | {', '.join(map(str, tiles))} | {digital:.1f} | {' | '.join(cells)} |")

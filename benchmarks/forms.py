@@ -11,7 +11,6 @@ validation split (5,000 images) scores every stage, the test split is read once,
 
 import argparse
 import json
-import statistics
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
+from cells import mean_std
 from micro.harness import environment
 from spectrim import zoo
 from spectrim.budget.costs import calls
@@ -226,8 +226,7 @@ def _line(scheme: str, row: Any, tuned: list[Any], speedup: str | None) -> str:
     parts = [_percent(stages.get(stage)) for stage in ("cut", "recalibrated", "corrected")]
     layers = ", ".join(f"{count} {name}" for name, count in row["schemes"].items())
     accuracies = [100 * one["test"]["accuracy"] for one in tuned]
-    spread = f" ± {statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else ""
-    after = f"{statistics.mean(accuracies):.1f}{spread} (n={len(accuracies)})" if accuracies else ""
+    after = f"{mean_std(accuracies)} (n={len(accuracies)})" if accuracies else ""
     return f"| {scheme} | {layers} | {' | '.join(parts)} | {_percent(row['test'])} | {after} |" + (f" {speedup} |" if speedup else "")
 
 

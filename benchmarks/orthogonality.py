@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
+from cells import mean_std
 from micro.harness import environment
 from spectrim import zoo
 from spectrim.files import write_text
@@ -68,7 +69,7 @@ def table() -> str:
             for key in path:
                 row = row[key]
             values.append(100 * row)
-        return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+        return mean_std(values)
 
     lines = ["| held orthonormal by | n | defect | full rank | cut | fine-tuned, test |", "|---|--:|--:|--:|--:|--:|"]
     for means in MEANS:

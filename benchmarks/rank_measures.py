@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
+from cells import mean_std
 from micro.harness import environment
 from spectrim import zoo
 from spectrim.errors import DivergedError
@@ -187,7 +188,7 @@ def table(name: str) -> list[str]:
     if not held["dense"]:  # the strengths are not chosen yet
         return []
     budgets, dense = held["settings"]["budgets"], [100 * value for value in held["dense"].values()]
-    lines = [f"**{NETWORKS[name]['title']}**, {held['settings']['images']:,} images; dense {_spread(dense)} %.", ""]
+    lines = [f"**{NETWORKS[name]['title']}**, {held['settings']['images']:,} images; dense {mean_std(dense, 2)} %.", ""]
     head = "".join(f" strength | as cut, validation | test at {100 * budget:g} % |" for budget in budgets)
     lines += ["| measure |" + head, "|---|" + "---|" * 3 * len(budgets)]
     made = []
@@ -202,7 +203,7 @@ def table(name: str) -> list[str]:
                 continue
             tests = [100 * entry["test"] for entry in entries]
             order = order or statistics.mean(tests)
-            cells += [f"{strength:g}", _spread([100 * entry["as_cut"] for entry in entries]), f"{_spread(tests)} (n={len(tests)})"]
+            cells += [f"{strength:g}", mean_std([100 * entry["as_cut"] for entry in entries], 2), f"{mean_std(tests, 2)} (n={len(tests)})"]
         made.append((order, f"| {measure} | {' | '.join(cells)} |"))
     return [*lines, *(line for _, line in sorted(made, reverse=True)), ""]
 
@@ -218,13 +219,9 @@ def safety_table() -> list[str]:
                 of = [row for row in held["rows"] if (row["measure"], row["rising"], row["clip"]) == (measure, rising, clip)]
                 values = [100 * row["val"] for row in of if "val" in row]
                 lost = len(of) - len(values)
-                cells.append(", ".join(([_spread(values)] if values else []) + ([f"{lost} of {len(of)} diverged"] if lost else [])))
+                cells.append(", ".join(([mean_std(values, 2)] if values else []) + ([f"{lost} of {len(of)} diverged"] if lost else [])))
         lines.append(f"| {measure} | {' | '.join(cells)} |")
     return [*lines, ""]
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 
 
 def render(text: str) -> str:

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
+from cells import mean_std
 from micro.harness import environment
 from spectrim import zoo
 from spectrim.errors import DivergedError
@@ -241,8 +242,7 @@ def _of(rows: list[dict[str, Any]], name: str) -> str:
 
 
 def _spread(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread} % (n={len(values)})" if values else ""
+    return f"{mean_std(values)} % (n={len(values)})" if values else ""
 
 
 def main() -> None:

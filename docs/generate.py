@@ -10,7 +10,7 @@ from typing import Any
 import spectrim
 from spectrim import protocols
 from spectrim.forms import Form
-from spectrim.layers import KINDS
+from spectrim.layers import METHODS
 from spectrim.tables import Row
 
 DOCS = Path(__file__).parent
@@ -180,7 +180,7 @@ def reference() -> str:
         for method in classes(methods_of(module)):
             lines.append(f"- [`{method.__name__}`][{path_of(method, module)}]: {summary(method)}")
     lines += ["", "## Kinds of layers", "", "What each of them takes is in [supported layers](../supported-layers.md).", ""]
-    lines += [f"- `{kind.__name__}`: {summary(kind)}" for kind in KINDS]
+    lines += [f"- `{row.label}`: {summary(row.method)}" for row in METHODS]
     lines += ["", "## Below the top level", ""]
     for heading, paths in FURTHER.items():
         names = (path.rpartition(".")[2] for path in paths)

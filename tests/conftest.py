@@ -16,11 +16,11 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _kinds() -> Iterator[None]:
     """Forget kinds of layers that a test registered."""
-    from spectrim.layers import KINDS  # not above: the plugin that checks shapes must see the import
+    from spectrim.layers import METHODS  # not above: the plugin that checks shapes must see the import
 
-    before = list(KINDS)
+    before = list(METHODS)
     yield
-    KINDS[:] = before
+    METHODS[:] = before
 
 
 @pytest.fixture(autouse=True, scope="session")

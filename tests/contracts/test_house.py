@@ -29,10 +29,8 @@ LONG = 300
 """Lines above which a file needs a reason."""
 
 LONG_FILES = {
-    "forms/form.py": (390, "the contract of a form: one method each for sizes, prices, cuts, training and storage"),
     "forms/svd.py": (380, "all that reads or writes U, S and Vh as such"),
-    "forms/tucker.py": (365, "all that reads or writes the core and the bases of a Tucker form"),
-    "layers/conv.py": (320, "convolutions of every dimension and form, and the rows that their weights meet"),
+    "forms/tucker.py": (330, "all that reads or writes the core and the bases of a Tucker form"),
 }
 """Files of more than `LONG` lines: the most lines they may have, and why they are long."""
 

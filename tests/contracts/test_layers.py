@@ -2,7 +2,7 @@
 
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,15 +18,12 @@ import spectrim as sp
 from spectrim import linalg
 from spectrim.forms.form import ranks_in
 from spectrim.forms.svd import Factors
-from spectrim.layers import KINDS, FactorizedLayer, kind_of, named_factors
+from spectrim.layers import LAWS, METHODS, FactorizedLayer, kind_of, named_factors, row_of
 from spectrim.layers.base import TRAFFIC
-from spectrim.layers.reader import FactorizedReader
-from spectrim.layers.weights import OneWeight
 from spectrim.linalg.fold import KERNELS
 from spectrim.plain.chain import PlainPair
-from spectrim.plain.quaternion import QConv1d, QConv2d, QConv3d, QLinear
 
-Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D
+pytest.importorskip("transformers")  # which one row has its example from
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")  # torch's own
 
@@ -81,19 +78,14 @@ def attend(
 HIDE_LAST = torch.tensor([[False, False, False, True], [False, False, True, True]])
 CAUSAL = torch.triu(torch.ones(4, 4, dtype=torch.bool), 1)
 
-CASES = [
-    Case("linear", lambda: nn.Linear(12, 9), tensor(6, 12)),
+OPTIONS = [
     Case("linear-no-bias-wide", lambda: nn.Linear(17, 5, bias=False), tensor(2, 3, 17)),
     Case("linear-tall-unbatched", lambda: nn.Linear(6, 19), tensor(6)),
-    Case("gpt2-conv1d", lambda: Conv1D(10, 14), tensor(2, 5, 14)),
-    Case("embedding", lambda: nn.Embedding(11, 8), tokens(4, 6)),
     Case("embedding-padding", lambda: nn.Embedding(11, 8, padding_idx=3), tokens(3, 4)),
     Case("embedding-by-frequency", lambda: nn.Embedding(11, 8, scale_grad_by_freq=True), tokens(7)),
-    Case("conv1d", lambda: nn.Conv1d(6, 8, 3), tensor(2, 6, 11)),
     Case("conv1d-stride-padding-dilation", lambda: nn.Conv1d(6, 7, 3, stride=2, padding=2, dilation=2, bias=False), tensor(2, 6, 13)),
     Case("conv1d-same-circular", lambda: nn.Conv1d(6, 8, 4, padding="same", padding_mode="circular"), tensor(2, 6, 11)),
     Case("conv1d-groups-unbatched", lambda: nn.Conv1d(6, 8, 3, groups=2), tensor(6, 11)),
-    Case("conv2d", lambda: nn.Conv2d(6, 8, 3, padding=1), tensor(2, 6, 7, 9)),
     Case("conv2d-stride", lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False), tensor(2, 6, 8, 9)),
     Case("conv2d-not-square", lambda: nn.Conv2d(5, 7, (3, 5), stride=(2, 3), padding=(1, 2), dilation=(2, 1)), tensor(2, 5, 11, 13)),
     Case("conv2d-1x1", lambda: nn.Conv2d(12, 9, 1), tensor(2, 12, 5, 6)),
@@ -115,16 +107,13 @@ CASES = [
     Case("conv2d-groups-stride-no-bias", lambda: nn.Conv2d(8, 12, (3, 2), stride=(1, 2), groups=2, bias=False), tensor(2, 8, 7, 9)),
     Case("conv2d-unbatched", lambda: nn.Conv2d(6, 8, 3), tensor(6, 7, 9)),
     Case("conv2d-unbatched-circular", lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular"), tensor(6, 7, 9)),
-    Case("conv3d", lambda: nn.Conv3d(4, 6, 3, stride=(1, 2, 1), padding=1), tensor(2, 4, 4, 5, 6)),
     Case(
         "conv3d-groups-replicate", lambda: nn.Conv3d(4, 6, (1, 2, 3), padding=1, padding_mode="replicate", groups=2), tensor(1, 4, 4, 5, 6)
     ),
     Case("conv3d-same-unbatched", lambda: nn.Conv3d(4, 6, 3, padding="same", bias=False), tensor(4, 4, 5, 6)),
     Case("conv3d-images", lambda: nn.Conv3d(4, 6, (1, 3, 2), stride=(2, 1, 2), padding=(1, 0, 1), bias=False), tensor(2, 4, 5, 4, 6)),
     Case("conv3d-circular", lambda: nn.Conv3d(4, 6, 2, (1, 2, 1), 1, (1, 1, 2), padding_mode="circular"), tensor(4, 4, 5, 6)),
-    Case("transposed1d", lambda: nn.ConvTranspose1d(6, 8, 3, stride=2, padding=1, output_padding=1), tensor(2, 6, 7)),
     Case("transposed1d-groups-dilation", lambda: nn.ConvTranspose1d(6, 8, 3, groups=2, dilation=2, bias=False), tensor(6, 7)),
-    Case("transposed2d", lambda: nn.ConvTranspose2d(6, 8, 3), tensor(2, 6, 5, 4)),
     Case("transposed2d-not-square", lambda: nn.ConvTranspose2d(6, 8, (3, 4), (2, 3), (1, 2), (1, 2)), tensor(2, 6, 5, 4)),
     Case("transposed2d-column", lambda: nn.ConvTranspose2d(6, 8, (3, 1), (2, 3), (1, 0), (1, 2)), tensor(2, 6, 5, 4)),
     Case("transposed2d-1x1", lambda: nn.ConvTranspose2d(6, 8, 1), tensor(2, 6, 5, 4)),
@@ -133,7 +122,6 @@ CASES = [
     Case("transposed2d-square-unbatched", lambda: nn.ConvTranspose2d(6, 6, 2, stride=2, bias=False), tensor(6, 5, 4)),
     Case("transposed3d", lambda: nn.ConvTranspose3d(4, 6, (2, 3, 2), stride=2, output_padding=(0, 1, 1)), tensor(2, 4, 3, 4, 2)),
     Case("transposed3d-images-groups", lambda: nn.ConvTranspose3d(4, 6, (1, 3, 2), (2, 2, 1), groups=2), tensor(4, 2, 3, 4)),
-    Case("lstm", lambda: nn.LSTM(12, 8), tensor(5, 3, 12)),
     Case("lstm-deep-bidirectional", lambda: nn.LSTM(12, 6, 2, bidirectional=True, batch_first=True), tensor(3, 5, 12)),
     Case("lstm-projected", lambda: nn.LSTM(12, 8, 2, proj_size=5, bidirectional=True), with_state((4, 3, 5), (4, 3, 8))),
     Case("lstm-no-bias-unbatched", lambda: nn.LSTM(12, 8, bias=False), tensor(5, 12)),
@@ -142,7 +130,6 @@ CASES = [
     Case("gru-deep-bidirectional", lambda: nn.GRU(12, 6, 2, bidirectional=True, batch_first=True), tensor(3, 5, 12)),
     Case("gru-no-bias-unbatched", lambda: nn.GRU(12, 8, bias=False), tensor(5, 12)),
     Case("gru-packed", lambda: nn.GRU(12, 8, 2), packed(sorted_=True)),
-    Case("attention", lambda: nn.MultiheadAttention(12, 3), attend((4, 2, 12))),
     Case("attention-no-weights", lambda: nn.MultiheadAttention(12, 4, batch_first=True), attend((2, 4, 12)), {"need_weights": False}),
     Case("attention-separate", lambda: nn.MultiheadAttention(12, 3, kdim=7, vdim=5), attend((4, 2, 12), (6, 2, 7), (6, 2, 5))),
     Case("attention-cross-no-bias", lambda: nn.MultiheadAttention(12, 3, bias=False), attend((4, 2, 12), (6, 2, 12))),
@@ -153,13 +140,11 @@ CASES = [
         attend((2, 4, 12)),
         {"key_padding_mask": HIDE_LAST, "attn_mask": CAUSAL},
     ),
-    Case("quaternion-linear", lambda: QLinear(20, 16), tensor(3, 2, 20)),
-    Case("quaternion-conv1d", lambda: QConv1d(12, 16, 3, padding="same", dilation=2), tensor(12, 9)),
-    Case("quaternion-conv2d", lambda: QConv2d(8, 12, (3, 2), (2, 1), (1, 0), (1, 2), bias=False), tensor(2, 8, 7, 6)),
-    Case("quaternion-conv3d", lambda: QConv3d(8, 12, 2, padding="valid"), tensor(1, 8, 3, 4, 3)),
     Case("attention-extra-key", lambda: nn.MultiheadAttention(12, 3, add_bias_kv=True, add_zero_attn=True), attend((4, 2, 12), (6, 2, 12))),
 ]
+"""Options of layers beside the examples in the table of kinds."""
 
+CASES = [Case(row.label, example.make, example.inputs) for row in METHODS for example in row.example[:1]] + OPTIONS
 
 IN_ALL_FORMS = ("conv1d-same-circular", "conv2d-not-square", "conv2d-same-even-reflect", "conv3d-images")
 IN_ALL_FORMS += ("transposed2d-not-square", "transposed3d")
@@ -173,8 +158,15 @@ def schemes(case: Case) -> tuple[str, ...]:
     return tuple(scheme for scheme in kind.schemes(dense) if scheme not in ("cp", "tt") or case.id in IN_ALL_FORMS)
 
 
+def laws(case: Case) -> Collection[str]:
+    row = row_of(case.make())
+    assert row is not None
+    return row.laws
+
+
 LAYERS = [pytest.param(case, scheme, id=f"{case.id}-{scheme}") for case in CASES for scheme in schemes(case)]
-SINGLE = [p for p in LAYERS if issubclass(kind_of(p.values[0].make()) or nn.Module, OneWeight)]
+SINGLE = [p for p in LAYERS if "one weight" in laws(p.values[0])]
+SEVERAL = [case for case in CASES if "several weights" in laws(case)]
 every_layer = pytest.mark.parametrize(("case", "scheme"), LAYERS)
 every_single = pytest.mark.parametrize(("case", "scheme"), SINGLE)
 
@@ -220,9 +212,11 @@ def assert_near(actual: list[Tensor], expected: list[Tensor], roundings: float) 
         assert float((a - b).abs().max()) <= roundings * torch.finfo(b.dtype).eps * float(b.abs().max())
 
 
-def test_every_kind_is_tested() -> None:
-    others = {FactorizedReader}  # tests/unit/layers/test_reader.py
-    assert {kind_of(case.make()) for case in CASES} == set(KINDS) - others
+def test_rows_have_names_of_their_own_known_laws_and_examples_of_their_kind() -> None:
+    assert len({row.label for row in METHODS}) == len(METHODS)
+    assert set().union(*(row.laws for row in METHODS)) == set(LAWS)
+    assert all(kind_of(example.make()) is row.method for row in METHODS for example in row.example)
+    assert all((row.method.__doc__ or "").split("\n\n")[0].endswith(".") for row in METHODS)
 
 
 @every_layer
@@ -411,7 +405,7 @@ def test_work_is_what_torch_counts_and_the_cheaper_execution_runs(case: Case, sc
     assert flops(lambda: low(*arguments)) == counts[0 if counts[0] <= (1 + TRAFFIC) * counts[1] else 1]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not issubclass(kind_of(c.make()) or nn.Module, OneWeight)], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", SEVERAL, ids=lambda case: case.id)
 def test_work_of_each_projection_is_what_torch_counts(case: Case) -> None:
     dense, kind = dense_of(case), kind_of(dense_of(case))
     assert kind is not None

@@ -410,7 +410,7 @@ def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     recipe.write_text(
         yaml.safe_dump(
             {
-                "model": {"class_path": "spectrim.zoo.vgg_small", "init_args": {"in_channels": 1}},
+                "model": {"class_path": "spectrim.zoo.vgg_small", "init_args": {"in_channels": 1, "width": 0.25}},
                 "data": {"class_path": "spectrim.zoo.digits", "init_args": {"batch_size": 128}},
                 "loss": "torch.nn.CrossEntropyLoss",
                 "dense": {"epochs": 1},

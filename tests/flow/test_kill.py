@@ -7,16 +7,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 import torch
 
 import spectrim as sp
 
-KILLS, EPOCHS, AT_MOST = 10, 120, 5  # killed in one of its first epochs, so that no run ends before the last, on a fast machine, too
+KILLS, EPOCHS, AT_MOST = 10, 42, 3  # killed in one of its first epochs, so that no run ends before the last, on a fast machine, too
 PROGRAM = """
 import hashlib, random, sys
 import numpy as np
@@ -60,17 +59,59 @@ def main(folder):
 """
 
 
-@contextmanager
-def child(folder: Path) -> Iterator[tuple["subprocess.Popen[str]", IO[str]]]:
-    """Run the program in a process of its own, without the type checks of these tests (which draw random numbers)."""
-    code = f"EPOCHS = {EPOCHS}\n{PROGRAM}\nmain(sys.argv[1])"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "JAXTYPING_DISABLE": "1"}
-    with subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
+SERVER = """
+import os, traceback
+
+for line in sys.stdin:
+    folder, pipe = line.rstrip("\\n").split("\\t")
+    process = os.fork()
+    if not process:
+        ended = 1
         try:
-            yield process, process.stdout
+            sys.stdout = open(pipe, "w")
+            main(folder)
+            ended = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
-            process.kill()
+            sys.stdout.flush()
+            os._exit(ended)
+    print(process, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+"""Imports once and runs the program in a process for each folder; prints its number, and how it ended."""
+
+
+@pytest.fixture
+def server() -> Iterator["subprocess.Popen[str]"]:
+    """A process without the type checks of these tests (which draw random numbers)."""
+    code = f"EPOCHS = {EPOCHS}\n{PROGRAM}\n{SERVER}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "JAXTYPING_DISABLE": "1"}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+class Child:
+    """One run of the program: its number and its output."""
+
+    def __init__(self, server: "subprocess.Popen[str]", folder: Path) -> None:
+        assert server.stdin is not None
+        assert server.stdout is not None
+        pipe = folder.with_name(f"{folder.name}.out")
+        pipe.unlink(missing_ok=True)
+        os.mkfifo(pipe)
+        server.stdin.write(f"{folder}\t{pipe}\n")
+        server.stdin.flush()
+        self.server, self.number, self.output = server.stdout, int(server.stdout.readline()), pipe.open()
+
+    def ended(self) -> int:
+        """Wait for its end, and return its code."""
+        self.output.close()
+        return int(self.server.readline())
 
 
 def same(a: Any, b: Any) -> bool:
@@ -82,33 +123,32 @@ def same(a: Any, b: Any) -> bool:
 
 
 @pytest.mark.slow
-def test_killed_runs_resume_and_end_with_the_same_bits(tmp_path: Path) -> None:
+def test_killed_runs_resume_and_end_with_the_same_bits(server: "subprocess.Popen[str]", tmp_path: Path) -> None:
     scope: dict[str, Any] = {}
     exec(PROGRAM, scope)
-    with child(tmp_path / "whole") as (process, output):
-        whole = dict(line.split() for line in output)
-        assert process.wait() == 0
+    child = Child(server, tmp_path / "whole")
+    whole = dict(line.split() for line in child.output)
+    assert child.ended() == 0
     assert list(whole) == [str(epoch) for epoch in range(1, EPOCHS + 1)]
     assert len(set(whole.values())) == EPOCHS
 
     draw, folder, seen = random.Random(1), tmp_path / "killed", {}
     for _ in range(KILLS):
-        with child(folder) as (process, output):
-            for _ in range(draw.randint(1, AT_MOST)):
-                epoch, digest = output.readline().split()
-                seen[epoch] = digest
-            time.sleep(draw.uniform(0, 0.1))  # anywhere in writing the checkpoint, training or saving: an epoch takes about as long
-            assert process.poll() is None, "it is under way"
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL
+        child = Child(server, folder)
+        for _ in range(draw.randint(1, AT_MOST)):
+            epoch, digest = child.output.readline().split()
+            seen[epoch] = digest
+        time.sleep(draw.uniform(0, 0.1))  # anywhere in writing the checkpoint, training or saving: an epoch takes about as long
+        os.kill(child.number, signal.SIGKILL)
+        assert child.ended() == -signal.SIGKILL, "it was under way"
         file = folder / "checkpoint.pt"
         done = len(torch.load(file, weights_only=True)["history"]) if file.exists() else 0
         assert int(epoch) - 1 <= done < EPOCHS, "the checkpoint is that of the last epoch, or of the one before"
         model = scope["digest"](sp.load(folder / "model", scope["dense"]()))
         assert model in (whole.get(str(done)), whole[str(done + 1)]), "a whole model: of the checkpoint's epoch, or of the one after it"
-    with child(folder) as (process, output):
-        seen |= dict(line.split() for line in output)
-        assert process.wait() == 0
+    child = Child(server, folder)
+    seen |= dict(line.split() for line in child.output)
+    assert child.ended() == 0
     assert seen == {epoch: whole[epoch] for epoch in seen}, "every epoch, in every process, had the bits of the run that was left alone"
     assert str(EPOCHS) in seen
     ends = [torch.load(path / "checkpoint.pt", weights_only=True) for path in (tmp_path / "whole", folder)]

@@ -1,8 +1,7 @@
 """The rules: what an argument of each name must be, and what the message suggests for common mistakes."""
 
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any, SupportsIndex
 
@@ -12,13 +11,12 @@ from torch.optim import Optimizer
 
 from spectrim.checks.batches import bare, inputs_rule, read_once, reread, reread_bare
 from spectrim.checks.messages import fail
+from spectrim.checks.scalars import Rule, choice, integer, number
 
 WHERE = "a layer name, a glob, a list of these, or a function (name, module) -> bool"
 
 WITHOUT_VALUES = ("factorize", "merge", "coverage", "measure", "compare_latency", "load", "match")
 """Verbs that take a model on the meta device, too."""
-Rule = Callable[[str, str, Any], None]
-"""Takes the verb, the name of the argument and its value; raises a `SettingError` for a wrong value."""
 
 
 def _model(verb: str, name: str, value: Any) -> None:
@@ -202,30 +200,6 @@ def _patterns(verb: str, name: str, value: Any) -> None:
         raise fail(verb, name, wrong[0], "globs over layer names, as text", hint)
 
 
-def _integer(least: int) -> Rule:
-    def rule(verb: str, name: str, value: Any) -> None:
-        if isinstance(value, bool | Tensor) or not isinstance(value, SupportsIndex) or value.__index__() < least:
-            raise fail(verb, name, value, f"an integer of at least {least}")
-
-    return rule
-
-
-def _number(rule: str, fits: Callable[[float], bool]) -> Rule:
-    def check_number(verb: str, name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value) or not fits(float(value)):
-            raise fail(verb, name, value, rule)
-
-    return check_number
-
-
-def _choice(*allowed: str) -> Rule:
-    def rule(verb: str, name: str, value: Any) -> None:
-        if value not in allowed:
-            raise fail(verb, name, value, ", ".join(f"'{entry}'" for entry in allowed[:-1]) + f" or '{allowed[-1]}'")
-
-    return rule
-
-
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("model", "cut_model", "dense", "old", "new", "first", "second"), _model),
     **dict.fromkeys(("data", "eval_data"), reread),
@@ -233,12 +207,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("where", "keep"), _where),
     **dict.fromkeys(("rank", "ranks"), _ranks),
     **dict.fromkeys(("path", "folder", "checkpoint"), _path),
-    **dict.fromkeys(("epochs", "first_epoch", "above"), _integer(0)),
-    **dict.fromkeys(
-        ("examples", "accumulate", "steps_per_epoch", "threads", "repeats", "multiple", "batch_size", "max_batch"), _integer(1)
-    ),
-    **dict.fromkeys(("clip", "min_time", "time_box", "tolerance", "calibration_seconds"), _number("above 0", lambda value: value > 0)),
-    **dict.fromkeys(("squeeze", "margin"), _number("in [0, 1)", lambda value: 0 <= value < 1)),
+    **dict.fromkeys(("epochs", "first_epoch", "above"), integer(0)),
+    **dict.fromkeys(("examples", "accumulate", "steps_per_epoch", "threads", "repeats", "multiple", "batch_size", "max_batch"), integer(1)),
+    **dict.fromkeys(("clip", "min_time", "time_box", "tolerance", "calibration_seconds"), number("above 0", lambda value: value > 0)),
+    **dict.fromkeys(("squeeze", "margin"), number("in [0, 1)", lambda value: 0 <= value < 1)),
     "models": _models,
     "network": _network,
     "data_once": read_once,
@@ -260,9 +232,9 @@ RULES: dict[str, Rule] = {
     "importances": _importances,
     "cut_ranks": _cut_ranks,
     "measurements": _measurements,
-    "scheduler_steps": _choice("epoch", "batch"),
-    "precision": _choice("no", "bf16", "fp16"),
-    "execution": _choice("macs", "measured"),
+    "scheduler_steps": choice("epoch", "batch"),
+    "precision": choice("no", "bf16", "fp16"),
+    "execution": choice("macs", "measured"),
 }
 """By the name of the argument: what it must be."""
 

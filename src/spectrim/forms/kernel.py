@@ -1,4 +1,4 @@
-"""`Kernel`: what forms share that hold a kernel as a whole, and not a matrix of it."""
+"""`Kernel` and `Nested`: what forms share that hold a kernel as a whole, and not a matrix of it."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import LayerError, RankError
-from spectrim.forms.form import Form, Size, stored
+from spectrim.forms.form import Form, Size, rung_of, stored
 from spectrim.linalg.gram import Metric
 from spectrim.linalg.spectral import LEFT_FLOOR, metric_root
 
 Self = TypeVar("Self", bound="Kernel")
+Own = TypeVar("Own", bound="Nested")
 
 
 class Kernel(Form):
@@ -138,6 +139,45 @@ class Kernel(Form):
         into = [root @ basis.mT for basis, (root, _) in zip(bases, roots, strict=True)]
         back = [basis @ inverse for basis, (_, inverse) in zip(bases, roots, strict=True)]
         return (into[0], into[1]), (back[0], back[1])
+
+
+class Nested(Form):
+    """A form with several ranks, whose sizes are on one path: from ones on, each rung has one more column along one axis.
+
+    The path is chosen once, when it is first asked for. A sub-class adds `nested_path`.
+    """
+
+    is_matrix: ClassVar[bool] = False
+    _path: tuple[Any, ...] | None = None
+
+    def nested_path(self) -> tuple[Any, ...]:
+        """Choose the sizes from ones to the present one."""
+        raise NotImplementedError
+
+    def path(self) -> tuple[Any, ...]:
+        """Return the sizes from ones to the present one."""
+        if self._path is None:
+            self._path = self.nested_path()
+        return self._path
+
+    def size_of(self, rung: int) -> Any:
+        """Return a size of the path."""
+        return self.path()[rung - 1]
+
+    def rung_of(self, size: Size) -> int:
+        """Return the rung of a size on the path, and of another with as many columns in all."""
+        return rung_of(size)
+
+    def like(self: Own, *parts: Tensor, exact: bool = False) -> Own:
+        """Return a new form with the settings of this one, and its path where the size is the same."""
+        made = super().like(*parts, exact=exact)
+        made._path = self._path if made.size == self.size else None
+        return made
+
+    def become(self, other: Form) -> None:
+        """Take over the parameters and the path of another form of the same kernel, in place."""
+        super().become(other)
+        self._path = getattr(other, "_path", None)
 
 
 def several_ranks(form: Form, name: str, size: Any) -> tuple[int, ...]:

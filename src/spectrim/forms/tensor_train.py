@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import LayerError
 from spectrim.forms.form import LOST, Form, Size, rung_of
-from spectrim.forms.kernel import Kernel, several_ranks
+from spectrim.forms.kernel import Kernel, Nested, several_ranks
 from spectrim.linalg import tensor_train as tt
 from spectrim.linalg.gram import Metric
 from spectrim.linalg.train_sizes import nearest_within, nested_path, path_losses
@@ -17,7 +17,7 @@ from spectrim.linalg.train_sizes import nearest_within, nested_path, path_losses
 Cores = tuple[Tensor, ...]
 
 
-class TensorTrain(Kernel):
+class TensorTrain(Nested, Kernel):
     """One kernel ``(out, in, taps...)`` as a tensor train over inputs, the taps of each axis, and outputs, in this order.
 
     A size has a rank between each two of them, from the inputs on: ``(r1, r2, r3)`` for 3x3 taps. The path of sizes is nested: from the
@@ -47,7 +47,6 @@ class TensorTrain(Kernel):
         parts = {f"G{number}": core for number, core in enumerate(cores, 1)}
         super().__init__(parts, dtype=dtype or cores[0].dtype, requires_grad=requires_grad)
         self._decomposed = self._fingerprint() if exact else None
-        self._path: tuple[tt.Ranks, ...] | None = None
         self.__dict__["operations"] = tuple(parts)
 
     @classmethod
@@ -96,20 +95,9 @@ class TensorTrain(Kernel):
     def _shapes(self, size: tt.Ranks) -> list[tuple[int, ...]]:
         return tt.shapes(_train(self.folded_shape), size)
 
-    def path(self) -> tuple[tt.Ranks, ...]:
+    def nested_path(self) -> tuple[tt.Ranks, ...]:
         """Return the sizes from ones to the present one."""
-        if self._path is None:
-            parts = self.cores if self.cores[0].is_meta else self.parts_in_order()
-            self._path = nested_path(parts, _train(self.folded_shape))
-        return self._path
-
-    def size_of(self, rung: int) -> tt.Ranks:
-        """Return a size of the path."""
-        return self.path()[rung - 1]
-
-    def rung_of(self, size: Size) -> int:
-        """Return the rung of a size on the path, and of another with as many ranks in all."""
-        return rung_of(size)
+        return nested_path(self.cores if self.cores[0].is_meta else self.parts_in_order(), _train(self.folded_shape))
 
     def checked(self, name: str, size: Any) -> tt.Ranks:
         """Return a rank for each cut; a number stands for all, at most what is held; raise a RankError for another."""
@@ -273,17 +261,6 @@ class TensorTrain(Kernel):
         """Return random cores at a rung, in float32 or the weight's dtype, to time what they do."""
         shapes = self._shapes(self.size_of(min(rank, self.rank)))
         return type(self)(*(torch.randn(shape, device=self.device) / shape[0] for shape in shapes), dtype=self.dtype)
-
-    def like(self, *parts: Tensor, exact: bool = False) -> "TensorTrain":
-        """Return a new form with the settings of this one, and its path where the size is the same."""
-        made = super().like(*parts, exact=exact)
-        made._path = self._path if made.size == self.size else None
-        return made
-
-    def become(self, other: Form) -> None:
-        """Take over the parameters and the path of another form of the same kernel, in place."""
-        super().become(other)
-        self._path = getattr(other, "_path", None)
 
     def extra_repr(self) -> str:
         """Shape, size and dtype for the module's printout."""

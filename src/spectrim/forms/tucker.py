@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from spectrim import linalg
 from spectrim.errors import LayerError
-from spectrim.forms.form import LOST, Form, Size, fitted, rung_of
-from spectrim.forms.kernel import several_ranks
+from spectrim.forms.form import LOST, Form, Size, fitted
+from spectrim.forms.kernel import Nested, several_ranks
 from spectrim.linalg.gram import Metric
 from spectrim.linalg.spectral import LEFT_FLOOR, metric_root
 from spectrim.linalg.tucker import core_of, hooi, hosvd, nested_path
@@ -17,7 +17,7 @@ from spectrim.linalg.tucker import core_of, hooi, hosvd, nested_path
 Pair = tuple[int, int]
 
 
-class Tucker2(Form):
+class Tucker2(Nested):
     """One kernel ``(out, in, taps)`` as ``core x_1 A x_2 B``, a Tucker decomposition along the channel axes alone.
 
     A size is ``(r, s)``, the ranks of the outputs and of the inputs. The path of sizes is nested: from ``(1, 1)`` on, the next rung has one
@@ -55,7 +55,6 @@ class Tucker2(Form):
         """
         super().__init__({"A": A, "core": core, "B": B}, dtype=dtype or A.dtype, requires_grad=requires_grad)
         self._decomposed = self._fingerprint() if exact else None
-        self._path: tuple[Pair, ...] | None = None
 
     @classmethod
     def of(
@@ -121,20 +120,10 @@ class Tucker2(Form):
         """``(out, in, taps)``."""
         return (*self.shape, self.core.shape[2])
 
-    def path(self) -> tuple[Pair, ...]:
-        """Return the sizes from ``(1, 1)`` to the present one."""
-        if self._path is None:
-            energy = torch.ones(self.size) if self.core.is_meta else self.parts_in_order()[1].square().sum(-1)
-            self._path = nested_path(energy, *self.folded_shape)
-        return self._path
-
-    def size_of(self, rung: int) -> Pair:
-        """Return a size of the path."""
-        return self.path()[rung - 1]
-
-    def rung_of(self, size: Size) -> int:
-        """Return ``r + s - 1``: the rung of a size on the path, and of another that stores as many columns."""
-        return rung_of(size)
+    def nested_path(self) -> tuple[Pair, ...]:
+        """Return the sizes from ``(1, 1)`` to the present one, whose rungs are ``r + s - 1``."""
+        energy = torch.ones(self.size) if self.core.is_meta else self.parts_in_order()[1].square().sum(-1)
+        return nested_path(energy, *self.folded_shape)
 
     def checked(self, name: str, size: Any) -> Pair:
         """Return ``(r, s)``; a number stands for both, at most what is held.
@@ -328,17 +317,6 @@ class Tucker2(Form):
         (r, s), (out, in_, taps) = self.size_of(min(rank, self.rank)), self.folded_shape
         A, core, B = (torch.randn(shape, device=self.device) for shape in ((out, r), (r, s, taps), (in_, s)))
         return type(self)(A / out, core, B / in_, dtype=self.dtype)
-
-    def like(self, *parts: Tensor, exact: bool = False) -> "Tucker2":
-        """Return a new form with the settings of this one, and its path where the size is the same."""
-        made = super().like(*parts, exact=exact)
-        made._path = self._path if made.size == self.size else None
-        return made
-
-    def become(self, other: Form) -> None:
-        """Take over the parameters and the path of another form of the same kernel, in place."""
-        super().become(other)
-        self._path = getattr(other, "_path", None)
 
     def extra_repr(self) -> str:
         """Shape, size and dtype for the module's printout."""

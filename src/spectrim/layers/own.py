@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from spectrim.errors import LayerError
 from spectrim.forms import FORMS, Form
 from spectrim.layers.base import FactorizedLayer
-from spectrim.layers.embedding import FactorizedEmbedding
 from spectrim.layers.forwards import renew
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.fold import MATRICES
@@ -41,7 +40,7 @@ def check_kind(kind: type[FactorizedLayer], layer: nn.Module, inputs: Sequence[A
             _check_cost(kind, dense, list(factors), scheme, given)
             low = kind.adopt(_again(dense), factors, scheme)
             _check_forward(low, dense(*given), given, "at full rank")
-            if isinstance(low, OneWeight) and not isinstance(low, FactorizedEmbedding) and scheme == "channel":
+            if isinstance(low, OneWeight) and not low.looks_up and scheme == "channel":
                 _check_rows(low, given)
             cut: dict[str, Form] = {name: full.cut(lambda spectrum: 1) for name, full in factors.items()}
             one = kind.adopt(_again(dense), cut, scheme)

@@ -1,6 +1,5 @@
 """Smooth measures of rank as penalties: entropy of the spectrum, logarithm of the determinant, Schatten quasi-norm."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import SettingError
 from spectrim.penalties.sparsity import over_spectra
-from spectrim.penalties.sums import check_weight
+from spectrim.penalties.sums import check_positive, check_weight
 
 
 def effective_rank(S: Tensor, eps: float) -> Tensor:
@@ -91,8 +90,7 @@ class LogDeterminant:
 
     def __post_init__(self) -> None:
         check_weight(self, self.weight)
-        if not 0 < self.scale < math.inf:
-            raise SettingError("LogDeterminant", "scale", got=self.scale, rule="a finite number > 0")
+        check_positive(self, scale=self.scale)
 
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the weighted penalty of all factorized layers, a scalar."""
@@ -130,8 +128,7 @@ class Schatten:
         check_weight(self, self.weight)
         if not 0 < self.p <= 1:
             raise SettingError("Schatten", "p", got=self.p, rule="a number in (0, 1]")
-        if not 0 < self.eps < math.inf:
-            raise SettingError("Schatten", "eps", got=self.eps, rule="a finite number > 0")
+        check_positive(self, eps=self.eps)
 
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the weighted penalty of all factorized layers, a scalar."""

@@ -1,14 +1,12 @@
 """Penalty whose weights grow with the place of a value in its spectrum."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import SettingError
 from spectrim.penalties.sparsity import over_spectra
-from spectrim.penalties.sums import check_weight
+from spectrim.penalties.sums import check_positive, check_weight
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,7 @@ class CumulativeShrinkage:
 
     def __post_init__(self) -> None:
         check_weight(self, self.weight)
-        if not 0 < self.concentration < math.inf:
-            raise SettingError("CumulativeShrinkage", "concentration", got=self.concentration, rule="a finite number > 0")
+        check_positive(self, concentration=self.concentration)
 
     def __call__(self, model: nn.Module) -> Tensor:
         """Return the weighted penalty of all factorized layers, a scalar."""

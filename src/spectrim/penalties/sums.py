@@ -17,6 +17,13 @@ def check_weight(owner: object, weight: float) -> None:
         raise SettingError(type(owner).__name__, "weight", got=weight, rule="a finite number >= 0")
 
 
+def check_positive(owner: object, **settings: float) -> None:
+    """Raise a SettingError unless each setting is a finite number > 0."""
+    for name, value in settings.items():
+        if not 0 < value < float("inf"):
+            raise SettingError(type(owner).__name__, name, got=value, rule="a finite number > 0")
+
+
 def total(model: nn.Module, terms: Sequence[Tensor]) -> Tensor:
     """Sum scalars, on the device of the first; zero, on the model's device, for a model without factors."""
     if terms:

@@ -15,7 +15,7 @@ from spectrim.checks import WHERE, check
 from spectrim.checks.messages import fail
 from spectrim.errors import SettingError
 from spectrim.forms.form import Form
-from spectrim.layers import KINDS, is_factorized, kind_of
+from spectrim.layers import METHODS, is_factorized, kind_of
 from spectrim.layers.reader import OWN_BASES, readable, why_not
 from spectrim.protocols import LayerFilter, Where
 from spectrim.surgery.exchange import HELD, held_elsewhere
@@ -153,7 +153,7 @@ def refusal(module: nn.Module) -> str | None:
 
 def kind_of_class(kind: type) -> bool:
     """Whether a class is one of the dense kinds."""
-    return any(kind in candidate.dense_kinds for candidate in KINDS)
+    return any(kind in row.method.dense_kinds for row in METHODS)
 
 
 def decide(

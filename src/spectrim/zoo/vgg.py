@@ -4,6 +4,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectrim.errors import SettingError
+from spectrim.zoo.resnet import scaled
 
 __all__ = ["VGG", "vgg_small"]
 
@@ -46,6 +47,12 @@ class VGG(nn.Module):
         return logits
 
 
-def vgg_small(num_classes: int = 10, in_channels: int = 3) -> VGG:
-    """Six convolutions of 64, 64, 128, 128, 256, 256 channels: 1.15 M parameters, 153 M MACs at 32 x 32, sides of at least 8."""
-    return VGG((64, 128, 256), num_classes, in_channels)
+def vgg_small(num_classes: int = 10, in_channels: int = 3, width: float | None = None) -> VGG:
+    """Six convolutions of 64, 64, 128, 128, 256, 256 channels: 1.15 M parameters, 153 M MACs at 32 x 32, sides of at least 8.
+
+    Args:
+        num_classes: width of the output, >= 1.
+        in_channels: channels of the images, >= 1.
+        width: multiplies every number of channels, > 0; 1 when omitted.
+    """
+    return VGG(tuple(scaled("vgg_small", 1.0 if width is None else width, 64, 128, 256)), num_classes, in_channels)

@@ -1,4 +1,4 @@
-"""A layer class of one's own, through everything that reads `KINDS`."""
+"""A layer class of one's own, through everything that reads the table of kinds."""
 
 import math
 import re
@@ -14,9 +14,10 @@ from torch.nn import functional as F
 import spectrim as sp
 from spectrim.budget.latency_table import latency_table
 from spectrim.errors import FormatError, LayerError
-from spectrim.layers import KINDS, FactorizedLayer, OneWeight, Share, kind_of, register
+from spectrim.layers import METHODS, Example, FactorizedLayer, OneWeight, Share, kind_of, register
 from spectrim.layers.own import check_kind
 from spectrim.plain.chain import PlainPair
+from spectrim.tables import Row
 
 
 class GatedLinear(nn.Module):
@@ -147,25 +148,9 @@ def test_loading_without_registration_or_with_another_shape_is_refused(merged: b
     other = nn.Sequential(GatedLinear(25, 32), nn.ReLU(), GatedLinear(32, 24), nn.ReLU(), nn.Linear(24, 5)).double()
     with pytest.raises(FormatError, match="another architecture"):
         sp.load(tmp_path, other)
-    KINDS.remove(FactorizedGatedLinear)
+    METHODS[:] = [row for row in METHODS if row.method is not FactorizedGatedLinear]
     with pytest.raises(FormatError, match=r"no kind of layer is registered .* call spectrim.layers.register"):
         sp.load(tmp_path, network())
-
-
-TOKENS, SEQUENCE = torch.tensor([[1, 3], [0, 2]]), torch.randn(5, 2, 6)
-EXAMPLES: dict[type[nn.Module], tuple[tuple[int, ...], tuple[Tensor, ...]]] = {
-    nn.Linear: ((6, 4), (torch.randn(3, 6),)),
-    nn.Conv1d: ((6, 4, 3), (torch.randn(2, 6, 7),)),
-    nn.Conv2d: ((6, 4, 3), (torch.randn(2, 6, 7, 5),)),
-    nn.Conv3d: ((6, 4, 2), (torch.randn(2, 6, 3, 4, 5),)),
-    nn.ConvTranspose1d: ((6, 4, 3), (torch.randn(2, 6, 7),)),
-    nn.ConvTranspose2d: ((6, 4, 3), (torch.randn(2, 6, 7, 5),)),
-    nn.ConvTranspose3d: ((6, 4, 2), (torch.randn(2, 6, 3, 4, 5),)),
-    nn.Embedding: ((7, 5), (TOKENS,)),
-    nn.LSTM: ((6, 4), (SEQUENCE,)),
-    nn.GRU: ((6, 4), (SEQUENCE,)),
-}
-"""Sizes of a layer of each class, and its input."""
 
 
 def broken(**methods: Any) -> type[FactorizedLayer]:
@@ -207,10 +192,10 @@ def ungated(self: Any, share: Share, paying: Collection[str]) -> Any:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_kind_that_breaks_a_law_is_refused_at_birth(methods: dict[str, Any], message: str) -> None:
-    before = list(KINDS)
+    before = list(METHODS)
     with pytest.raises(LayerError, match=re.escape(message)):
         register(broken(**methods), GatedLinear(5, 4), torch.randn(3, 5))
-    assert before == KINDS
+    assert before == METHODS
 
 
 def test_the_check_looks_behind_ones_and_zeros_and_leaves_the_example_alone() -> None:
@@ -263,17 +248,21 @@ def test_what_is_not_one_product_inherits_the_base_and_is_left_out_of_calibratio
 
 
 def test_a_layer_that_has_a_kind_is_not_taken_over_and_registering_twice_adds_nothing(registered: None) -> None:
-    before = list(KINDS)
+    before = list(METHODS)
     register(FactorizedGatedLinear, GatedLinear(5, 4), torch.randn(3, 5))
-    assert before == KINDS
+    assert before == METHODS
     with pytest.raises(LayerError, match="of the kind FactorizedLinear already"):
         register(FactorizedGatedLinear, nn.Linear(4, 3), torch.randn(2, 4))
 
 
-OURS = [kind for kind in KINDS if kind.dense_kinds and kind.dense_kinds[0] in EXAMPLES]
+@pytest.mark.parametrize("row", [row for row in METHODS if row.example], ids=lambda row: row.label)
+def test_the_kinds_of_the_library_hold_the_laws_too(row: Row[Sequence[Example]]) -> None:
+    example = row.example[0]
+    check_kind(row.method, example.make(), example.inputs(torch.float32))
 
 
-@pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.__name__)
-def test_the_kinds_of_the_library_hold_the_laws_too(kind: type[FactorizedLayer]) -> None:
-    size, inputs = EXAMPLES[kind.dense_kinds[0]]
-    check_kind(kind, kind.dense_kinds[0](*size), inputs)
+def test_a_registered_kind_is_a_row_with_its_example_and_the_law_of_its_base(registered: None) -> None:
+    (row,) = (row for row in METHODS if row.method is FactorizedGatedLinear)
+    assert row.laws == {"one weight"}
+    assert [x.dtype for x in row.example[0].inputs(torch.float64)] == [torch.float64]
+    assert type(row.example[0].make()) is GatedLinear

@@ -756,7 +756,7 @@ def test_damaged_checkpoints(stopped: Path) -> None:
     file = stopped / CHECKPOINT
     whole = file.read_bytes()
     draw = random.Random(0)
-    for length in (0, 1, 10, *draw.sample(range(len(whole)), 12), len(whole) - 1):
+    for length in (0, 1, 10, *draw.sample(range(len(whole)), 5), len(whole) - 1):
         file.write_bytes(whole[:length])
         assert_refused(stopped, net(), "is not a readable checkpoint")
     for garbage in (b"garbage" * 100, b"\x80\x04K\x03.", whole[::-1]):
@@ -781,7 +781,7 @@ def test_damaged_bytes_are_refused_or_harmless(stopped: Path) -> None:
     draw, refused = random.Random(4), 0
     model = net()
     start = weights(model)
-    for index in range(60):
+    for index in range(30):
         damaged = bytearray(whole)
         at = draw.randrange(len(damaged))
         if index % 3 == 0:
@@ -802,7 +802,7 @@ def test_damaged_bytes_are_refused_or_harmless(stopped: Path) -> None:
         else:
             assert len(history.epochs) == 2, index
             assert same(weights(model), weights(expected)), index
-    assert refused >= 50, "most of the file is data"
+    assert refused >= 25, "most of the file is data"
 
 
 def test_damaged_tensors_are_noticed(stopped: Path) -> None:

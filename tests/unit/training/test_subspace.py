@@ -8,26 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from small import batches, flat, network
 from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim.errors import FormatError, LayerError, SettingError
 from spectrim.layers import named_factors
 from spectrim.training import BFGS, Basis, Subspace, Trajectory
-
-
-def batches(count: int = 6) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(2)
-    return [(torch.randn(8, 12, generator=generator), torch.randn(8, 4, generator=generator)) for _ in range(count)]
-
-
-def network() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 4))
-
-
-def flat(model: nn.Module) -> Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters()])
 
 
 def directions(model: nn.Module, size: int) -> Tensor:

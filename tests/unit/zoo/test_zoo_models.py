@@ -127,7 +127,7 @@ def test_shortcut_a_subsamples_and_pads_both_sides():
     assert not out[:, 24:].any()
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet56", "mlperftiny_resnet8", "lenet5"])
+@pytest.mark.parametrize("name", ["resnet20", "resnet56", "mlperftiny_resnet8", "lenet5", "vgg_small"])
 def test_a_width_multiplies_every_number_of_channels(name):
     build, shape, conv_macs, _, _ = IMAGE_MODELS[name]
     inputs = torch.randn(1, *shape)
