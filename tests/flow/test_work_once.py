@@ -49,7 +49,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
 
     monkeypatch.setattr(torch.linalg, "svd", counting_svd)
     monkeypatch.setattr(copy, "deepcopy", counting_copy)
-    for name in ("pipeline.judge", "pipeline.teaching", "budget.plan"):
+    for name in ("pipeline.judge", "pipeline.teaching", "budget.judge"):
         monkeypatch.setattr(sys.modules[f"spectrim.{name}"], "evaluate", counting_evaluate)
     for name in ("pipeline.compress", "budget.plan", "budget.allocate"):
         priced = sys.modules[f"spectrim.{name}"].ladder  # type: ignore[attr-defined]

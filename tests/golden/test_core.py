@@ -6,7 +6,7 @@ from torch import nn
 
 import spectrim as sp
 from spectrim.forms.svd import Factors
-from spectrim.layers import FactorizedLSTM
+from spectrim.layers.recurrent import FactorizedLSTM
 from spectrim.linalg.fold import to_matrix
 from spectrim.linalg.spectral import svd_of_product
 

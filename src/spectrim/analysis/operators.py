@@ -162,7 +162,7 @@ def has_operator(layer: nn.Module) -> bool:
     """Whether a layer does nothing but apply its weight: a forward in its class or on the layer that is not torch's may do more."""
     own: Any = getattr(type(layer), "_own", type(layer))  # of what was exchanged
     kind = kind_of(layer)
-    if kind is FactorizedReader or isinstance(layer, FactorizedReader | PlainReader):
+    if kind is FactorizedReader or isinstance(layer, PlainReader) or (is_factorized(layer) and layer.unobserved):
         return False
     known = (nn.Linear, *PLAIN, *TRANSPOSED, QuaternionLayer, PlainPair)
     base: Any = getattr(type(layer), "_base", None) or (kind.base_of(own) if kind else None)

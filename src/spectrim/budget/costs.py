@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -118,6 +118,29 @@ def calls(model: nn.Module, inputs: Any) -> list[Call]:
 
     watched(model, inputs, filter(runs_factors, model.modules()), called)
     return found
+
+
+PADDED = (1, 2, 4, 8, 16)
+"""Multiples to which kernels may pad a rank."""
+
+
+def with_counts(cost: RankCosts, count: Callable[[int], float]) -> RankCosts:
+    """Return costs whose multiply-accumulates are those counted at rank 1 and behind the first step, and what follows at other ranks.
+
+    Kernels of grouped products pad a rank, to 4 in float32: the first step is then from rank 4 to 5.
+
+    Args:
+        cost: by the formulas.
+        count: returns what is counted at a rank.
+    """
+    pair = [macs != cost.dense_macs or params != cost.dense_params for macs, params in zip(cost.macs, cost.params, strict=True)]
+    one, width = count(1), 1
+    step = one if len(pair) < 2 or not pair[1] else 0.0
+    for wide in PADDED:
+        if wide < len(pair) and pair[wide] and not step:
+            step, width = count(1 + wide) - one, wide
+    macs = tuple(one + rank // width * step if is_pair else cost.dense_macs for rank, is_pair in enumerate(pair))
+    return replace(cost, macs=macs)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """`ladder`: what a network costs at every rank of every weight, in every unit; computed once and passed on."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from spectrim.budget.costs import RankCosts, UnitCost, calls, costs_of
+from spectrim.budget.costs import RankCosts, UnitCost, calls, costs_of, with_counts
 from spectrim.budget.latency_table import _key
 from spectrim.budget.stand_ins import Only, dense, thin, true_values
 from spectrim.budget.tiles import tile_units
@@ -234,8 +235,7 @@ def _proved(
         culprits = names
     found = dict(costs)
     for name in culprits:
-        one, two = (counted.of(counted.pairs(rank, (name,)))["macs"] - whole["macs"] + costs[name].dense_macs for rank in (1, 2))
-        found[name] = _counted(costs[name], one, two)
+        found[name] = with_counts(costs[name], partial(_change, counted, name, whole["macs"] - costs[name].dense_macs))
     why = "its pair does not cost what two calls cost: the weight is read, or sizes are passed to the call"
     return found, {}, dict.fromkeys(culprits, why)
 
@@ -251,12 +251,9 @@ def _culprits(excess: Any, names: Sequence[str], missed: float) -> list[str]:
     return _culprits(excess, left, excess(left)) + _culprits(excess, right, excess(right))
 
 
-def _counted(cost: RankCosts, one: float, two: float) -> RankCosts:
-    """Return costs whose multiply-accumulates are those counted at rank 1 and 2, and what follows from them at other ranks."""
-    pair = [macs != cost.dense_macs or params != cost.dense_params for macs, params in zip(cost.macs, cost.params, strict=True)]
-    step = two - one if len(pair) > 1 and pair[1] else one
-    macs = tuple(one + rank * step if is_pair else cost.dense_macs for rank, is_pair in enumerate(pair))
-    return replace(cost, macs=macs)
+def _change(counted: _Counts, name: str, rest: float, rank: int) -> float:
+    """Return what the network costs with a pair of a rank for one weight, less `rest`."""
+    return counted.of(counted.pairs(rank, (name,)))["macs"] - rest
 
 
 # Seconds

@@ -69,20 +69,24 @@ def thin(model: nn.Module, rank: int, *, own: bool = False) -> Iterator[nn.Modul
 
 
 def dense(model: nn.Module) -> nn.Module:
-    """Return the network with ordinary layers, whose weights are zeros that take no memory, in place of the factorized ones.
+    """Return the network with ordinary layers, whose weights are zeros, in place of the factorized ones.
+
+    Zeros take no memory, but where a layer's own forward reads them.
 
     Args:
         model: factorized.
     """
     made = merge(_with(model, {id(f): f.first(1, device="meta").requires_grad_(False) for _, f in named_factors(model)}), latency=Only(()))
-    devices = {name: next(iter(layer.named_factors()))[1].device for name, layer in named_layers(model)}
+    held = dict(named_layers(model))
+    devices = {name: next(iter(layer.named_factors()))[1].device for name, layer in held.items()}
     zeros: dict[int, nn.Parameter] = {}
     for name, device in devices.items():
         layer = made.get_submodule(name)
         for key, weight in list(layer.named_parameters(recurse=False)):
             if weight.is_meta and device.type != "meta":
                 if id(weight) not in zeros:
-                    zero = torch.zeros((), dtype=weight.dtype, device=device).expand(weight.shape)
+                    shape = weight.shape if held[name].unobserved else ()  # grouped products, in forwards of users, need strides
+                    zero = torch.zeros(shape, dtype=weight.dtype, device=device).expand(weight.shape)
                     zeros[id(weight)] = nn.Parameter(zero, requires_grad=False)
                 setattr(layer, key, zeros[id(weight)])
     return made

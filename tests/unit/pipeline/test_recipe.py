@@ -168,7 +168,7 @@ def changed(*changes: str) -> recipes.Recipe:
         ("train=[3]", "'train.0': got 3; allowed: a mapping with epochs"),
         ("dense=3", "'dense': got 3; allowed: a mapping with epochs"),
         ("train.0.penalties=spectrim.Hoyer", "'train.0.penalties': got 'spectrim.Hoyer'; allowed: a list"),
-        ("factorize.scheme=chanel", "'factorize.scheme': got 'chanel'; allowed: auto, channel, spatial, input"),
+        ("factorize.scheme=chanel", "'factorize.scheme': got 'chanel'; allowed: auto, all, channel, spatial, input"),
         ("factorize.start=foo", "'factorize.start': got 'foo'; allowed: dense, initial"),
         ("factorize.where=middle", "'factorize.where': got 'middle'; allowed: a list"),
         ("factorize.where=[3]", "'factorize.where.0': got 3; allowed: a string"),
@@ -190,7 +190,8 @@ def changed(*changes: str) -> recipes.Recipe:
         ("prune={budget: {macs: 40}}", "'prune.budget': Budget: macs must be the fraction kept, in (0, 1], got 40.0"),
         (
             "prune={budget: {}}",
-            "'prune.budget': Budget: one of macs, params, size, latency, size_bytes, latency_s, max_drop, max_loss_rise",
+            "'prune.budget': Budget: one of macs, params, size, latency, size_bytes, latency_s, tiles, "
+            "tile_reads, tile_count, max_drop, max_loss_ri",
         ),
         (
             "prune={budget: {latency: 0.5}}",

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_sequence
 import spectrim as sp
 from spectrim.budget.distortion import WhitenedEnergy
 from spectrim.errors import LayerError, SettingError
-from spectrim.layers import conv, named_factors, weights
+from spectrim.layers import named_factors, patches, weights
 from spectrim.linalg.fold import folds
 from spectrim.surgery import moments
 from spectrim.surgery.calibrate import calibrate
@@ -76,7 +76,7 @@ def rows_of(parts: Any) -> Tensor:
 @pytest.mark.parametrize("size", [1, 2**22], ids=["small-parts", "one-part"])
 def test_rows_make_the_gradient_of_the_matrix(name: str, scheme: Any, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """``dL/dM = sum_rows g x^T``: what makes `inputs` and `outputs` the two factors of Fisher's matrix."""
-    for where in (weights, conv):
+    for where in (weights, patches):
         monkeypatch.setattr(where, "ROWS_SIZE", size)
     make, shape = LAYERS[name]
     low = sp.factorize(make().double(), scheme, EVERYTHING)
