@@ -65,7 +65,7 @@ def test_architecture(name: str) -> None:
     assert any(isinstance(module, PlainPair | PlainReader) for module in merged.modules())
     assert not any(isinstance(module, FactorizedLayer) for module in merged.modules())
     output = zoo.run(cut, inputs)
-    assert not torch.allclose(output, expected, rtol=1e-2, atol=1e-2), "half of the network was cut"
+    assert not torch.allclose(output, expected, rtol=1e-3, atol=1e-3), "half of the network was cut"
     torch.testing.assert_close(zoo.run(merged, inputs), output, rtol=1e-4, atol=1e-5)  # the same
     for group in ties(dense):
         held = [merged.get_parameter(key) for key in group if not isinstance(merged.get_submodule(key.rpartition(".")[0]), PlainPair)]
