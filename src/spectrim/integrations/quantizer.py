@@ -72,8 +72,6 @@ class SpectrimQuantizer(HfQuantizer):
         built: Any = replayed(model, config.plan, Path("config.json"))
         for name, module in built.named_children():
             setattr(model, name, module)
-        for name in config.plan.get("merged", ()):
-            model.get_submodule(name)._is_hf_initialized = True  # its weight is that of its parts, which are read
         state = model.state_dict()
         own = {name: kept for name, kept in model.all_tied_weights_keys.items() if name in state and kept in state}
         model.all_tied_weights_keys = (own if config is not given else {}) | config.tied

@@ -67,6 +67,8 @@ class Composed(Tensor):
     _owner: str
     _compose: Callable[[], Tensor]
     _detached: bool = False
+    _is_hf_initialized = True
+    """Transformers fills weights that a file does not have with random values: those of the parts, which are tensors of their own."""
 
     @staticmethod
     def __new__(
