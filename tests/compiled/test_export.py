@@ -197,7 +197,7 @@ def test_a_branch_on_values_names_the_layer(tmp_path: Path, capfd: pytest.Captur
     with pytest.raises(
         ExportError, match=r"layer '1.1'.*`return x if x.sum\(\) > 0 else -x` \(test_export.py:\d+\).*torch.where"
     ) as caught:
-        export(around(Branching()), torch.randn(3, 4), tmp_path / "file.onnx")
+        export(around(Branching()), torch.randn(3, 4), tmp_path / "file.onnx", progress=False)
     assert (caught.value.format, caught.value.layer) == ("onnx", "1.1")
     assert not list(tmp_path.iterdir())
     assert capfd.readouterr() == ("", "")
