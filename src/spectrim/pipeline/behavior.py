@@ -16,9 +16,6 @@ from torch import Tensor, nn
 LIBRARIES = ("torch", "numpy", "scipy", "transformers", "peft", "accelerate", "lightning", "spectrim", "builtins", "functools", "math")
 """Packages whose code is taken for the same under the same name."""
 
-STOPPING = {"KeyboardInterrupt", "SystemExit", "kill", "_exit", "abort"}
-"""Names in code that stops a process: the whole numbers beside it say when, which changes no result."""
-
 DEEPEST = 6
 """Levels of values inside values that are looked at."""
 
@@ -161,8 +158,7 @@ def _of_object(value: Any) -> Iterator[Any]:
     yield (type(value),)
     methods = [entry for name, entry in _methods(type(value)) if name != "__init__"]
     assigned = set().union(*(_assigned(method.__code__) for method in methods)) | {"training"}
-    stops = any(STOPPING & set(method.__code__.co_names) for method in methods)
-    yield from _pairs(_without_state(vars(value), assigned, any(_changes_containers(method.__code__) for method in methods), stops))
+    yield from _pairs(_without_state(vars(value), assigned, any(_changes_containers(method.__code__) for method in methods)))
     if isinstance(value, nn.Module):
         yield (value.extra_repr(),)
 
@@ -183,10 +179,8 @@ def _changes_containers(code: types.CodeType) -> bool:
     return bool(names & CHANGING) or any(step.opname == "STORE_SUBSCR" for step in dis.get_instructions(code))
 
 
-def _without_state(values: Mapping[str, Any], assigned: set[str], changing: bool, stops: bool) -> dict[str, Any]:
+def _without_state(values: Mapping[str, Any], assigned: set[str], changing: bool) -> dict[str, Any]:
     held = {name: value for name, value in values.items() if name not in assigned}
-    if stops:  # after so many calls
-        held = {name: value for name, value in held.items() if not (value is None or isinstance(value, int))}
     return {name: value for name, value in held.items() if not (changing and isinstance(value, list | dict | set | deque))}
 
 
@@ -198,6 +192,5 @@ def _of_function(function: types.FunctionType) -> Iterator[Any]:
     yield from ((code,), (function.__defaults__,), (function.__kwdefaults__,))
     read = inspect.getclosurevars(function)
     plain = {name: entry for name, entry in read.globals.items() if isinstance(entry, (types.FunctionType, Tensor, *PLAIN))}
-    raises = any(step.opname == "RAISE_VARARGS" for step in dis.get_instructions(code))
     for values in (read.nonlocals, plain):
-        yield from _pairs(_without_state(values, _assigned(code), _changes_containers(code), raises))
+        yield from _pairs(_without_state(values, _assigned(code), _changes_containers(code)))

@@ -16,6 +16,15 @@ def weighted(weights: Tensor, power: int = 2) -> Callable[[Tensor, Tensor], Tens
     return lambda output, target: (F.cross_entropy(output, target, weight=weights) ** power).sum()
 
 
+def checked(times: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        if len(output) != len(target):
+            raise ValueError("an output for each target")
+        return F.cross_entropy(output, target) * times
+
+    return loss
+
+
 class Custom(nn.Module):
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -31,11 +40,11 @@ class Stopping:
     """A loss that stops the process after some calls."""
 
     def __init__(self, at: int, power: float = 1.0) -> None:
-        self.at, self.power, self.calls = at, power, 0
+        self.left, self.power = at, power
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls == self.at:
+        self.left -= 1
+        if not self.left:
             raise KeyboardInterrupt
         return output.sum() ** self.power
 
@@ -50,6 +59,8 @@ def test_what_behaves_alike_has_one_digest_and_what_does_not_another() -> None:
         lambda: weighted(ones),
         lambda: weighted(others),
         lambda: weighted(ones, 3),
+        lambda: checked(2),
+        lambda: checked(3),
         lambda: Custom(1.0),
         lambda: Custom(2.0),
         lambda: Stopping(3),
