@@ -30,6 +30,8 @@ import torch
 from torch import nn
 
 import spectrim as sp
+from cells import mean_std
+from crossbar import draw_deviations
 from micro.harness import environment
 from spectrim import zoo
 from spectrim.files import write_text
@@ -222,12 +224,6 @@ def rows() -> dict[str, list[dict[str, Any]]]:
     return {name: [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()] for name, paths in found.items()}
 
 
-def mean(values: list[float], digits: int = 1) -> str:
-    """Return mean and sample standard deviation, the latter of two values or more."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{spread}"
-
-
 def table() -> str:
     """Return the table of all rows: means and sample standard deviations over seeds, of deviations over seeds and draws."""
     found = rows()
@@ -246,8 +242,8 @@ def table() -> str:
                 f"{weights:,.0f} ({before[0] / weights:.1f}x)",
                 f"{tiles:,.0f} ({before[1] / tiles:.1f}x)",
                 "none" if off < 1e-4 else f"up to {off:.2f}",
-                mean([100 * row["test"]["accuracy"] for row in those], 2),
-                *(mean([100 * value for row in those for value in row["accuracies"][str(sigma)]]) for sigma in SIGMAS),
+                mean_std([100 * row["test"]["accuracy"] for row in those], 2),
+                *(mean_std([100 * value for row in those for value in row["accuracies"][str(sigma)]]) for sigma in SIGMAS),
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -255,21 +251,11 @@ def table() -> str:
 
 def draw() -> None:
     """Draw accuracy against deviation."""
-    import matplotlib
-
-    matplotlib.rcParams["svg.hashsalt"] = "spectrim"
-    from matplotlib.figure import Figure
-
-    made = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = made.subplots()
-    for shift, (name, those) in enumerate(rows().items()):
-        values = [[100 * value for row in those for value in row["accuracies"][str(sigma)]] for sigma in SIGMAS]
-        spread, places = [statistics.stdev(some) if len(some) > 1 else 0.0 for some in values], [x + 0.003 * (shift - 2) for x in SIGMAS]
-        axes.errorbar(places, [statistics.fmean(some) for some in values], spread, label=name, marker="o", capsize=3)
-    axes.set_xlabel("standard deviation of log conductance")
-    axes.set_ylabel("accuracy, %")
-    axes.legend()
-    made.savefig(PLOT, metadata={"Date": None})
+    values = {
+        name: [[100 * value for row in those for value in row["accuracies"][str(sigma)]] for sigma in SIGMAS]
+        for name, those in rows().items()
+    }
+    draw_deviations(values, PLOT)
 
 
 def render() -> None:

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -50,10 +51,7 @@ def tile_units(
             raise LayerError(site.name, problem, hint="writing='pair'")
     with true_values(pairs, model):
         split = _by_name(pairs, places_of(pairs, inputs))
-    if stand_in:
-        with true_values(whole, model):
-            dense = _by_name(whole, places_of(whole, inputs))
-    else:
+    with true_values(whole, model) if stand_in else nullcontext():
         dense = _by_name(whole, places_of(whole, inputs))
     counted, own = _Tiles(crossbars, limits, split, dense), [site.layer_name for site in sites(model)]
     found: dict[str, dict[str, list[tuple[float, ...]]]] = {"tiles": defaultdict(list), "tile_reads": defaultdict(list)}

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import spectrim as sp
 from spectrim import zoo
-from spectrim.budget.costs import rank_costs, spectra
+from spectrim.budget.costs import RankCosts, rank_costs, spectra, with_counts
 from spectrim.layers import named_factors
 from spectrim.layers.conv import FactorizedConv
 from spectrim.linalg.spectral import tail_energy
@@ -237,3 +237,23 @@ def test_weights_alike_are_priced_once_and_as_if_each_were_alone(monkeypatch: py
     alone = rank_costs(low, x)
     assert len({id(cost) for cost in alone.values()}) == len(alone) == 5
     assert together == alone
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 8])
+def test_ranks_that_a_kernel_pads_are_priced_by_steps(multiple: int) -> None:
+    """20 a padded rank up to rank 12, dense from 13 on; counted at no rank but the first ones."""
+    padded = [20.0 * -(-rank // multiple) * multiple for rank in range(1, 13)]
+    formulas = RankCosts((*(20.0 * rank for rank in range(1, 13)), 300.0, 300.0), (*range(1, 13), 99, 99), 300.0, 99)
+    asked: list[int] = []
+
+    def count(rank: int) -> float:
+        asked.append(rank)
+        return padded[rank - 1]
+
+    assert with_counts(formulas, count).macs == (*padded, 300.0, 300.0)
+    assert asked == [1, *(1 + wide for wide in (1, 2, 4, 8) if wide <= multiple)]
+
+
+def test_a_weight_that_is_read_costs_the_same_at_every_rank() -> None:
+    formulas = RankCosts((10.0, 20.0, 30.0, 90.0), (1, 2, 3, 9), 90.0, 9)
+    assert with_counts(formulas, lambda rank: 95.0).macs == (95.0, 95.0, 95.0, 90.0)
