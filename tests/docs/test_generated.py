@@ -247,3 +247,11 @@ def test_precision_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -
         given = row["settings"]
         today = precision.settings_of(given["network"], given["method"], given["seed"], given["full"])
         assert row["digest"] == precision.digest(given) == precision.digest(today), f"{path}: the settings have changed since"
+
+
+def test_table_of_ways_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import ways
+
+    assert len(list(ways.RESULTS.glob("*.json"))) == len(ways.NETWORKS) * len(ways.BUDGETS)
+    assert ways.table() in ways.PAGE.read_text(encoding="utf-8"), "run python benchmarks/ways.py --render"

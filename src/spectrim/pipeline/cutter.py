@@ -29,7 +29,7 @@ from spectrim.training.parts import Reconstruction
 from spectrim.training.reconstruct import reconstruct_
 
 AT_ONCE: tuple[Cut, ...] = ("both", "whitened", "plain", "sensitive")
-"""What is tried without training, in this order: in trials ``both`` was best in seven of eight (ResNet-8, ResNet-20, five budgets)."""
+"""What is tried without training, in this order, which ``benchmarks/ways.py`` chose; a large network is cut in the first of them alone."""
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Cutter:
             check_gradients(bench.decomposed)
             return bench
         except SettingError:
-            distance = relative_distance(with_outputs(self.judge.model, self.judge.known))
+            distance = relative_distance(with_outputs(self.judge.model, self.examples))
             probed = calibrate(low, self.examples, distance, examples=None, batch_dims=self.batch_dims)
             notes.append("the gradient of the loss vanishes: its curvature is that of the distance of the outputs, in random directions")
             return Workbench(low, self.inputs, probed, latency=self.prices.latency, prices=self.prices)
