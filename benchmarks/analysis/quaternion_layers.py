@@ -1,4 +1,4 @@
-"""Quaternion convolutions beside real ones on colour images at equal numbers, whole and cut to half; six minutes of one core.
+"""Quaternion convolutions beside real ones on color images at equal numbers, whole and cut to half; six minutes of one core.
 
 python benchmarks/analysis/quaternion_layers.py    # writes benchmarks/results/analysis/quaternion_layers.json, row by row
 python benchmarks/analysis/quaternion_layers.py --images 45000 --epochs 60    # full size; rows of other settings are made anew

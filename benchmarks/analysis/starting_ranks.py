@@ -1,4 +1,4 @@
-"""Starting ranks by a weight decay beside ranks allocated at equal numbers, and alignment of neighbouring layers; two minutes of one core.
+"""Starting ranks by a weight decay beside ranks allocated at equal numbers, and alignment of neighboring layers; two minutes of one core.
 
 python benchmarks/analysis/starting_ranks.py    # writes benchmarks/results/analysis/starting_ranks.json
 """

@@ -3,7 +3,7 @@
 Every variant makes a whole step: forward, loss, penalties, backward, SGD with momentum. ``factored`` is what published code does (two
 operations at any rank, penalties written layer by layer); ``composed`` composes every weight; ``auto`` takes for each layer what costs
 fewer MACs, its penalty exact, ``sampled`` (an eighth of the columns) or left out (``no penalty``, which a penalty at every k-th step comes
-near to: the difference to the exact one over k); ``measured`` what a clock said; ``PolarHoyer`` regularises the
+near to: the difference to the exact one over k); ``measured`` what a clock said; ``PolarHoyer`` regularizes the
 weights of a dense network.
 """
 

@@ -75,6 +75,6 @@ def test_a_row_without_a_card_is_refused() -> None:
 
 
 def test_a_card_that_does_not_document_its_method_is_found() -> None:
-    assert rules.Energy not in documented("dense-regularisers")
+    assert rules.Energy not in documented("dense-regularizers")
     with pytest.raises(FileNotFoundError):
         documented("no-such-card")

@@ -1,4 +1,4 @@
-"""Colour images of low rank: as quaternions, channel by channel, and side by side, at equal numbers."""
+"""Color images of low rank: as quaternions, channel by channel, and side by side, at equal numbers."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -15,7 +15,7 @@ Way = Literal["quaternion", "randomized", "channels", "stacked"]
 
 @dataclass(frozen=True)
 class CompressedImage:
-    """An approximation of a colour image.
+    """An approximation of a color image.
 
     Attributes:
         image: ``(3, height, width)``, in float64.
@@ -46,7 +46,7 @@ def numbers_per_rank(height: int, width: int, way: Way) -> int:
 
 
 def compress_image(image: Tensor, numbers: int, way: Way = "quaternion") -> CompressedImage:
-    """Approximate a colour image with factors of at most so many real numbers.
+    """Approximate a color image with factors of at most so many real numbers.
 
     ``quaternion``: one matrix of pure quaternions ``R i + G j + B k``, by `qsvd`; ``randomized``: by `randomized_qsvd`. ``channels``: a
     truncated SVD for each. ``stacked``: one of the channels on top of each other, which share the row space.
@@ -64,7 +64,7 @@ def compress_image(image: Tensor, numbers: int, way: Way = "quaternion") -> Comp
         >>> compress_image(stripes, 64).psnr(stripes) > 100  # rank 1 is all of it
         True
 
-    Source: Liu, Ling and Jia, arXiv 2011.03368 (colour images as quaternions).
+    Source: Liu, Ling and Jia, arXiv 2011.03368 (color images as quaternions).
     """
     if image.dim() != 3 or len(image) != 3:
         raise SettingError("compress_image", "image", got=tuple(image.shape), rule="(3, height, width)")

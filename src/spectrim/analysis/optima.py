@@ -72,7 +72,7 @@ def path_cost(scale: float, strength: float, decay: float, layers: int = 2, curv
 def linear_optimum(inputs: Tensor, targets: Tensor, decay: float, layers: int = 2) -> Optimum:
     """Return the optimum of a deep linear network on whitened data.
 
-    With the SVD ``X^T Y = A diag(v) B^T`` each singular direction is a path, and neighbouring layers share singular vectors. Two layers:
+    With the SVD ``X^T Y = A diag(v) B^T`` each singular direction is a path, and neighboring layers share singular vectors. Two layers:
     ``(v - decay)_+``, the minimum of ``1/2 ||W - X^T Y||^2 + decay ||W||_*``.
 
     Args:

@@ -1,4 +1,4 @@
-"""Starting ranks from convex duality: the directions that survive a weight decay. And how far neighbouring layers share directions."""
+"""Starting ranks from convex duality: the directions that survive a weight decay. And how far neighboring layers share directions."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -82,7 +82,7 @@ def output_spectra(model: nn.Module, calibration: Calibration) -> dict[str, Tens
 
 
 def alignment(model: nn.Module) -> dict[tuple[str, str], float]:
-    """Return how far neighbouring linear layers share singular vectors: ``||W_2 W_1||_* / sum_k s_k(W_2) s_k(W_1)``, in [0, 1].
+    """Return how far neighboring linear layers share singular vectors: ``||W_2 W_1||_* / sum_k s_k(W_2) s_k(W_1)``, in [0, 1].
 
     One where the left singular vectors of a layer are the right ones of the next, in the same order (von Neumann's trace inequality), as
     they are at the optimum of a deep linear network; activations between them are ignored.

@@ -36,8 +36,8 @@ METHODS: tuple[Row[Penalty], ...] = (
     Row(LogDeterminant, example=LogDeterminant(0.01), card="rank-measures", laws={"spectral", "definite", "in a unit"}),
     Row(Schatten, example=Schatten(0.01), card="rank-measures", laws={"spectral", "definite", "in a unit"}),
     Row(CumulativeShrinkage, example=CumulativeShrinkage(0.1), card="bayesian-ranks", laws={"spectral", "definite", "degree-1"}),
-    Row(PolarHoyer, example=PolarHoyer(0.001), card="dense-regularisers", laws={"dense", "spectral", "rank-one", "scale-free"}),
-    Row(NuclearNorm, example=NuclearNorm(0.001), card="dense-regularisers", laws={"dense", "spectral", "definite", "degree-1"}),
+    Row(PolarHoyer, example=PolarHoyer(0.001), card="dense-regularizers", laws={"dense", "spectral", "rank-one", "scale-free"}),
+    Row(NuclearNorm, example=NuclearNorm(0.001), card="dense-regularizers", laws={"dense", "spectral", "definite", "degree-1"}),
     Row(FrobeniusDecay, example=FrobeniusDecay(1e-4), card="squeeze", laws={"spectral", "definite", "degree-2"}),
 )
 

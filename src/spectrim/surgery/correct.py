@@ -121,7 +121,7 @@ def correct(
 
     Source: the asymmetric data reconstruction of Zhang, Zou, He and Sun, arXiv 1505.06798, section 3.3, for linear responses.
     Deviation: the regression starts from ``W``, so that directions that the data leave out keep the dense weight; pseudo-inverses by
-    iterated Tikhonov regularisation; no response of a non-linearity is fitted; the spatial and the input scheme are ours.
+    iterated Tikhonov regularization; no response of a non-linearity is fitted; the spatial and the input scheme are ours.
     """
     check("correct", cut_model=cut, dense=dense, batches=data, calibration=calibration)
     check_examples("correct", examples)

@@ -20,7 +20,7 @@ CUTOFF = 1e-6
 
 
 REFINEMENTS = 4
-"""Solutions of the regularised equations that are added up, each for what the ones before have left."""
+"""Solutions of the regularized equations that are added up, each for what the ones before have left."""
 
 
 FLOOR = 1e-12
@@ -172,8 +172,8 @@ def _error(left_factor: Tensor, cross: Tensor, gram: Tensor, metric: Tensor | No
 def _divided(right: Tensor, moment: Tensor) -> Tensor:
     """Return ``right @ moment^+``, where eigenvalues far below `CUTOFF` of the norm count as zero.
 
-    By iterated Tikhonov regularisation: an eigenvalue ``s`` is inverted to ``(1 - (r / (s + r))^n) / s``, with ``r`` the ridge and ``n``
-    `REFINEMENTS`. What a solution ``X`` of the regularised equations leaves of the right side is ``r X``. An eigendecomposition of
+    By iterated Tikhonov regularization: an eigenvalue ``s`` is inverted to ``(1 - (r / (s + r))^n) / s``, with ``r`` the ridge and ``n``
+    `REFINEMENTS`. What a solution ``X`` of the regularized equations leaves of the right side is ``r X``. An eigendecomposition of
     thousands of inputs would take ten times as long.
     """
     moment = (moment + moment.mT) / 2

@@ -44,7 +44,7 @@ def test_a_grey_image_is_one_matrix_for_all() -> None:
     torch.testing.assert_close(quaternion.image, channels.image)
 
 
-def test_what_is_no_colour_image_is_refused() -> None:
+def test_what_is_no_color_image_is_refused() -> None:
     with pytest.raises(SettingError, match=r"image must be \(3, height, width\)"):
         compress_image(torch.zeros(1, 4, 4), 100)
     with pytest.raises(SettingError, match="at least 32"):

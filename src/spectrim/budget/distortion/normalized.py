@@ -71,7 +71,7 @@ def normalized_energy(model: nn.Module, decomposed: Decompositions, inputs: Any)
         decomposed: of this model.
         inputs: one batch.
     """
-    scales, distortions = _normalisations(model, inputs), {}
+    scales, distortions = _normalizations(model, inputs), {}
     for name, factors in decomposed.factors.items():
         rows, columns = scales.get((factors, "rows"), []), scales.get((factors, "columns"), [])
         distortions[name] = _relative(_scaled(factors, rows, columns) if rows or columns else decomposed.tail(name)).cpu()
@@ -106,7 +106,7 @@ Memory = tuple[int, ...]
 Scales = dict[tuple[Form, Side], list[Tensor]]
 
 
-def _normalisations(model: nn.Module, inputs: Any) -> Scales:
+def _normalizations(model: nn.Module, inputs: Any) -> Scales:
     """Run the model once; return the scales found for the rows and the columns of each weight."""
     scales: Scales = defaultdict(list)
     written: dict[Memory, Features] = {}
@@ -185,7 +185,7 @@ def _averaged(scales: list[Tensor], shape: Sequence[int], device: torch.device) 
 
     Args:
         scales: each of one entry for every feature.
-        shape: of that side; each feature has several neighbouring entries there (those of the kernel's axes).
+        shape: of that side; each feature has several neighboring entries there (those of the kernel's axes).
         device: of the weight.
     """
     if not scales:
