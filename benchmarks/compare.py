@@ -30,7 +30,23 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
 from run import git_state
-from spectrim import Budget, Distillation, Energy, Hoyer, Orthogonality, evaluate, factorize, fit, load, match, measure, merge, prune, save
+from spectrim import (
+    Budget,
+    Distillation,
+    Energy,
+    Hoyer,
+    Orthogonality,
+    Squeeze,
+    evaluate,
+    factorize,
+    fit,
+    load,
+    match,
+    measure,
+    merge,
+    prune,
+    save,
+)
 from spectrim.budget.cut_to import cut_to
 from spectrim.budget.ways import WAYS
 from spectrim.files import write_text
@@ -41,8 +57,10 @@ from spectrim.penalties import L1, FrobeniusDecay, PolarHoyer
 from spectrim.pipeline.components import make, make_loss, seed_everything
 from spectrim.pipeline.environment import environment
 from spectrim.surgery import balance_
+from spectrim.surgery.preset import preset_
 from spectrim.surgery.select import head_of
 from spectrim.training.prepared import Precision
+from spectrim.training.ramp import Ramp
 from spectrim.training.tuning import Tuning
 
 HERE = Path(__file__).resolve().parent
@@ -211,21 +229,28 @@ class Job:
         self.judge("recalibrated", model)
         return model
 
-    def train(self, model: nn.Module, epochs: int, name: str, first: int = 0, penalties: Sequence[Any] = ()) -> nn.Module:
+    def fresh(self) -> nn.Module:
+        """Return the task's network with the random weights of the seed, as its dense network had them."""
+        seed_everything(self.seed)
+        return make(self.task.model, "model").to(DEVICE, memory_format=torch.channels_last)
+
+    def train(
+        self, model: nn.Module, epochs: int, name: str, first: int = 0, penalties: Sequence[Any] = (), courses: Sequence[Any] = ()
+    ) -> nn.Module:
         """Train in place by the task's optimizer, peak rate and schedule, which spans these epochs; return the same model.
 
         The dense network teaches where the method's name ends on ``_distilled``.
         """
         if not epochs:
             return model
-        if not penalties:
+        if not penalties and not courses:
             balance_(model)
         peak, steps = self.knobs.get("peak", self.task.peak), epochs * len(self.data.train)
         optimizer, scheduler = trainer(self.task, model, peak, steps)
         taught = self.method.endswith("_distilled")
         lessons = [Distillation(copy.deepcopy(self.dense), **self.task.distill)] if taught else []
         history = fit(
-            model, self.data.train, self.loss, optimizer, epochs, penalties=penalties, lessons=lessons,
+            model, self.data.train, self.loss, optimizer, epochs, penalties=penalties, courses=courses, lessons=lessons,
             tuning=self.task.tuning(scheduler), checkpoint=self.folder / name, first_epoch=first, progress=False,
         )  # fmt: skip
         self.log += history.epochs
@@ -321,7 +346,7 @@ def ours(job: Job) -> nn.Module:
     made = compress(
         job.dense, job.data.train, job.loss, job.limits, job.epochs, example_inputs=job.example, eval_data=job.data.val,
         scheme=job.task.scheme, where=None if job.task.where is None else match(*job.task.where),
-        distill=distill,
+        writing=knobs.get("writing", "pair"), distill=distill,
         tuning=replace(job.task.tuning(), optimizer=lambda parameters: make(job.task.optimizer, "optimizer", list(parameters), lr=peak)),
         examples=job.task.calibration, folder=job.folder, progress=False, squeeze=knobs.get("squeeze", 0.0),
         cut=knobs.get("cut", "auto"),
@@ -374,9 +399,60 @@ def filters(job: Job) -> nn.Module:
     return job.train(model, job.epochs, "finetune")
 
 
+# From random weights, three times the task's epochs in all: as many as a dense network of twice the epochs has had after its fine-tuning
+
+
+def scratch(job: Job) -> nn.Module:
+    """SVD training as published: full rank with orthogonality, the same with Hoyer, the cut, fine-tuning; a third each."""
+    orthogonality, third = Orthogonality(job.knobs["orthogonality"]), job.epochs
+    low = job.train(job.factorized(job.fresh()), third, "full", penalties=[orthogonality])
+    job.judge("full", low)
+    low = job.train(low, third, "regularize", third, [orthogonality, Hoyer(job.knobs["hoyer"])])
+    job.judge("before_cut", low)
+    keep, cut = largest(lambda keep: prune(low, Energy(keep)), lambda cut: job.fits(merge(cut)))
+    job.notes["energy_kept"] = keep
+    return job.train(job.judged_cut(cut), third, "finetune", 2 * third, [orthogonality])
+
+
+def by_course(job: Job, course: Any) -> nn.Module:
+    """Train at full rank for a third, then cut along a course that ends in the middle of the rest."""
+    orthogonality, third = Orthogonality(job.knobs["orthogonality"]), job.epochs
+    low = job.train(job.factorized(job.fresh()), third, "full", penalties=[orthogonality])
+    job.judge("full", low)
+    return job.train(low, 2 * third, "course", third, [orthogonality], [course])
+
+
+def scratch_squeezed(job: Job) -> nn.Module:
+    """As `scratch`, with a penalty whose strength follows the budget."""
+    return by_course(job, Squeeze(job.limits, end=0.5))
+
+
+def scratch_ramp(job: Job) -> nn.Module:
+    """As `scratch`, with cuts along a ramp and no sparsity penalty."""
+    return by_course(job, Ramp(job.limits, end=0.5))
+
+
+def preset(job: Job) -> nn.Module:
+    """Train pairs of thin layers from random weights; ranks by the spectra of random dense weights."""
+    fresh = job.fresh()
+    low = job.cut_to(job.factorized(fresh), "plain")
+    preset_(low, fresh)
+    job.notes["ranks"] = {key: factors.rank for key, factors in named_factors(low)}
+    return job.train(merge(low), 3 * job.epochs, "train")
+
+
+def longer(job: Job) -> nn.Module:
+    """The dense network, trained on."""
+    return job.train(copy.deepcopy(job.dense), job.epochs, "finetune")
+
+
 METHODS: dict[str, Callable[[Job], nn.Module]] = {
-    method.__name__: method for method in (truncated, whitened, paper, l1, polar_hoyer, ours, narrow, filters)
+    method.__name__: method for method in (truncated, whitened, paper, l1, polar_hoyer, ours, narrow, filters, longer)
 }
+FROM_SCRATCH: dict[str, Callable[[Job], nn.Module]] = {
+    method.__name__: method for method in (scratch, scratch_squeezed, scratch_ramp, preset)
+}
+METHODS |= FROM_SCRATCH
 METHODS |= {f"{method.__name__}_distilled": method for method in (truncated, whitened, paper, narrow)}  # with a teacher, see `Job.train`
 METHODS |= dict.fromkeys(
     (
@@ -388,6 +464,7 @@ METHODS |= dict.fromkeys(
         "ours_hinted",
         "ours_taught",
         "ours_whitened",
+        "ours_interpolative",
     ),
     ours,
 )
@@ -403,21 +480,22 @@ class Start:
         self.task, self.runs = task, runs
         self.git = git_state()  # of the code that is loaded, whatever lies in the folder when a run ends
         self.loss = make_loss(task.loss)
-        self.made: dict[int, tuple[nn.Module, Any]] = {}
+        self.made: dict[tuple[int, bool], tuple[nn.Module, Any]] = {}
         self.scored: dict[tuple[int, str], Scores] = {}
 
-    def of(self, seed: int) -> tuple[nn.Module, Any]:
-        if seed not in self.made:
+    def of(self, seed: int, trained: bool = True) -> tuple[nn.Module, Any]:
+        """Return the dense network and the data of a seed; an untrained one serves for the costs of what starts from random weights."""
+        if (seed, trained) not in self.made:
             settings = {**self.task.data, "init_args": {**self.task.data["init_args"], "seed": seed}}
             data = make(settings, "data").to(DEVICE)  # small enough to lie on a GPU as a whole
             seed_everything(seed)
             model = make(self.task.model, "model")
-            dense = self.trained(model, data, seed) if self.task.dense else model
-            self.made[seed] = (
+            dense = self.trained(model, data, seed) if self.task.dense and trained else model
+            self.made[seed, trained] = (
                 dense.to(DEVICE, memory_format=torch.channels_last),
                 data,
             )  # a quarter faster, the same numbers but for rounding
-        return self.made[seed]
+        return self.made[seed, trained]
 
     def trained(self, model: nn.Module, data: Any, seed: int) -> nn.Module:
         """Train the dense network, or load the one that was trained with these settings."""
@@ -458,10 +536,12 @@ def claimed(path: Path, wait: bool) -> Iterator[bool]:
 def run_one(name: str, start: Start, method: str, budget: float, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
     """Run one method and return the content of its result file; the test split is read at the very end."""
     task, begin = start.task, time.perf_counter()
-    dense, data = start.of(seed)
+    random = method in FROM_SCRATCH
+    dense, data = start.of(seed, trained=not random)
     data.train.set_epoch(0)  # what calibrates does not depend on the runs before
     job = Job(task, method, budget, seed, epochs, dense, data, start.loss, folder)
-    job.scores["dense"] = start.score(seed, "val")
+    if not random:
+        job.scores["dense"] = start.score(seed, "val")
     seed_everything(seed)
     tuned = METHODS[method](job)
     ranks = {key: factors.rank for key, factors in named_factors(tuned)}
@@ -474,7 +554,7 @@ def run_one(name: str, start: Start, method: str, budget: float, seed: int, epoc
         "task": name, "method": method, "budget": budget, "seed": seed, "epochs": epochs,
         "digest": digest(task, method, budget, seed, epochs),
         "settings": task.shared(), "knobs": job.knobs,
-        "dense": {**job.costs, "test": start.score(seed, "test"), "val": job.scores["dense"]},
+        "dense": {**job.costs, "test": start.score(seed, "test"), "val": start.score(seed, "val")},
         "final": {
             "macs": own.macs, "params": own.params, "size_bytes": own.size_bytes, "macs_fraction": (own.macs or 0) / job.costs["macs"],
             "params_fraction": own.params / job.costs["params"], "test": test, "val": job.scores["end"],

@@ -18,7 +18,7 @@ RESULTS = HERE / "results" / "compare"
 TASKS = HERE / "compare"
 DOCS = HERE.parent / "docs"
 PAGE, PLOTS = DOCS / "comparison.md", DOCS / "plots"
-ORDER = ("resnet8", "lenet5", "vit", "resnet20", "resnet20_full", "resnet56", "resnet56_full", "stories260k", "ptb_lstm")
+ORDER = ("resnet8", "lenet5", "vit", "resnet20", "resnet20_full", "resnet56", "resnet56_full", "stories260k", "ptb_lstm", "resnet8_scratch")
 TITLES = {
     "resnet8": "MLPerf-Tiny ResNet-8, CIFAR-10",
     "lenet5": "LeNet-5, Fashion-MNIST",
@@ -29,6 +29,7 @@ TITLES = {
     "resnet56_full": "ResNet-56, CIFAR-10, full length",
     "stories260k": "stories260K language model",
     "ptb_lstm": "LSTM language model, Penn Treebank",
+    "resnet8_scratch": "MLPerf-Tiny ResNet-8, CIFAR-10, from random weights, 120 epochs",
 }
 METHODS = {
     "truncated": "truncated SVD",
@@ -51,6 +52,12 @@ METHODS = {
     "narrow": "narrower network, from scratch",
     "narrow_distilled": "narrower network, from scratch, distilled",
     "filters": "filter pruning (torch-pruning)",
+    "scratch": "SVD training from scratch, Hoyer (the paper)",
+    "scratch_squeezed": "SVD training from scratch, `Squeeze`",
+    "scratch_ramp": "SVD training from scratch, cuts along a ramp",
+    "preset": "low rank from scratch",
+    "ours_interpolative": "`compress`, written interpolatively",
+    "longer": "dense, trained on",
 }
 CALIBRATION_ONLY = ("truncated", "whitened", "ours")
 MERITS = {"accuracy": "accuracy, %", "loss": "loss, nats per token", "perplexity": "perplexity"}
