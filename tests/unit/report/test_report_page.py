@@ -316,7 +316,7 @@ def test_a_chart_reads_its_lines_at_one_place_and_changes_its_axis(opened: Any, 
     assert re.match(r"epoch:?\s*\d+\s*loss:?\s*[\d.]+", legend.inner_text())
     page.mouse.move(0, 0)
     assert not re.search(r"\d", legend.inner_text())
-    seen = "() => { const p = document.querySelector('#layer-charts figure').chart; return [p.scales.y.distr, p.scales.y.min, p.scales.y.max]; }"
+    seen = "() => { const { y } = document.querySelector('#layer-charts figure').chart.scales; return [y.distr, y.min, y.max]; }"
     before = page.evaluate(seen)
     assert figure.locator(".scale").get_attribute("aria-pressed") == "true"
     figure.locator(".scale").click()
