@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +12,11 @@ from torch import nn
 
 from spectrim.budget.allocate import check_floor
 from spectrim.budget.budget import Budget, as_budget
-from spectrim.budget.costs import calls
-from spectrim.budget.ladder import ladder
+from spectrim.budget.priced import priced
 from spectrim.budget.promise import counted, recounted
 from spectrim.budget.schemes import AMONG, at_budget
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
+from spectrim.checks.words import worded
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.distance import Unlabeled, with_outputs
@@ -40,7 +41,7 @@ from spectrim.surgery.balance import balanced
 from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import Scheme, factorize
 from spectrim.surgery.moments import Calibration
-from spectrim.surgery.same_function import same_function
+from spectrim.surgery.readers import leaving_readers, with_reasons
 from spectrim.surgery.select import layer_filter
 from spectrim.training.distillation import Distillation, Loss
 from spectrim.training.fit import DEFAULT
@@ -51,6 +52,7 @@ from spectrim.training.tuning import Tuning
 
 @outside_inference_mode
 @naming
+@worded
 @searching
 def compress(
     model: nn.Module,
@@ -177,7 +179,7 @@ def compress(
     check("compress", optional=("examples", "calibration_seconds"), examples=examples, calibration_seconds=calibration_seconds)
     model, budget, epochs = unwrapped(model), as_budget(budget, "compress", coded=True), index(epochs)
     where = layer_filter(where, model, "compress")
-    check_settings(model, budget, epochs, cut, distill, reconstruct)
+    check_settings(model, budget, epochs, distill, reconstruct)
     check_tuning(tuning, eval_data is not None)
     ways = (1 if cut != "auto" else 4) + (reconstruct is not None) + (budget.coded_bytes is not None)
     with (
@@ -229,9 +231,9 @@ def compress(
             return _finish(with_levels(made, judge, budget, inputs, examples, progress=progress), store)
         whole, budget = budget, replace(budget, coded_bytes=None)
         step("comparing outputs and pricing ranks")
-        same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
-        used = calls(low, inputs)
-        prices = ladder(low, inputs, latency, crossbars=crossbars, dense_model=model, check=True, own=True, used=used)
+        build = partial(factorize, model, scheme, example_inputs=inputs, writing=writing)
+        price = partial(priced, model, inputs, latency, crossbars, inputs_of(known[0]))
+        low, (used, prices), left = leaving_readers(low, build, price)
         if scheme in AMONG and latency is None and calibration is None:
             low, prices = at_budget(low, budget, inputs, prices, model, used, among=AMONG[scheme])
         check_floor(low, budget, prices)
@@ -278,7 +280,7 @@ def compress(
         if before is not None:
             scores["final"] = scores_of_measurement(measured["final"])
         taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
-        lines = coverage(low, where, inputs=inputs, latency=latency)
+        lines = with_reasons(coverage(low, where, inputs=inputs, latency=latency), left)
         notes = [*told.notes, *([untaught] if untaught else [])]
         made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes, split)
         if whole.coded_bytes is not None:
