@@ -218,7 +218,7 @@ def section(name: str) -> str:
     title = f"\n## {TITLES.get(name, name)}\n\n"
     methods, budgets = list(task["methods"]), task["budgets"]
     if not found:
-        return title + "No run has been made yet: it is meant for a GPU.\n"
+        return title + f"No run has been made yet{': it is meant for a GPU' if name.endswith('_full') else ''}.\n"
     budgets = sorted({*budgets, *(result["budget"] for result in found)}, reverse=True)
     trained = [result for result in found if result["epochs"]]
     untrained = [result for result in found if not result["epochs"]]

@@ -181,8 +181,8 @@ def _divided(right: Tensor, moment: Tensor, solutions: int = REFINEMENTS) -> Ten
     """Return ``right @ moment^+``, where eigenvalues far below `CUTOFF` of the norm count as zero.
 
     By iterated Tikhonov regularization: an eigenvalue ``s`` is inverted to ``(1 - (r / (s + r))^n) / s``, with ``r`` the ridge and ``n``
-    the number of `solutions` that are added up. What a solution ``X`` of the regularized equations leaves of the right side is ``r X``. An eigendecomposition of
-    thousands of inputs would take ten times as long.
+    the number of `solutions` that are added up. What a solution ``X`` of the regularized equations leaves of the right side is ``r X``. An
+    eigendecomposition of thousands of inputs would take ten times as long.
     """
     ridge = (CUTOFF * torch.linalg.matrix_norm(moment)).clamp_min(torch.finfo(moment.dtype).tiny)[..., None, None]
     triangle = moment.clone()  # of which the lower half is read
