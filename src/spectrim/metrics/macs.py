@@ -18,7 +18,6 @@ from spectrim.metrics.calls import arguments, evaluating
 from spectrim.metrics.inputs import batch_size_of, check_batch_size
 from spectrim.metrics.tensors import send
 
-
 SKIP = "__dynamo_disable"
 """Where torch keeps what it calls in place of a function that must not be compiled."""
 
