@@ -144,7 +144,7 @@ NETWORKS = {
         lambda seed: zoo.ptb(batch_size=20, length=35, shuffle=True, seed=seed),
         merit="loss",
         budgets=(1_200_000, 800_000, 500_000),
-        examples=256,
+        examples=80,
         held_out=60,
         test=1000,
         sequential=False,
