@@ -116,7 +116,7 @@ NETWORKS = {
         budgets=(240_000, 160_000, 110_000),
         examples=512,
         held_out=512,
-        test=2000,
+        test=1000,
         sequential=False,
         note="published weights; rounded on the dense network's inputs (`sequential=False`)",
     ),
