@@ -44,6 +44,8 @@ def entries(result: dict[str, Any]) -> Iterable[tuple[str, int, dict[str, Any]]]
         yield f"int8 ONNX file, {rows['onnx int8']['method']}", rows["onnx int8"]["bytes"], rows["onnx int8"]
     for row in levels_of(result):
         yield "`round_to`, `.spz`", row["bytes"], row
+        if "xz_bytes" in row:
+            yield "the same levels, a byte or two each, by xz", row["xz_bytes"], row
 
 
 def table(name: str, result: dict[str, Any]) -> list[str]:
