@@ -150,7 +150,7 @@ class Sums:
         for rows in layer.input_rows(x.detach(), output.shape):
             self.inputs[name].add(rows)
             if absorbing:
-                self.totals[name] = self.totals.get(name, 0) + rows.sum(-2, dtype=torch.float64)
+                self.totals[name] = self.totals.get(name, 0) + rows.sum(-2, dtype=torch.promote_types(rows.dtype, torch.float32)).double()
         self._observe_slope(layer, name, x, output)
 
     def _observe_slope(self, layer: OneWeight, name: str, x: Tensor, output: Tensor) -> None:
@@ -238,8 +238,8 @@ def _blocked(moment: Tensor, factors: Form) -> Tensor:
 
 def add_gram(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
     """Add the second moment of rows ``(blocks, n, width)`` to ``sums[name]``, in float64."""
-    found = gram(precise(rows)).double()
-    sums[name] = sums[name].add_(found) if name in sums else found
+    found = gram(precise(rows))
+    sums[name] = sums[name].add_(found) if name in sums else found.double()
 
 
 def _basis(factors: Form) -> Tensor | None:
