@@ -244,7 +244,7 @@ def add_gram(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
 
 def _basis(factors: Form) -> Tensor | None:
     """Return the right singular vectors ``(blocks, rank, in)`` of a weight with many more inputs than that; None for any other."""
-    if not isinstance(factors, Factors) or factors.shape[1] < PROJECTED or 2 * factors.rank > factors.shape[1]:
+    if not isinstance(factors, Factors) or not factors.is_matrix or factors.shape[1] < PROJECTED or 2 * factors.rank > factors.shape[1]:
         return None
     Vh = factors.svd()[2]
     return Vh if factors.lead else Vh[None]
