@@ -243,8 +243,7 @@ def compress(
             latency = own_table(low, inputs, own, store, progress)
         step("comparing outputs and pricing ranks")
         build = partial(factorize, model, scheme, example_inputs=inputs, writing=writing)
-        price = partial(priced, model, inputs, latency, crossbars, inputs_of(known[0]))
-        low, (used, prices), left = leaving_readers(low, build, price)
+        low, (used, prices), left = leaving_readers(low, build, partial(priced, model, inputs, latency, crossbars, inputs_of(known[0])))
         if scheme in AMONG and latency is None and calibration is None:
             low, prices = at_budget(low, budget, inputs, prices, model, used, among=AMONG[scheme])
         check_floor(low, budget, prices)
