@@ -134,7 +134,7 @@ NETWORKS = {
         "ViT of 4 blocks of 96, Fashion-MNIST",
         small_vit,
         lambda seed: zoo.fashion_mnist(batch_size=128, seed=seed),
-        budgets=(200_000, 130_000, 80_000),
+        budgets=(200_000, 130_000, 80_000, 40_000),
         sequential=False,
         note=f"trained for {EPOCHS['vit']} epochs by this runner; rounded on the dense network's inputs",
     ),
