@@ -63,9 +63,9 @@ class TensorTrain(Nested, Kernel):
     # Sizes
 
     @property
-    def cores(self) -> tuple[nn.Parameter, ...]:
+    def cores(self) -> tuple[Tensor, ...]:
         """The parts, from the inputs to the outputs."""
-        return tuple(self.parameters(recurse=False))
+        return self.shown()
 
     @property
     def size(self) -> tt.Ranks:
@@ -186,7 +186,7 @@ class TensorTrain(Nested, Kernel):
 
     def slope_parameters(self) -> list[nn.Parameter]:
         """Return the last core, which has the norms."""
-        return [self.cores[-1]]
+        return [list(self.parameters(recurse=False))[-1]]
 
     def sides(self) -> Cores:
         """Return all cores but the last, unfolded to matrices with orthonormal columns."""

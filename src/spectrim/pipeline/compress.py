@@ -15,6 +15,7 @@ from spectrim.budget.costs import calls
 from spectrim.budget.ladder import ladder
 from spectrim.budget.promise import counted, recounted
 from spectrim.budget.schemes import AMONG, at_budget
+from spectrim.budget.timing import Backend
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
@@ -29,13 +30,14 @@ from spectrim.pipeline.cutter import Cutter
 from spectrim.pipeline.effort import examples_for
 from spectrim.pipeline.judge import Judge, scores_of_measurement
 from spectrim.pipeline.search import searching
-from spectrim.pipeline.store import Store, Told, identity_of
+from spectrim.pipeline.seconds import backend_of, own_table
+from spectrim.pipeline.store import Store, Told, finished, identity_of
 from spectrim.pipeline.teaching import MEMORIZED, TEACHING, teacher_for, why_untaught, with_hint_layers
 from spectrim.pipeline.tuner import Tuner, squeezed
 from spectrim.pipeline.ways import Cut
 from spectrim.protocols import Importance, Latencies, Penalty, Where
 from spectrim.runtimes.crossbar import Crossbars
-from spectrim.steps import LOGGER, steps
+from spectrim.steps import steps
 from spectrim.surgery.balance import balanced
 from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import Scheme, factorize
@@ -76,6 +78,7 @@ def compress(
     calibration: Calibration | None = None,
     reconstruct: Reconstruction | None = None,
     latency: Latencies | None = None,
+    backend: Backend | None = None,
     crossbars: Crossbars | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -138,7 +141,10 @@ def compress(
         calibration: made before by `calibrate` of ``factorize(model, scheme, where)``, so that several budgets share it.
         reconstruct: after the cut, train each block for a few steps toward the dense network's block, on inputs without labels, see
             `Reconstruction`; kept where the loss is lower.
-        latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
+        latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds. Made here
+            where the budget limits seconds; on another device by `spectrim.budget.device.latency_kit`.
+        backend: the backend of the table that is made here, ``eager``, ``compile`` or ``onnx``; ``eager`` when omitted. The networks are
+            then timed in ONNX Runtime, too, with ``onnx``.
         crossbars: `spectrim.runtimes.crossbar.Crossbars`, for a budget of tiles; tiles and their reads are then measured, too.
         folder: for the cut network, checkpoints, the final network, under ``coded_bytes`` ``model.spz``, and ``result.json``; an
             interrupted call resumes there. None for none.
@@ -178,8 +184,9 @@ def compress(
     model, budget, epochs = unwrapped(model), as_budget(budget, "compress", coded=True), index(epochs)
     where = layer_filter(where, model, "compress")
     check_settings(model, budget, epochs, cut, distill, reconstruct)
+    own = backend_of(budget, latency, backend)
     check_tuning(tuning, eval_data is not None)
-    ways = (1 if cut != "auto" else 4) + (reconstruct is not None) + (budget.coded_bytes is not None)
+    ways = (1 if cut != "auto" else 4) + (reconstruct is not None) + (budget.coded_bytes is not None) + (own is not None)
     with (
         steps("compress", 6 + ways + (round(epochs * squeeze) > 0) + (epochs > round(epochs * squeeze)), progress) as step,
         ExitStack() as held,
@@ -220,14 +227,18 @@ def compress(
             calibration_seconds=calibration_seconds,
             reconstruct=None if reconstruct is None else repr(reconstruct),
             **({} if crossbars is None else {"crossbars": repr(crossbars)}),
+            **({} if own is None else {"backend": own}),
             **identity_of(folder, model, low, data, known, eval_data, inputs, loss, tuning, latency, calibration, start),
         )
         if not budget.limits:
             step("scoring the dense network")
             made = uncut(judge, where, inputs, store.settings, split)
             step("rounding", has_bar=True)
-            return _finish(with_levels(made, judge, budget, inputs, examples, progress=progress), store)
+            return finished(with_levels(made, judge, budget, inputs, examples, progress=progress), store)
         whole, budget = budget, replace(budget, coded_bytes=None)
+        if own is not None:
+            step("timing layers", has_bar=True)
+            latency = own_table(low, inputs, own, store, progress)
         step("comparing outputs and pricing ranks")
         same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
         used = calls(low, inputs)
@@ -281,15 +292,8 @@ def compress(
         lines = coverage(low, where, inputs=inputs, latency=latency)
         notes = [*told.notes, *([untaught] if untaught else [])]
         made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes, split)
+        made.latency = latency
         if whole.coded_bytes is not None:
             step("rounding", has_bar=True)
             made = with_levels(made, judge, whole, inputs, examples, progress=progress)
-        return _finish(made, store)
-
-
-def _finish(made: Compressed, store: Store) -> Compressed:
-    """Write what was made, and log the warnings of its verdict."""
-    store.finish(made)
-    for warning in made.verdict.warnings:
-        LOGGER.warning("compress: %s", warning)
-    return made
+        return finished(made, store)

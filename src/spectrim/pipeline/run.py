@@ -17,7 +17,7 @@ from spectrim.budget.costs import spectra
 from spectrim.budget.cut_to import cut_to, has_norms, renew_statistics
 from spectrim.budget.ways import WAYS
 from spectrim.errors import FormatError
-from spectrim.files import make_folder, write_json, write_text
+from spectrim.files import digest_of, make_folder, write_json, write_text
 from spectrim.metrics.inputs import first_examples
 from spectrim.metrics.measurement import Measurement, measure, measure_together
 from spectrim.pipeline.components import make
@@ -75,7 +75,7 @@ class Run(Stages):
         measured = self._measured(models, tuned)
         result: dict[str, Any] = {name: entry.to_dict() for name, entry in measured.items()}
         verdict = verdict_of_run(measured, final, self.numbers).to_dict()
-        result |= {"stages": self.numbers, "recipe": plain(recipe), "environment": environment(), "verdict": verdict}
+        result |= {"stages": self.numbers, "recipe": plain(replace(recipe, code=None)), "environment": environment(), "verdict": verdict}
         finish(self.out, "run", result, coverage(tuned, recipe.factorize.layers()))
         return result
 
@@ -88,6 +88,7 @@ class Run(Stages):
             if recipe.threads:
                 torch.set_num_threads(recipe.threads)
             common = {name: plain(getattr(recipe, name)) for name in ("model", "data", "loss", "seed", "precision")}
+            common |= {} if recipe.weights is None else {"weights": digest_of(Path(recipe.weights))}
             return self._stage("1-dense", [common, plain(recipe.dense)], self._dense)
 
     def _fit(self, model: nn.Module, phase: Phase, folder: Path, teacher: nn.Module | None) -> dict[str, list[dict[str, Any]]]:

@@ -123,6 +123,23 @@ class Decompositions:
         X, _, Y = self.parts(name, metric)
         return held.like(*unit_rows(X[..., :rank], Y[..., :rank, :]))
 
+    def for_refit(self, metric: Metric) -> Calibration | None:
+        """Return the calibration for a refit in a metric; None where outputs count alike, or without gradients.
+
+        Args:
+            metric: what counts.
+        """
+        held = self.calibration
+        if held is None or metric not in ("both", "loss") or not held.outputs:
+            return None
+        return held if metric == "loss" else replace(held, outputs={name: self._root(name, G) for name, G in held.outputs.items()})
+
+    def _root(self, name: str, metric: Tensor) -> Tensor:
+        """Return the root of one weight's metric of the outputs, computed once."""
+        if name not in self._roots:
+            self._roots[name] = root(metric)
+        return self._roots[name]
+
     def _exact(self, name: str) -> Parts:
         """Return ``U, S, Vh`` of one weight, exact, in float64."""
         if name in self._factors:
@@ -138,9 +155,7 @@ class Decompositions:
             return None, None
         left, right = self.calibration.metrics(name, self.factors[name].shape)
         if metric == "both" and left is not None:
-            if name not in self._roots:
-                self._roots[name] = root(left)
-            left = self._roots[name]
+            left = self._root(name, left)
         return (left if metric in ("both", "loss") else None), right
 
     def _fits(self) -> bool:
@@ -167,13 +182,6 @@ def root(metric: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(metric.double())
     made: Tensor = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
     return made
-
-
-def with_metric(calibration: Calibration, metric: Metric) -> Calibration | None:
-    """Return the calibration for a refit in a metric; None where outputs count alike."""
-    if metric not in ("both", "loss") or not calibration.outputs:
-        return None
-    return replace(calibration, outputs={name: root(G) for name, G in calibration.outputs.items()}) if metric == "both" else calibration
 
 
 def without_loss(calibration: Calibration) -> Calibration:
