@@ -63,8 +63,8 @@ class Logits(nn.Module):
 EPOCHS = {"vit": 2, "ptb_lstm": 1}
 """Of training the dense network: fewer than in the comparison, whose networks have 15 and 8."""
 
-WINDOWS = 13_000
-"""Training windows of the LSTM: about half of all."""
+WINDOWS = 8_000
+"""Training windows of the LSTM: about a third of all."""
 
 
 def trained(name: str, model: nn.Module, data: Any, loss: Any, peak: float, clip: float) -> nn.Module:
