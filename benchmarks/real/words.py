@@ -3,9 +3,10 @@
 import re
 from collections import defaultdict
 
-import fetch
 import torch
 from torch import Tensor, nn
+
+import fetch
 
 LETTERS = {letter: index for index, letter in enumerate(["<pad>", "<unk>", "</s>", *"abcdefghijklmnopqrstuvwxyz"])}
 VOWELS = re.findall("[A-Z]+", "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW")

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import fetch
-
-from cases import CASES, Case
+from real_cases import CASES, Case
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "real", ROOT / "docs" / "real-networks.md"

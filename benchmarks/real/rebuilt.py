@@ -2,11 +2,12 @@
 
 from typing import Any
 
-import fetch
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import fetch
 
 
 class Crepe(nn.Module):
