@@ -71,8 +71,7 @@ def options_of(weight: Weight, met: Moments, dense: Curve) -> list[Option]:
     found = [Option(None, [dense])]
     matrices = weight.matrices().cpu().numpy()
     blocks, out, in_ = matrices.shape
-    ranks = sorted({max(1, round(share * min(out, in_))) for share in SHARES})
-    ranks = [rank for rank in ranks if rank * (out + in_) < out * in_]
+    ranks = [rank for rank in sorted({max(1, round(share * min(out, in_))) for share in SHARES}) if rank * (out + in_) < out * in_]
     if blocks > 1 or out > WIDEST or not ranks:
         return found
     right, left = metric_of(met.own[0].cpu().numpy(), INPUTS), metric_of(met.left[0].cpu().numpy(), OUTPUTS)
