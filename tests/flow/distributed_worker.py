@@ -19,6 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 import spectrim as sp
 from spectrim.errors import DivergedError, LayerError, SettingError
 from spectrim.layers.sharded import gathered, has_shards
+from spectrim.metrics.distance import Divergence
 from spectrim.penalties import TailEnergy
 from spectrim.protocols import Change
 from spectrim.training.checkpoint import CHECKPOINT
@@ -351,6 +352,37 @@ def cut_between(folder: Path, sharded: bool) -> dict[str, Any]:
     return outcome(history, cut) | {"ranks": sp.measure(again, latency=False).ranks}
 
 
+class Sometimes(nn.Module):
+    """Calls its second layer for the second batch alone, which one process has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(36, 24), nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self.first(x.flatten(1) + 100)
+        return self.second(held) if x.shape[0] == 7 else held[:, :4]
+
+
+def calibrated(folder: Path, sharded: bool) -> dict[str, Any]:
+    """Second moments of all examples, with labels, from the output alone, and of a layer that not every process meets."""
+    from accelerate import Accelerator
+
+    x, y = examples().tensors
+    batches = [(x[:8], y[:8]), (x[8:15], y[8:15]), (x[15:30], y[15:30])]
+    torch.manual_seed(0)
+    cases = {
+        "labels": (net("conv"), LOSS),
+        "outputs": (net("mlp"), Divergence()),
+        "sometimes": (sp.factorize(Sometimes().double(), where="*"), None),
+    }
+    found: dict[str, Any] = {}
+    for name, (model, loss) in cases.items():
+        known = sp.calibrate(model, batches, loss, examples=30, accelerator=Accelerator(cpu=True) if processes() > 1 else None)
+        found[name] = {field: getattr(known, field) for field in ("inputs", "outputs", "slopes", "means", "examples", "skipped")}
+    return found
+
+
 def dense(kind: str) -> list[nn.Module]:
     return [nn.Flatten(), nn.Linear(36, 24), nn.LayerNorm(24), nn.ReLU(), nn.Dropout(), nn.Linear(24, 15), nn.ReLU(), nn.Linear(15, 4)]
 
@@ -367,6 +399,7 @@ SCENARIOS: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "ddp_batches": batches,
     "ddp_sampler": sampler,
     "ddp_wide": wide,
+    "ddp_calibrated": calibrated,
     "fsdp_mlp": mlp,
     "fsdp_conv": conv,
     "fsdp_resumed": resumed,

@@ -64,6 +64,14 @@ def test_two_processes_train_what_one_does(folder: Path, tmp_path: Path, name: s
         assert alone["epochs"][1]["loss"] != alone["epochs"][0]["loss"]
 
 
+def test_two_processes_calibrate_what_one_does(folder: Path, tmp_path: Path) -> None:
+    first, second = of(folder, "ddp_calibrated")
+    alone = worker.calibrated(tmp_path, False)
+    assert alone["sometimes"]["inputs"].keys() == {"first", "second"}
+    for one, other in ((alone, first), (first, second)):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
 def test_penalties_are_in_the_gradient_once(folder: Path, tmp_path: Path) -> None:
     """The comparison above would not see a penalty that is too weak to matter: without it the weights differ."""
     (first, _), (history, model, _) = of(folder, "ddp_mlp"), worker.train("mlp", False, tuning=sp.Tuning(clip=0.5))

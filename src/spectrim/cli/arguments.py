@@ -48,6 +48,7 @@ EXAMPLES = {
   spectrim run recipes/digits.yaml --set prune.budget.macs=0.25 --seed 1 --out runs/quarter""",
     "compress": """\
   spectrim compress net.yaml --macs 0.5                    half of the multiply-accumulates, no training
+  spectrim compress net.yaml --macs 0.5 --weights net.pt   of a network that is trained already
   spectrim compress net.yaml --macs 0.7,0.5,0.35           three networks, one table, one page
   spectrim compress net.yaml --max-drop 0.5 --epochs 5     the smallest one at most half a point worse
   spectrim compress net.yaml --latency 0.7 --backend onnx  at most 70 % of the dense network's seconds
@@ -114,6 +115,7 @@ def _json(sub: ArgumentParser, what: str = "") -> None:
 def _changes(sub: ArgumentParser, whose: str = "the recipe") -> None:
     sub.add_argument("--set", type=str, action="append", metavar="KEY=VALUE", help=f"change a key of {whose}: train.0.epochs=3")
     sub.add_argument("--seed", type=int, help="the same as --set seed=N")
+    sub.add_argument("--weights", type=str, metavar="FILE", help="trained weights, a .safetensors file or a state dict in .pt")
     sub.add_argument(
         "--device", type=str, metavar="cpu|cuda|cuda:N|mps", help="where to train (default: an accelerator where there is one)"
     )

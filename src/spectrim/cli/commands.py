@@ -206,13 +206,15 @@ def _network(args: Namespace, held: Contents | None, name: str) -> tuple[nn.Modu
     if held is None:
         recipe = read_recipe(args.target, changes(args), cut=False)
         return make_model(recipe), recipe
+    if args.weights is not None:
+        raise UsageError("--weights", f"{held.folder} holds its own", allowed="with a recipe file")
     place, path = held.network(name), held.folder / RECIPE
     note(f"calling the code that {path} names; do so only for folders that you trust")
     try:
         recipe = read_recipe(path, changes(args), cut=False)
     except UsageError as error:
         raise error if str(path) in str(error) else FormatError(path, str(error)) from error
-    return load(place, make_model(recipe)), recipe
+    return load(place, make_model(recipe, filled=False)), recipe
 
 
 BODIES: dict[str, Callable[[Namespace], None]] = {

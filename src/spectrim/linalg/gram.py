@@ -128,3 +128,34 @@ class MomentSum:
             return -total / self.count, total
         mean = self.mean.unsqueeze(-1)
         return torch.cat([-total / self.count, self.count * mean], -1), torch.cat([total, mean], -1)
+
+    def together(self, add: Callable[[Tensor], Tensor]) -> None:
+        """Make this the sum of those of all processes, each of which calls it.
+
+        Args:
+            add: gives the sum of a tensor over the processes.
+        """
+        assert self._gram is not None
+        assert self._sum is not None
+        count = int(add(torch.tensor(self.count, device=self._sum.device)))
+        if not self.shifted:
+            self._gram, self._sum, self.count = add(self._gram), add(self._sum), count
+            return
+        mean = add(self.count * self.mean if self.count else self._sum) / count  # of all: means of processes do not cancel around it
+        away = self.mean - mean if self.count else torch.zeros_like(mean)
+        deviations = self.second(centered=True) if self.count else self._gram
+        self._gram = add(deviations + self.count * away.unsqueeze(-1) * away.unsqueeze(-2))
+        self._sum, self.shift, self.count = torch.zeros_like(mean), mean.unsqueeze(-2), count
+
+    @classmethod
+    def empty(cls, like: Tensor, *, shifted: bool) -> "MomentSum":
+        """Return a sum of no rows, of matrices ``(blocks, width, width)`` like the one given."""
+        made = cls(shifted=shifted)
+        made._gram, made._sum = torch.zeros_like(like), torch.zeros_like(like[..., 0])
+        return made
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of `second`."""
+        assert self._gram is not None
+        return self._gram.shape

@@ -1,4 +1,4 @@
-// Plain JavaScript without libraries, behind knapsack.js and charts.js. Data: the JSON in #data, written by spectrim/report/data.py.
+// Plain JavaScript, behind uplot.js, knapsack.js and charts.js. Data: the JSON in #data, written by spectrim/report/data.py.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const COLORS = ["var(--c0)", "var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)", "var(--c5)"];
 const DASHES = ["", "6 3", "2 2", "9 3 2 3", "12 3", "1 3"]; // lines differ in more than color

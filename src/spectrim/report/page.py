@@ -104,8 +104,8 @@ def _page(plan: Plan | None, run: Mapping[str, Any] | None) -> str:
     folder = files("spectrim.report")
     parts = {
         "title": html.escape(str(title)),
-        "style": (folder / "page.css").read_text(encoding="utf-8"),
-        "script": "".join((folder / name).read_text(encoding="utf-8") for name in ("knapsack.js", "charts.js", "page.js")),
+        "style": "".join((folder / name).read_text(encoding="utf-8") for name in ("uplot.css", "page.css")),
+        "script": "".join((folder / name).read_text(encoding="utf-8") for name in ("uplot.js", "knapsack.js", "charts.js", "page.js")),
         "data": escaped_json(data),
         "text": html.escape(_text(plan, run)),
     }

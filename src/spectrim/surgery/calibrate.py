@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.checks import check, outside_inference_mode, unwrapped
+from spectrim.checks.words import worded
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_factors
 from spectrim.metrics.batch import BatchDims, stated
@@ -21,6 +22,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 @outside_inference_mode
+@worded
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],
@@ -31,6 +33,7 @@ def calibrate(
     centered: bool = True,
     batch_dims: BatchDims | None = None,
     progress: bool = False,
+    accelerator: Any = None,
 ) -> Calibration:
     """Run a factorized model in eval mode and measure the second moments at each of its weights.
 
@@ -50,6 +53,8 @@ def calibrate(
         centered: whether to take the mean out of the inputs where a bias absorbs it (see `absorbing`); the sources do not.
         batch_dims: states the batch axes of the inputs, see `spectrim.metrics.batch.BatchDims`; found by agreement of sizes when omitted.
         progress: whether to show a progress bar, on stderr and on a terminal only.
+        accelerator: an `accelerate.Accelerator`, when all of its processes call this with the same model and data: each takes every n-th
+            batch, and all return the moments of all examples. Without one a process calibrates by itself.
 
     Returns:
         The moments, on the model's device.
@@ -80,10 +85,12 @@ def calibrate(
             parameter.requires_grad_(loss is not None)
     seen, start = 0, time.monotonic()
     labels = loss is not None and not isinstance(loss, Unlabeled)
+    share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
     with isolated(observed), torch.set_grad_enabled(loss is not None), sums.watching(observed):
-        if not labels and loss is not None:
-            torch.manual_seed(0)  # of the directions; the caller's generators are put back
-        for inputs, target in batches_of(data, observed, examples, targets=labels, progress=progress, title="calibrate", dims=batch_dims):
+        batches = batches_of(data, observed, examples, targets=labels, progress=progress, title="calibrate", dims=batch_dims, share=share)
+        for number, (inputs, target) in enumerate(batches):
+            if not labels and loss is not None:  # directions of a batch, whoever has it; the caller's generators are put back
+                torch.manual_seed(share[0] + number * share[1])
             output = call_model(observed, inputs)
             stated_size = None if batch_dims is None else stated(inputs, batch_dims, "calibrate").size
             count = batch_size_of(inputs, stated_size, target=target, output=output)
@@ -94,6 +101,9 @@ def calibrate(
             seen += count
             if seconds is not None and time.monotonic() - start > seconds:
                 break
+    if share[1] > 1:
+        sums.together(accelerator)
+        seen = int(accelerator.reduce(torch.tensor(seen, device=accelerator.device), "sum"))
     if not seen:
         hint = "a generator can be read only once: give a list or a DataLoader"
         raise SettingError("calibrate", "data", got=f"nothing from {type(data).__name__}", rule="at least one batch", hint=hint)

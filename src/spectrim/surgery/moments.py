@@ -177,6 +177,35 @@ class Sums:
             if grad is not None:
                 self.slopes[name] = self.slopes.get(name, torch.zeros_like(grad, dtype=torch.float64)) + grad
 
+    def together(self, accelerator: Any) -> None:
+        """Make these the sums of all processes, each of which calls it; layers that only some of them met are known to all afterwards.
+
+        Args:
+            accelerator: accelerate's.
+        """
+        from accelerate.utils import gather_object
+
+        def add(tensor: Tensor) -> Tensor:
+            return accelerator.reduce(tensor.contiguous(), "sum")  # type: ignore[no-any-return]
+
+        def shapes(sums: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+            return {name: tuple(found.shape) for name, found in sums.items()}
+
+        def everyones(own: Mapping[str, Any]) -> dict[str, Any]:
+            return dict(sorted((pair for part in gather_object([dict(own)]) for pair in part.items()), key=lambda pair: pair[0]))
+
+        device = accelerator.device
+        for name, shape in everyones(shapes(self.inputs)).items():
+            if name not in self.inputs:
+                self.inputs[name] = MomentSum.empty(torch.zeros(shape, dtype=torch.float64, device=device), shifted=name in self.absorbing)
+            self.inputs[name].together(add)
+        for sums in (self.totals, self.outputs, self.slopes):
+            for name, shape in everyones(shapes(sums)).items():
+                sums[name] = add(sums.get(name, torch.zeros(shape, dtype=torch.float64, device=device)))
+        for name in everyones(self.positions):
+            self.positions[name] = int(add(torch.tensor(self.positions[name], device=device)))
+        self.skipped = everyones(self.skipped)
+
     def result(self, held: Mapping[str, Form], examples: int) -> Calibration:
         """Return the means."""
         inputs = {name: self.inputs[name].second() for name in held if name in self.inputs}
@@ -215,7 +244,7 @@ def add_gram(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
 
 def _basis(factors: Form) -> Tensor | None:
     """Return the right singular vectors ``(blocks, rank, in)`` of a weight with many more inputs than that; None for any other."""
-    if not isinstance(factors, Factors) or factors.shape[1] < PROJECTED or 2 * factors.rank > factors.shape[1]:
+    if not isinstance(factors, Factors) or not factors.is_matrix or factors.shape[1] < PROJECTED or 2 * factors.rank > factors.shape[1]:
         return None
     Vh = factors.svd()[2]
     return Vh if factors.lead else Vh[None]

@@ -85,6 +85,7 @@ def batches_of(
     progress: bool,
     title: str,
     dims: BatchDims | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Any, Any]]:
     """Yield ``(inputs, target)`` on the model's device until so many examples were seen; the target of bare inputs is None.
 
@@ -96,17 +97,21 @@ def batches_of(
         progress: whether to show a progress bar on a terminal.
         title: text of the progress bar.
         dims: states the batch axes, see `BatchDims`.
+        share: ``(index, count)`` of this process: it gets every `count`-th batch; examples are counted in all of them.
 
     Raises:
         SettingError: for a batch without the target that is needed.
     """
     console, seen = Console(stderr=True), 0
-    for batch in track(data, title, console=console, transient=True, disable=not (progress and console.is_terminal)):
+    shown = track(data, title, console=console, transient=True, disable=not (progress and console.is_terminal))
+    for number, batch in enumerate(shown):
         pair = isinstance(batch, tuple | list) and len(batch) == 2
         if targets and not pair:
             raise SettingError(title, "data", got=type(batch), rule="batches (inputs, target) with a loss")
-        inputs, target = send(tuple(batch) if pair else (batch, None), model)
-        yield inputs, target
+        inputs, target = tuple(batch) if pair else (batch, None)
+        if number % share[1] == share[0]:
+            inputs, target = send((inputs, target), model)
+            yield inputs, target
         if examples is not None:
             seen += batch_size_of(inputs, target=target) if dims is None else stated(inputs, dims, title).size
             if seen >= examples:

@@ -111,7 +111,7 @@ class Search:
         self.track: Any = lambda names, title: track(names, title, console=console, transient=True, disable=not shown)
         for name in self.track(list(self.roundings), "steps"):
             rounding = self.roundings[name]
-            self.curves[name] = curve_of(rounding, float(np.sqrt((rounding.matrices**2).mean())))
+            self.curves[name] = curve_of(rounding.rough, float(np.sqrt((rounding.matrices**2).mean())))
 
     def _measured(self, tensor: Tensor) -> Rounding:
         """Return the rounding of a weight without feedback: its curvature is measured on a batch, at a trial step."""
@@ -181,7 +181,8 @@ class Search:
                 _put(parameters[name], levels[0], steps[name])
         with evaluating(made) if sequential else nullcontext(), torch.no_grad():
             for name in self.track(list(self.met), "rounding") if sequential else self.met:
-                weight, met, rounding = weights[name], self.met[name], self.roundings[name]
+                weight, met = weights[name], self.met[name]
+                rounding = self.roundings[name] if sequential or not self.sequential else self.roundings[name].rough
                 before = weight.matrices()
                 if sequential and met.once:
                     met = beside(*self._counterpart(name), made, weight, self.batches, self.sizes, met.left)
