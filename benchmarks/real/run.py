@@ -93,7 +93,13 @@ def one_row(case: Case, method: str, budget: dict[str, float], seed: int, split:
         model, told = truncated(dense, case, limit), {}
     else:
         model, told = compressed(dense, case, limit, method, seed)
-    row = {"seconds": time.process_time() - start, "wall_s": time.perf_counter() - wall, "start_bytes": before, "peak_bytes": peak(), **told}
+    row = {
+        "seconds": time.process_time() - start,
+        "wall_s": time.perf_counter() - wall,
+        "start_bytes": before,
+        "peak_bytes": peak(),
+        **told,
+    }
     model = model.eval()
     costs = {name: (count_macs(net, one), sum(p.numel() for p in net.parameters())) for name, net in (("dense", dense), ("low", model))}
     row |= {unit: costs["low"][i] / costs["dense"][i] for i, unit in enumerate(("macs", "params"))}
@@ -151,7 +157,6 @@ def measured(name: str, seed: int, budgets: list[dict[str, float]], again: bool)
             content["rows"].append({"method": method, "budget": budget, "seed": seed, **row, "commit": git})
             write(path, content)
             print(name, budget, method, {key: row[key] for key in ("score", "seconds", "macs", "params")}, flush=True)
-
 
     if again or "onnx" not in content or len(content["rows"]) > len(done):
         content["onnx"] = timed(case, content["rows"])
