@@ -114,8 +114,8 @@ def goals() -> list[str]:
     if alone and cut:
         words = "helps" if cut["kl"] < alone["kl"] else "does not help"
         lines.append(
-            f"- Does low rank help bytes? ResNet-20 at 50,000 bytes: levels alone {alone['accuracy']:.2f}, divergence {alone['kl']:.4f}; cut to"
-            f" 80 % of the parameters before, {cut['accuracy']:.2f}, divergence {cut['kl']:.4f}: it {words}."
+            f"- Does low rank help bytes? ResNet-20 at 50,000 bytes: levels alone {alone['accuracy']:.2f}, divergence {alone['kl']:.4f};"
+            f" cut to 80 % of the parameters before, {cut['accuracy']:.2f}, divergence {cut['kl']:.4f}: it {words}."
         )
     for rate, most in (("85x", 0.15), ("balanced-85x", 0.15), ("167x", 0.5)):
         for method in ("gradual", "gradual-taught", "admm", "one-shot"):
