@@ -13,6 +13,9 @@ RESULTS, PRUNING, FILES = (HERE / "results" / name for name in ("coded", "prunin
 PLOT = HERE.parent / "docs" / "plots" / "coded.svg"
 
 
+EMPTY: dict[str, Any] = {"rows": {}}
+
+
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -107,6 +110,13 @@ def goals() -> list[str]:
             lines.append(
                 f"- ResNet-20 at {limit:,} bytes, at least {least}: {said}: {verdict(statistics.fmean(found), least, 'point', False)}."
             )
+    alone, cut = twenty.get("levels 50000 seed 0"), twenty.get("rank 0.8 levels 50000 seed 0")
+    if alone and cut:
+        words = "helps" if cut["kl"] < alone["kl"] else "does not help"
+        lines.append(
+            f"- Does low rank help bytes? ResNet-20 at 50,000 bytes: levels alone {alone['accuracy']:.2f}, divergence {alone['kl']:.4f};"
+            f" cut to 80 % of the parameters before, {cut['accuracy']:.2f}, divergence {cut['kl']:.4f}: it {words}."
+        )
     for rate, most in (("85x", 0.15), ("balanced-85x", 0.15), ("167x", 0.5)):
         for method in ("gradual", "gradual-taught", "admm", "one-shot"):
             if rows := rows_of(PRUNING, f"{method}-{rate}"):
@@ -123,6 +133,11 @@ def goals() -> list[str]:
             f"- LeNet-5, a file at least 300x smaller at most 0.2 point below dense, `{path.stem}`: {row['file']['coded_bytes']:,} bytes,"
             f" {ratio:.0f}x ({verdict(ratio, 300, 'times', False)}), {gone:.2f} below ({verdict(gone, 0.2, 'point')})."
         )
+    missing = [
+        NETWORKS[name].title for name in ("resnet56", "stories260k", "vit", "ptb_lstm") if len(levels_of(results().get(name, EMPTY))) < 3
+    ]
+    said = f"not for {', '.join(missing)}" if missing else "met"
+    lines.append(f"- Curves of ResNet-56, stories260K, the small ViT and the LSTM, three budgets each: {said}.")
     return [*lines, ""]
 
 

@@ -241,7 +241,8 @@ def test_files_of_pruned_networks_have_the_bits_that_are_stated(monkeypatch: pyt
     for path in pruning_levels.RESULTS.glob("*.json"):
         row = json.loads(path.read_text(encoding="utf-8"))
         assert row["digest"] == pruning.digest(row["settings"]), path
-        assert row["settings"] == row["settings"] | pruning_levels.LEVELS, f"{path}: the settings have changed since"
+        known = pruning_levels.LEVELS.values()
+        assert any(row["settings"] == row["settings"] | knobs for knobs in known), f"{path}: the settings have changed since"
         assert all(row["distinct"][f"{name}.weight"] <= most + 1 for name, most in (("conv1", 8), ("conv2", 8), ("fc1", 4), ("fc2", 4)))
         assert sum(row["file"][key] for key in ("data_bytes", "index_bytes")) <= row["file"]["coded_bytes"]
 
