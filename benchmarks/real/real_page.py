@@ -71,7 +71,7 @@ def page() -> str:
     """Return the page."""
     parts = [section(name, case, content) for name, case in CASES.items() if (content := found(name)) is not None]
     wheels = "\n".join(f"| `{w.package}` | {w.version} | {w.holds} | {w.license} |" for w in fetch.WHEELS.values())
-    return HEAD + "\n" + "\n".join(parts) + TAIL.format(wheels=wheels)
+    return HEAD + "\n" + "".join(f"{part}\n" for part in parts) + TAIL.format(wheels=wheels)
 
 
 HEAD = """# Networks from wheels
