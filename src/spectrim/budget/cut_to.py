@@ -16,7 +16,7 @@ from spectrim.layers import named_factors
 from spectrim.protocols import Importance, Latencies, RankRule
 from spectrim.runtimes.crossbar import Crossbars
 from spectrim.surgery.correct import correct_
-from spectrim.surgery.decompositions import Decompositions, with_metric
+from spectrim.surgery.decompositions import Decompositions
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.ranks import chooser
@@ -159,9 +159,7 @@ class Workbench:
             kept = self.places.state() if renews else kept
         if way.refit and dense is not None and examples:
             self.places.put(copied(start))
-            held = self.decomposed.calibration
-            by = None if held is None else with_metric(held, way.refit_metric)
-            correct_(self.network, dense, examples, calibration=by, examples=None)
+            correct_(self.network, dense, examples, calibration=self.decomposed.for_refit(way.refit_metric), examples=None)
             if renews:
                 recalibrate(self.network, examples)
             found = score(self.network)

@@ -138,10 +138,26 @@ class Decompositions:
             return None, None
         left, right = self.calibration.metrics(name, self.factors[name].shape)
         if metric == "both" and left is not None:
-            if name not in self._roots:
-                self._roots[name] = root(left)
-            left = self._roots[name]
+            left = self._root(name, left)
         return (left if metric in ("both", "loss") else None), right
+
+    def _root(self, name: str, left: Tensor) -> Tensor:
+        if name not in self._roots:
+            self._roots[name] = root(left)
+        return self._roots[name]
+
+    def for_refit(self, metric: Metric) -> Calibration | None:
+        """Return the calibration for a refit in a metric; None where outputs count alike.
+
+        Args:
+            metric: ``both`` or ``loss``, else outputs count alike.
+        """
+        known = self.calibration
+        if known is None or metric not in ("both", "loss") or not known.outputs:
+            return None
+        if metric == "loss":
+            return known
+        return replace(known, outputs={name: self._root(name, left) for name, left in known.outputs.items()})
 
     def _fits(self) -> bool:
         """Whether all vectors in three metrics take no more than half of the memory that is free."""
@@ -167,13 +183,6 @@ def root(metric: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(metric.double())
     made: Tensor = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
     return made
-
-
-def with_metric(calibration: Calibration, metric: Metric) -> Calibration | None:
-    """Return the calibration for a refit in a metric; None where outputs count alike."""
-    if metric not in ("both", "loss") or not calibration.outputs:
-        return None
-    return replace(calibration, outputs={name: root(G) for name, G in calibration.outputs.items()}) if metric == "both" else calibration
 
 
 def without_loss(calibration: Calibration) -> Calibration:
