@@ -283,7 +283,8 @@ def compress(
         made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes, split)
         if whole.coded_bytes is not None:
             step("rounding", has_bar=True)
-            made = with_levels(made, judge, whole, inputs, examples, progress=progress)
+            joint = not epochs and where is None and latency is None and not {*budget.limits} - {"macs", "params", "size", "size_bytes"}
+            made = with_levels(made, judge, whole, inputs, examples, joint=joint, progress=progress)
         return _finish(made, store)
 
 
