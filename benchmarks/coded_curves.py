@@ -44,6 +44,8 @@ def entries(result: dict[str, Any]) -> Iterable[tuple[str, int, dict[str, Any]]]
         yield f"int8 ONNX file, {rows['onnx int8']['method']}", rows["onnx int8"]["bytes"], rows["onnx int8"]
     for row in levels_of(result):
         yield "`round_to`, `.spz`", row["bytes"], row
+        if "xz_bytes" in row:
+            yield "the same levels, a byte or two each, by xz", row["xz_bytes"], row
 
 
 def table(name: str, result: dict[str, Any]) -> list[str]:
@@ -131,24 +133,28 @@ def plot() -> None:
     mpl.use("svg")
     mpl.rcParams |= {"svg.hashsalt": "spectrim", "svg.fonttype": "none", "font.size": 9}
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     found = {name: result for name, result in results().items() if levels_of(result)}
     columns = min(4, len(found))
-    figure, grid = plt.subplots(-(-len(found) // columns), columns, figsize=(3.1 * columns, 5.6), squeeze=False, layout="constrained")
+    lines = -(-len(found) // columns)
+    figure, grid = plt.subplots(lines, columns, figsize=(3.1 * columns, 2.8 * lines), squeeze=False, layout="constrained")
     for axis in grid.flat[len(found) :]:
         axis.remove()
     for axis, (name, result) in zip(grid.flat, found.items(), strict=False):
         merit = NETWORKS[name].merit
         rows, curve = result["rows"], levels_of(result)
-        scale = 1e-3
-        axis.plot([scale * row["bytes"] for row in curve], [row[merit] for row in curve], "o-", color="C0", label="round_to, .spz")
+        axis.plot([row["bytes"] / 1000 for row in curve], [row[merit] for row in curve], "o-", color="C0", label="round_to, .spz")
         points = [("float32, xz", "s", "C7", rows["float32"], "xz_bytes"), ("int8, xz", "D", "C1", rows["int8"], "xz_bytes")]
         points += [("int8 ONNX", "^", "C3", rows["onnx int8"], "bytes")] if "onnx int8" in rows else []
         for label, marker, color, row, key in points:
             if key in row:
-                axis.plot(scale * row[key], row[merit], marker, color=color, label=label)
+                axis.plot(row[key] / 1000, row[merit], marker, color=color, label=label)
         axis.axhline(rows["float32"][merit], color="0.7", linewidth=0.8, zorder=0)
         axis.set(title=NETWORKS[name].title, xscale="log", xlabel="kB", ylabel="test accuracy, %" if merit == "accuracy" else "test loss")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.title.set_fontsize(8)
         axis.grid(alpha=0.3)
     grid.flat[0].legend(fontsize=7, frameon=False)

@@ -26,7 +26,7 @@ from spectrim.training import Hold, StraightThrough
 from spectrim.training.statefile import read_state
 
 RESULTS = Path(__file__).resolve().parent / "results" / "pruning_levels"
-LEVELS = {"epochs": 4, "peak": 3e-4, "constant": 0.25, "end": 0.9, "teach": {"temperature": 4.0, "weight": 0.7}, "bias_levels": 127}
+LEVELS = {"epochs": 2, "peak": 3e-4, "constant": 0.25, "end": 0.9, "teach": {"temperature": 4.0, "weight": 0.7}, "bias_levels": 127}
 """Bits are those of `pruning.LEVELS`; `end` is when levels are final and biases alone are trained."""
 
 

@@ -24,6 +24,19 @@ def test_coded_page_is_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_every_coded_file_is_within_its_budget_and_no_smaller_than_its_values_and_positions() -> None:
+    import json
+
+    paths = list((ROOT / "benchmarks" / "results" / "coded").glob("*.json"))
+    assert paths
+    for path in paths:
+        for name, row in json.loads(path.read_text(encoding="utf-8"))["rows"].items():
+            kind, *rest = name.split(" seed ")[0].rsplit(" ", 1)
+            if kind in ("levels", "joint"):
+                assert row["bytes"] <= int(rest[0]), (path, name)
+                assert row["data_bytes"] + row["index_bytes"] <= row["bytes"], (path, name)
+
+
 def test_forms_page_is_up_to_date() -> None:
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / "forms.py", "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -207,6 +220,42 @@ def test_pruning_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> 
                 f"{path}: the settings have changed since"
             )
             assert row["plain"]["total_kept"] == sum(pruning.RATES[row["settings"]["rate"]].values())
+
+
+def test_files_of_pruned_networks_have_the_bits_that_are_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import pruning
+    import pruning_levels
+
+    for path in pruning_levels.RESULTS.glob("*.json"):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        assert row["digest"] == pruning.digest(row["settings"]), path
+        assert row["settings"] == row["settings"] | pruning_levels.LEVELS, f"{path}: the settings have changed since"
+        assert all(row["distinct"][f"{name}.weight"] <= most + 1 for name, most in (("conv1", 8), ("conv2", 8), ("fc1", 4), ("fc2", 4)))
+        assert sum(row["file"][key] for key in ("data_bytes", "index_bytes")) <= row["file"]["coded_bytes"]
+
+
+def test_a_pruned_network_is_the_same_function_without_what_no_output_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from spectrim import zoo
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import pruning_levels
+
+    torch.manual_seed(0)
+    model = zoo.caffe_lenet5()
+    with torch.no_grad():
+        model.conv1.weight[3], model.conv2.weight[:10], model.fc1.weight[:, 400:] = 0, 0, 0  # constants, and features that nothing reads
+        model.fc1.weight[5:50], model.fc2.weight[:, 100:] = 0, 0
+    made, images = pruning_levels.trimmed(model), torch.randn(8, 1, 28, 28)
+    torch.testing.assert_close(made(images), model(images))
+    assert int(made.conv2.weight.flatten(1).any(1).sum()) == 15  # of 50: ten were constants, 25 are not read
+    assert int(made.fc1.weight.any(1).sum()) == int(made.fc2.weight.any(0).sum()) == 100 - 45
+    assert int(made.fc1.bias.count_nonzero()) == 55
+    assert int(made.conv2.weight[:, 3].count_nonzero()) == 0
 
 
 def test_table_of_crossbars_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:

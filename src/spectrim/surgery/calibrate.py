@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.checks import check, outside_inference_mode, unwrapped
+from spectrim.checks.words import worded
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_factors
 from spectrim.metrics.batch import BatchDims, stated
@@ -21,6 +22,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 @outside_inference_mode
+@worded
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spectrim import linalg
 from spectrim.checks import check, outside_inference_mode, unwrapped
+from spectrim.checks.words import worded
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_layers, sites
@@ -68,6 +69,7 @@ def uncorrected(model: nn.Module) -> dict[str, str]:
 
 
 @outside_inference_mode
+@worded
 def correct(
     cut: nn.Module,
     dense: nn.Module,

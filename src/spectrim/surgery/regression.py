@@ -181,7 +181,7 @@ def _divided(right: Tensor, moment: Tensor, solutions: int = REFINEMENTS) -> Ten
     """Return ``right @ moment^+``, where eigenvalues far below `CUTOFF` of the norm count as zero.
 
     By iterated Tikhonov regularization: an eigenvalue ``s`` is inverted to ``(1 - (r / (s + r))^n) / s``, with ``r`` the ridge and ``n``
-    the number of `solutions` that are added up. What a solution ``X`` of the regularized equations leaves of the right side is ``r X``. An
+    the number of `solutions`. What a solution ``X`` of the regularized equations leaves of the right side is ``r X``. An
     eigendecomposition of thousands of inputs would take ten times as long.
     """
     ridge = (CUTOFF * torch.linalg.matrix_norm(moment)).clamp_min(torch.finfo(moment.dtype).tiny)[..., None, None]
@@ -200,16 +200,20 @@ def truncated(rank: int, target: Tensor, metric: Tensor, left: Tensor | None) ->
 
     With ``R^T R`` the metric of the outputs it is ``R^-1 E E^T R target``, with ``E`` the leading eigenvectors of ``R T metric T^T R^T``.
     """
-    wide = left is None and target.shape[-2] <= target.shape[-1]
-    Q, core = (None, target) if wide else torch.linalg.qr(target)  # of the smaller side
-    gram = core @ metric @ core.mT
-    if left is not None:
-        root, inverse = metric_root(Q, left, LEFT_FLOOR)
-        gram = root @ gram @ root.mT
-    basis = torch.linalg.eigh((gram + gram.mT) / 2).eigenvectors[..., -rank:]
-    if left is None:
-        return unit_rows(basis if Q is None else Q @ basis, basis.mT @ core)
-    return unit_rows(Q @ (inverse @ basis), basis.mT @ (root @ core))
+    if left is None and target.shape[-2] <= target.shape[-1]:
+        basis = _leading(target @ metric @ target.mT, rank)
+        return unit_rows(basis, basis.mT @ target)
+    Q, core = torch.linalg.qr(target)  # of the smaller side
+    root, inverse = metric_root(Q, left, LEFT_FLOOR)
+    seen = core if left is None else root @ core
+    basis = _leading(seen @ metric @ seen.mT, rank)
+    return unit_rows(Q @ (basis if left is None else inverse @ basis), basis.mT @ seen)
+
+
+def _leading(gram: Tensor, rank: int) -> Tensor:
+    """Return the leading eigenvectors of a symmetric matrix."""
+    vectors: Tensor = torch.linalg.eigh((gram + gram.mT) / 2).eigenvectors
+    return vectors[..., -rank:]
 
 
 def _sizes(layer: Any) -> tuple[int, int, int, int]:

@@ -1,7 +1,7 @@
 """`same_function`: whether two networks compute the same, and the first layer where they do not."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -101,7 +101,22 @@ def _run_second(network: nn.Module, inputs: Any, training: bool, names: tuple[st
         mode = "training" if training else "eval"
         problem = f"the {names[1]} network fails in {mode} mode where the {names[0]} computes ({told})"
         hint = "the model asks its layers for more than to be called, such as their children; leave those out with where="
-        raise LayerError(type(network).__name__, problem, hint=hint) from error
+        raise LayerError(_failing(network, inputs, training) or type(network).__name__, problem, hint=hint) from error
+
+
+def _failing(network: nn.Module, inputs: Any, training: bool) -> str:
+    """Return the innermost layer that is entered and not left when a network fails; empty for the network itself."""
+    inside: list[str] = []
+    named = [(name, module) for name, module in network.named_modules() if name]
+    handles = [module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)) for name, module in named]
+    handles += [module.register_forward_hook(lambda *_: inside.pop() and None) for _, module in named]
+    try:
+        with suppress(Exception):  # the one that is looked into
+            _run(network, inputs, training)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inside[-1] if inside else ""
 
 
 def _run(network: nn.Module, inputs: Any, training: bool, layers: dict[str, list[Tensor]] | None = None) -> list[Tensor]:

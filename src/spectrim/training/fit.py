@@ -10,6 +10,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from spectrim.checks import check, outside_inference_mode
+from spectrim.checks.words import worded
 from spectrim.errors import SettingError
 from spectrim.layers.sharded import has_shards, reshard
 from spectrim.protocols import Course, Lesson, Penalty, RankSchedule
@@ -39,6 +40,7 @@ class EpochCallback(Protocol):
 
 
 @outside_inference_mode
+@worded
 def fit(
     model: nn.Module,
     data: Iterable[Any],

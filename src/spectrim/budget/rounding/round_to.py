@@ -10,6 +10,7 @@ from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget, BudgetError
 from spectrim.budget.rounding.attempts import Rounded, Search
 from spectrim.budget.rounding.pairs import with_pairs
 from spectrim.checks import check, outside_inference_mode, unwrapped
+from spectrim.checks.words import worded
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_layers
 from spectrim.metrics.macs import count_macs
@@ -22,6 +23,7 @@ __all__ = ["Rounded", "round_to"]
 
 
 @outside_inference_mode
+@worded
 def round_to(
     model: nn.Module,
     data: Iterable[Any],
