@@ -158,24 +158,6 @@ class Decompositions:
             left = self._root(name, left)
         return (left if metric in ("both", "loss") else None), right
 
-    def _root(self, name: str, left: Tensor) -> Tensor:
-        if name not in self._roots:
-            self._roots[name] = root(left)
-        return self._roots[name]
-
-    def for_refit(self, metric: Metric) -> Calibration | None:
-        """Return the calibration for a refit in a metric; None where outputs count alike.
-
-        Args:
-            metric: ``both`` or ``loss``, else outputs count alike.
-        """
-        known = self.calibration
-        if known is None or metric not in ("both", "loss") or not known.outputs:
-            return None
-        if metric == "loss":
-            return known
-        return replace(known, outputs={name: self._root(name, left) for name, left in known.outputs.items()})
-
     def _fits(self) -> bool:
         """Whether all vectors in three metrics take no more than half of the memory that is free."""
         bytes_ = sum(3 * 8 * f.blocks * f.rank * sum(f.shape) for f in self.factors.values())
