@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from rich.progress import track
@@ -17,7 +17,8 @@ from spectrim.budget.timed import MARGIN, LatencyTable, TimedWeight, describe
 from spectrim.budget.timing import Backend, _example, _forms, _Operation, _shape, time_layer
 from spectrim.budget.whole_network import time_network
 from spectrim.checks import check, unwrapped
-from spectrim.errors import LayerError, SettingError
+from spectrim.checks.words import worded
+from spectrim.errors import LayerError
 from spectrim.forms.form import Form
 from spectrim.layers import FactorizedLayer, factor_name, named_layers, sites
 from spectrim.layers.uses import Call
@@ -26,6 +27,7 @@ POINTS = {"eager": 6, "compile": 3, "onnx": 6}
 """Ranks timed for each layer; a compiler takes seconds for each."""
 
 
+@worded
 def latency_table(
     model: nn.Module,
     inputs: Any,
@@ -104,15 +106,6 @@ def checked(
     """
     check(verb, model=model, inputs=inputs, threads=threads, multiple=multiple, margin=margin, time_box=time_box)
     model = unwrapped(model)
-    for name, value, fits, rule in (
-        ("backend", backend, backend in get_args(Backend), f"one of {get_args(Backend)}"),
-        ("threads", threads, threads >= 1, "at least 1"),
-        ("multiple", multiple, multiple is None or multiple >= 1, "at least 1"),
-        ("margin", margin, 0 <= margin < 1, "in [0, 1)"),
-        ("time_box", time_box, time_box > 0, "above 0"),
-    ):
-        if not fits:
-            raise SettingError(verb, name, got=value, rule=rule)
     if next(sites(model), None) is None:
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
     return model

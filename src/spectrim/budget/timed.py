@@ -8,6 +8,7 @@ from torch import nn
 
 from spectrim.budget.latency_cache import timing_of
 from spectrim.budget.timing import Backend, Timing
+from spectrim.checks.words import check_words
 from spectrim.errors import FormatError, LayerError, SettingError
 from spectrim.layers import FactorizedLayer, sites
 
@@ -67,6 +68,7 @@ class LatencyTable:
     dense_untimed: str = ""
 
     def __post_init__(self) -> None:
+        check_words(self)
         if not 0 <= self.margin < 1:
             raise SettingError("LatencyTable", "margin", got=self.margin, rule="in [0, 1)")
 

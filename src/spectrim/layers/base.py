@@ -74,6 +74,9 @@ class FactorizedLayer(ExchangedLayer):
         """Multiply-accumulates of the interpolative writing, as `work`."""
         raise NotImplementedError
 
+    own_forward: ClassVar[bool] = False
+    """Whether the forward is that of a class outside, which reads the weight: that it computes the same is found by comparing."""
+
     def interpolates(self, name: str, rank: int) -> bool:
         """Whether `merge` writes a rank in ``r (m + n - r)`` numbers: where that was asked for, and saves enough over the pair."""
         factors = self.factors_of(name)

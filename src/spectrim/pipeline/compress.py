@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import Any, Literal
@@ -11,12 +12,12 @@ from torch import nn
 
 from spectrim.budget.allocate import check_floor
 from spectrim.budget.budget import Budget, as_budget
-from spectrim.budget.costs import calls
-from spectrim.budget.ladder import ladder
+from spectrim.budget.priced import priced
 from spectrim.budget.promise import counted, recounted
 from spectrim.budget.schemes import AMONG, at_budget
 from spectrim.budget.timing import Backend
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
+from spectrim.checks.words import worded
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.distance import Unlabeled, with_outputs
@@ -42,7 +43,7 @@ from spectrim.surgery.balance import balanced
 from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import Scheme, factorize
 from spectrim.surgery.moments import Calibration
-from spectrim.surgery.same_function import same_function
+from spectrim.surgery.readers import leaving_readers, with_reasons
 from spectrim.surgery.select import layer_filter
 from spectrim.training.distillation import Distillation, Loss
 from spectrim.training.fit import DEFAULT
@@ -53,6 +54,7 @@ from spectrim.training.tuning import Tuning
 
 @outside_inference_mode
 @naming
+@worded
 @searching
 def compress(
     model: nn.Module,
@@ -183,7 +185,7 @@ def compress(
     check("compress", optional=("examples", "calibration_seconds"), examples=examples, calibration_seconds=calibration_seconds)
     model, budget, epochs = unwrapped(model), as_budget(budget, "compress", coded=True), index(epochs)
     where = layer_filter(where, model, "compress")
-    check_settings(model, budget, epochs, cut, distill, reconstruct)
+    check_settings(model, budget, epochs, distill, reconstruct)
     own = backend_of(budget, latency, backend)
     check_tuning(tuning, eval_data is not None)
     ways = (1 if cut != "auto" else 4) + (reconstruct is not None) + (budget.coded_bytes is not None) + (own is not None)
@@ -240,9 +242,8 @@ def compress(
             step("timing layers", has_bar=True)
             latency = own_table(low, inputs, own, store, progress)
         step("comparing outputs and pricing ranks")
-        same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
-        used = calls(low, inputs)
-        prices = ladder(low, inputs, latency, crossbars=crossbars, dense_model=model, check=True, own=True, used=used)
+        build = partial(factorize, model, scheme, example_inputs=inputs, writing=writing)
+        low, (used, prices), left = leaving_readers(low, build, partial(priced, model, inputs, latency, crossbars, inputs_of(known[0])))
         if scheme in AMONG and latency is None and calibration is None:
             low, prices = at_budget(low, budget, inputs, prices, model, used, among=AMONG[scheme])
         check_floor(low, budget, prices)
@@ -289,11 +290,12 @@ def compress(
         if before is not None:
             scores["final"] = scores_of_measurement(measured["final"])
         taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
-        lines = coverage(low, where, inputs=inputs, latency=latency)
+        lines = with_reasons(coverage(low, where, inputs=inputs, latency=latency), left)
         notes = [*told.notes, *([untaught] if untaught else [])]
         made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes, split)
         made.latency = latency
         if whole.coded_bytes is not None:
             step("rounding", has_bar=True)
-            made = with_levels(made, judge, whole, inputs, examples, progress=progress)
+            joint = not epochs and where is None and latency is None
+            made = with_levels(made, judge, whole, inputs, examples, joint=joint, progress=progress)
         return finished(made, store)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from spectrim.checks import check, unwrapped
+from spectrim.checks.words import worded
 from spectrim.errors import ExportError, FormatError, SettingError
 from spectrim.files import check_room, new_files
 from spectrim.layers import named_layers
@@ -89,6 +90,7 @@ class Exported(Summarized):
         return asdict(self) | {"path": str(self.path)}
 
 
+@worded
 def export(
     model: nn.Module,
     inputs: Any,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from threading import Timer
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from rich.console import Console
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spectrim import linalg
 from spectrim.checks import check, outside_inference_mode, unwrapped
+from spectrim.checks.words import worded
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms import FORMS, Factors, Form
 from spectrim.layers import factor_name, kind_of, named_factors, named_layers, sites
@@ -83,6 +84,7 @@ def decomposition(method: Method, rank: int | None, full: int) -> Callable[[Tens
 
 
 @outside_inference_mode
+@worded
 def factorize(
     model: nn.Module,
     scheme: Scheme = "auto",
@@ -145,14 +147,6 @@ def factorize(
     """
     check("factorize", model=model, where=where, rank=rank, example_inputs=example_inputs)
     model = unwrapped(model)
-    if scheme not in get_args(Scheme):
-        raise SettingError(
-            "factorize", "scheme", got=scheme, rule="'auto', 'all', 'channel', 'spatial', 'input', 'tucker', 'cp', 'tt' or 'quaternion'"
-        )
-    if method not in ("exact", "randomized", "auto"):
-        raise SettingError("factorize", "method", got=method, rule="'exact', 'randomized' or 'auto'")
-    if writing not in ("pair", "interpolative"):
-        raise SettingError("factorize", "writing", got=writing, rule="'pair' or 'interpolative'")
     stated = isinstance(rank, Mapping | SupportsIndex)
     if method == "randomized" and not stated:
         rule = "a number or a mapping {layer: rank} with method='randomized'"

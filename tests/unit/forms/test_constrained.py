@@ -112,3 +112,27 @@ def test_what_cannot_be_held_says_so() -> None:
     form = dict(named_factors(constrain(sp.factorize(network(), "channel", where="*"), bits=4)))["4"]
     with pytest.raises(LayerError, match="do not follow a cut of ranks"):
         form.turns(form.cut_to((2, 3)))
+
+
+def test_a_budget_of_coded_bytes_chooses_bits() -> None:
+    low, x = constrain(sp.factorize(network(), "dense", where="*"), bits=32), torch.zeros(1, 2, 6, 6)
+    sizes = sp.allocate(low, sp.Budget(coded_bytes=0.2), x)
+    assert set(sizes) == {"0", "2", "4"}
+    cut = sp.prune(low, sizes)
+    spent = sum(form.coded_bits() for _, form in named_factors(cut)) / 8 + 4 * (8 + 8 + 6)  # biases
+    whole = 4 * sum(parameter.numel() for parameter in network().parameters())
+    assert 0.14 * whole < spent <= 0.2 * whole
+    best = {name: [float(error) for error in form.tail()[1:]] for name, form in named_factors(low)}
+    bits = {name: [form.cut_to(size).coded_bits() / 8 for size in form.path()] for name, form in named_factors(low)}
+    energies = {name: float(form.tail()[0]) for name, form in named_factors(low)}
+    lost = sum(best[name][form.rung_of(sizes[name]) - 1] / energies[name] for name, form in named_factors(low))
+    for one in range(8):  # brute force
+        for two in range(8):
+            for three in range(8):
+                picked = dict(zip(best, (one, two, three), strict=True))
+                if sum(bits[name][place] for name, place in picked.items()) + 88 <= 0.2 * whole:
+                    assert lost <= sum(best[name][place] / energies[name] for name, place in picked.items()) * (1 + 1e-9) + 1e-12
+    with pytest.raises(SettingError, match="at least"):
+        sp.allocate(low, sp.Budget(coded_bytes=0.01), x)
+    with pytest.raises(SettingError, match="constrain"):
+        sp.allocate(sp.factorize(network(), where="*"), sp.Budget(coded_bytes=0.2), x)
