@@ -294,6 +294,5 @@ def compress(
         made.latency = latency
         if whole.coded_bytes is not None:
             step("rounding", has_bar=True)
-            joint = not epochs and where is None and latency is None
-            made = with_levels(made, judge, whole, inputs, examples, joint=joint, progress=progress)
+            made = with_levels(made, judge, whole, inputs, examples, not epochs and where is None and latency is None, progress=progress)
         return finished(made, store)
