@@ -20,10 +20,11 @@ from spectrim.protocols import Course, Lesson, Penalty, RankSchedule
 from spectrim.surgery.frozen import training_mode
 from spectrim.training import processes
 from spectrim.training.checkpoint import Checkpoint
-from spectrim.training.data import Order, announce, generators_of, length_of
+from spectrim.training.data import announce, generators_of, length_of
 from spectrim.training.distillation import Loss
 from spectrim.training.history import History, layer_lines
 from spectrim.training.loop import Loop, Position
+from spectrim.training.order import Order
 from spectrim.training.prepared import Precision, make_accelerator, prepared
 from spectrim.training.progress import _bar
 from spectrim.training.signals import ending_cleanly
