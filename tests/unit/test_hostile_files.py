@@ -44,6 +44,15 @@ def test_values_of_json_are_counted_before_they_are_made(tmp_path: Path, monkeyp
         read_json(path)
 
 
+def test_a_damaged_name_of_a_digest_is_damage(tmp_path: Path) -> None:
+    text.write_json(tmp_path / "cut.json", {"how": "plain"})
+    whole = (tmp_path / "cut.json").read_text()
+    assert read_json(tmp_path / "cut.json") == {"how": "plain"}
+    (tmp_path / "cut.json").write_text(whole.replace("sha256", "sha257").replace("plain", "other"))
+    with pytest.raises(FormatError, match=r"cut\.json: is damaged"):
+        read_json(tmp_path / "cut.json")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="symbolic links need rights there")
 def test_a_link_in_the_place_of_a_lock_file_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("important")

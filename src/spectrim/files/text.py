@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ JSON_VALUES = 1 << 24
 
 DIGEST = "sha256"
 """Key of the digest of all else in a JSON file that `write_json` wrote."""
+
+_ENDING = re.compile(r'\n "[^"\n]*": "[0-9a-f]{64}"\s*\}\s*\Z')
+"""How a file of `write_json` ends; under another key than `DIGEST` the key is damaged."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -111,6 +115,7 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         raise FormatError(path, f"is damaged: it holds a {type(values).__name__}, not a mapping", hint=hint)
     found = values.pop(DIGEST, None)
-    if found is not None and found != _digest(values):
+    renamed = found is None and _ENDING.search(text) is not None
+    if renamed or (found is not None and found != _digest(values)):
         raise FormatError(path, "is damaged: its content does not match its digest", hint=hint)
     return values
