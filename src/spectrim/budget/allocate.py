@@ -140,7 +140,7 @@ def limits_of(budget: Budget, prices: Ladder, choices: Mapping[str, Sequence[int
     return [_limit(name, value, unit, choices) for name, value, unit in asked(budget, prices)]
 
 
-def asked(budget: Budget, prices: Ladder) -> list[tuple[str, float, UnitCost]]:
+def asked(budget: Budget, prices: Ladder) -> list[tuple[str, float | int, UnitCost]]:
     """Return the limits of a budget that rungs decide: field, value and costs; coded bytes where weights are held pruned or rounded."""
     found = [(name, value, prices.unit((FRACTIONS | ABSOLUTE)[name])) for name, value in budget.limits.items()]
     if budget.coded_bytes is not None:

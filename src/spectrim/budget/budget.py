@@ -147,7 +147,7 @@ class Budget:
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise SettingError("Budget", name, got=value, rule="a number", hint=hint)
             if name in FRACTIONS and not 0 < value <= 1:
-                hint = next((f"write {other}= for {unit}" for other, unit in UNITS.items() if FRACTIONS[name] == ABSOLUTE[other]), hint)
+                hint = next((f"write {other}= for {unit}" for other, unit in UNITS.items() if FRACTIONS[name] == ABSOLUTE.get(other)), hint)
                 raise SettingError("Budget", name, got=value, rule="the fraction kept, in (0, 1]", hint=hint)
             if name in DROPS and not 0 <= value < math.inf:
                 what = "points of accuracy" if name == "max_drop" else "a fraction of the loss"

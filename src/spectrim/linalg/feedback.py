@@ -95,12 +95,11 @@ def rounded(
     Source: Frantar et al., arXiv 2210.17323 (inputs, one side; blocks); the nearest-plane algorithm: Babai, Combinatorica 6 (1986).
     Deviation: both sides at once, and levels are chosen by what they cost.
     """
-    out, in_ = weight.shape
-    order = np.arange(out) if left is None else left.order
+    order = np.arange(len(weight)) if left is None else left.order
     inside = np.ix_(order, right.order)
     target, free = weight[inside].astype(np.float64), None if kept is None else kept[inside]
     decide = _Decisions(step, price, bits)
-    levels = (_one_sided if left is None else _two_sided)(target, free, right, left, decide)
+    levels = _one_sided(target, free, right, decide) if left is None else _two_sided(target, free, right, left, decide)
     made = np.empty_like(levels)
     made[inside] = levels
     return made, decide.distortion
@@ -123,7 +122,7 @@ class _Decisions:
         return levels
 
 
-def _one_sided(target: np.ndarray, free: np.ndarray | None, right: Metric, left: None, decide: _Decisions) -> np.ndarray:
+def _one_sided(target: np.ndarray, free: np.ndarray | None, right: Metric, decide: _Decisions) -> np.ndarray:
     """Decide one column after the other."""
     out, in_ = target.shape
     levels, error = np.zeros((out, in_), np.int64), np.zeros((out, in_))

@@ -62,8 +62,8 @@ class Rounding:
         if self.kept >= 1:
             return [None] * len(self.matrices)
         scores = np.abs(self.matrices)
-        for score, (right, left) in zip(scores, self.metrics or [(None, None)] * len(scores), strict=True):
-            score *= 1.0 if right is None else _in_order(right)[None]
+        for score, (right, left) in zip(scores, self.metrics, strict=False):
+            score *= _in_order(right)[None]
             score *= 1.0 if left is None else _in_order(left)[:, None]
         return list(scores > np.quantile(scores, 1 - self.kept))
 
