@@ -13,6 +13,9 @@ RESULTS, PRUNING, FILES = (HERE / "results" / name for name in ("coded", "prunin
 PLOT = HERE.parent / "docs" / "plots" / "coded.svg"
 
 
+EMPTY: dict[str, Any] = {"rows": {}}
+
+
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -107,6 +110,13 @@ def goals() -> list[str]:
             lines.append(
                 f"- ResNet-20 at {limit:,} bytes, at least {least}: {said}: {verdict(statistics.fmean(found), least, 'point', False)}."
             )
+    alone, cut = twenty.get("levels 50000 seed 0"), twenty.get("rank 0.8 levels 50000 seed 0")
+    if alone and cut:
+        words = "helps" if cut["kl"] < alone["kl"] else "does not help"
+        lines.append(
+            f"- Does low rank help bytes? ResNet-20 at 50,000 bytes: levels alone {alone['accuracy']:.2f}, divergence {alone['kl']:.4f};"
+            f" cut to 80 % of the parameters before, {cut['accuracy']:.2f}, divergence {cut['kl']:.4f}: it {words}."
+        )
     for rate, most in (("85x", 0.15), ("balanced-85x", 0.15), ("167x", 0.5)):
         for method in ("gradual", "gradual-taught", "admm", "one-shot"):
             if rows := rows_of(PRUNING, f"{method}-{rate}"):
@@ -123,6 +133,11 @@ def goals() -> list[str]:
             f"- LeNet-5, a file at least 300x smaller at most 0.2 point below dense, `{path.stem}`: {row['file']['coded_bytes']:,} bytes,"
             f" {ratio:.0f}x ({verdict(ratio, 300, 'times', False)}), {gone:.2f} below ({verdict(gone, 0.2, 'point')})."
         )
+    missing = [
+        NETWORKS[name].title for name in ("resnet56", "stories260k", "vit", "ptb_lstm") if len(levels_of(results().get(name, EMPTY))) < 3
+    ]
+    said = f"not for {', '.join(missing)}" if missing else "met"
+    lines.append(f"- Curves of ResNet-56, stories260K, the small ViT and the LSTM, three budgets each: {said}.")
     return [*lines, ""]
 
 
@@ -136,7 +151,7 @@ def plot() -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     found = {name: result for name, result in results().items() if levels_of(result)}
-    columns = min(4, len(found))
+    columns = min(3, len(found))
     lines = -(-len(found) // columns)
     figure, grid = plt.subplots(lines, columns, figsize=(3.1 * columns, 2.8 * lines), squeeze=False, layout="constrained")
     for axis in grid.flat[len(found) :]:
@@ -144,12 +159,12 @@ def plot() -> None:
     for axis, (name, result) in zip(grid.flat, found.items(), strict=False):
         merit = NETWORKS[name].merit
         rows, curve = result["rows"], levels_of(result)
-        axis.plot([row["bytes"] / 1000 for row in curve], [row[merit] for row in curve], "o-", color="C0", label="round_to, .spz")
-        points = [("float32, xz", "s", "C7", rows["float32"], "xz_bytes"), ("int8, xz", "D", "C1", rows["int8"], "xz_bytes")]
-        points += [("int8 ONNX", "^", "C3", rows["onnx int8"], "bytes")] if "onnx int8" in rows else []
-        for label, marker, color, row, key in points:
-            if key in row:
-                axis.plot(row[key] / 1000, row[merit], marker, color=color, label=label)
+        axis.plot([row["bytes"] / 1000 for row in curve], [row[merit] for row in curve], "o-", color="C0", label="round_to, coded file")
+        points = [("float32, general coder", "s", "C7", rows["float32"]), ("int8, general coder", "D", "C1", rows["int8"])]
+        points += [("int8 ONNX file", "^", "C3", rows["onnx int8"])] if "onnx int8" in rows else []
+        for label, marker, color, row in points:
+            size = min((row[key] for key in ("xz_bytes", "zstd_bytes", "zlib_bytes") if key in row), default=row["bytes"])
+            axis.plot(size / 1000, row[merit], marker, color=color, label=label)
         axis.axhline(rows["float32"][merit], color="0.7", linewidth=0.8, zorder=0)
         axis.set(title=NETWORKS[name].title, xscale="log", xlabel="kB", ylabel="test accuracy, %" if merit == "accuracy" else "test loss")
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -157,6 +172,7 @@ def plot() -> None:
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.title.set_fontsize(8)
         axis.grid(alpha=0.3)
-    grid.flat[0].legend(fontsize=7, frameon=False)
+    named = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(PLOT, metadata={"Date": None})
     plt.close(figure)

@@ -26,8 +26,13 @@ from spectrim.training import Hold, StraightThrough
 from spectrim.training.statefile import read_state
 
 RESULTS = Path(__file__).resolve().parent / "results" / "pruning_levels"
-LEVELS = {"epochs": 2, "peak": 3e-4, "constant": 0.25, "end": 0.9, "teach": {"temperature": 4.0, "weight": 0.7}, "bias_levels": 127}
-"""Bits are those of `pruning.LEVELS`; `end` is when levels are final and biases alone are trained."""
+TAUGHT = {"temperature": 4.0, "weight": 0.7}
+LEVELS: dict[str, dict[str, Any]] = {
+    "": {"epochs": 2, "peak": 3e-4, "constant": 0.25, "end": 0.9, "teach": TAUGHT, "bias_levels": 127},
+    "fewer": {"epochs": 4, "peak": 1e-3, "constant": 0.25, "end": 0.9, "teach": TAUGHT, "bias_levels": 31, "keep": 0.85},
+}
+"""Bits are those of `pruning.LEVELS`; `end` is when levels are final and biases alone are trained. `keep` is the share of each layer's
+weights that stays at all; it came after the score of the first row, which had 280x, was known."""
 
 
 @torch.no_grad()
@@ -61,10 +66,16 @@ def tables(model: nn.Module) -> dict[str, Then]:
 
 
 @torch.no_grad()
-def round_biases(model: nn.Module) -> None:
+def keep_largest(model: nn.Module, share: float) -> None:
+    for parameter in pruning.weights_of(model).values():
+        parameter.copy_(TopK(round(share * int(parameter.count_nonzero())))(parameter.detach()))
+
+
+@torch.no_grad()
+def round_biases(model: nn.Module, most: int) -> None:
     for parameter in model.parameters():
         if parameter.dim() == 1:
-            step = parameter.abs().max() / LEVELS["bias_levels"]
+            step = parameter.abs().max() / most
             parameter.copy_((parameter / step).round() * step + 0)
 
 
@@ -87,22 +98,26 @@ def difference(one: nn.Module, other: nn.Module, x: Tensor) -> float:
         return float((one(x) - other(x)).abs().max())
 
 
-def file_row(method: str, size: str, seed: int) -> None:
+def file_row(method: str, size: str, variant: str, seed: int) -> None:
     """Run one row unless it is there."""
-    path = RESULTS / f"{pruning.label(method, size)}-{seed}.json"
-    settings = {"method": method, "rate": size, "seed": seed, **LEVELS}
+    knobs = LEVELS[variant]
+    path = RESULTS / f"{pruning.label(method, size)}{'-' if variant else ''}{variant}-{seed}.json"
+    settings = {"method": method, "rate": size, "seed": seed, **knobs}
     if pruning.is_written(path, settings):
         return
     dense, data = pruning.dense_start(seed)
     pruned, row = pruned_network(method, size, seed, dense, data)
     model = trimmed(pruned)
     changed = difference(model, pruned, next(iter(data.train))[0])
+    if "keep" in knobs:
+        keep_largest(model, knobs["keep"])
+        model = trimmed(model)
     kept = counts(model)
-    lessons = [sp.Distillation(dense, **LEVELS["teach"])]
-    courses = [Hold(), StraightThrough(tables(model), end=LEVELS["end"])]
+    lessons = [sp.Distillation(dense, **knobs["teach"])]
+    courses = [Hold(), StraightThrough(tables(model), end=knobs["end"])]
     name = f"levels-{path.stem}-{pruning.digest(settings | {'start': row['digest']})}"
-    history, seconds = pruning.train(model, data, name, LEVELS["epochs"], LEVELS["constant"], courses, lessons, LEVELS["peak"])
-    round_biases(model)
+    history, seconds = pruning.train(model, data, name, knobs["epochs"], knobs["constant"], courses, lessons, knobs["peak"])
+    round_biases(model, knobs["bias_levels"])
     packed = pack(model, pruning.RUNS / f"{path.stem}.spz")
     back = unpack(packed.path)
     assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
@@ -130,12 +145,14 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rates", default="85x")
     parser.add_argument("--methods", default="gradual")
+    parser.add_argument("--variants", default=",".join(LEVELS))
     given = parser.parse_args()
     torch.set_num_threads(1)
     for seed in map(int, given.seeds.split(",")):
         for size in given.rates.split(","):
             for method in given.methods.split(","):
-                file_row(method, size, seed)
+                for variant in given.variants.split(","):
+                    file_row(method, size, variant, seed)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,22 +123,22 @@ def rows_of(name: str) -> list[Row]:
 
 
 def _int8_rows(name: str, rows: Sequence[Row]) -> Iterator[Row]:
-    """Yield the int8 files of ``benchmarks/int8.py``: dense, and of the low rank whose cost a row of the comparison has."""
+    """Yield int8: what it changed in the networks of ``benchmarks/int8.py``, dense and cut at a cost of a row here, added to these rows."""
     if not (INT8 / f"{name}.json").exists():
         return
-    held = json.loads((INT8 / f"{name}.json").read_text(encoding="utf-8"))
-    merit, cost = NETWORKS[name].merit, held["rows"]["low-rank int8"]["macs"]
-    yield Row("dense int8", 1.0, (merit(held["rows"]["dense int8"]["test"]),), rows[0].first, 0)
-    for row in rows:
-        if row.method == "truncated" and row.first["final"]["macs"] == cost:
-            yield Row("low-rank int8", row.budget, (merit(held["rows"]["low-rank int8"]["test"]),), row.first, held["epochs"])
+    held = json.loads((INT8 / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    for kind, method in (("dense", "dense"), ("low-rank", "truncated")):
+        before, after = (NETWORKS[name].merit(held[f"{kind} {number}"]["test"]) for number in ("float32", "int8"))
+        for row in rows:
+            if row.method == method and (kind == "dense" or row.first["final"]["macs"] == held[f"{kind} int8"]["macs"]):
+                yield replace(row, method=f"{kind} int8", merits=tuple(merit + after - before for merit in row.merits))
 
 
 # The networks again, with random weights
 
 
 def build(name: str, row: Row) -> nn.Module | None:
-    """Return the architecture of a row; None where it cannot be built as it was."""
+    """Return the architecture of a row; None where it cannot be built as it was, or is that of another row."""
     settings, notes = row.first["settings"], row.first["notes"]
     model = {**settings["model"], "init_args": {**settings["model"]["init_args"]}}
     if row.method == "narrow":
@@ -156,7 +156,10 @@ def build(name: str, row: Row) -> nn.Module | None:
     where = None if settings["where"] is None else match(*settings["where"])
     writing: Any = "interpolative" if row.method.endswith("interpolative") else "pair"
     low = factorize(dense, settings["scheme"], where, rank=row.first["ranks"], writing=writing)
-    return merge(low) if writing != "pair" else _as_it_was(name, row, merge(low))
+    merged = merge(low)
+    if writing == "pair":
+        return _as_it_was(name, row, merged)
+    return None if sum(parameter.numel() for parameter in merged.parameters()) == row.first["final"]["params"] else merged
 
 
 def _filtered(name: str, dense: nn.Module, notes: dict[str, Any]) -> nn.Module:
@@ -189,7 +192,7 @@ def prepare(name: str) -> dict[str, Path]:
             model = build(name, row)
             if model is None:
                 missing.touch()
-                print(f"{name}: {row.name} cannot be built as it was", flush=True)
+                print(f"{name}: no file of {row.name}", flush=True)
                 continue
             source = folder / "float.onnx" if row.method.endswith("int8") else path.with_suffix(".part.onnx")
             export(model, NETWORKS[name].example(), source, dynamic_batch=False, progress=False)
@@ -224,7 +227,7 @@ def measure(name: str, rounds: int, seconds: float) -> dict[str, Any]:
     entries = {}
     for row, values in taken.items():
         low, median, high = statistics.quantiles(values, n=4)
-        entries[row] = {"latency_s": median, "low_s": low, "high_s": high, "file_bytes": files[row].stat().st_size}
+        entries[row] = {"latency_s": median, "low_s": low, "high_s": high, "bytes": weight_bytes(files[row])}
     about = {
         "batch": 1,
         "threads": 1,
@@ -234,6 +237,13 @@ def measure(name: str, rounds: int, seconds: float) -> dict[str, Any]:
         "environment": environment(),
     }
     return {"network": name, "rows": entries, **about}
+
+
+def weight_bytes(path: Path) -> int:
+    """Return the bytes of all constants in an ONNX file; names and descriptions would be a tenth of the smallest ones."""
+    import onnx
+
+    return sum(onnx.numpy_helper.to_array(constant).nbytes for constant in onnx.load(path).graph.initializer)
 
 
 # The page
@@ -264,32 +274,27 @@ def section(name: str, network: Network, timed: dict[str, Any]) -> str:
             cells += ["-", "-", "not built again", "-", ""]
         else:
             spread = f"{1e3 * entry['latency_s']:.3f} ({1e3 * entry['low_s']:.3f} to {1e3 * entry['high_s']:.3f})"
-            share = f"{100 * entry['file_bytes'] / base['file_bytes']:.0f} %"
+            share = f"{100 * entry['bytes'] / base['bytes']:.0f} %"
             fast = f"{base['latency_s'] / entry['latency_s']:.2f}"
             best = ", ".join(axis for place, axis in enumerate(("time", "bytes"), 1) if leads(row.name, points, place))
-            cells += [f"{entry['file_bytes']:,}", share, spread, fast, best]
+            cells += [f"{entry['bytes']:,}", share, spread, fast, best]
         lines.append(f"| {' | '.join(cells)} |")
     epochs = sorted({row.epochs for row in rows if row.epochs})
-    where = timed["environment"]
-    lines += [
-        "",
-        f"*Fine-tuned for {' or '.join(map(str, epochs))} epochs. {where['machine']}, ONNX Runtime {timed['onnxruntime']}, load {timed['load']:.1f}.*",
-        "",
-    ]
+    where = f"{timed['environment']['machine']}, ONNX Runtime {timed['onnxruntime']}, load {timed['load']:.1f}"
+    lines += ["", f"*Fine-tuned for {' or '.join(map(str, epochs))} epochs. {where}.*", ""]
     return "\n".join(lines)
 
 
 def shown(rows: Sequence[Row], timed: dict[str, Any]) -> list[Row]:
-    """Leave out interpolative writings that changed nothing."""
-    sizes = {name: entry["file_bytes"] for name, entry in timed["rows"].items()}
-    return [row for row in rows if row.method != "ours interpolative" or sizes.get(row.name) != sizes.get(f"ours {row.budget:g}")]
+    """Leave out interpolative writings that change nothing and so have no file."""
+    return [row for row in rows if row.method != "ours interpolative" or row.name in timed["rows"]]
 
 
 def point(row: Row, network: Network, timed: dict[str, Any]) -> tuple[float, float, float] | None:
     """Return merit (higher is better), seconds and bytes."""
     entry = timed["rows"].get(row.name)
     merit = statistics.fmean(row.merits)
-    return None if entry is None else (-merit if network.lower else merit, entry["latency_s"], entry["file_bytes"])
+    return None if entry is None else (-merit if network.lower else merit, entry["latency_s"], entry["bytes"])
 
 
 def leads(name: str, points: dict[str, Any], place: int) -> bool:
@@ -301,15 +306,15 @@ def leads(name: str, points: dict[str, Any], place: int) -> bool:
 INTRODUCTION = """# Accuracy against seconds and bytes
 
 This page is written by `python benchmarks/trade_off.py --render`. Accuracies (mean and deviation over seeds) are those of the
-[comparison](comparison.md), after the same fine-tuning for each method, and those of [int8](int8.md), which fine-tunes for two
-epochs and has one seed. *bytes* are those of the ONNX file; *milliseconds* are medians with quartiles of calls of ONNX Runtime,
-batch 1, one thread, all networks of a section in turns. *best* marks rows that no other row beats in accuracy and in that cost at
-once.
+[comparison](comparison.md), after the same fine-tuning for each method. For int8 they are those of the network in float, plus
+what int8 changed in a network of that kind in [its measurement](int8.md). *bytes* are those of all constants in the ONNX file;
+*milliseconds* are medians with quartiles of calls of ONNX Runtime, batch 1, one thread, all networks of a section in turns.
+*best* marks rows that no other row beats in accuracy and in that cost at once.
 
 A narrower network starts from random weights; with few epochs it stays far below. Ranks were chosen for multiply-accumulates, not
 for seconds: [ranks by the clock](speed.md) are faster. The interpolative writing computes the same function as the pair; where it
 changes no layer it is left out. Networks that cannot be built again from the result files, such as pruned ones whose channels
-followed the trained weights, have no seconds.
+followed trained weights, have no seconds.
 """
 
 
@@ -323,7 +328,7 @@ def draw(name: str, network: Network, timed: dict[str, Any]) -> None:
     rows = [row for row in shown(rows_of(name), timed) if row.name in timed["rows"]]
     for panel, (key, scale, label) in zip(
         figure.subplots(1, 2, sharey=True),
-        (("latency_s", 1e3, "milliseconds, ONNX Runtime"), ("file_bytes", 1e-3, "kilobytes")),
+        (("latency_s", 1e3, "milliseconds, ONNX Runtime"), ("bytes", 1e-3, "kilobytes of weights")),
         strict=True,
     ):
         for method in METHODS:
@@ -346,7 +351,7 @@ def draw(name: str, network: Network, timed: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the options say."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("networks", nargs="*", choices=[[], *NETWORKS], default=list(NETWORKS))
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"of {', '.join(NETWORKS)} (default: all)")
     for option, text in (
         ("--prepare", "write the ONNX files"), ("--latency", "time them, on a quiet machine"), ("--render", "write the page"),
         ("--check", "compare the page"),
@@ -355,10 +360,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--seconds", type=float, default=SECONDS)
     given = parser.parse_args(arguments)
+    names = [name for name in NETWORKS if name in (given.networks or NETWORKS)]
     torch.set_num_threads(1)
-    for name in given.networks if given.prepare else ():
+    for name in names if given.prepare else ():
         prepare(name)
-    for name in given.networks if given.latency else ():
+    for name in names if given.latency else ():
         RESULTS.mkdir(parents=True, exist_ok=True)
         write_text(RESULTS / f"{name}.json", json.dumps(measure(name, given.rounds, given.seconds), indent=1) + "\n")
         print(f"{name}: timed", flush=True)

@@ -47,6 +47,12 @@ def lines(name: str, case: Case, content: dict[str, Any]) -> list[str]:
     return made
 
 
+def way(content: dict[str, Any]) -> str:
+    """Return in words how the cut was chosen."""
+    cut = content["described"]["settings"].get("cut")
+    return f"cut={cut}" if cut else "the best of four ways on them"
+
+
 def section(name: str, case: Case, content: dict[str, Any]) -> str:
     """Return one network's part of the page."""
     wheel, dense = fetch.WHEELS[case.package], content["dense"]
@@ -57,7 +63,8 @@ def section(name: str, case: Case, content: dict[str, Any]) -> str:
         f"## {case.title}",
         "",
         f"{case.task} `{wheel.package}` {wheel.version} ({wheel.license}), {dense['params']:,} parameters, "
-        f"{dense['macs'] / 1e6:,.1f} million multiply-accumulates a call. Calibration: {case.calibration:,} examples without labels; "
+        f"{dense['macs'] / 1e6:,.1f} million multiply-accumulates a call. Calibration: {case.calibration:,} examples without labels, "
+        f"{way(content)}; "
         f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}.",
         "",
         f"{case.metric.capitalize()}{' (lower is better)' if case.lower else ''}; dense: **{dense['score']:.1f}**.",
@@ -71,14 +78,14 @@ def page() -> str:
     """Return the page."""
     parts = [section(name, case, content) for name, case in CASES.items() if (content := found(name)) is not None]
     wheels = "\n".join(f"| `{w.package}` | {w.version} | {w.holds} | {w.license} |" for w in fetch.WHEELS.values())
-    return HEAD + "\n" + "\n".join(parts) + TAIL.format(wheels=wheels)
+    return HEAD + "\n" + "".join(f"{part}\n" for part in parts) + TAIL.format(wheels=wheels)
 
 
 HEAD = """# Networks from wheels
 
 Trained networks that others made, for tasks that others chose. Their weights lie inside packages of the Python index; only these are
 read, and the architectures are rebuilt from the names and shapes of the weights (CREPE, FCPE and MTCNN compared with the packages' own
-code: outputs differ by less than 1e-7). Nothing is trained on labels: `compress(model, inputs, budget=...)` with its default settings,
+code: outputs differ by less than 1e-7). Nothing is trained on labels: `compress(model, inputs, budget=...)`,
 and in some rows [block reconstruction](methods/reconstruction.md). *Truncated SVD* is the plain cut at the same budget, with ranks by
 the spectra. This page is written by `python benchmarks/real/run.py report` from the files in `benchmarks/results/real`.
 

@@ -33,6 +33,7 @@ from spectrim.budget.ways import WAYS
 from spectrim.files import write_text
 from spectrim.metrics.macs import count_macs
 from spectrim.pipeline.environment import environment
+from spectrim.training.reconstruct import reconstruct
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "real"
@@ -78,26 +79,37 @@ def truncated(model: nn.Module, case: Case, budget: sp.Budget) -> nn.Module:
     return sp.merge(low.eval())
 
 
-def compressed(model: nn.Module, case: Case, budget: sp.Budget, method: str, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network after `compress` without labels, and what it chose."""
-    steps = replace(case.reconstruct, seed=seed) if method == "reconstructed" and case.reconstruct is not None else None
+def refit(model: nn.Module, case: Case, budget: sp.Budget, seed: int) -> tuple[nn.Module, nn.Module, dict[str, Any]]:
+    """Return the network after `compress` without labels, merged and in its factors, and what was chosen."""
     data = case.inputs("calibration", seed)
-    made = sp.compress(
-        model, data, budget=budget, example_inputs=case.one(), examples=case.calibration, reconstruct=steps, progress=False, **case.settings
-    )
-    return made.model, {"way": made.cut, "stages": {stage: dict(found) for stage, found in made.scores.items()}}
+    made = sp.compress(model, data, budget=budget, example_inputs=case.one(), examples=case.calibration, progress=False, **case.settings)
+    return made.model, made.low, {"way": made.cut, "stages": {stage: dict(found) for stage, found in made.scores.items()}}
+
+
+def reconstructed(low: nn.Module, dense: nn.Module, case: Case, seed: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network after the steps toward the dense one, and what they brought."""
+    assert case.reconstruct is not None
+    settings = replace(case.reconstruct, seed=seed)
+    better, parts = reconstruct(low, dense, case.inputs("calibration", seed), settings)
+    return sp.merge(better.eval()), {"reconstruct": asdict(settings), "parts": [asdict(part) for part in parts]}
 
 
 def one_row(case: Case, method: str, budget: dict[str, float], seed: int, split: str) -> dict[str, Any]:
     """Make one row, in this process."""
     torch.manual_seed(seed)
     dense, limit, one = case.model(), sp.Budget(**budget), case.one()
+    low_file = MODELS / f"{label(case.name, 'low', budget, seed)}.pt"
+    low = dense
+    if method == "reconstructed":
+        low = torch.load(low_file, weights_only=False) if low_file.is_file() else refit(dense, case, limit, seed)[1]
     forget_peak()
     before, start, wall = resident("VmRSS"), time.process_time(), time.perf_counter()
     if method == "truncated":
         model, told = truncated(dense, case, limit), {}
+    elif method == "refit":
+        model, low, told = refit(dense, case, limit, seed)
     else:
-        model, told = compressed(dense, case, limit, method, seed)
+        model, told = reconstructed(low, dense, case, seed)
     row = {
         "seconds": time.process_time() - start,
         "wall_s": time.perf_counter() - wall,
@@ -112,6 +124,8 @@ def one_row(case: Case, method: str, budget: dict[str, float], seed: int, split:
     if split == "test":
         MODELS.mkdir(parents=True, exist_ok=True)
         torch.save(model, MODELS / f"{label(case.name, method, budget, seed)}.pt")
+        if method == "refit":
+            torch.save(low, low_file)
     return row
 
 
@@ -141,7 +155,6 @@ def described(case: Case) -> dict[str, Any]:
     return {
         "wheel": f"{wheel.package}=={wheel.version}", "sha256": wheel.sha256, "metric": case.metric, "lower": case.lower,
         "calibration": case.calibration, "settings": {name: repr(value) for name, value in case.settings.items()},
-        "reconstruct": None if case.reconstruct is None else asdict(case.reconstruct),
     }  # fmt: skip
 
 

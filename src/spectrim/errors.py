@@ -52,6 +52,10 @@ class LayerError(SpectrimError):
         super().__init__(f"layer '{layer}': {problem}" + (f"; {hint}" if hint else ""))
 
 
+class BackwardError(LayerError):
+    """A loss cannot be differentiated in eval mode."""
+
+
 class FormatError(SpectrimError):
     """A file or folder that is truncated, altered, foreign or missing."""
 

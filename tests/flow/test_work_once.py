@@ -91,3 +91,16 @@ def test_several_budgets_share_a_calibration(monkeypatch: pytest.MonkeyPatch) ->
 def test_squeezing_prices_the_network_once(counts: Counter[Any]) -> None:
     sp.compress(network(), batches(3), LOSS, sp.Budget(macs=0.5), 2, squeeze=0.5, progress=False)
     assert counts["ladder"] == 1
+
+
+def test_roots_of_curvatures_serve_the_cut_and_the_refit(monkeypatch: pytest.MonkeyPatch) -> None:
+    decompositions = sys.modules["spectrim.surgery.decompositions"]
+    root, met = decompositions.root, []  # type: ignore[attr-defined]
+
+    def counting(metric: torch.Tensor) -> torch.Tensor:
+        met.append(metric)
+        return root(metric)
+
+    monkeypatch.setattr(decompositions, "root", counting)
+    sp.compress(network(), batches(4), LOSS, 0.6, where=sp.match("*"), cut="both", progress=False)
+    assert len(met) == len({id(metric) for metric in met}) == WEIGHTS + 1

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spectrim.errors import LayerError
 from spectrim.forms import Factors, Form
 from spectrim.layers import named_layers
+from spectrim.layers.taps import tap
 from spectrim.layers.uses import first_argument
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.gram import Metric, MomentSum, ProjectedMetric, gram, precise
@@ -127,7 +128,7 @@ class Sums:
             if layer.looks_up:
                 self.skipped[self.names[layer.factors_of("weight")]] = EMBEDDING
         layers = [layer for layer in layers if not layer.looks_up]
-        handles = [layer.register_forward_hook(self._called, with_kwargs=True) for layer in layers]
+        handles = [tap(layer, after=self._called) for layer in layers]
         try:
             yield
         finally:
@@ -138,6 +139,8 @@ class Sums:
         factors = layer.factors_of("weight")
         name, x = self.names[factors], first_argument(args, kwargs)
         basis = self.bases.get(name)
+        if not x.numel():  # of an expert to which nothing was routed
+            return
         if factors.shape[1] > WIDEST_INPUTS and basis is None:
             self.skipped[name] = WIDE
             return

@@ -19,6 +19,10 @@ CUTOFF = 1e-6
 """Directions of the inputs whose second moment is far below this share of its Frobenius norm keep the dense weight: they tell nothing."""
 
 
+GROWTH = 4.0
+"""A refitted weight has at most so many times the norm of the dense one."""
+
+
 REFINEMENTS = 4
 """Solutions of the regularized equations that are added up, each for what the ones before have left."""
 
@@ -144,7 +148,7 @@ def refit_(layer: Any, original: Any, dense: Tensor, moments: Moments, left: Ten
     """
     factors, wanted, own = layer.factors_of("weight"), moments.wanted, moments.own
     short = layer.scheme != "channel" and own.shape[-1] > WIDE_TARGET
-    target = dense + _divided(wanted - dense @ own, own, 1 if short else REFINEMENTS)
+    target = _toward(dense, wanted - dense @ own, own, 1 if short else REFINEMENTS)
     held = factors.block_parts()
     held = held if basis is None else (*held[:2], held[2] @ basis.mT)
     fits = (
@@ -177,14 +181,28 @@ def _error(left_factor: Tensor, cross: Tensor, gram: Tensor, metric: Tensor | No
     return float(((change if metric is None else metric @ change) * left_factor).sum())
 
 
-def _divided(right: Tensor, moment: Tensor, solutions: int = REFINEMENTS) -> Tensor:
-    """Return ``right @ moment^+``, where eigenvalues far below `CUTOFF` of the norm count as zero.
+def _toward(start: Tensor, rest: Tensor, moment: Tensor, solutions: int = REFINEMENTS) -> Tensor:
+    """Return ``start + rest @ moment^+``; with fewer directions of the inputs where the result would outgrow `start`.
+
+    What few examples leave nearly undetermined would else be weights of any size, whose outputs cancel on these examples up to rounding.
+    """
+    most, found, cutoff = GROWTH * torch.linalg.vector_norm(start), start, CUTOFF
+    while cutoff < 1:
+        found = start + _divided(rest, moment, cutoff, solutions)
+        if torch.linalg.vector_norm(found) <= most:
+            break
+        cutoff *= 10
+    return found
+
+
+def _divided(right: Tensor, moment: Tensor, cutoff: float, solutions: int) -> Tensor:
+    """Return ``right @ moment^+``, where eigenvalues far below `cutoff` of the norm count as zero.
 
     By iterated Tikhonov regularization: an eigenvalue ``s`` is inverted to ``(1 - (r / (s + r))^n) / s``, with ``r`` the ridge and ``n``
     the number of `solutions`. What a solution ``X`` of the regularized equations leaves of the right side is ``r X``. An
     eigendecomposition of thousands of inputs would take ten times as long.
     """
-    ridge = (CUTOFF * torch.linalg.matrix_norm(moment)).clamp_min(torch.finfo(moment.dtype).tiny)[..., None, None]
+    ridge = (cutoff * torch.linalg.matrix_norm(moment)).clamp_min(torch.finfo(moment.dtype).tiny)[..., None, None]
     triangle = moment.clone()  # of which the lower half is read
     _diagonal(triangle).add_(ridge.squeeze(-1))
     triangle = torch.linalg.cholesky(triangle)
@@ -258,7 +276,7 @@ def _of_columns(layer: Any, held: Parts, target: Tensor, moments: Moments, metri
         left = (U * S.unsqueeze(-2)).reshape(-1, out, width * S.shape[-1])
         if not fits:
             fits.append((_error(left, cross, gram, None), held))
-        left = left + _divided(cross - left @ gram, gram)
+        left = _toward(left, cross - left @ gram, gram)
         fits.append((_error(left, cross, gram, None), unit_rows(left.reshape(-1, out * width, S.shape[-1]), Vh)))
     return fits
 
