@@ -1,4 +1,4 @@
-"""Coded bytes against accuracy, without training and labels: ``python benchmarks/coded.py [NETWORK] [--rows PART] [--render | --check]``.
+"""Coded bytes against quality, without training and labels: ``python benchmarks/coded.py [NETWORK] [--rows PART] [--render | --check]``.
 
 Rows are written to ``benchmarks/results/coded/NETWORK.json`` one by one; those that are there are skipped. Settings were chosen by the
 Kullback-Leibler divergence on held-out training images. The test split is read once for each row.
@@ -8,6 +8,8 @@ import argparse
 import io
 import json
 import lzma
+import shutil
+import subprocess
 import sys
 import time
 import zlib
@@ -20,15 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import coded_curves
 import spectrim as sp
+from coded_networks import NETWORKS, RUNS, Network, logits_of
 from run import git_state
-from spectrim import zoo
 from spectrim.budget.rounding.attempts import Search
 from spectrim.budget.rounding.pairs import with_pairs
 from spectrim.budget.rounding.round_to import round_to
 from spectrim.files import make_folder, write_json
 from spectrim.metrics.inputs import first_examples
 from spectrim.pipeline.environment import environment
+from spectrim.runtimes.evaluation import _Runtime
+from spectrim.runtimes.int8 import quantize
+from spectrim.runtimes.readers import open_exported
 from spectrim.storage.coded.group import decoded, encoded
 from spectrim.storage.pack import coded, pack, unpack
 from spectrim.surgery.batchnorm import fold_batchnorms
@@ -37,33 +43,27 @@ from spectrim.surgery.observing import isolated
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "coded", ROOT / "docs" / "coded.md"
-HELD_OUT = 2048
-"""Training images on which the divergence is measured."""
-
-
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any]] = {
-    "resnet20": (lambda: zoo.resnet20(pretrained="akamaster"), "imagenet"),
-    "resnet8": (lambda: zoo.mlperftiny_resnet8(pretrained=True), "raw"),
-}
-"""Networks for CIFAR-10, and how their inputs are normalized."""
-
 NETWORK = ["resnet20"]
+
+
+def network() -> Network:
+    return NETWORKS[NETWORK[0]]
 
 
 @cache
 def splits(seed: int) -> Any:
-    return zoo.cifar10(batch_size=128, normalize=NETWORKS[NETWORK[0]][1], augment=False, seed=seed)
+    return network().data(seed)
 
 
 @cache
 def known(seed: int) -> list[Any]:
-    """Return the calibration set: the same images in each call."""
-    return first_examples(splits(seed).train, 1024)
+    """Return the calibration set: the same examples in each call."""
+    return first_examples(splits(seed).train, network().examples)
 
 
 @cache
 def dense() -> nn.Module:
-    return NETWORKS[NETWORK[0]][0]().eval()
+    return network().model().eval()
 
 
 @cache
@@ -73,30 +73,24 @@ def folded() -> nn.Module:
     return model
 
 
-@torch.no_grad()
-def scores(model: nn.Module, data: Any, limit: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return logits and labels."""
-    made, labels, seen = [], [], 0
-    for x, y in data:
-        made.append(model(x))
-        labels.append(y)
-        seen += len(x)
-        if limit is not None and seen >= limit:
-            break
-    return torch.cat(made), torch.cat(labels)
+@cache
+def reference() -> Tensor:
+    return logits_of(dense(), splits(0).val, network().held_out).log_softmax(1)
 
 
 @cache
-def reference() -> Tensor:
-    return scores(dense(), splits(0).val, HELD_OUT)[0].log_softmax(1)
+def tested() -> list[Any]:
+    test = splits(0).test
+    return first_examples(test, network().test or test.examples)
 
 
 def judged(model: nn.Module) -> dict[str, float]:
-    """Return the divergence on held-out training images and the accuracy on all test images, which are read here once."""
-    now = scores(model.eval(), splits(0).val, HELD_OUT)[0].log_softmax(1)
-    logits, labels = scores(model, splits(0).test)
+    """Return the divergence on held-out training examples, and the merit on test examples, which are read here once."""
+    now = logits_of(model.eval(), splits(0).val, network().held_out).log_softmax(1)
     kl = float((reference().exp() * (reference() - now)).sum(1).mean())
-    return {"kl": kl, "accuracy": float((logits.argmax(1) == labels).float().mean()) * 100, "images": len(labels)}
+    found = sp.evaluate(model, tested(), network().loss)
+    merit = found["accuracy"] * 100 if network().merit == "accuracy" else found["loss"]
+    return {"kl": kl, network().merit: merit, "images": sum(len(x) for x, _ in tested())}
 
 
 def sizes(model: nn.Module, folder: Path) -> dict[str, int]:
@@ -108,7 +102,7 @@ def sizes(model: nn.Module, folder: Path) -> dict[str, int]:
 
 
 def levels(model: nn.Module, seed: int, limit: int, **more: Any) -> tuple[nn.Module, dict[str, Any]]:
-    made = round_to(model, known(seed), limit, progress=False, **more)
+    made = round_to(model, known(seed), limit, examples=network().examples, progress=False, **more)
     return made.model, {"bits": {name: round(value, 3) for name, value in made.bits.items()}, "unexplained": made.unexplained}
 
 
@@ -179,8 +173,16 @@ def eight_bits(model: nn.Module) -> bytes:
 
 
 def general(data: bytes) -> dict[str, int]:
-    """Return the sizes of bytes as they are and by general coders of the standard library: zlib, and xz (LZMA)."""
-    return {"plain_bytes": len(data), "zlib_bytes": len(zlib.compress(data, 9)), "xz_bytes": len(lzma.compress(data, preset=9))}
+    """Return the sizes of bytes as they are and by general coders: zlib, xz (LZMA), and the program zstd where there is one."""
+    made = {"plain_bytes": len(data), "zlib_bytes": len(zlib.compress(data, 9)), "xz_bytes": len(lzma.compress(data, preset=9))}
+    if program := shutil.which("zstd"):
+        made["zstd_bytes"] = len(subprocess.run([program, "-19", "-c"], input=data, capture_output=True, check=True).stdout)
+    return made
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Return what the state holds, tied tensors once."""
+    return list({tensor.data_ptr(): tensor for tensor in model.state_dict().values()}.values())
 
 
 def int8() -> tuple[nn.Module, dict[str, Any]]:
@@ -189,13 +191,13 @@ def int8() -> tuple[nn.Module, dict[str, Any]]:
 
 
 def float32() -> tuple[nn.Module, dict[str, Any]]:
-    return folded(), general(b"".join(tensor.numpy().tobytes() for tensor in folded().state_dict().values()))
+    return folded(), general(b"".join(tensor.numpy().tobytes() for tensor in tensors_of(folded())))
 
 
 def general_of(model: nn.Module) -> dict[str, int]:
     """Return the sizes by general coders of the levels of a rounded network, a byte or two for each, and of what is not on levels."""
     parts = []
-    for tensor in model.state_dict().values():
+    for tensor in tensors_of(model):
         held = tensor.numpy().ravel()
         step = np.abs(held[held != 0]).min(initial=np.inf)
         levels = np.rint(held / step) if np.isfinite(step) else np.zeros_like(held)
@@ -205,9 +207,42 @@ def general_of(model: nn.Module) -> dict[str, int]:
     return general(b"".join(parts))
 
 
+def int8_onnx() -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network as an int8 ONNX file, in its runtime."""
+    path = RUNS / "int8.onnx"
+    made = quantize(dense(), known(0)[: 2 if network().merit == "accuracy" else None], path)
+    return _Runtime(open_exported(path, threads=1)), {"bytes": made.size_bytes, "data_bytes": 0, "index_bytes": 0, "method": made.method}
+
+
+@cache
+def shared() -> tuple[Search, float]:
+    """Return what `round_to` finds out first, whatever the budget, and the processor time of that."""
+    began, model = time.process_time(), duplicate(folded()).eval()
+    with isolated(model):
+        made = Search(model, [x for x, _ in known(0)], network().sequential, False)
+    return made, time.process_time() - began
+
+
+def on_curve(limit: int) -> tuple[nn.Module, dict[str, Any]]:
+    """Round as `round_to` does, from what the budgets share."""
+    search, seconds = shared()
+    with isolated(search.dense):
+        made = search.within(limit)
+    more = {"bits": {name: round(value, 3) for name, value in made.bits.items()}, "unexplained": made.unexplained}
+    return made.model, more | {"shared_seconds": seconds}
+
+
+def curve_rows() -> dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]]:
+    """Return the rows of a curve: as it is, in int8, and on levels for each budget."""
+    made: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"float32": float32, "int8": int8, "onnx int8": int8_onnx}
+    for limit in network().budgets:
+        made[f"levels {limit} seed 0"] = lambda limit=limit: on_curve(limit)
+    return made
+
+
 def small_rows() -> dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]]:
     """Return the rows of ResNet-8: levels alone, ranks and levels by one price, rank alone."""
-    made: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"float32": float32, "int8": int8}
+    made: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"float32": float32, "int8": int8, "onnx int8": int8_onnx}
     for seed in (0, 1, 2):
         for limit in (24_000, 14_000, 9_000):
             made[f"levels {limit} seed {seed}"] = lambda limit=limit, seed=seed: levels(dense(), seed, limit)
@@ -221,7 +256,9 @@ def rows() -> dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]]:
     """Return how each row is made, by its name, the most wanted first."""
     if NETWORK[0] == "resnet8":
         return small_rows()
-    made: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"float32": float32, "int8": int8}
+    if NETWORK[0] != "resnet20":
+        return curve_rows()
+    made: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {"float32": float32, "int8": int8, "onnx int8": int8_onnx}
     for limit in (66_000, 50_000):
         made[f"levels {limit} seed 0"] = lambda limit=limit: levels(dense(), 0, limit)
     made["one step 66000"] = lambda: one_step(66_000)
@@ -247,16 +284,20 @@ def run(path: Path, folder: Path, part: str) -> None:
     for name, make in rows().items():
         if name in result["rows"] or part not in name:
             continue
+        if name.startswith("levels") and NETWORK[0] not in ("resnet20", "resnet8"):
+            shared()
         began = time.process_time()
         model, more = make()
-        seconds = time.process_time() - began
-        row = sizes(model, folder) | judged(model) | {"seconds": seconds} | more
+        seconds = time.process_time() - began + more.get("shared_seconds", 0.0)
+        row = ({} if name.startswith("onnx") else sizes(model, folder)) | judged(model) | {"seconds": seconds} | more
         if name.startswith(("levels", "joint")):
             row |= general_of(model)
         result["rows"][name] = row | {"git": git_state()}
-        result |= {"network": path.stem, "environment": environment(), "examples": 1024, "held_out": HELD_OUT}
+        size = sum(tensor.nbytes for tensor in tensors_of(dense()))
+        result |= {"network": path.stem, "environment": environment(), "examples": network().examples, "held_out": network().held_out}
+        result |= {"fp32_bytes": size, "merit": network().merit}
         write_json(path, {key: value for key, value in result.items() if key != "sha256"})
-        print(name, {key: row[key] for key in ("bytes", "kl", "accuracy", "seconds")}, flush=True)
+        print(name, {key: row[key] for key in ("bytes", "kl", network().merit, "seconds")}, flush=True)
 
 
 def speed(path: Path) -> None:
@@ -285,6 +326,7 @@ def speed(path: Path) -> None:
 
 NOTES = {
     "float32": "float32, BatchNorm folded",
+    "onnx int8": "int8 ONNX file, in ONNX Runtime",
     "int8": "int8, a scale for each output channel",
     "one step": "one step for all weights, nearest level",
     "static": "`round_to(sequential=False)`",
@@ -356,6 +398,7 @@ def page() -> str:
     ]
     if (RESULTS / "resnet8.json").exists():
         lines += joint_lines(json.loads((RESULTS / "resnet8.json").read_text()))
+    lines += [*coded_curves.curves(), *coded_curves.goals()]
     if "speed" in result:
         lines += ["## Speed", "", "| speed of the coder, MB of float32 a second of processor time | encode | decode |", "|---|---:|---:|"]
         lines += [
@@ -378,11 +421,12 @@ def main() -> None:
         sys.exit(0 if PAGE.read_text(encoding="utf-8") == page() else "run python benchmarks/coded.py --render")
     if args.render:
         PAGE.write_text(page(), encoding="utf-8")
+        coded_curves.plot()
         return
     torch.set_num_threads(args.threads)
     NETWORK[0] = args.network
     make_folder(RESULTS)
-    folder = ROOT / "runs" / "coded"
+    folder = RUNS
     make_folder(folder)
     path = RESULTS / f"{args.network}.json"
     if not args.speed:
@@ -390,6 +434,7 @@ def main() -> None:
     if args.network == "resnet20" and not args.rows:
         speed(path)
     PAGE.write_text(page(), encoding="utf-8")
+    coded_curves.plot()
 
 
 if __name__ == "__main__":

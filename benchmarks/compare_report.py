@@ -18,6 +18,7 @@ RESULTS = HERE / "results" / "compare"
 TASKS = HERE / "compare"
 DOCS = HERE.parent / "docs"
 PAGE, PLOTS = DOCS / "comparison.md", DOCS / "plots"
+CARD, SCRATCH = DOCS / "methods" / "svd-training.md", "<!-- from scratch -->"
 ORDER = ("resnet8", "lenet5", "vit", "resnet20", "resnet20_full", "resnet56", "resnet56_full", "stories260k", "ptb_lstm", "resnet8_scratch")
 TITLES = {
     "resnet8": "MLPerf-Tiny ResNet-8, CIFAR-10",
@@ -218,7 +219,7 @@ def section(name: str) -> str:
     title = f"\n## {TITLES.get(name, name)}\n\n"
     methods, budgets = list(task["methods"]), task["budgets"]
     if not found:
-        return title + "No run has been made yet: it is meant for a GPU.\n"
+        return title + f"No run has been made yet{': it is meant for a GPU' if name.endswith('_full') else ''}.\n"
     budgets = sorted({*budgets, *(result["budget"] for result in found)}, reverse=True)
     trained = [result for result in found if result["epochs"]]
     untrained = [result for result in found if not result["epochs"]]
@@ -300,13 +301,34 @@ def draw(name: str) -> None:
     plt.close(figure)
 
 
+def card() -> str:
+    """Return the method card of SVD training with the table of the task from random weights."""
+    text = CARD.read_text(encoding="utf-8")
+    before, rest = text.split(SCRATCH, 1)
+    task, found = settings("resnet8_scratch"), results("resnet8_scratch")
+    tests = gather(found, lambda result: merit_of(task, result["final"]["test"]))
+    budgets = sorted({budget for row in tests.values() for budget in row if budget < 1}, reverse=True)
+    dense = {result["seed"]: merit_of(task, result["dense"]["test"]) for result in found}
+    own = [["dense, 80 epochs", cell(list(dense.values()), 2), *[""] * (len(budgets) - 1)]] if dense else []
+    own += [["dense, 120 epochs", cell(tests["longer"][1.0], 2), *[""] * (len(budgets) - 1)]] if "longer" in tests else []
+    own += [
+        [METHODS[name], *(cell(tests[name].get(budget, []), 2) for budget in budgets)]
+        for name in task["methods"]
+        if name in tests and name != "longer"
+    ]
+    table = markdown(["120 epochs in all, test accuracy, %", *(f"{budget:g} of the MACs" for budget in budgets)], own)
+    return before + SCRATCH + "\n" + (table if budgets else "") + "<!-- end -->" + rest.split("<!-- end -->", 1)[1]
+
+
 def main() -> None:
     PAGE.write_text(render(), encoding="utf-8")
+    CARD.write_text(card(), encoding="utf-8")
     for name in tasks():
         draw(name)
 
 
 if __name__ == "__main__":
     if "--check" in sys.argv:
-        sys.exit(0 if PAGE.read_text(encoding="utf-8") == render() else f"{PAGE} is out of date: run python benchmarks/compare_report.py")
+        late = [page for page, text in ((PAGE, render()), (CARD, card())) if page.read_text(encoding="utf-8") != text]
+        sys.exit(f"out of date: {', '.join(map(str, late))}: run python benchmarks/compare_report.py" if late else 0)
     main()

@@ -33,6 +33,7 @@ MEANS: dict[str, dict[str, Any]] = {
     "penalty, every step": {"penalties": [sp.Orthogonality(1.0)]},
     "penalty, every 8": {"penalties": [sp.Orthogonality(1.0, every=8)]},
     "retraction, every 16": {"courses": [Retraction(16)]},
+    "retraction, every 32": {"courses": [Retraction(32)]},
 }
 SEEDS, EPOCHS, IMAGES, RATE, HOYER, BUDGET = (0, 1, 2), (3, 2), 5_000, 0.002, 0.01, 0.5
 
@@ -84,14 +85,16 @@ def main() -> None:
     """Run what is missing, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--render", action="store_true", help="write the table of the method card from the result files")
-    if parser.parse_args().render:
+    parser.add_argument("--means", nargs="*", default=list(MEANS), help=f"some of {', '.join(map(repr, MEANS))}")
+    given = parser.parse_args()
+    if given.render:
         text = CARD.read_text(encoding="utf-8")
         head, rest = text.split(START)
         write_text(CARD, f"{head}{START}\n{table()}\n{END}{rest.split(END)[1]}")
         return
     torch.set_num_threads(1)
     for seed in SEEDS:
-        for means in MEANS:
+        for means in given.means:
             path = RESULTS / f"{means.replace(', ', '-').replace(' ', '-')}-seed{seed}.json"
             if path.exists():
                 continue

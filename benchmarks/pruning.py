@@ -45,14 +45,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "admm with a ramp": {"epochs": 12, "constant": 7 / 12, "rounds": 14, "ramp": 0.75},
     "one-shot": {"epochs": 12, "constant": 0.25},
     "gradual": {"epochs": 12, "constant": 7 / 12, "cuts": 42},
+    "gradual taught": {"epochs": 12, "constant": 7 / 12, "cuts": 42, "teach": {"temperature": 4.0, "weight": 0.7}},
 }
 """ADMM and the ramp of gradual pruning end, at the latest, where the learning rate begins to fall; one-shot pruning comes first."""
 
 RATES = {
     "85x": {"conv1": 100, "conv2": 1250, "fc1": 3360, "fc2": 350},
     "167x": {"conv1": 75, "conv2": 700, "fc1": 1600, "fc2": 195},
+    "balanced-85x": {"conv1": 150, "conv2": 2000, "fc1": 2600, "fc2": 310},
 }
-"""Weights kept of 500, 25,000, 400,000 and 5,000."""
+"""Weights kept of 500, 25,000, 400,000 and 5,000. The first two are those of the papers; `balanced` keeps more of the convolutions."""
 
 LEVELS = {"conv*": Levels(3, zero=False), "fc*": Levels(2, zero=False)}
 """What the kept weights are rounded to in the end, without training."""
@@ -63,7 +65,7 @@ def course(method: str, counts: dict[str, int]) -> Any:
     knobs, projections = METHODS[method], {layer: TopK(count) for layer, count in counts.items()}
     if method.startswith("admm"):
         return ADMM(projections, rounds=knobs["rounds"], end=knobs["constant"], ramp=knobs.get("ramp", 0.0))
-    if method == "gradual":
+    if method.startswith("gradual"):
         return Gradual(projections, end=knobs["constant"], cuts=knobs["cuts"])
     return OneShot(projections)
 
@@ -131,7 +133,8 @@ def pruned(method: str, size: str, seed: int, dense: nn.Module, data: Any) -> No
     torch.manual_seed(seed)
     model, name = copy.deepcopy(dense), f"{label(method, size)}-{seed}-{digest(settings)}"
     knobs = METHODS[method]
-    history, seconds = train(model, data, name, knobs["epochs"], knobs["constant"], [course(method, RATES[size])])
+    lessons = [sp.Distillation(dense, **knobs["teach"])] if "teach" in knobs else []
+    history, seconds = train(model, data, name, knobs["epochs"], knobs["constant"], [course(method, RATES[size])], lessons)
     small = rounded(model)
     found = {"plain": sizes(model, rounded=False), **measured(model, dense)}
     found["rounded"] = sizes(small, rounded=True) | {"test": sp.evaluate(small, data.test, nn.CrossEntropyLoss())}
@@ -147,9 +150,18 @@ def digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def train(model: nn.Module, data: Any, name: str, epochs: int, constant: float, courses: Any = (), lessons: Any = ()) -> tuple[Any, float]:
+def train(
+    model: nn.Module,
+    data: Any,
+    name: str,
+    epochs: int,
+    constant: float,
+    courses: Any = (),
+    lessons: Any = (),
+    peak: float = TRAINING["peak"],
+) -> tuple[Any, float]:
     """Train in place; return the history and the processor time in seconds of what was not resumed."""
-    optimizer = torch.optim.Adam(model.parameters(), TRAINING["peak"])
+    optimizer = torch.optim.Adam(model.parameters(), peak)
     factor, steps = rate(constant), epochs * len(data.train)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step / steps))
     tuning = sp.Tuning(scheduler=scheduler, scheduler_steps="batch")

@@ -33,6 +33,8 @@ FURTHER = {
     "Budgets and distortion": [
         "spectrim.budget.Plan",
         "spectrim.budget.LatencyTable",
+        "spectrim.budget.device.latency_kit",
+        "spectrim.budget.table_file.read_table",
         "spectrim.budget.distortion.compare_importances",
     ],
     "Weights and optimizers": [

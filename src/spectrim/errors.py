@@ -39,13 +39,21 @@ class SettingError(SpectrimError):
 class LayerError(SpectrimError):
     """A layer that does not support an operation.
 
+    Attributes:
+        layer: its name.
+
     Examples:
         >>> print(LayerError("head", "is not a factorized layer", hint="call factorize(model) first"))
         layer 'head': is not a factorized layer; call factorize(model) first
     """
 
     def __init__(self, layer: str, problem: str, *, hint: str = "") -> None:
+        self.layer = layer
         super().__init__(f"layer '{layer}': {problem}" + (f"; {hint}" if hint else ""))
+
+
+class BackwardError(LayerError):
+    """A loss cannot be differentiated in eval mode."""
 
 
 class FormatError(SpectrimError):

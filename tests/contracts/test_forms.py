@@ -28,14 +28,14 @@ def form_of(row: Row[Any], dtype: torch.dtype = torch.float64) -> Any:
 
 def test_every_fold_has_a_form_and_every_form_is_in_the_table() -> None:
     assert set(FORMS) == set(FOLDS)
-    assert {row.method for row in METHODS} == set(FORMS.values())
+    assert {row.method for row in METHODS if "of a form" not in row.laws} == set(FORMS.values())
     assert set().union(*(row.laws for row in METHODS)) == set(LAWS)
 
 
 @every_form
 def test_a_form_is_described(row: Row[Any]) -> None:
     assert issubclass(row.method, Form)
-    assert f"spectrim.forms.{row.label}" in (CARDS / f"{row.card}.md").read_text(encoding="utf-8")
+    assert f"spectrim.forms.{row.method.__name__}" in (CARDS / f"{row.card}.md").read_text(encoding="utf-8")
 
 
 @every_form
@@ -55,7 +55,7 @@ def test_prices_rise_and_distortions_fall_along_the_rungs(row: Row[Any]) -> None
     assert len(tail) == form.rank + 1
     assert float(tail[-1]) < 1e-12
     assert bool((tail.diff() <= 0).all())
-    counts = [form.count(size) for size in sizes]
+    counts = [form.cut_to(size).coded_bits() if "of a form" in row.laws else form.count(size) for size in sizes]
     assert counts == sorted(set(counts))
     for rung, size in enumerate(sizes, 1):
         cut = form.cut_to(size)
@@ -100,9 +100,11 @@ def test_after_training_a_cut_is_that_of_the_weight_it_has_then(row: Row[Any]) -
     assert not form.exact
     held = form.matrix().detach()
     torch.testing.assert_close(form.in_order().matrix().detach(), held, rtol=1e-9, atol=1e-12)
-    size, tail = form.size_of(4), form.tail()
+    rung = min(4, form.rank)
+    size, tail = form.size_of(rung), form.tail()
     error = float((form.cut_to(size).matrix() - held).square().sum().detach())
-    assert 0 < error <= float(tail[4]) * (1 + 1e-9)
+    assert error <= float(tail[rung]) * (1 + 1e-9)
+    assert error > 0 or "one rung" in row.laws
     torch.testing.assert_close(tail[0], held.square().sum(), rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(form.half_squared_norm().double(), 0.5 * held.square().sum(), rtol=1e-5, atol=1e-5)
 
@@ -111,7 +113,7 @@ def test_after_training_a_cut_is_that_of_the_weight_it_has_then(row: Row[Any]) -
 def test_what_is_cut_is_the_tail(row: Row[Any]) -> None:
     """The share that penalties and schedules see is that of the distortion, as long as the parts are a decomposition."""
     form = form_of(row)
-    for rung in (1, 3, form.rank):
+    for rung in sorted({1, min(3, form.rank), form.rank}):
         share = form.tail_share(form.size_of(rung)).double()
         lost = (type(form).like(form, *form.truncated_parts(rung)).matrix() - form.matrix()).square().sum().detach()
         torch.testing.assert_close(share, lost / form.tail()[0], rtol=1e-5, atol=1e-7)
@@ -124,16 +126,16 @@ def test_what_is_cut_is_the_tail(row: Row[Any]) -> None:
 @every_form
 def test_parts_can_be_stored_resized_and_taken_from_a_dense_weight(row: Row[Any]) -> None:
     form = form_of(row)
-    size = form.size_of(4)
+    size = form.size_of(min(4, form.rank))
     cut = form.cut_to(size)
-    assert form.size_of_parts(dict(cut.named_parameters())) == size
+    assert form.size_of_parts(cut.state_dict()) == size
     assert form.size_of_parts({}) is None
     assert cut.resized(form.size).size == form.size
     torch.testing.assert_close(cut.resized(form.size).matrix(), cut.matrix())
     parts = cut.parts_of(cut.matrix().detach())
     assert parts is not None
     torch.testing.assert_close(form.like(*parts.values()).matrix(), cut.matrix(), rtol=1e-9, atol=1e-12)
-    assert cut.parts_of(form.matrix().detach()) is None  # it does not hold that
+    assert (cut.parts_of(form.matrix().detach()) is None) == ("one rung" not in row.laws)  # it does not hold that
     empty = type(form).empty(kernel(), form.matrix().detach(), size)
     assert (empty.size, empty.folded_shape, empty.dtype) == (size, form.folded_shape, form.dtype)
 
@@ -143,7 +145,7 @@ def test_copies_pickles_and_half_precision(row: Row[Any]) -> None:
     form = form_of(row, torch.float32)
     for again in (copy.deepcopy(form), pickle.loads(pickle.dumps(form)), form.copied()):
         assert torch.equal(again.matrix(), form.matrix())
-        assert [again.size_of(rung) for rung in (1, 3)] == [form.size_of(rung) for rung in (1, 3)]
+        assert [again.size_of(rung) for rung in (1, form.rank)] == [form.size_of(rung) for rung in (1, form.rank)]
     half = copy.deepcopy(form).half()
     assert half.dtype == half.matrix().dtype == torch.float16
     assert {part.dtype for part in half.parameters()} == {torch.float32}

@@ -24,9 +24,31 @@ def test_coded_page_is_up_to_date() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_every_coded_file_is_within_its_budget_and_no_smaller_than_its_values_and_positions() -> None:
+    import json
+
+    paths = list((ROOT / "benchmarks" / "results" / "coded").glob("*.json"))
+    assert paths
+    for path in paths:
+        for name, row in json.loads(path.read_text(encoding="utf-8"))["rows"].items():
+            kind, *rest = name.split(" seed ")[0].rsplit(" ", 1)
+            if kind in ("levels", "joint"):
+                assert row["bytes"] <= int(rest[0]), (path, name)
+                assert row["data_bytes"] + row["index_bytes"] <= row["bytes"], (path, name)
+
+
 def test_forms_page_is_up_to_date() -> None:
     done = subprocess.run([sys.executable, ROOT / "benchmarks" / "forms.py", "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_page_of_the_trade_off_is_up_to_date_and_calls_nothing_best_that_another_row_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import trade_off
+
+    assert trade_off.PAGE.read_text(encoding="utf-8") == trade_off.render(), "run python benchmarks/trade_off.py --render"
+    points = {"a": (80.0, 1.0, 9.0), "b": (80.0, 2.0, 3.0), "c": (70.0, 1.5, 3.0), "d": None}
+    assert [[trade_off.leads(name, points, place) for name in "abc"] for place in (1, 2)] == [[True, False, False], [False, True, False]]
 
 
 def test_pages_of_formats_and_measures_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +120,7 @@ def test_results_page_is_up_to_date() -> None:
 def test_every_committed_result_was_written_by_the_runner_for_its_recipe() -> None:
     yaml = pytest.importorskip("yaml")
     import json
+    from dataclasses import replace
 
     from spectrim.pipeline.parsing import plain
     from spectrim.pipeline.recipe import read_recipe
@@ -110,7 +133,7 @@ def test_every_committed_result_was_written_by_the_runner_for_its_recipe() -> No
         case = yaml.safe_load((ROOT / "benchmarks" / "cases" / path.parent.name / f"{path.stem}.yaml").read_text())
         assert result["case"] == case, path
         for seed, run in zip(case["seeds"], result["runs"], strict=True):
-            today = plain(read_recipe(ROOT / case["recipe"], [f"seed={seed}"]))
+            today = plain(replace(read_recipe(ROOT / case["recipe"], [f"seed={seed}"]), code=None))
             assert given(run["recipe"]) == given(today), f"{path}: the recipe has changed since"
 
 
@@ -206,6 +229,43 @@ def test_pruning_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> 
                 f"{path}: the settings have changed since"
             )
             assert row["plain"]["total_kept"] == sum(pruning.RATES[row["settings"]["rate"]].values())
+
+
+def test_files_of_pruned_networks_have_the_bits_that_are_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import pruning
+    import pruning_levels
+
+    for path in pruning_levels.RESULTS.glob("*.json"):
+        row = json.loads(path.read_text(encoding="utf-8"))
+        assert row["digest"] == pruning.digest(row["settings"]), path
+        known = pruning_levels.LEVELS.values()
+        assert any(row["settings"] == row["settings"] | knobs for knobs in known), f"{path}: the settings have changed since"
+        assert all(row["distinct"][f"{name}.weight"] <= most + 1 for name, most in (("conv1", 8), ("conv2", 8), ("fc1", 4), ("fc2", 4)))
+        assert sum(row["file"][key] for key in ("data_bytes", "index_bytes")) <= row["file"]["coded_bytes"]
+
+
+def test_a_pruned_network_is_the_same_function_without_what_no_output_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from spectrim import zoo
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import pruning_levels
+
+    torch.manual_seed(0)
+    model = zoo.caffe_lenet5()
+    with torch.no_grad():
+        model.conv1.weight[3], model.conv2.weight[:10], model.fc1.weight[:, 400:] = 0, 0, 0  # constants, and features that nothing reads
+        model.fc1.weight[5:50], model.fc2.weight[:, 100:] = 0, 0
+    made, images = pruning_levels.trimmed(model), torch.randn(8, 1, 28, 28)
+    torch.testing.assert_close(made(images), model(images))
+    assert int(made.conv2.weight.flatten(1).any(1).sum()) == 15  # of 50: ten were constants, 25 are not read
+    assert int(made.fc1.weight.any(1).sum()) == int(made.fc2.weight.any(0).sum()) == 100 - 45
+    assert int(made.fc1.bias.count_nonzero()) == 55
+    assert int(made.conv2.weight[:, 3].count_nonzero()) == 0
 
 
 def test_table_of_crossbars_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget, as_budget
+from spectrim.budget.budget import ABSOLUTE, CODED, FRACTIONS, Budget, as_budget
+from spectrim.budget.costs import UnitCost
 from spectrim.budget.distortion.base import distortions_of
 from spectrim.budget.distortion.energy import SpectralEnergy
 from spectrim.budget.knapsack import _knapsack, _Limit, _limit
 from spectrim.budget.ladder import Ladder, ladder
 from spectrim.checks import check, unwrapped
 from spectrim.errors import LayerError
+from spectrim.forms.constrained import kind_of_form
 from spectrim.forms.form import Form, Size
 from spectrim.layers import named_factors
 from spectrim.protocols import Importance, Latencies
@@ -43,6 +45,8 @@ def allocate(
     Args:
         model: factorized, at any rank.
         budget: what the network keeps of the dense one: a `Budget`, a fraction of the multiply-accumulates, or a dict of `Budget`'s fields.
+            ``coded_bytes`` chooses bits, or counts, of weights that `spectrim.surgery.constrain.constrain` has made `Rounded` or
+            `Sparse`, by their entropy; `spectrim.budget.rounding.round_to.round_to` chooses ranks with them, and needs no forms.
         inputs: one batch of inputs, for the layers' sizes; for a latency budget the batch that the table was made with.
         importance: measures distortion, see `spectrim.budget.distortion.base`; the relative `SpectralEnergy` when omitted.
         latency: a `LatencyTable` of the model. Ranks above a layer's measured break-even rank then cost what the dense layer costs, so that
@@ -74,7 +78,7 @@ def allocate(
     """
     check("allocate", model=model, inputs=inputs, latency=latency, crossbars=crossbars, multiple=multiple)
     model = unwrapped(model)
-    budget = as_budget(budget, "allocate")
+    budget = as_budget(budget, "allocate", coded=any(kind_of_form(form) for _, form in named_factors(model)))
     if next(named_factors(model), None) is None:
         raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
     prices = _prices(model, inputs, latency, crossbars, prices)
@@ -115,7 +119,7 @@ def check_floor(model: nn.Module, budget: Budget, prices: Ladder) -> None:
 
 def choices_of(held: Mapping[str, Form], budget: Budget, prices: Ladder, multiple: int | None) -> dict[str, list[int]]:
     """Return the rungs to choose from for each weight: those that cost less than the next one in a limited unit, and the present one."""
-    tables = [prices.unit((FRACTIONS | ABSOLUTE)[name]).weights for name in budget.limits]
+    tables = [unit.weights for _, _, unit in asked(budget, prices)]
     choices, alike = {}, dict[Any, list[int]]()
     for name, factors in held.items():
         step, rank = multiple or (prices.latency.multiple(name) if prices.latency else 1), factors.rank
@@ -133,7 +137,16 @@ def choices_of(held: Mapping[str, Form], budget: Budget, prices: Ladder, multipl
 
 def limits_of(budget: Budget, prices: Ladder, choices: Mapping[str, Sequence[int]]) -> list[_Limit]:
     """Return what the factorized weights may cost together, for each limit of a budget."""
-    return [_limit(name, value, prices.unit((FRACTIONS | ABSOLUTE)[name]), choices) for name, value in budget.limits.items()]
+    return [_limit(name, value, unit, choices) for name, value, unit in asked(budget, prices)]
+
+
+def asked(budget: Budget, prices: Ladder) -> list[tuple[str, float | int, UnitCost]]:
+    """Return the limits of a budget that rungs decide: field, value and costs; coded bytes where weights are held pruned or rounded."""
+    found = [(name, value, prices.unit((FRACTIONS | ABSOLUTE)[name])) for name, value in budget.limits.items()]
+    if budget.coded_bytes is not None:
+        unit = prices.unit("coded")
+        found.append((CODED, budget.coded_bytes if budget.coded_bytes >= 1 else budget.coded_bytes * unit.whole, unit))
+    return found
 
 
 def _prices(model: nn.Module, inputs: Any, latency: Latencies | None, crossbars: Crossbars | None, prices: Ladder | None) -> Ladder:

@@ -21,11 +21,11 @@ DROPS = ("max_drop", "max_loss_rise")
 """Fields of a budget that say how much worse the network may be."""
 
 
-UNITS = {"size_bytes": "bytes", "latency_s": "seconds", "tile_count": "tiles"}
+UNITS = {"coded_bytes": "bytes", "size_bytes": "bytes", "latency_s": "seconds", "tile_count": "tiles"}
 
 
 CODED = "coded_bytes"
-"""Field of a budget that no rank decides: it is met by rounding, after the cut."""
+"""Field of a budget that ranks alone do not decide: by forms that are pruned or rounded, or by rounding after the cut."""
 
 
 FEWEST_BYTES = 1000
@@ -87,7 +87,8 @@ def _within(budget: "Budget", verb: str, drops: bool, coded: bool) -> "Budget":
     """Return a budget; refuse coded bytes where nothing is rounded, and drops where nothing is scored."""
     if budget.coded_bytes is not None and not coded:
         rule = "without coded_bytes, which compress meets by rounding after the cut"
-        raise SettingError(verb, "budget", got=budget, rule=rule, hint="round_to(model, data, coded_bytes) rounds a network")
+        hint = "round_to(model, data, coded_bytes) rounds a network; allocate chooses bits of what constrain(low, bits=32) returns"
+        raise SettingError(verb, "budget", got=budget, rule=rule, hint=hint)
     if budget.drops and not drops:
         rule = f"without {' and '.join(budget.drops)}, which compress and the prune key of a recipe search for"
         raise SettingError(verb, "budget", got=budget, rule=rule)
@@ -146,7 +147,7 @@ class Budget:
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise SettingError("Budget", name, got=value, rule="a number", hint=hint)
             if name in FRACTIONS and not 0 < value <= 1:
-                hint = next((f"write {other}= for {unit}" for other, unit in UNITS.items() if FRACTIONS[name] == ABSOLUTE[other]), hint)
+                hint = next((f"write {other}= for {unit}" for other, unit in UNITS.items() if FRACTIONS[name] == ABSOLUTE.get(other)), hint)
                 raise SettingError("Budget", name, got=value, rule="the fraction kept, in (0, 1]", hint=hint)
             if name in DROPS and not 0 <= value < math.inf:
                 what = "points of accuracy" if name == "max_drop" else "a fraction of the loss"

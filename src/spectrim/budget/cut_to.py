@@ -159,7 +159,8 @@ class Workbench:
             kept = self.places.state() if renews else kept
         if way.refit and dense is not None and examples:
             self.places.put(copied(start))
-            correct_(self.network, dense, examples, calibration=self.decomposed.for_refit(way.refit_metric), examples=None)
+            by = self.decomposed.for_refit(way.refit_metric)
+            correct_(self.network, dense, examples, calibration=by, examples=None)
             if renews:
                 recalibrate(self.network, examples)
             found = score(self.network)

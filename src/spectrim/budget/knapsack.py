@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from spectrim.budget.budget import ABSOLUTE, FRACTIONS, UNITS, BudgetError, FloorError
+from spectrim.budget.budget import ABSOLUTE, CODED, FRACTIONS, UNITS, BudgetError, FloorError
 from spectrim.budget.costs import UnitCost
 from spectrim.files import printing_to_stderr
 
@@ -34,7 +34,7 @@ def _limit(name: str, value: float | int, cost: UnitCost, choices: Mapping[str, 
     tables, cheapest = zip(*(alike[id(cost.weights[weight]), id(ranks)] for weight, ranks in choices.items()), strict=True)
     least = cost.fixed + sum(cheapest)
     most = value * cost.whole if name in FRACTIONS else value
-    counted = (FRACTIONS | ABSOLUTE)[name] != "latency"
+    counted = name == CODED or (FRACTIONS | ABSOLUTE)[name] != "latency"
     most = math.floor(most + 1e-9) if counted else most
     if most < least:
         if name in FRACTIONS:

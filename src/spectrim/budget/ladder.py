@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from spectrim.budget.coded import coded_unit
 from spectrim.budget.costs import RankCosts, UnitCost, calls, costs_of, with_counts
 from spectrim.budget.latency_table import _key
 from spectrim.budget.stand_ins import Only, dense, thin, true_values
@@ -35,7 +36,7 @@ class Ladder:
     Attributes:
         weights: costs of each factorized weight.
         units: by name: ``macs`` of one example, ``params``, ``size`` in bytes, ``latency`` in seconds of a call, ``tiles`` and
-            ``tile_reads`` of one example.
+            ``tile_reads`` of one example, ``coded`` in bytes of a coded file where weights are held pruned or rounded.
         missing: why a unit is not there.
         latency: the table that decides what `merge` writes.
         corrected: weights whose multiply-accumulates were counted in place of the formula, and why.
@@ -140,6 +141,11 @@ def ladder(
     for name in whole:
         weights, dense_cost = tables[name]
         units[name] = UnitCost(weights, dense_cost, whole[name] - dense_cost + jump.get(name, 0.0), whole[name])
+    coded = coded_unit(model, by_name, whole["size"])
+    if isinstance(coded, UnitCost):
+        units["coded"] = coded
+    else:
+        missing["coded"] = coded
     seconds = _seconds(model, used, by_name, latency)
     if isinstance(seconds, UnitCost):
         units["latency"] = seconds

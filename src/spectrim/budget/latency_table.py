@@ -4,7 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from rich.progress import track
@@ -17,7 +17,8 @@ from spectrim.budget.timed import MARGIN, LatencyTable, TimedWeight, describe
 from spectrim.budget.timing import Backend, _example, _forms, _Operation, _shape, time_layer
 from spectrim.budget.whole_network import time_network
 from spectrim.checks import check, unwrapped
-from spectrim.errors import LayerError, SettingError
+from spectrim.checks.words import worded
+from spectrim.errors import LayerError
 from spectrim.forms.form import Form
 from spectrim.layers import FactorizedLayer, factor_name, named_layers, sites
 from spectrim.layers.uses import Call
@@ -26,6 +27,7 @@ POINTS = {"eager": 6, "compile": 3, "onnx": 6}
 """Ranks timed for each layer; a compiler takes seconds for each."""
 
 
+@worded
 def latency_table(
     model: nn.Module,
     inputs: Any,
@@ -77,26 +79,52 @@ def latency_table(
         >>> 0 <= table.break_even("") <= 24
         True
     """
-    check("latency_table", model=model, inputs=inputs, threads=threads, multiple=multiple, margin=margin, time_box=time_box)
-    model = unwrapped(model)
-    for name, value, fits, rule in (
-        ("backend", backend, backend in get_args(Backend), f"one of {get_args(Backend)}"),
-        ("threads", threads, threads >= 1, "at least 1"),
-        ("multiple", multiple, multiple is None or multiple >= 1, "at least 1"),
-        ("margin", margin, 0 <= margin < 1, "in [0, 1)"),
-        ("time_box", time_box, time_box > 0, "above 0"),
-    ):
-        if not fits:
-            raise SettingError("latency_table", name, got=value, rule=rule)
-    if next(sites(model), None) is None:
-        raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
-    used: dict[tuple[FactorizedLayer, str], list[Call]] = defaultdict(list)
-    for call in calls(model, inputs):
-        used[call.layer, call.weight].append(call)
-
+    model = checked("latency_table", model, inputs, backend, threads=threads, multiple=multiple, margin=margin, time_box=time_box)
     machine = describe_machine(backend)
     path = None if cache is None else cache_path(Path(cache), machine, backend, threads)
     stored = {} if path is None else read_timings(path)
+    work, weights = operations_of(model, inputs, backend, multiple)
+    timings = {key: stored[key] for key, operation in work.items() if key in stored and stored[key].ranks == operation.ranks}
+    missing = [key for key in work if key not in timings]
+    for key in track(missing, f"timing layers ({backend})", disable=not progress):
+        timings[key] = time_layer(work[key], backend, threads, time_box)
+        if path is not None:
+            stored[key] = timings[key]
+            write_timings(path, machine, stored)  # after each one: a stopped run has lost nothing
+    dense_s, untimed = time_network(model, inputs, backend, threads, time_box)
+    return LatencyTable(backend, threads, machine, timings, weights, margin, dense_s, untimed)
+
+
+def checked(
+    verb: str, model: nn.Module, inputs: Any, backend: str, *, threads: int, multiple: int | None, margin: float, time_box: float
+) -> nn.Module:
+    """Check what a latency table is made of; return the model without what wraps it.
+
+    Raises:
+        SettingError: for an argument outside its range.
+        LayerError: when nothing is factorized.
+    """
+    check(verb, model=model, inputs=inputs, threads=threads, multiple=multiple, margin=margin, time_box=time_box)
+    model = unwrapped(model)
+    if next(sites(model), None) is None:
+        raise LayerError(type(model).__name__, "has no factorized layer", hint="call factorize(model) first")
+    return model
+
+
+def operations_of(
+    model: nn.Module, inputs: Any, backend: Backend, multiple: int | None
+) -> tuple[dict[str, _Operation], dict[str, TimedWeight]]:
+    """Return what has to be timed, by its description, and for each weight which of that it runs.
+
+    Args:
+        model: factorized.
+        inputs: as for `latency_table`.
+        backend: as for `latency_table`.
+        multiple: as for `latency_table`.
+    """
+    used: dict[tuple[FactorizedLayer, str], list[Call]] = defaultdict(list)
+    for call in calls(model, inputs):
+        used[call.layer, call.weight].append(call)
     work: dict[str, _Operation] = {}
     weights: dict[str, TimedWeight] = {}
     for layer_name, layer in named_layers(model):
@@ -111,15 +139,7 @@ def latency_table(
             share = layer.share_timed(weight) if operations else 1.0
             weights[factor_name(layer_name, weight)] = TimedWeight(describe(layer, weight), keys, step, most, share, reason)
             work |= operations
-    timings = {key: stored[key] for key, operation in work.items() if key in stored and stored[key].ranks == operation.ranks}
-    missing = [key for key in work if key not in timings]
-    for key in track(missing, f"timing layers ({backend})", disable=not progress):
-        timings[key] = time_layer(work[key], backend, threads, time_box)
-        if path is not None:
-            stored[key] = timings[key]
-            write_timings(path, machine, stored)  # after each one: a stopped run has lost nothing
-    dense_s, untimed = time_network(model, inputs, backend, threads, time_box)
-    return LatencyTable(backend, threads, machine, timings, weights, margin, dense_s, untimed)
+    return work, weights
 
 
 def _key(call: Call) -> str:

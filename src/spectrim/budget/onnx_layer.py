@@ -9,13 +9,22 @@ from torch import Tensor, nn
 from spectrim.plain.chain import PlainPair
 from spectrim.plain.recurrent import PlainRecurrent
 
+FEW = 16
+"""Numbers that are written as they are."""
+
 
 class _NoFormError(Exception):
     """A layer that the small ONNX writer below does not know."""
 
 
-def _onnx_model(module: nn.Module, x: Tensor) -> bytes:
-    """Return a layer, or a pair, as an ONNX model of one input ``x`` and one output ``y``, with the nodes that torch's exporter writes."""
+def _onnx_model(module: nn.Module, x: Tensor, *, filled: bool = False) -> bytes:
+    """Return a layer, or a pair, as an ONNX model of one input ``x`` and one output ``y``, with the nodes that torch's exporter writes.
+
+    Args:
+        module: dense or a pair.
+        x: its input.
+        filled: write one value for each weight and not its numbers, for a small file; a runtime makes the constants when it loads.
+    """
     from onnx import helper, numpy_helper
 
     if x.dtype not in (torch.float32, torch.float64, torch.float16):
@@ -25,6 +34,10 @@ def _onnx_model(module: nn.Module, x: Tensor) -> bytes:
     constants: list[Any] = []
 
     def constant(tensor: Tensor) -> str:
+        if filled and tensor.numel() > FEW:
+            shape = constant(torch.tensor(tensor.shape))
+            value = numpy_helper.from_array(torch.full((1,), 1 / max(tensor.shape), dtype=tensor.dtype).numpy())
+            return node("ConstantOfShape", [shape], value=value)
         constants.append(numpy_helper.from_array(tensor.detach().cpu().contiguous().numpy(), f"c{len(constants)}"))
         return str(constants[-1].name)
 

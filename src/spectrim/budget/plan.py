@@ -20,11 +20,13 @@ from spectrim.budget.judge import Judge
 from spectrim.budget.ladder import Ladder, ladder
 from spectrim.budget.plan_rows import BudgetPlan, SkippedLayer, Totals, WeightPlan
 from spectrim.budget.plan_table import Plan
+from spectrim.budget.priced import priced
 from spectrim.budget.promise import cut_totals, recounted, whole_and_fixed
 from spectrim.budget.schemes import AMONG, at_budget
 from spectrim.budget.ways import WAYS, Way
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.checks.heap import heap_set_aside
+from spectrim.checks.words import worded
 from spectrim.errors import SettingError
 from spectrim.forms.form import rung_of
 from spectrim.layers import named_factors
@@ -37,7 +39,7 @@ from spectrim.surgery.coverage import LayerCoverage, coverage
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.factorize import Scheme, factorize
 from spectrim.surgery.moments import Calibration
-from spectrim.surgery.same_function import same_function
+from spectrim.surgery.readers import leaving_readers, with_reasons
 from spectrim.surgery.select import layer_filter
 
 BUDGETS = (0.8, 0.65, 0.5, 0.4, 0.33, 0.25, 0.2)
@@ -55,6 +57,7 @@ DIGITS = 7
 @outside_inference_mode
 @naming
 @heap_set_aside()
+@worded
 def plan(
     model: nn.Module,
     inputs: Any,
@@ -124,10 +127,12 @@ def plan(
     wanted = [as_budget(budget, "plan") for budget in budgets]
     dense = None if next(named_factors(model), None) else model
     held = duplicate(model) if dense is None else factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
-    if dense is not None:
-        same_function(dense, held, inputs, names=("dense", "factorized"))
-    used = calls(held, inputs)
-    prices = ladder(held, inputs, latency, crossbars=crossbars, dense_model=dense, check=True, own=True, used=used)
+    if dense is None:
+        used, left = calls(held, inputs), dict[str, str]()
+        prices = ladder(held, inputs, latency, crossbars=crossbars, check=True, own=True, used=used)
+    else:
+        build, price = partial(factorize, model, scheme, example_inputs=inputs, writing=writing), partial(priced, model, inputs, latency)
+        held, (used, prices), left = leaving_readers(held, build, partial(price, crossbars, inputs))
     _check_inputs(prices, latency)
     if dense is not None and scheme in AMONG and latency is None and calibration is None and wanted:
         held, prices = at_budget(held, wanted[len(wanted) // 2], inputs, prices, dense, used, among=AMONG[scheme])
@@ -142,7 +147,7 @@ def plan(
     shown = track(wanted, "budgets", console=Console(stderr=True), transient=True, disable=not progress)
     rows = [known[budget] if budget in known else try_(budget, ways[name]) for budget in shown]
     bench.restore()
-    lines = coverage(held, where, inputs=inputs, latency=latency)
+    lines = with_reasons(coverage(held, where, inputs=inputs, latency=latency), left)
     distortions = {way: bench.distortions(ways[way]) for way in ways}
     weights = _weights(bench, lines, distortions)
     whole, fixed = whole_and_fixed(prices.units)

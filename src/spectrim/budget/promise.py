@@ -88,8 +88,11 @@ def counted(owner: str, budget: Budget, merged: nn.Module, macs: int | None, pri
             continue
         most = value * prices.unit(unit).whole if name in FRACTIONS else value
         if count > math.floor(most + 1e-9):
-            suspects = ", ".join(f"'{weight}'" for weight in list(prices.corrected)[:5]) or "no single layer"
+            suspects = ", ".join(f"'{weight}'" for weight in list(prices.corrected)[:5])
             problem = f"{name}={value:g} allows {most:,.0f}, and the merged network has {count:,}"
+            if not prices.corrected:  # what routing, lengths or detections add
+                why = "what this network costs depends on the values that it computes"
+                raise BudgetError(f"{problem}; {why}: ask for {name}={value * most / count * 0.999:.3g}")
             raise BudgetError(f"{problem}; {owner} found layers that cost more than two calls: {suspects}; leave them out with where=")
     if macs is None:
         raise SpectrimError(f"{owner}: the multiply-accumulates of the merged network cannot be counted")

@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from spectrim.budget.latency_cache import timing_of
 from spectrim.budget.timing import Backend, Timing
+from spectrim.checks.words import check_words
 from spectrim.errors import FormatError, LayerError, SettingError
 from spectrim.layers import FactorizedLayer, sites
+
+LONGEST_S, LARGEST = 3600.0, 2**24
+"""Seconds and ranks in a file beyond which it is taken for damaged."""
 
 MARGIN = 0.05
 """A pair is written where it takes at least this share less time than the dense layer: less than that may be noise."""
@@ -64,6 +68,7 @@ class LatencyTable:
     dense_untimed: str = ""
 
     def __post_init__(self) -> None:
+        check_words(self)
         if not 0 <= self.margin < 1:
             raise SettingError("LatencyTable", "margin", got=self.margin, rule="in [0, 1)")
 
@@ -131,22 +136,44 @@ class LatencyTable:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "LatencyTable":
+    def from_dict(cls, fields: Mapping[str, Any], owner: str = "LatencyTable") -> "LatencyTable":
         """Return the table that `to_dict` described.
 
+        Args:
+            fields: plain data.
+            owner: named in errors.
+
         Raises:
-            FormatError: when it is not such a dict.
+            FormatError: when it is not such a dict, or a number is outside its bounds.
         """
         try:
-            timings = {key: timing_of(entry) for key, entry in fields["timings"].items()}
-            weights = {name: TimedWeight(**{**entry, "calls": tuple(entry["calls"])}) for name, entry in fields["weights"].items()}
+            timings = {str(key): timing_of(entry) for key, entry in fields["timings"].items()}
+            weights = {str(name): TimedWeight(**{**entry, "calls": tuple(entry["calls"])}) for name, entry in fields["weights"].items()}
             table = cls(**{**fields, "timings": timings, "weights": weights})
             missing = [call for weight in weights.values() for call in weight.calls if call not in timings]
+            wrong = _wrong(table)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FormatError("LatencyTable", f"is not what to_dict wrote ({error!r})") from error
+            raise FormatError(owner, f"is not what LatencyTable.to_dict wrote ({error!r})") from error
         if missing:
-            raise FormatError("LatencyTable", f"holds no timing of {missing[0]!r}")
+            raise FormatError(
+                owner, f"holds no timing of {missing[0]!r}", hint="a run on the device that was stopped goes on: start it again"
+            )
+        if wrong:
+            raise FormatError(owner, f"holds {wrong}")
         return table
+
+    def __str__(self) -> str:
+        """Describe the device, and for each weight what `merge` writes up to which rank."""
+        device = ", ".join(f"{key} {value}" for key, value in self.machine.items())
+        whole = self.dense_untimed or f"the dense network takes {1e3 * (self.dense_s or 0):.3f} ms"
+        lines = [f"{self.backend}, {self.threads} thread(s), {device}", whole]
+        for name, weight in self.weights.items():
+            told = (
+                weight.untimed
+                or f"{1e3 * (self.seconds(name, None) or 0):.3f} ms dense, a pair is faster up to rank {self.break_even(name)}"
+            )
+            lines.append(f"{name or '(model)'}: {told}")
+        return "\n".join(lines)
 
     def _weight(self, name: str) -> TimedWeight:
         if name not in self.weights:
@@ -158,6 +185,25 @@ class LatencyTable:
 
     def _pair(self, weight: TimedWeight, rank: int) -> float:
         return sum(self.timings[call].at(rank) for call in weight.calls)
+
+
+def _wrong(table: LatencyTable) -> str:
+    """Return what of a table from a file is outside its bounds."""
+    seconds = [s for timing in table.timings.values() for s in (timing.dense_s, *timing.pair_s)] + [table.dense_s or 1.0]
+    if table.backend not in get_args(Backend) or type(table.threads) is not int or table.threads < 1:
+        return f"an unknown backend or number of threads ({table.backend!r}, {table.threads!r})"
+    if not table.machine or not all(isinstance(word, str) for pair in table.machine.items() for word in pair):
+        return "no name of the device that was timed"
+    if not all(0 < s < LONGEST_S for s in seconds):
+        return f"seconds outside (0, {LONGEST_S:g})"
+    if any(tuple(sorted(set(timing.ranks))) != timing.ranks or min(timing.ranks, default=1) < 1 for timing in table.timings.values()):
+        return "ranks that do not ascend from 1 on"
+    for name, weight in table.weights.items():
+        if type(weight.multiple) is not int or type(weight.most) is not int or not (weight.multiple >= 1 and 0 <= weight.most <= LARGEST):
+            return f"impossible ranks of {name!r}"
+        if not 0 <= weight.share <= 1:
+            return f"a share outside [0, 1] of {name!r}"
+    return ""
 
 
 AGAIN = "make the table of this model: latency_table(model, inputs)"

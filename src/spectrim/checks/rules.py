@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from spectrim.checks.batches import bare, inputs_rule, read_once, reread, reread_bare
 from spectrim.checks.messages import fail
-from spectrim.checks.scalars import Rule, choice, integer, number
+from spectrim.checks.scalars import Rule, integer, number
 
 WHERE = "a layer name, a glob, a list of these, or a function (name, module) -> bool"
 
@@ -232,9 +232,6 @@ RULES: dict[str, Rule] = {
     "importances": _importances,
     "cut_ranks": _cut_ranks,
     "measurements": _measurements,
-    "scheduler_steps": choice("epoch", "batch"),
-    "precision": choice("no", "bf16", "fp16"),
-    "execution": choice("macs", "measured"),
 }
 """By the name of the argument: what it must be."""
 

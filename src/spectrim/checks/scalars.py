@@ -1,4 +1,4 @@
-"""Rules of numbers and of words from a list."""
+"""Rules of numbers."""
 
 import math
 from collections.abc import Callable
@@ -31,13 +31,3 @@ def number(rule: str, fits: Callable[[float], bool]) -> Rule:
             raise fail(verb, name, value, rule)
 
     return check_number
-
-
-def choice(*allowed: str) -> Rule:
-    """Return the rule of one of several words."""
-
-    def rule(verb: str, name: str, value: Any) -> None:
-        if value not in allowed:
-            raise fail(verb, name, value, ", ".join(f"'{entry}'" for entry in allowed[:-1]) + f" or '{allowed[-1]}'")
-
-    return rule

@@ -15,6 +15,7 @@ SHORT = {
     "measure": "accuracy, parameters, MACs, bytes and latency of a network",
     "coverage": "every layer: factorized, or why not",
     "plan": "predict the result of each budget, without training",
+    "latency": "time the layers of a network: here, or on another device by a file that Python runs there",
     "report": "write the HTML page of a folder or of a plan",
     "export": "write a network for another runtime and compare its outputs",
     "pack": "write the final network of a folder as one coded file",
@@ -31,6 +32,9 @@ HELP = {
     "coverage": "List every parameterized layer: factorized, or why not. The code of a finished folder is neither imported nor called.",
     "plan": "Predict the result of each budget, without training: ranks, costs, and the error right after the cut. "
     "Calls the code named by the recipe, or by the recipe in the folder.",
+    "latency": "Time the layers of a network, dense and as pairs of several ranks; write a table for compress --table and plan --table. "
+    "With --kit a file is written that answers the same questions on another device, which needs Python, numpy and onnxruntime: "
+    "python NET.pyz TABLE.json. Given a table, show what is in it. Calls the code named by the recipe, or by the recipe in the folder.",
     "report": "Write the HTML page of a run's folder or of a plan; it needs no server and no network, and nothing is imported or called.",
     "export": "Write the network of a recipe, or the final one of a folder, for another runtime; its outputs are compared before "
     "the file is kept. Calls the code named by the recipe, or by the recipe in the folder.",
@@ -44,6 +48,7 @@ EXAMPLES = {
   spectrim run recipes/digits.yaml --set prune.budget.macs=0.25 --seed 1 --out runs/quarter""",
     "compress": """\
   spectrim compress net.yaml --macs 0.5                    half of the multiply-accumulates, no training
+  spectrim compress net.yaml --macs 0.5 --weights net.pt   of a network that is trained already
   spectrim compress net.yaml --macs 0.7,0.5,0.35           three networks, one table, one page
   spectrim compress net.yaml --max-drop 0.5 --epochs 5     the smallest one at most half a point worse
   spectrim compress net.yaml --latency 0.7 --backend onnx  at most 70 % of the dense network's seconds
@@ -59,6 +64,11 @@ EXAMPLES = {
     "plan": """\
   spectrim plan net.yaml --budgets 0.7,0.5,0.3
   spectrim plan runs/digits --latency eager --out plan.json""",
+    "latency": """\
+  spectrim latency net.yaml --backend onnx --out table.json   time the layers here
+  spectrim latency net.yaml --kit net.pyz                     then, on the device: python net.pyz table.json
+  spectrim latency table.json                                 what a table says
+  spectrim compress net.yaml --latency 0.6 --table table.json""",
     "report": """\
   spectrim report runs/net-compress-macs0.5 --open
   spectrim report plan.json --text""",
@@ -105,6 +115,7 @@ def _json(sub: ArgumentParser, what: str = "") -> None:
 def _changes(sub: ArgumentParser, whose: str = "the recipe") -> None:
     sub.add_argument("--set", type=str, action="append", metavar="KEY=VALUE", help=f"change a key of {whose}: train.0.epochs=3")
     sub.add_argument("--seed", type=int, help="the same as --set seed=N")
+    sub.add_argument("--weights", type=str, metavar="FILE", help="trained weights, a .safetensors file or a state dict in .pt")
     sub.add_argument(
         "--device", type=str, metavar="cpu|cuda|cuda:N|mps", help="where to train (default: an accelerator where there is one)"
     )
@@ -169,6 +180,7 @@ exit codes: 0 done, 1 failure, 2 wrong usage or a bad recipe, 130 stopped by Ctr
     sub.add_argument(
         "--backend", choices=["eager", "compile", "onnx"], help="time layers in this backend; layers that no rank makes faster stay dense"
     )
+    sub.add_argument("--table", type=str, help="a latency table, see spectrim latency; in place of --backend")
     sub.add_argument("--epochs", type=NonNegativeInt, default=0, help="of fine-tuning (default: none, calibration only)")
     sub.add_argument(
         "--examples", type=PositiveInt, default=None, help="training examples for calibration (default: 1024, fewer for large networks)"
@@ -213,12 +225,24 @@ exit codes: 0 done, 1 failure, 2 wrong usage or a bad recipe, 130 stopped by Ctr
     )
     sub.add_argument("--weights-only", action="store_true", help="use no data: ranks and cuts by the weights alone")
     sub.add_argument("--latency", choices=["eager", "compile", "onnx"], help="time the layers, and predict seconds")
+    sub.add_argument("--table", type=str, help="a latency table, see spectrim latency; in place of --latency")
     sub.add_argument("--threads", type=PositiveInt, default=1, help="CPU threads of that timing")
     sub.add_argument("--tiles", action="store_true", help="the budgets are fractions of the tiles; needs --crossbars")
     _crossbars(sub)
     sub.add_argument("--out", type=str, help="a JSON file; its page is written beside it")
     _changes(sub)
     _json(sub, ": the whole plan")
+
+    sub = _command(commands, "latency")
+    sub.add_argument("target", type=str, help="a recipe (its dense network), the folder of a run, or a table that was written before")
+    sub.add_argument("--out", type=str, help="the table to write: a JSON file (default: NAME-latency.json)")
+    sub.add_argument("--kit", type=str, metavar="NET.pyz", help="write a file for another device instead")
+    sub.add_argument("--backend", choices=["eager", "compile", "onnx"], default="onnx", help="what runs the layers here")
+    sub.add_argument("--batch", type=PositiveInt, default=1, help="examples of the validation split in one call")
+    sub.add_argument("--threads", type=PositiveInt, default=1, help="CPU threads")
+    sub.add_argument("--seconds", type=float, default=2.0, help="time for each distinct layer")
+    _changes(sub)
+    _json(sub, ": the whole table")
 
     sub = _command(commands, "report")
     sub.add_argument("target", type=str, help="the folder of a run, or what spectrim plan --out wrote")

@@ -11,8 +11,10 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from spectrim.budget.budget import Budget
+from spectrim.budget.device import latency_kit
 from spectrim.budget.latency_table import latency_table
 from spectrim.budget.plan import BUDGETS, plan
+from spectrim.budget.table_file import read_table, save_table
 from spectrim.cli.compressing import compress_, run
 from spectrim.cli.shared import changes, crossbars, fractions, note, show
 from spectrim.errors import FormatError, SettingError, UsageError
@@ -84,7 +86,9 @@ def plan_(args: Namespace) -> None:
         note(f"the recipe trains its dense network first; planned is the untrained one. spectrim run {args.target}, then plan its folder")
     data, where = make_data(recipe), recipe.factorize.layers()
     scheme, inputs, table = recipe.factorize.scheme, one_example(data.val), None
-    if args.latency:
+    if args.table:
+        table = read_table(args.table)
+    elif args.latency:
         model = factorize(model, scheme, where)
         table = latency_table(model, inputs, backend=args.latency, threads=args.threads, progress=not args.quiet)
     calibrating, loss = (None, None) if args.weights_only else (data.train, make_loss(recipe.loss))
@@ -97,6 +101,36 @@ def plan_(args: Namespace) -> None:
         found.save(args.out)
         text += f"\nwritten to {args.out} and {write_report(args.out)}"
     show(args, text, found.to_dict())
+
+
+def latency_(args: Namespace) -> None:
+    """Time the layers of a network here, write a file that does so on another device, or show a table."""
+    if args.target.endswith(".json"):
+        table = read_table(args.target)
+        show(args, str(table), table.to_dict())
+        return
+    if not args.seconds > 0:
+        raise UsageError("--seconds", f"got {args.seconds:g}", allowed="seconds above 0")
+    held = _contents(args.target)
+    model, recipe = _network(args, held, "dense")
+    low, inputs = factorize(model, recipe.factorize.scheme, recipe.factorize.layers()), _some(make_data(recipe).val, args.batch)
+    how: Any = {"threads": args.threads, "time_box": args.seconds, "progress": not args.quiet}
+    if args.kit:
+        path = latency_kit(low, inputs, args.kit, **how)
+        show(args, f"written to {path}; on the device: pip install numpy onnxruntime; python {path.name} table.json", {"kit": str(path)})
+        return
+    out = args.out or f"{Path(args.target).stem}-latency.json"
+    table = latency_table(low, inputs, backend=args.backend, **how)
+    save_table(table, out)
+    show(args, f"{table}\nwritten to {out}", table.to_dict())
+
+
+def _some(data: Any, count: int) -> Any:
+    """Return the inputs of so many examples, of one batch."""
+    (inputs, _), *_ = first_examples(data, 1)
+    if count > (size := batch_size_of(inputs)):
+        raise UsageError("--batch", f"got {count}", allowed=f"up to {size}, a batch of the validation split")
+    return tree_map_only(torch.Tensor, lambda tensor: tensor[:count], inputs)
 
 
 def report_(args: Namespace) -> None:
@@ -126,11 +160,7 @@ def export_(args: Namespace) -> None:
         made: Any = quantize(model, data.train, path)
         show(args, f"{made.summary()}\nwritten to {made.path}", made.to_dict())
         return
-    (inputs, _), *_ = first_examples(data.val, 1)
-    size = batch_size_of(inputs)
-    if args.batch > size:
-        raise UsageError("--batch", f"got {args.batch}", allowed=f"up to {size}, a batch of the validation split")
-    inputs = tree_map_only(torch.Tensor, lambda tensor: tensor[: args.batch], inputs)
+    inputs = _some(data.val, args.batch)
     made = export(
         model, inputs, path, args.format, dynamic_batch=not args.static, max_batch=max(args.max_batch, args.batch),
         tolerance=args.tolerance, latency=True, threads=args.threads, progress=not args.quiet,
@@ -176,13 +206,15 @@ def _network(args: Namespace, held: Contents | None, name: str) -> tuple[nn.Modu
     if held is None:
         recipe = read_recipe(args.target, changes(args), cut=False)
         return make_model(recipe), recipe
+    if args.weights is not None:
+        raise UsageError("--weights", f"{held.folder} holds its own", allowed="with a recipe file")
     place, path = held.network(name), held.folder / RECIPE
     note(f"calling the code that {path} names; do so only for folders that you trust")
     try:
         recipe = read_recipe(path, changes(args), cut=False)
     except UsageError as error:
         raise error if str(path) in str(error) else FormatError(path, str(error)) from error
-    return load(place, make_model(recipe)), recipe
+    return load(place, make_model(recipe, filled=False)), recipe
 
 
 BODIES: dict[str, Callable[[Namespace], None]] = {
@@ -191,6 +223,7 @@ BODIES: dict[str, Callable[[Namespace], None]] = {
     "measure": measure_,
     "coverage": coverage_,
     "plan": plan_,
+    "latency": latency_,
     "report": report_,
     "export": export_,
     "pack": pack_,

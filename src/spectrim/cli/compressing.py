@@ -11,8 +11,8 @@ from rich.console import Console
 
 from spectrim.budget.allocate import allocate
 from spectrim.budget.budget import CODED, Budget
-from spectrim.budget.latency_table import latency_table
 from spectrim.budget.plan import plan
+from spectrim.budget.table_file import read_table
 from spectrim.cli.shared import changes, coded_bytes, crossbars, fractions, show
 from spectrim.errors import SettingError, UsageError
 from spectrim.files import read_json, temporary_beside
@@ -130,13 +130,10 @@ def _copy_dense(source: Path, target: Path) -> None:
 
 def _compressed(job: Run, budget: Budget, args: Namespace) -> tuple[Compressed, dict[str, Measurement], dict[str, Any]]:
     """Compress in the folder of a run; return what was made, its measurements on the test split, and the result as plain data."""
-    recipe, dense, table = job.recipe, job.dense(), None
+    recipe, dense = job.recipe, job.dense()
     for name in ("settings.json", "cut/cut.json"):
         if (job.out / "compress" / name).exists():
             read_json(job.out / "compress" / name, f"delete {job.out / 'compress'} to begin again")
-    if args.backend or args.latency or args.latency_s:
-        timed = factorize(dense, recipe.factorize.scheme, recipe.factorize.layers())
-        table = latency_table(timed, job.example, backend=args.backend or "eager", progress=not args.quiet)
     job.begin("compress")
     data = job.data
     made = compress(
@@ -144,7 +141,8 @@ def _compressed(job: Run, budget: Budget, args: Namespace) -> tuple[Compressed, 
         scheme=recipe.factorize.scheme, where=recipe.factorize.layers(), cut=args.cut, squeeze=args.squeeze, examples=args.examples,
         calibration_seconds=args.calibration_seconds,
         writing=args.writing, reconstruct=Reconstruction(args.reconstruct) if args.reconstruct else None,
-        tuning=Tuning(precision=recipe.precision, compiled=recipe.compiled), latency=table,
+        tuning=Tuning(precision=recipe.precision, compiled=recipe.compiled),
+        latency=None if args.table is None else read_table(args.table), backend=args.backend,
         crossbars=crossbars(args.crossbars), folder=job.out / "compress", progress=not args.quiet,
     )  # fmt: skip
     job.begin("measure")

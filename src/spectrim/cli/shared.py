@@ -1,6 +1,7 @@
 """What commands share: reading options, printing results."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
@@ -70,4 +71,5 @@ def note(text: str) -> None:
 
 def changes(args: Namespace) -> list[str]:
     """Return the changes of a recipe that the options ask for."""
-    return [*(args.set or []), *([] if args.seed is None else [f"seed={args.seed}"])]
+    own = [*(args.set or []), *([] if args.seed is None else [f"seed={args.seed}"])]
+    return own if args.weights is None else [*own, f"weights={json.dumps(str(Path(args.weights).resolve()))}"]

@@ -28,6 +28,9 @@ class Contract(Computed):
     called: ClassVar[str] = "a product of two matrices"
     """What errors call it."""
 
+    splits: ClassVar[bool] = True
+    """Whether the weight can be written as several operations."""
+
     @property
     def rank(self) -> int:
         """The rung of the present size, and the number of rungs."""
@@ -70,6 +73,19 @@ class Contract(Computed):
         """Return the number of the rung at which a size, or one as large, is reached."""
         assert isinstance(size, int)
         return size
+
+    @property
+    def plain_size(self) -> Size:
+        """The present size without what pruning and rounding add to it: that of the operations."""
+        return self.size
+
+    def plain_of(self, size: Size) -> Size:
+        """Return a size without what pruning and rounding add to it."""
+        return size
+
+    def coded_bits(self) -> float:
+        """Return about how many bits the parts take in a coded file; those of floats, where nothing is on levels."""
+        return 32.0 * self.count(self.size) * self.blocks
 
     def checked(self, name: str, size: Any) -> Size:
         """Return a size as this form reads it; a single number stands for that number along every axis, at most what is held there.

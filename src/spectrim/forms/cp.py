@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from spectrim.forms.float16 import evened
 from spectrim.forms.form import LOST, Form, Size, fitted, one_rank
 from spectrim.forms.kernel import Kernel
 from spectrim.linalg import cp
@@ -117,8 +118,10 @@ class CP(Kernel):
         return cp.compose(*parts)
 
     def chain(self) -> tuple[Tensor, ...]:
-        """Return ``B^T (r, in)``, the depthwise kernels ``(r, 1, taps)`` and ``A (out, r)`` in the weight's dtype."""
-        return self.B.mT.to(self.dtype), self.C.mT.unsqueeze(1).to(self.dtype), self.A.to(self.dtype)
+        """Return ``B^T (r, in)``, the depthwise kernels ``(r, 1, taps)`` and ``A (out, r)`` in the weight's dtype, even in float16."""
+        A, B = evened(self.A, self.B, self.dtype)
+        C, B = evened(self.C, B, self.dtype)
+        return B.mT.to(self.dtype), C.mT.unsqueeze(1).to(self.dtype), A.to(self.dtype)
 
     @torch.no_grad()
     def written(self) -> Parts:

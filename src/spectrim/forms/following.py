@@ -17,7 +17,7 @@ def followed(average: Form, new: Form) -> Form:
         average: before the cut, of any rank >= that of `new`.
         new: factors after the cut.
     """
-    if not isinstance(average, Factors) or not isinstance(new, Factors):
+    if not isinstance(average, Factors) or not isinstance(new, Factors) or not new.is_matrix:
         return _turned(average, new)
     cut = average.cut_to(new.size)
     parts = zip(*(_blocks(factors) for factors in (cut, new)), strict=True)

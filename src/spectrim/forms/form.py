@@ -88,6 +88,10 @@ class Form(Contract):
         """Compose the folded weight in its dtype."""
         return self.product().to(self.dtype)
 
+    def shown(self) -> tuple[Tensor, ...]:
+        """Return the parts as they enter the weight: the parameters, where a form does not say otherwise."""
+        return tuple(self.parameters(recurse=False))
+
     def _fingerprint(self) -> tuple[float, ...] | None:
         return fingerprint([parameter for parameter in self._parameters.values() if parameter is not None])
 
@@ -123,7 +127,7 @@ class Form(Contract):
 
         def keep(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            narrow = tensor is not self._dtype and moved.dtype.itemsize < 4
+            narrow = tensor is not self._dtype and moved.is_floating_point() and moved.dtype.itemsize < 4
             return tensor.to(moved.device, torch.float32) if narrow else moved
 
         return super()._apply(keep, recurse)  # type: ignore[no-untyped-call]

@@ -87,7 +87,7 @@ class Kernel(Form):
 
     def product(self) -> Tensor:
         """Compose ``(out, in, taps...)`` in the dtype that is computed in: that of autocast where it is on, else the weight's."""
-        product = self.compose(*self.parameters(recurse=False))
+        product = self.compose(*self.shown())
         half = not product.is_meta and torch.is_autocast_enabled(product.device.type)
         return product if half else product.to(self.dtype)
 
@@ -99,7 +99,7 @@ class Kernel(Form):
 
     def held(self) -> tuple[Tensor, ...]:
         """Return the parts as they are held, detached, in float64."""
-        return tuple(part.detach().double() for part in self.parameters(recurse=False))
+        return tuple(part.detach().double() for part in self.shown())
 
     @torch.no_grad()
     def written(self) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spectrim import linalg
 from spectrim.errors import LayerError
+from spectrim.forms.float16 import evened
 from spectrim.forms.form import LOST, Form, Size, fitted, one_rank, stored
 from spectrim.linalg.gram import Metric
 from spectrim.linalg.quaternion import Parts, Quaternions, column_of, decomposed, qsvd, root_of
@@ -70,8 +71,7 @@ class QuaternionFactors(Form):
         """
         made = cls(*decomposed(folded), dtype=weight.dtype, requires_grad=weight.requires_grad, exact=True)
         if not all(bool(torch.isfinite(part).all()) for part in made.parameters()):
-            problem = f"its singular values are not finite in {stored(weight.dtype)}"
-            raise LayerError(name or "weight", problem, hint="load a sound checkpoint, or leave the layer out with where=")
+            raise LayerError(name or "weight", f"its values are not finite in {stored(weight.dtype)}", hint="leave it out with where=")
         return made if choose is None else made.cut(choose)
 
     @classmethod
@@ -140,8 +140,9 @@ class QuaternionFactors(Form):
             return cls._composed(*parts)
 
     def chain(self) -> tuple[Tensor, Tensor]:
-        """Return ``Vh (4 r, n)`` and ``U diag(S) (4 m, r)``, both as first block columns, in the weight's dtype."""
-        return self.Vh.to(self.dtype), (column_of(self.U) * self.S).to(self.dtype)
+        """Return ``Vh (4 r, n)`` and ``U diag(S) (4 m, r)``, both as first block columns, in the weight's dtype, even in float16."""
+        S, V = evened(self.S.unsqueeze(0), self.Vh.view(4, self.rank, -1).mT, self.dtype)
+        return V.mT.flatten(0, 1).to(self.dtype), (column_of(self.U) * S).to(self.dtype)
 
     @torch.no_grad()
     def written(self) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spectrim import linalg
 from spectrim.errors import LayerError
 from spectrim.forms.compose import Compose
+from spectrim.forms.float16 import evened
 from spectrim.forms.form import LOST, Form, Size, fitted, one_rank, stored, whole
 from spectrim.linalg.gram import Metric
 
@@ -203,8 +204,9 @@ class Factors(Form):
             return (U * S.unsqueeze(-2)) @ Vh
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """Return ``U diag(S)`` and ``Vh`` in the weight's dtype, to be applied one after the other."""
-        return (self.U * self.S.unsqueeze(-2)).to(self.dtype), self.Vh.to(self.dtype)
+        """Return ``U diag(S)`` and ``Vh`` in the weight's dtype, to be applied one after the other, even in float16."""
+        S, V = evened(self.S.unsqueeze(-2), self.Vh.mT, self.dtype)
+        return (self.U * S).to(self.dtype), V.mT.to(self.dtype)
 
     def chain(self) -> tuple[Tensor, Tensor]:
         """Return the `pair`, the right one first."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import LayerError
+from spectrim.forms.float16 import evened
 from spectrim.forms.form import LOST, Form, Size, rung_of
 from spectrim.forms.kernel import Kernel, Nested, several_ranks
 from spectrim.linalg import tensor_train as tt
@@ -63,9 +64,9 @@ class TensorTrain(Nested, Kernel):
     # Sizes
 
     @property
-    def cores(self) -> tuple[nn.Parameter, ...]:
+    def cores(self) -> tuple[Tensor, ...]:
         """The parts, from the inputs to the outputs."""
-        return tuple(self.parameters(recurse=False))
+        return self.shown()
 
     @property
     def size(self) -> tt.Ranks:
@@ -124,8 +125,9 @@ class TensorTrain(Nested, Kernel):
         return tt.contract(parts).movedim(-1, 0)
 
     def chain(self) -> Cores:
-        """Return ``G1^T (r1, in)``, the kernels ``(r2, r1, taps)`` of each axis and ``(out, r)`` in the weight's dtype."""
-        first, *middle, last = (core.to(self.dtype) for core in self.cores)
+        """Return ``G1^T (r1, in)``, the kernels ``(r2, r1, taps)`` of each axis and ``(out, r)`` in the weight's dtype, even in float16."""
+        last, first = evened(self.cores[-1], self.cores[0], self.dtype, across=(0, 1))
+        first, *middle, last = (core.to(self.dtype) for core in (first, *self.cores[1:-1], last))
         return first.mT, *(core.permute(2, 0, 1) for core in middle), last.mT
 
     @classmethod
@@ -186,7 +188,7 @@ class TensorTrain(Nested, Kernel):
 
     def slope_parameters(self) -> list[nn.Parameter]:
         """Return the last core, which has the norms."""
-        return [self.cores[-1]]
+        return [list(self.parameters(recurse=False))[-1]]
 
     def sides(self) -> Cores:
         """Return all cores but the last, unfolded to matrices with orthonormal columns."""

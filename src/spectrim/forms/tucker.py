@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spectrim import linalg
 from spectrim.errors import LayerError
+from spectrim.forms.float16 import evened
 from spectrim.forms.form import LOST, Form, Size, fitted
 from spectrim.forms.kernel import Nested, several_ranks
 from spectrim.linalg.gram import Metric
@@ -162,8 +163,9 @@ class Tucker2(Nested):
             return torch.einsum("rst,or,is->oit", core, A, B).flatten(1)
 
     def chain(self) -> tuple[Tensor, ...]:
-        """Return ``B^T (s, in)``, the core ``(r, s, taps)`` and ``A (out, r)`` in the weight's dtype."""
-        return self.B.mT.to(self.dtype), self.core.to(self.dtype), self.A.to(self.dtype)
+        """Return ``B^T (s, in)``, the core ``(r, s, taps)`` and ``A (out, r)`` in the weight's dtype, even in float16."""
+        core, B = evened(self.core.mT, self.B, self.dtype, across=(0, 1))
+        return B.mT.to(self.dtype), core.mT.to(self.dtype), self.A.to(self.dtype)
 
     @torch.no_grad()
     def written(self) -> tuple[Tensor, ...]:
@@ -197,9 +199,8 @@ class Tucker2(Nested):
 
     def tail(self, left: Tensor | None = None, right: Metric | None = None) -> Tensor:
         """Return the energy outside each size of the path, from ``(0, 0)`` on."""
-        core = self.parts_in_order()[1]
-        if left is not None or right is not None:
-            core = hosvd(self._weighted(left, right)[0], self.size)[1]
+        plain = left is None and right is None
+        core = self.parts_in_order()[1] if plain else hosvd(self._weighted(left, right)[0], self.size)[1]
         return self._outside(core.square().sum(-1))
 
     def _outside(self, energy: Tensor) -> Tensor:
@@ -212,8 +213,7 @@ class Tucker2(Nested):
         """Cut to ``(r, s)``: the truncated HOSVD, improved by HOOI."""
         self.refuse_not_finite()
         pair = self.checked("", size)
-        parts = self.parts_in_order() if pair == self.size else self._cut_parts(pair, left, right)
-        made = self.like(*parts, exact=True)
+        made = self.like(*(self.parts_in_order() if pair == self.size else self._cut_parts(pair, left, right)), exact=True)
         made._path = self.path()[: made.rank] if pair in self.path() else None
         return made
 

@@ -74,17 +74,21 @@ class FactorizedLayer(ExchangedLayer):
         """Multiply-accumulates of the interpolative writing, as `work`."""
         raise NotImplementedError
 
+    own_forward: ClassVar[bool] = False
+    """Whether the forward is that of a class outside, which reads the weight: that it computes the same is found by comparing."""
+
     def interpolates(self, name: str, rank: int) -> bool:
         """Whether `merge` writes a rank in ``r (m + n - r)`` numbers: where that was asked for, and saves enough over the pair."""
         factors = self.factors_of(name)
         able = self.writing == "interpolative" and self.interpolated_kind(self, self.scheme) is not None
-        return able and rank < factors.full_rank and rank >= LEAST_GAIN * sum(factors.shape)
+        return able and factors.is_matrix and rank < factors.full_rank and rank >= LEAST_GAIN * sum(factors.shape)
 
     def written_work(self, name: str, rank: int | None, shape: Sequence[int] | None) -> float:
         """Multiply-accumulates of what `merge` writes at the rung `rank`, or of the dense operation; as `work`."""
         if rank is not None and self.interpolates(name, rank):
             return self.interpolated_work(self, self.scheme, rank, shape)
-        size = None if rank is None else self.factors_of(name).size_of(rank)
+        factors = self.factors_of(name)
+        size = None if rank is None else factors.plain_of(factors.size_of(rank))
         return self.work(self, name, self.scheme, size, shape)
 
     def calls_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Call]:
@@ -115,7 +119,7 @@ class FactorizedLayer(ExchangedLayer):
 
     def why_untimed(self, name: str, eager: bool) -> str:
         """Return why multiply-accumulates decide about a weight, not seconds; empty where it is timed."""
-        return ""
+        return "" if self.factors_of(name).splits else f"{self.factors_of(name).called} is one operation"
 
     def share_timed(self, name: str) -> float:
         """Return what part of the operation that is timed for a weight is that weight."""
@@ -151,7 +155,9 @@ class FactorizedLayer(ExchangedLayer):
 
     def break_even(self, name: str) -> int:
         """Return the largest rank at which what `merge` writes costs less than the dense operation; 0 when none does."""
-        if self.writing == "interpolative" and self.interpolated_kind(self, self.scheme) is not None:
+        if not self.factors_of(name).splits:
+            return 0
+        if self.writing == "interpolative" and self.interpolated_kind(self, self.scheme) is not None and self.factors_of(name).is_matrix:
             dense, full = self.work(self, name, self.scheme, None, None), self.factors_of(name).full_rank
             return next((rank for rank in range(full - 1, 0, -1) if self.written_work(name, rank, None) < dense), 0)
         if not self.factors_of(name).is_matrix:
@@ -175,11 +181,13 @@ class FactorizedLayer(ExchangedLayer):
         operations must save the share `TRAFFIC`.
         """
         factors = self.factors_of(name)
+        if not factors.splits:
+            return True
         if self.execution:
             measured = self.execution.get((name, factors.rank, tuple(shape[1:])))
             if measured is not None:
                 return measured
-        dense, two = (self.work(self, name, self.scheme, size, shape) for size in (None, factors.size))
+        dense, two = (self.work(self, name, self.scheme, size, shape) for size in (None, factors.plain_size))
         return dense + factors.compose_macs <= (1 + TRAFFIC) * two
 
     def run_dense(self, name: str, shape: Sequence[int], operation: Callable[[Tensor], Tensor]) -> Tensor:

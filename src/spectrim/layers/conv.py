@@ -106,7 +106,7 @@ class FactorizedConv(Patches):
         return tuple([self.laid_out(kernel) for kernel in kernels_of_pair(self, right, left, factors.blocks, pieces)])
 
     def _groups(self) -> tuple[int, ...]:
-        return groups_of(self, self.scheme, self.factors_of("weight").size)
+        return groups_of(self, self.scheme, self.factors_of("weight").plain_size)
 
     def _laid_out_as(self, part: Tensor, piece: Piece, groups: int) -> Tensor:
         kernel = part.reshape(*part.shape[:2], *piece.settings["kernel_size"])
@@ -121,11 +121,11 @@ class FactorizedConv(Patches):
             return cast(Tensor, dense.forward(input, *output, **options))
         factors = self.factors_of("weight")
         rounds = factors.rounds and not module.transposed
-        if not rounds and self.composes("weight", input.shape):
-            own = whole(self)
+        if not factors.splits or (not rounds and self.composes("weight", input.shape)):
+            operation = partial(convolve, bias=module.bias, piece=whole(self), groups=module.groups)
 
             def dense_operation(weight: Tensor) -> Tensor:
-                return convolve(input, weight, module.bias, own, module.groups)
+                return factors.run(0, operation, input, weight) if rounds else operation(input, weight)
 
             return self.run_dense("weight", input.shape, dense_operation)
         pieces = self._pieces()
@@ -163,7 +163,7 @@ class FactorizedConv(Patches):
         module: Any = self
         factors: Any = self.factors_of("weight")
         kernels = self._kernels(*factors.written())
-        channels, groups = channels_of(self, self.scheme, factors.size), self._groups()
+        channels, groups = channels_of(self, self.scheme, factors.plain_size), self._groups()
         made: list[Any] = []
         for index, piece in enumerate(self._pieces()):
             biased = index == len(kernels) - 1 and module.bias is not None

@@ -73,7 +73,7 @@ class FactorizedEmbedding(OneWeight, nn.Embedding):
             return written
         factors = self.factors_of("weight")
         left, right = factors.balanced()
-        rank = self.rank
+        rank = left.shape[1]
         table = nn.Embedding(
             self.num_embeddings, rank, padding_idx=self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq, device="meta"
         )

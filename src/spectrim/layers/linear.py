@@ -21,7 +21,8 @@ def linear_pair(factors: Factors, bias: nn.Parameter | None, share: Share, *, co
     """Return two `Linear` layers, in → rank → out, that share tied factors; they stand for a ``Conv1D`` where `conv1d` says so."""
     left, right = factors.balanced()
     out, in_ = factors.shape
-    first, second = bare(nn.Linear, in_, factors.rank, bias=False), bare(nn.Linear, factors.rank, out, bias=bias is not None)
+    rank = right.shape[0]
+    first, second = bare(nn.Linear, in_, rank, bias=False), bare(nn.Linear, rank, out, bias=bias is not None)
     first.weight, second.weight = share(factors, "right", right), share(factors, "left", left)
     if bias is not None:
         second.bias = bias
@@ -84,6 +85,8 @@ class FactorizedLinear(OneWeight, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map ``(..., in_features)`` to ``(..., out_features)``."""
         factors = self.factors_of("weight")
+        if not factors.splits:
+            return self.run_dense("weight", input.shape, lambda weight: factors.run(0, partial(F.linear, bias=self.bias), input, weight))
         if not factors.rounds and self.composes("weight", input.shape):
             return self.run_dense("weight", input.shape, lambda weight: F.linear(input, weight, self.bias))
         left, right = factors.pair()
@@ -146,6 +149,8 @@ class FactorizedConv1D(OneWeight):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(..., nx)`` to ``(..., nf)``."""
         factors = self.factors_of("weight")
+        if not factors.splits:
+            return self.run_dense("weight", x.shape, lambda weight: factors.run(0, partial(F.linear, bias=self.bias), x, weight.T))
         if not factors.rounds and self.composes("weight", x.shape):
             return self.run_dense("weight", x.shape, lambda weight: F.linear(x, weight.T, self.bias))
         left, right = factors.pair()

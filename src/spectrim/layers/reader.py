@@ -39,6 +39,7 @@ class FactorizedReader(SeveralWeights):
     form, with one rank.
     """
 
+    own_forward = True
     unobserved = "the layer's own forward reads this weight"
 
     @classmethod

@@ -33,7 +33,9 @@ def composed_weight(layer: FactorizedLayer, name: str) -> Tensor:
     factors = layer.factors_of(name)
     shape = layer.unfold(layer, name, torch.empty(factors.folded_shape, device="meta"), layer.scheme).shape
     trained = any(parameter.requires_grad for parameter in factors.parameters())
-    return Composed(layer._get_name(), lambda: layer.dense_weight(name), shape, factors.dtype, factors.device, trained)
+    made = Composed(layer._get_name(), lambda: layer.dense_weight(name), shape, factors.dtype, factors.device, trained)
+    made._layer = layer
+    return made
 
 
 def refuse_reset(layer: FactorizedLayer) -> None:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from spectrim.errors import SettingError
 
-Fold = Literal["channel", "spatial", "input", "tucker", "cp", "tt", "quaternion"]
+Fold = Literal["channel", "spatial", "input", "tucker", "cp", "tt", "quaternion", "dense"]
 """``channel``: all taps on the input side; ``spatial``: those of the first axis that has some; ``input``: none; ``tucker``, ``cp`` and
-``tt``: on no side; ``quaternion``: all on the input side of a matrix of quaternions."""
+``tt``: on no side; ``quaternion``: all on the input side of a matrix of quaternions; ``dense``: as ``channel``, and not decomposed."""
 
 
 MATRICES: tuple[Fold, ...] = ("channel", "spatial", "input")
@@ -41,6 +41,8 @@ def leading(fold: Fold, kernel: Sequence[int]) -> int:
         >>> [leading(fold, (1, 3, 3)) for fold in ("channel", "spatial", "input")]
         [3, 2, 0]
     """
+    if fold == "dense":
+        return len(kernel)
     if fold not in MATRICES:
         raise SettingError("fold", "scheme", got=fold, rule="'channel', 'spatial' or 'input'")
     if fold == "spatial":

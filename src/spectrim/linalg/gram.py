@@ -93,8 +93,8 @@ class MomentSum:
             if self.shift is None:
                 self.shift = rows.mean(-2, keepdim=True)
             rows = rows - self.shift
-        product, total = gram(rows).double(), rows.sum(-2, dtype=torch.float64)
-        self._gram = product if self._gram is None else self._gram.add_(product)
+        product, total = gram(rows), rows.sum(-2).double()
+        self._gram = product.double() if self._gram is None else self._gram.add_(product)
         self._sum = total if self._sum is None else self._sum.add_(total)
         self.count += rows.shape[-2]
         return rows
@@ -109,11 +109,25 @@ class MomentSum:
     def second(self, *, centered: bool = False) -> Tensor:
         """Return the sum of ``x x^T``, or of ``(x - mean) (x - mean)^T``, ``(blocks, width, width)``, in float64."""
         assert self._gram is not None
+        if self.shift is None and not centered:
+            return self._gram
+        left, right = self._mean_products(centered)
+        return torch.baddbmm(self._gram, left, right.mT)
+
+    def diagonal(self) -> Tensor:
+        """Return the sum of ``x^2``, ``(blocks, width)``, in float64: the diagonal of `second`, without the rest."""
+        assert self._gram is not None
+        left, right = self._mean_products(centered=False)
+        return self._gram.diagonal(dim1=-2, dim2=-1) + (left * right).sum(-1)
+
+    def _mean_products(self, centered: bool) -> tuple[Tensor, Tensor]:
+        """Return ``L, R``, ``(blocks, width, 1 or 2)``: ``L R^T`` is what the sum of the shifted rows lacks."""
         assert self._sum is not None
-        deviations = self._gram - self._sum.unsqueeze(-1) * (self._sum / self.count).unsqueeze(-2)
+        total = self._sum.unsqueeze(-1)
         if centered:
-            return deviations
-        return self._gram if self.shift is None else deviations + self.count * self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
+            return -total / self.count, total
+        mean = self.mean.unsqueeze(-1)
+        return torch.cat([-total / self.count, self.count * mean], -1), torch.cat([total, mean], -1)
 
     def together(self, add: Callable[[Tensor], Tensor]) -> None:
         """Make this the sum of those of all processes, each of which calls it.

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from spectrim.checks import unwrapped
 from spectrim.errors import SettingError, SpectrimError
+from spectrim.layers.taps import After, Before, tap
 
 
 class _Seen(Exception):  # noqa: N818 it is no error
@@ -33,7 +34,7 @@ def seen_calls(model: nn.Module, module: nn.Module, inputs: Any, count: int = 1)
         if len(found) == count:
             raise _Seen
 
-    handle = module.register_forward_hook(keep, prepend=True, with_kwargs=True)
+    handle = tap(module, after=keep)
     try:
         call_model(model, inputs)
     except _Seen:
@@ -68,19 +69,15 @@ def unfused() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-Before = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
-"""Called with a module and its arguments, before it runs."""
-
-
-def watched(model: nn.Module, inputs: Any, modules: Iterable[nn.Module], before: Before, after: Callable[..., None] | None = None) -> None:
-    """Run a model once, in eval mode without gradients and with all its children called, and watch some of its modules.
+def watched(model: nn.Module, inputs: Any, modules: Iterable[nn.Module], before: Before | None = None, after: After | None = None) -> None:
+    """Run a model once, in eval mode without gradients and with all its children called, and watch some of its modules, see `tap`.
 
     Args:
         model: any module.
         inputs: as for `call_model`.
         modules: in the model.
         before: called before each run of one of them.
-        after: called with the module, its positional arguments and its output.
+        after: called with the module, its arguments and its output.
 
     Examples:
         >>> model, seen = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4)), []
@@ -88,9 +85,7 @@ def watched(model: nn.Module, inputs: Any, modules: Iterable[nn.Module], before:
         >>> seen
         [(5, 2), (5, 3)]
     """
-    modules = list(modules)
-    handles = [] if after is None else [module.register_forward_hook(after) for module in modules]
-    handles += [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
+    handles = [tap(module, before, after) for module in modules]
     try:
         with unfused(), evaluating(model):
             call_model(model, inputs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from spectrim.errors import SettingError
 from spectrim.metrics.calls import call_model, evaluating, scores_of
 from spectrim.metrics.inputs import inputs_of
 from spectrim.metrics.tensors import send
@@ -34,6 +35,12 @@ class RelativeDistance:
 
     def __call__(self, output: Any, target: Any) -> Tensor:
         """Return the distance of an output from that of the dense network."""
+        shapes = [[tuple(part.shape) for part in floats_of(given)] for given in (output, target)]
+        if shapes[0] != shapes[1]:
+            found = next((pair for pair in zip(*shapes, strict=False) if pair[0] != pair[1]), (len(shapes[0]), len(shapes[1])))
+            hint = "give one that compares what keeps its shape, for example lambda output, target: mse_loss(output.hidden, target.hidden)"
+            why = f"given, since the shapes of the outputs depend on their values ({found[0]}, the dense network's {found[1]})"
+            raise SettingError("compress", "loss", got=None, rule=why, hint=hint)
         pairs = zip(floats_of(output), floats_of(target), self.variances, strict=True)
         return torch.stack([(out - wanted).square().mean() / variance for out, wanted, variance in pairs]).mean()
 

@@ -3,19 +3,23 @@
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, conv_flop_count
 
 from spectrim.checks import unwrapped
 from spectrim.errors import SpectrimError
 from spectrim.metrics.calls import arguments, evaluating
 from spectrim.metrics.inputs import batch_size_of, check_batch_size
 from spectrim.metrics.tensors import send
+
+SKIP = "__dynamo_disable"
+"""Where torch keeps what it calls in place of a function that must not be compiled."""
 
 
 def count_macs(model: nn.Module, inputs: Any, *, batch_size: int | None = None) -> int:
@@ -49,7 +53,12 @@ def count_macs(model: nn.Module, inputs: Any, *, batch_size: int | None = None) 
     args, kwargs = send(arguments(inputs, model), model)
     counter = FlopCounterMode(display=False, custom_mapping=_formulas())
     counter.mod_tracker = _Whole()  # type: ignore[assignment]
-    with evaluating(model), _frozen(model), counter:  # the counter fails for a parameter that a model hands to one of its layers
+    with (
+        evaluating(model),
+        _frozen(model),
+        _without_compiler(),
+        counter,
+    ):  # the counter fails for a parameter that a model hands to one of its layers
         output = model(*args, **kwargs)
     batch = batch_size_of(inputs, batch_size, model=model, output=output)
     return (counter.get_total_flops() + batch) // (2 * batch)
@@ -65,6 +74,20 @@ class _Whole:
 
     def __exit__(self, *_: object) -> None:
         """Track nothing."""
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Inside, torch's counter does not import the compiler, which takes a second, only to say that it must not be compiled itself."""
+    handler: Any = getattr(_FlopCounterMode.__torch_dispatch__, "__wrapped__", None)
+    if handler is None or "torch._dynamo" in sys.modules or hasattr(handler, SKIP):
+        yield
+        return
+    setattr(handler, SKIP, handler)
+    try:
+        yield
+    finally:
+        delattr(handler, SKIP)
 
 
 @contextmanager

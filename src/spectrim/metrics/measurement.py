@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from spectrim.checks import check, unwrapped
+from spectrim.checks.words import worded
 from spectrim.errors import FormatError, SettingError
 from spectrim.forms.form import Size, ranks_in
 from spectrim.layers import named_factors
@@ -110,6 +111,7 @@ class Measurement(Summarized):
         return cls(**fields)
 
 
+@worded
 def measure(
     model: nn.Module,
     inputs: Any = None,
@@ -149,16 +151,14 @@ def measure(
         (44, 40, 176)
     """
     if (data is None) != (loss is None):
-        raise SettingError(
-            "measure", "data and loss", got="data alone" if loss is None else "loss alone", rule="given together or not at all"
-        )
+        got = "data alone" if loss is None else "loss alone"
+        raise SettingError("measure", "data and loss", got=got, rule="given together or not at all")
     check("measure", optional=("inputs", "data_once", "loss"), model=model, inputs=inputs, data_once=data, loss=loss, threads=threads)
     check("measure", batch_size=batch_size, crossbars=crossbars)
     if batch_dims is not None and inputs is not None:
         size = stated(inputs, batch_dims, "measure").size
         if batch_size not in (None, size):
-            rule = f"the length of the axes that batch_dims= states ({size}), or left out"
-            raise SettingError("measure", "batch_size", got=batch_size, rule=rule)
+            raise SettingError("measure", "batch_size", got=batch_size, rule=f"the length of the axes of batch_dims= ({size}), or left out")
         batch_size = size
     fields: dict[str, Any] = {"macs": None}
     scores: Scores | None = None

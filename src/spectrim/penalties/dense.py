@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spectrim import linalg
+from spectrim.checks.words import check_words
 from spectrim.errors import SettingError
 from spectrim.layers import kind_of, named_layers
 from spectrim.layers.sharded import is_sharded, of_shards
@@ -115,8 +116,7 @@ class OfWeights:
 
     def __post_init__(self) -> None:
         check_weight(self, self.weight)
-        if self.scheme not in get_args(Fold):
-            raise SettingError(type(self).__name__, "scheme", got=self.scheme, rule="'channel', 'spatial' or 'input'")
+        check_words(self)
         if isinstance(self.steps, bool) or self.steps < 1:
             raise SettingError(type(self).__name__, "steps", got=self.steps, rule="an integer >= 1")
 

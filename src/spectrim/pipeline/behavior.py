@@ -1,38 +1,41 @@
-"""What a function, an object or a network does, as far as its code and its values say, in a short digest."""
+"""What a function, an object or a network does, as far as its code and its values say, in a short digest.
 
+Nothing that can be reached is left out, state between calls included: where two values may behave differently, their digests differ.
+"""
+
+import copyreg
 import dis
 import functools
 import hashlib
 import inspect
+import os
+import sys
 import types
-from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 LIBRARIES = ("torch", "numpy", "scipy", "transformers", "peft", "accelerate", "lightning", "spectrim", "builtins", "functools", "math")
 """Packages whose code is taken for the same under the same name."""
 
-DEEPEST = 6
-"""Levels of values inside values that are looked at."""
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, np.generic)
 
-CHANGING = {"append", "extend", "insert", "pop", "popleft", "appendleft", "update", "add", "setdefault", "clear", "remove"}
-"""Methods that change a container: code that calls them keeps state in containers, which are then left out."""
-
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+UNSEEN = ("training", *vars(nn.Module()), "__module__", "__qualname__", "__doc__", "__firstlineno__", "__static_attributes__")
+"""Attributes of modules and classes that do not change what they compute, or that are looked at by another way."""
 
 Attributes = dict[tuple[str, str], str]
-"""By the names of a module and of its attribute, the value as text."""
+"""By the names of a module and of its attribute, the digest of the value."""
 
 
 def of_value(value: Any) -> str:
-    """Return a digest of what a function or an object does: its code, what it closes over, its settings, tensors by their values.
+    """Return a digest of what a function or an object does: its code, what it closes over and reads of its module, all of its values.
 
-    Two values with one digest behave alike, but for what their code reads from objects, modules and files. State is left out: variables and
-    attributes that the code itself assigns, and containers where it changes some. The digest is the same in another process.
+    The digest is the same in another process. State between calls counts: an object that was called is another one, if it counts its
+    calls. Only what code reads from other modules of libraries, from files and from the machine is not seen.
 
     Args:
         value: a loss, a schedule, a penalty, or anything else.
@@ -44,9 +47,19 @@ def of_value(value: Any) -> str:
         >>> of_value(scaled(2)) == of_value(scaled(2)), of_value(scaled(2)) == of_value(scaled(3))
         (True, False)
     """
-    made = hashlib.sha256()
-    for part in _parts(value, DEEPEST, {}):
-        made.update(part + b"\0")
+    made, seen = hashlib.sha256(), dict[int, tuple[int, Any]]()
+    waiting: list[Any] = [(value,)]
+    while waiting:  # no recursion: values may lie in each other a thousand levels deep
+        part = waiting.pop()
+        if isinstance(part, bytes):
+            made.update(part + b"\0")
+        elif isinstance(part[0], PLAIN):
+            made.update(f"{type(part[0]).__name__} {part[0]!r}\0".encode(errors="surrogatepass"))
+        elif id(part[0]) in seen:
+            made.update(f"again {seen[id(part[0])][0]}\0".encode())
+        else:
+            seen[id(part[0])] = len(seen), part[0]  # held, so that no other value gets its id
+            waiting += [b"end", *reversed(list(_inside(part[0])))]
     return made.hexdigest()[:16]
 
 
@@ -56,16 +69,17 @@ def said(method: Any) -> str:
 
 
 def attributes_of(model: nn.Module) -> Attributes:
-    """Return the plain attributes of all modules: settings such as ``p`` of dropout; counters are among them.
+    """Return the attributes of all modules beside their parameters, buffers and children: settings such as ``p`` of dropout; counters too.
 
     Args:
         model: any module.
     """
+    held = {id(value) for module in model.modules() for value in (module, *module._parameters.values(), *module._buffers.values())}
     found: Attributes = {}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if not key.startswith("_") and key != "training" and _is_plain(value):
-                found[name, key] = repr(value)
+            if key not in UNSEEN and id(value) not in held and not _is_kept_by_forward(module, key, value):
+                found[name, key] = of_value(value)
     return found
 
 
@@ -80,64 +94,67 @@ def of_network(model: nn.Module, before: Attributes) -> str:
     settings = sorted((*place, value) for place, value in now.items() if before.get(place) == value)
     kinds = [(name, type(module)) for name, module in model.named_modules()]
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    own = [module.forward for module in model.modules() if "forward" in vars(module)]
-    return of_value([settings, kinds, frozen, own])
+    hooks = [list(getattr(module, key).values()) for module in model.modules() for key in ("_forward_hooks", "_forward_pre_hooks")]
+    return of_value([settings, kinds, frozen, hooks])
 
 
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, PLAIN) or (isinstance(value, tuple | list) and all(isinstance(entry, PLAIN) for entry in value))
+def _is_kept_by_forward(module: nn.Module, key: str, value: Any) -> bool:
+    """Whether an attribute is a tensor that the module's forward assigns: features of the last call."""
+    code = getattr(type(module).forward, "__code__", None)
+    return isinstance(value, Tensor) and code is not None and key in _assigned(code)
 
 
-def _parts(value: Any, depth: int, seen: dict[int, tuple[int, Any]]) -> Iterator[bytes]:
-    """Yield what a value is made of, in an order that does not depend on the process."""
-    if isinstance(value, Tensor):
-        yield f"{value.dtype} {tuple(value.shape)}".encode()
-        if not value.is_meta:
-            yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    elif isinstance(value, PLAIN):
-        yield repr(value).encode()
-    elif id(value) in seen or not depth:
-        yield f"again {seen[id(value)][0] if id(value) in seen else type(value).__qualname__}".encode()
-    else:
-        seen[id(value)] = len(seen), value  # held, so that no other value gets its id
-        for inner in _inside(value):
-            if isinstance(inner, bytes):
-                yield inner
-            else:
-                yield from _parts(inner[0], depth - 1, seen)
+@functools.cache
+def _assigned(code: types.CodeType) -> set[str]:
+    return {str(step.argval) for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
+
+
+# What values are made of: bytes, and values in a tuple of one, in an order that does not depend on the process
 
 
 def _inside(value: Any) -> Iterator[Any]:
-    """Yield bytes, and values in a tuple of one, that make up a value that is no plain one."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Tensor | np.ndarray):
+        yield from _of_array(value)
+    elif isinstance(value, Mapping) and value is not os.environ:
         yield from _pairs(value)
     elif isinstance(value, list | tuple):
-        yield str(len(value)).encode()
+        yield f"{type(value).__qualname__} {len(value)}".encode()
         yield from ((entry,) for entry in value)
     elif isinstance(value, set | frozenset):
-        yield repr(sorted(map(repr, value))).encode()
-    elif isinstance(value, functools.partial):
-        yield from ((value.func,), (value.args,), (value.keywords,))
+        yield from (digest.encode() for digest in sorted(map(of_value, value)))
     elif isinstance(value, types.MethodType):
         yield from ((value.__func__,), (value.__self__,))
     elif isinstance(value, types.CodeType):
         yield value.co_code
-        yield repr(value.co_names).encode()
-        yield from ((constant,) for constant in value.co_consts)
+        yield from ((part,) for part in (value.co_names, value.co_varnames, value.co_consts))
     elif isinstance(value, type):
         yield from _of_class(value)
     elif isinstance(value, types.FunctionType):
         yield from _of_function(value)
-    elif hasattr(value, "__dict__") and not isinstance(value, types.ModuleType):
-        yield from _of_object(value)
+    elif value is os.environ:
+        yield b"the environment"
+    elif isinstance(value, types.ModuleType):
+        yield f"module {value.__name__}".encode()
     else:
-        yield f"{type(value).__module__}.{type(value).__qualname__} {getattr(value, '__qualname__', '')}".encode()
+        yield from _of_object(value)
+
+
+def _of_array(value: Any) -> Iterator[Any]:
+    yield f"{value.dtype} {tuple(value.shape)}".encode()
+    if isinstance(value, Tensor):
+        if not value.is_meta:
+            yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif value.dtype.hasobject:
+        yield (value.tolist(),)
+    else:
+        yield value.tobytes()
 
 
 def _pairs(values: Mapping[Any, Any]) -> Iterator[Any]:
-    for key in sorted(values, key=repr):
-        yield repr(key).encode()
-        yield (values[key],)
+    named = {of_value(key): (key, entry) for key, entry in values.items()}
+    for digest in sorted(named):
+        yield digest.encode()
+        yield (named[digest][1],)
 
 
 def _is_known(value: Any) -> bool:
@@ -148,49 +165,46 @@ def _of_class(kind: type) -> Iterator[Any]:
     yield f"{kind.__module__}.{kind.__qualname__}".encode()
     if not _is_known(kind):
         yield from ((base,) for base in kind.__bases__)
-        own = {name: entry for name, entry in vars(kind).items() if isinstance(entry, (types.FunctionType, *PLAIN))}
-        yield from _pairs(
-            {name: entry for name, entry in own.items() if name not in ("__module__", "__qualname__", "__doc__", "__firstlineno__")}
-        )
+        yield from _pairs({name: entry for name, entry in vars(kind).items() if name not in UNSEEN and _is_code_or_value(entry)})
+
+
+def _is_code_or_value(entry: Any) -> bool:
+    return not isinstance(entry, types.GetSetDescriptorType | types.MemberDescriptorType)
 
 
 def _of_object(value: Any) -> Iterator[Any]:
+    """Yield what an object would be pickled as: its class, its arguments and its state."""
     yield (type(value),)
-    methods = [entry for name, entry in _methods(type(value)) if name != "__init__"]
-    assigned = set().union(*(_assigned(method.__code__) for method in methods)) | {"training"}
-    yield from _pairs(_without_state(vars(value), assigned, any(_changes_containers(method.__code__) for method in methods)))
     if isinstance(value, nn.Module):
-        yield (value.extra_repr(),)
-
-
-def _methods(kind: type) -> Iterator[tuple[str, types.FunctionType]]:
-    for base in kind.__mro__:
-        if not _is_known(base):
-            yield from ((name, entry) for name, entry in vars(base).items() if isinstance(entry, types.FunctionType))
-
-
-def _assigned(code: types.CodeType) -> set[str]:
-    """Return the attributes and the variables of an outer function that code assigns."""
-    return {str(step.argval) for step in dis.get_instructions(code) if step.opname in ("STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL")}
-
-
-def _changes_containers(code: types.CodeType) -> bool:
-    names = {str(step.argval) for step in dis.get_instructions(code)}
-    return bool(names & CHANGING) or any(step.opname == "STORE_SUBSCR" for step in dis.get_instructions(code))
-
-
-def _without_state(values: Mapping[str, Any], assigned: set[str], changing: bool) -> dict[str, Any]:
-    held = {name: value for name, value in values.items() if name not in assigned}
-    return {name: value for name, value in held.items() if not (changing and isinstance(value, list | dict | set | deque))}
+        yield value.extra_repr().encode()
+        yield ({name: entry for name, entry in vars(value).items() if name not in UNSEEN},)
+        yield from ((part,) for part in (value._parameters, value._buffers, value._modules, list(value._forward_hooks.values())))
+        return
+    try:
+        reduced = value.__reduce_ex__(4)
+    except Exception:  # locks, files and the like: whatever their own code raises
+        reduced = (vars(value),) if hasattr(value, "__dict__") else (getattr(value, "__qualname__", ""),)
+    if isinstance(reduced, str):
+        yield reduced.encode()
+        return
+    for part in reduced:
+        if part is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            yield (list(part) if isinstance(part, Iterator) else part,)
 
 
 def _of_function(function: types.FunctionType) -> Iterator[Any]:
     yield f"{function.__module__}.{function.__qualname__}".encode()
     if _is_known(function) and not function.__closure__:
         return
-    code = function.__code__
-    yield from ((code,), (function.__defaults__,), (function.__kwdefaults__,))
+    yield from ((part,) for part in (function.__code__, function.__defaults__, function.__kwdefaults__, vars(function)))
     read = inspect.getclosurevars(function)
-    plain = {name: entry for name, entry in read.globals.items() if isinstance(entry, (types.FunctionType, Tensor, *PLAIN))}
-    for values in (read.nonlocals, plain):
-        yield from _pairs(_without_state(values, _assigned(code), _changes_containers(code)))
+    yield from _pairs(read.nonlocals)
+    yield from _pairs({name: entry for name, entry in read.globals.items() if not isinstance(entry, types.ModuleType)})
+    for module in (entry for entry in read.globals.values() if isinstance(entry, types.ModuleType)):
+        if module.__name__.split(".")[0] not in (*LIBRARIES, *sys.stdlib_module_names):
+            yield from _pairs(_read_of(module, function.__code__.co_names))
+
+
+def _read_of(module: types.ModuleType, names: Iterable[str]) -> dict[str, Any]:
+    """Return what code reads of a module of the user's."""
+    return {name: vars(module)[name] for name in names if name in vars(module) and not isinstance(vars(module)[name], types.ModuleType)}

@@ -1,6 +1,6 @@
 """What `compress` refuses before any work, and data without labels."""
 
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,7 +11,6 @@ from spectrim.layers import named_factors
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.distance import Unlabeled, relative_distance, with_outputs
 from spectrim.metrics.inputs import first_examples
-from spectrim.pipeline.ways import Cut
 from spectrim.training.distillation import Distillation
 from spectrim.training.parts import Reconstruction
 from spectrim.training.stopping import Best
@@ -36,13 +35,11 @@ def without_labels(
     return known, None if eval_data is None else with_outputs(model, eval_data), loss or relative_distance(known)
 
 
-def check_settings(model: nn.Module, budget: Budget, epochs: int, cut: str, distill: Any, reconstruct: Any) -> None:
+def check_settings(model: nn.Module, budget: Budget, epochs: int, distill: Any, reconstruct: Any) -> None:
     """Raise a SettingError for a model or a setting that is none of the allowed ones."""
     if next(named_factors(model), None) is not None:
         hint = "merge(model) makes it dense; to cut it as it is, allocate ranks and prune"
         raise SettingError("compress", "model", got="one that is factorized already", rule="dense", hint=hint)
-    if cut not in get_args(Cut):
-        raise SettingError("compress", "cut", got=cut, rule=f"one of {', '.join(get_args(Cut))}")
     if not (distill is None or distill == "auto" or isinstance(distill, Distillation)):
         raise SettingError("compress", "distill", got=distill, rule="'auto', a Distillation, or None")
     if not (reconstruct is None or isinstance(reconstruct, Reconstruction)):

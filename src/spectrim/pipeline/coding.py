@@ -72,7 +72,9 @@ def check_size(budget: Budget, limit: int, packed: Packed) -> None:
         raise BudgetError(f"{CODED}={budget.coded_bytes:g} allows {limit:,} bytes, and the coded file has {packed.coded_bytes:,}")
 
 
-def with_levels(made: Compressed, judge: Judge, budget: Budget, inputs: Any, examples: int, *, progress: bool) -> Compressed:
+def with_levels(
+    made: Compressed, judge: Judge, budget: Budget, inputs: Any, examples: int, joint: bool = False, *, progress: bool
+) -> Compressed:
     """Return what `compress` made with its network rounded to the budget's coded bytes, and measured again.
 
     Args:
@@ -81,14 +83,36 @@ def with_levels(made: Compressed, judge: Judge, budget: Budget, inputs: Any, exa
         budget: with ``coded_bytes``.
         inputs: one batch.
         examples: in the calibration set.
+        joint: whether to round the dense network, too, with ranks, zeros and steps by one knapsack, and to keep that where its loss is
+            lower.
         progress: whether to show progress.
     """
     found, notes = rounded(made.model, judge, budget, examples, progress=progress)
+    if joint and (other := _together(judge, budget, examples, progress)) is not None:
+        losses = judge(found.model)["loss"], judge(other.model)["loss"]
+        better = losses[1] < losses[0]
+        found = other if better else found
+        notes.append(
+            f"one knapsack over ranks, zeros and steps gives a loss of {losses[1]:.4g}, ranks first and then steps {losses[0]:.4g}: "
+            f"the {'first' if better else 'second'} is kept"
+        )
     measured = judge.measured(found.model, inputs)
     sizes = {name: getattr(found.packed, name) for name in ("coded_bytes", "data_bytes", "index_bytes")}
     measured["final"] = replace(measured["final"], **sizes)
     scores = made.scores | {"rounded": scores_of_measurement(measured["final"])}
     return replace(made, model=found.model, measured=measured, scores=scores, notes=[*made.notes, *notes], packed=found.packed)
+
+
+def _together(judge: Judge, budget: Budget, examples: int, progress: bool) -> Rounded | None:
+    """Return the dense network whose ranks and steps one knapsack has chosen; None where it cannot be rounded so, or does not fit."""
+    limit = allowed_bytes(budget, judge.model)
+    if limit < FEWEST_BYTES:
+        return None
+    try:
+        found = round_to(judge.model, judge.known, replace(budget, coded_bytes=limit), examples=examples, progress=progress)
+    except SettingError:
+        return None
+    return found if found.packed.coded_bytes <= limit else None
 
 
 def uncut(judge: Judge, where: Where | None, inputs: Any, settings: dict[str, Any], split: str) -> Compressed:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import Any, Literal
@@ -11,11 +12,12 @@ from torch import nn
 
 from spectrim.budget.allocate import check_floor
 from spectrim.budget.budget import Budget, as_budget
-from spectrim.budget.costs import calls
-from spectrim.budget.ladder import ladder
+from spectrim.budget.priced import priced
 from spectrim.budget.promise import counted, recounted
 from spectrim.budget.schemes import AMONG, at_budget
+from spectrim.budget.timing import Backend
 from spectrim.checks import check, naming, outside_inference_mode, unwrapped
+from spectrim.checks.words import worded
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.distance import Unlabeled, with_outputs
@@ -29,18 +31,19 @@ from spectrim.pipeline.cutter import Cutter
 from spectrim.pipeline.effort import examples_for
 from spectrim.pipeline.judge import Judge, scores_of_measurement
 from spectrim.pipeline.search import searching
-from spectrim.pipeline.store import Store, Told, identity_of
-from spectrim.pipeline.teaching import MEMORIZED, TEACHING, teacher_for, why_untaught, with_hint_layers
+from spectrim.pipeline.seconds import backend_of, own_table
+from spectrim.pipeline.store import Store, Told, finished, identity_of
+from spectrim.pipeline.teaching import MEMORIZED, TEACHING, chosen_teacher
 from spectrim.pipeline.tuner import Tuner, squeezed
 from spectrim.pipeline.ways import Cut
 from spectrim.protocols import Importance, Latencies, Penalty, Where
 from spectrim.runtimes.crossbar import Crossbars
-from spectrim.steps import LOGGER, steps
+from spectrim.steps import steps
 from spectrim.surgery.balance import balanced
 from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import Scheme, factorize
 from spectrim.surgery.moments import Calibration
-from spectrim.surgery.same_function import same_function
+from spectrim.surgery.readers import leaving_readers, with_reasons
 from spectrim.surgery.select import layer_filter
 from spectrim.training.distillation import Distillation, Loss
 from spectrim.training.fit import DEFAULT
@@ -51,6 +54,7 @@ from spectrim.training.tuning import Tuning
 
 @outside_inference_mode
 @naming
+@worded
 @searching
 def compress(
     model: nn.Module,
@@ -76,6 +80,7 @@ def compress(
     calibration: Calibration | None = None,
     reconstruct: Reconstruction | None = None,
     latency: Latencies | None = None,
+    backend: Backend | None = None,
     crossbars: Crossbars | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
@@ -138,7 +143,10 @@ def compress(
         calibration: made before by `calibrate` of ``factorize(model, scheme, where)``, so that several budgets share it.
         reconstruct: after the cut, train each block for a few steps toward the dense network's block, on inputs without labels, see
             `Reconstruction`; kept where the loss is lower.
-        latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds.
+        latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds. Made here
+            where the budget limits seconds; on another device by `spectrim.budget.device.latency_kit`.
+        backend: the backend of the table that is made here, ``eager``, ``compile`` or ``onnx``; ``eager`` when omitted. The networks are
+            then timed in ONNX Runtime, too, with ``onnx``.
         crossbars: `spectrim.runtimes.crossbar.Crossbars`, for a budget of tiles; tiles and their reads are then measured, too.
         folder: for the cut network, checkpoints, the final network, under ``coded_bytes`` ``model.spz``, and ``result.json``; an
             interrupted call resumes there. None for none.
@@ -177,9 +185,10 @@ def compress(
     check("compress", optional=("examples", "calibration_seconds"), examples=examples, calibration_seconds=calibration_seconds)
     model, budget, epochs = unwrapped(model), as_budget(budget, "compress", coded=True), index(epochs)
     where = layer_filter(where, model, "compress")
-    check_settings(model, budget, epochs, cut, distill, reconstruct)
+    check_settings(model, budget, epochs, distill, reconstruct)
+    own = backend_of(budget, latency, backend)
     check_tuning(tuning, eval_data is not None)
-    ways = (1 if cut != "auto" else 4) + (reconstruct is not None) + (budget.coded_bytes is not None)
+    ways = (1 if cut != "auto" else 4) + (reconstruct is not None) + (budget.coded_bytes is not None) + (own is not None)
     with (
         steps("compress", 6 + ways + (round(epochs * squeeze) > 0) + (epochs > round(epochs * squeeze)), progress) as step,
         ExitStack() as held,
@@ -220,18 +229,21 @@ def compress(
             calibration_seconds=calibration_seconds,
             reconstruct=None if reconstruct is None else repr(reconstruct),
             **({} if crossbars is None else {"crossbars": repr(crossbars)}),
+            **({} if own is None else {"backend": own}),
             **identity_of(folder, model, low, data, known, eval_data, inputs, loss, tuning, latency, calibration, start),
         )
         if not budget.limits:
             step("scoring the dense network")
             made = uncut(judge, where, inputs, store.settings, split)
             step("rounding", has_bar=True)
-            return _finish(with_levels(made, judge, budget, inputs, examples, progress=progress), store)
+            return finished(with_levels(made, judge, budget, inputs, examples, progress=progress), store)
         whole, budget = budget, replace(budget, coded_bytes=None)
+        if own is not None:
+            step("timing layers", has_bar=True)
+            latency = own_table(low, inputs, own, store, progress)
         step("comparing outputs and pricing ranks")
-        same_function(model, low, inputs_of(known[0]), names=("dense", "factorized"))
-        used = calls(low, inputs)
-        prices = ladder(low, inputs, latency, crossbars=crossbars, dense_model=model, check=True, own=True, used=used)
+        build = partial(factorize, model, scheme, example_inputs=inputs, writing=writing)
+        low, (used, prices), left = leaving_readers(low, build, partial(priced, model, inputs, latency, crossbars, inputs_of(known[0])))
         if scheme in AMONG and latency is None and calibration is None:
             low, prices = at_budget(low, budget, inputs, prices, model, used, among=AMONG[scheme])
         check_floor(low, budget, prices)
@@ -242,11 +254,9 @@ def compress(
         scores: dict[str, dict[str, float]] = {"dense": judge.dense}
         history, told = History(), Told()
         teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
-        able, untaught = teacher_for(model, known, loss, level=judge.dense_on_known["loss"]) if chosen else None, ""
-        if able is not None:
-            teacher = with_hint_layers(able, low, known[0])
-        elif chosen:
-            untaught = why_untaught(model, known[0])
+        untaught = ""
+        if chosen:
+            teacher, untaught = chosen_teacher(model, low, known, loss, judge.dense_on_known["loss"])
         tuner = Tuner(data, loss, epochs, tuning, teacher, eval_data, store, progress)
         training = round(epochs * squeeze)
         if training:
@@ -278,18 +288,11 @@ def compress(
         if before is not None:
             scores["final"] = scores_of_measurement(measured["final"])
         taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
-        lines = coverage(low, where, inputs=inputs, latency=latency)
+        lines = with_reasons(coverage(low, where, inputs=inputs, latency=latency), left)
         notes = [*told.notes, *([untaught] if untaught else [])]
         made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes, split)
+        made.latency = latency
         if whole.coded_bytes is not None:
             step("rounding", has_bar=True)
-            made = with_levels(made, judge, whole, inputs, examples, progress=progress)
-        return _finish(made, store)
-
-
-def _finish(made: Compressed, store: Store) -> Compressed:
-    """Write what was made, and log the warnings of its verdict."""
-    store.finish(made)
-    for warning in made.verdict.warnings:
-        LOGGER.warning("compress: %s", warning)
-    return made
+            made = with_levels(made, judge, whole, inputs, examples, not epochs and where is None and latency is None, progress=progress)
+        return finished(made, store)

@@ -12,6 +12,7 @@ from spectrim.metrics.figures import curve, figure, frame, ratios
 from spectrim.metrics.measurement import Measurement, compare_table
 from spectrim.metrics.table import Summarized
 from spectrim.metrics.verdict import Verdict, has_loops, verdict
+from spectrim.protocols import Latencies
 from spectrim.storage.pack import Packed
 from spectrim.surgery.coverage import Coverage
 from spectrim.training.history import History
@@ -39,6 +40,7 @@ class Compressed(Summarized):
         notes: cut methods that were not tried, and why.
         split: what scores are on: ``validation`` (the data given as `eval_data`) or ``calibration`` (training examples).
         tried: with a budget that has ``max_drop`` or ``max_loss_rise``: each budget that was tried, its scores, and whether it was allowed.
+        latency: the table by which ranks were chosen; for other budgets of the same network.
         packed: with a budget of coded bytes: the sizes of the file that `pack` writes of `model`, and of each tensor in it.
     """
 
@@ -56,6 +58,7 @@ class Compressed(Summarized):
     split: str = "calibration"
     tried: list[dict[str, Any]] = field(default_factory=list)
     packed: Packed | None = None
+    latency: Latencies | None = field(default=None, repr=False)
 
     @property
     def verdict(self) -> Verdict:

@@ -13,7 +13,7 @@ from spectrim.budget.cut_to import CutNetwork, Workbench
 from spectrim.budget.distortion.loss import check_gradients
 from spectrim.budget.ladder import Ladder
 from spectrim.budget.ways import WAYS
-from spectrim.errors import SettingError
+from spectrim.errors import BackwardError, SettingError
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.distance import relative_distance, with_outputs
 from spectrim.metrics.inputs import first_examples
@@ -49,6 +49,7 @@ class Cutter:
     seconds: float | None = None
     progress: bool = False
     examples: Sequence[Any] = ()
+    blind: bool = False
 
     def cut(self, low: nn.Module, cut: Cut, trains: bool) -> Found:
         """Cut the network by the given method, or by the best one; return it, how, and its scores by stage."""
@@ -58,7 +59,7 @@ class Cutter:
             self.step("calibrating")
             calibration = self._calibrated(low, notes)
         bench = Workbench(low, self.inputs, calibration, latency=self.prices.latency, prices=self.prices)
-        if self.calibration is None and calibration is not None and (calibration.outputs or not calibration.slopes):
+        if self.calibration is None and calibration is not None and not self.blind and (calibration.outputs or not calibration.slopes):
             bench = self._probed(low, bench, calibration, notes)
         best = self._made(bench, cut) if cut != "auto" else self._best(bench, trains, start, notes)
         bench.show(best)
@@ -72,7 +73,12 @@ class Cutter:
     def _calibrated(self, low: nn.Module, notes: list[str]) -> Calibration:
         """Return the moments, of as many examples as the time allows."""
         given, dims = None if self.seconds is None else self.seconds / 4, self.batch_dims
-        found = calibrate(low, self.judge.known, self.judge.loss, examples=None, seconds=given, batch_dims=dims)
+        try:
+            found = calibrate(low, self.judge.known, self.judge.loss, examples=None, seconds=given, batch_dims=dims)
+        except BackwardError as error:
+            notes.append(f"the loss has no known curvature, only inputs count: {error}")
+            found = calibrate(low, self.judge.known, None, examples=None, seconds=given, batch_dims=dims)
+            self.blind = True
         self.examples = first_examples(self.judge.known, found.examples, dims=dims)
         if len(self.examples) < len(self.judge.known):
             notes.append(f"calibrated on {found.examples} examples: calibration_seconds={self.seconds:g} allows no more")

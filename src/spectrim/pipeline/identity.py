@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from spectrim.layers import named_factors
 from spectrim.protocols import Latencies
@@ -43,8 +44,9 @@ def of_weights(model: nn.Module) -> str:
 def of_data(data: Any, known: Sequence[Any]) -> str:
     """Return the digest of the training data, as far as it does not depend on the order in which they come.
 
-    The calibration set; but of a shuffled `DataLoader` the first, middle and last item of its data set, unless they are drawn at random,
-    and of data with a ``set_epoch``, which come in another order in each epoch, the tensors that they hold, and their length.
+    Of a list all of it; of other data the calibration set; but of a shuffled `DataLoader` the tensors and arrays that its data set holds,
+    and the first, middle and last item, unless they are drawn at random, and of data with a ``set_epoch``, which come in another order in
+    each epoch, the tensors that they hold, and their length.
 
     Args:
         data: as `compress` takes it.
@@ -52,7 +54,9 @@ def of_data(data: Any, known: Sequence[Any]) -> str:
     """
     length = len(data) if hasattr(data, "__len__") else None
     if isinstance(data, DataLoader) and not isinstance(data.sampler, SequentialSampler):
-        return digest([length, *_items(data.dataset)])
+        return digest([length, *_items(data.dataset), *_held(data.dataset)])
+    if isinstance(data, list | tuple):
+        return digest([length, *tree_leaves(data)])
     if not hasattr(data, "set_epoch"):
         return digest([length, *(leaf for batch in known for leaf in tree_leaves(batch))])
     held = [value for value in vars(data).values() if isinstance(value, Tensor)]
@@ -67,6 +71,17 @@ def _items(dataset: Any) -> list[Any]:
     with torch.random.fork_rng([]):
         once, again = (digest(leaf for place in places for leaf in tree_leaves(dataset[place])) for _ in range(2))
     return [len(dataset), once if once == again else "drawn at random"]
+
+
+def _held(dataset: Any) -> Iterator[Tensor]:
+    """Yield the tensors and arrays that a data set holds itself, in lists, and in the data sets that it wraps."""
+    for value in tree_leaves([vars(dataset) if hasattr(dataset, "__dict__") else {}]):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+            yield torch.from_numpy(np.ascontiguousarray(value))
+        elif isinstance(value, Dataset):
+            yield from _held(value)
 
 
 def of_optimizer(make: Callable[[Iterable[nn.Parameter]], Any] | None, model: nn.Module) -> str:

@@ -129,7 +129,10 @@ class Recipe:
         compiled: run training steps through `torch.compile`; numbers differ by rounding.
         threads: CPU threads of training; 0 for torch's default.
         latency_threads: CPU threads of the latency measurement, at batch size 1.
-        dense: stage 1.
+        code: folder with the modules that the recipe names; the recipe's own when omitted. What a run writes to its folder says where.
+        weights: file with the trained weights of the dense network, ``.safetensors`` or a state dict in ``.pt``, see
+            `spectrim.pipeline.weights.fill_`; a relative path is one beside the recipe.
+        dense: stage 1; it trains nothing unless it says how many epochs.
         factorize: how stage 2 begins.
         train: stage 2, phase after phase.
         prune: stage 3.
@@ -146,6 +149,8 @@ class Recipe:
     compiled: bool = Tuning.compiled
     threads: int = 0
     latency_threads: int = 1
+    code: str | None = None
+    weights: str | None = None
     dense: Phase = field(default_factory=Phase)
     factorize: Factorization = field(default_factory=Factorization)
     train: list[Phase] = field(default_factory=list)
@@ -159,7 +164,7 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), *, cut: bool = Tr
     """Read a recipe and check everything that can be checked before any work.
 
     Args:
-        path: a YAML file. Its folder and the working directory may hold the user's own modules.
+        path: a YAML file. Its folder, that of its key ``code`` and the working directory may hold the user's own modules.
         changes: ``key=value`` with dotted keys, values in YAML: ``train.0.epochs=3``.
         cut: whether the recipe has to say how ranks are chosen; a model, data and a loss are enough otherwise.
 
@@ -172,14 +177,18 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), *, cut: bool = Tr
     path = Path(path)
     if not path.is_file():
         raise UsageError(str(path), "no such file", allowed="a YAML recipe, such as recipes/digits.yaml")
-    for folder in (str(path.resolve().parent), os.getcwd()):
-        if folder not in sys.path:
-            sys.path.append(folder)
     raw = read_yaml(path)
     if not isinstance(raw, dict):
         raise UsageError(str(path), f"is a {type(raw).__name__}", allowed="a mapping of keys")
     for change in changes:
         apply_change(raw, change)
+    beside = path.resolve().parent
+    raw = {**raw, "code": str(beside / raw["code"]) if isinstance(raw.get("code"), str) else raw.get("code") or str(beside)}
+    for folder in (raw["code"], str(beside), os.getcwd()):
+        if isinstance(folder, str) and folder not in sys.path:
+            sys.path.append(folder)
+    if isinstance(raw.get("weights"), str) and (beside / raw["weights"]).exists():
+        raw["weights"] = str(beside / raw["weights"])
     return parse_recipe(raw, cut=cut)
 
 

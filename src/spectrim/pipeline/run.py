@@ -17,7 +17,7 @@ from spectrim.budget.costs import spectra
 from spectrim.budget.cut_to import cut_to, has_norms, renew_statistics
 from spectrim.budget.ways import WAYS
 from spectrim.errors import FormatError
-from spectrim.files import make_folder, write_json, write_text
+from spectrim.files import digest_of, make_folder, write_json, write_text
 from spectrim.metrics.inputs import first_examples
 from spectrim.metrics.measurement import Measurement, measure, measure_together
 from spectrim.pipeline.components import make
@@ -35,6 +35,7 @@ from spectrim.surgery.coverage import coverage
 from spectrim.surgery.factorize import factorize
 from spectrim.surgery.merge import merge
 from spectrim.surgery.prune import prune
+from spectrim.surgery.readers import leaving_readers, with_reasons
 from spectrim.surgery.recalibrate import recalibrate
 from spectrim.training.data import count_batches, length_of
 from spectrim.training.distillation import Distillation
@@ -75,8 +76,9 @@ class Run(Stages):
         measured = self._measured(models, tuned)
         result: dict[str, Any] = {name: entry.to_dict() for name, entry in measured.items()}
         verdict = verdict_of_run(measured, final, self.numbers).to_dict()
-        result |= {"stages": self.numbers, "recipe": plain(recipe), "environment": environment(), "verdict": verdict}
-        finish(self.out, "run", result, coverage(tuned, recipe.factorize.layers()))
+        result |= {"stages": self.numbers, "recipe": plain(replace(recipe, code=None)), "environment": environment(), "verdict": verdict}
+        lines = with_reasons(coverage(tuned, recipe.factorize.layers()), self.numbers["2-train"].get("left_dense", {}))
+        finish(self.out, "run", result, lines)
         return result
 
     def dense(self) -> nn.Module:
@@ -88,6 +90,7 @@ class Run(Stages):
             if recipe.threads:
                 torch.set_num_threads(recipe.threads)
             common = {name: plain(getattr(recipe, name)) for name in ("model", "data", "loss", "seed", "precision")}
+            common |= {} if recipe.weights is None else {"weights": digest_of(Path(recipe.weights))}
             return self._stage("1-dense", [common, plain(recipe.dense)], self._dense)
 
     def _fit(self, model: nn.Module, phase: Phase, folder: Path, teacher: nn.Module | None) -> dict[str, list[dict[str, Any]]]:
@@ -113,11 +116,11 @@ class Run(Stages):
     def _train(self, dense: nn.Module, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         settings = self.recipe.factorize
         source = dense if settings.start == "dense" else self.initial
-        low = factorize(source, settings.scheme, self.recipe.factorize.layers())
-        self._check_same(source, low, ("dense", "factorized"))
+        build = partial(factorize, source, settings.scheme)
+        low, _, left = leaving_readers(build(settings.layers()), build, lambda low: self._check_same(source, low, ("dense", "factorized")))
         logs = [self._fit(low, phase, folder / f"phase-{index}", dense) for index, phase in enumerate(self.recipe.train)]
         numbers = {place: [log[key] for log in logs] for place, key in (("phases", "epochs"), ("cuts", "cuts"), ("layers", "layers"))}
-        return low, {**numbers, "val": self._validate(low), "spectra": {k: v.tolist() for k, v in spectra(low).items()}}
+        return low, {**numbers, "left_dense": left, "val": self._validate(low), "spectra": {k: v.tolist() for k, v in spectra(low).items()}}
 
     def _cut(self, low: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         settings = self.recipe.prune

@@ -130,11 +130,14 @@ def searching(compress: Callable[P, Compressed]) -> Callable[P, Compressed]:
             return compress(**given)  # type: ignore[call-arg]
         if given.get("eval_data") is None:
             raise SettingError("compress", "eval_data", got=None, rule=f"a validation split, with {' and '.join(budget.drops)}")
-        unit, folder = unit_of(budget, by_clock=given.get("latency") is not None), given.get("folder")
+        unit, folder = unit_of(budget, by_clock=given.get("latency") is not None or given.get("backend") is not None), given.get("folder")
 
         def make(one: Budget) -> Compressed:
             inside = {} if folder is None else {"folder": Path(folder) / "-".join(f"{name}{value:g}" for name, value in one.asked.items())}
-            return compress(**(given | {"budget": one} | inside))  # type: ignore[call-arg]
+            made = compress(**(given | {"budget": one} | inside))  # type: ignore[call-arg]
+            if made.latency is not None:
+                given.update(latency=made.latency, backend=None)  # timed once
+            return made
 
         made, tried = smallest(budget, unit, make, lambda made: (made.scores["dense"], list(made.scores.values())[-1]))
         made.settings = made.settings | {"search": repr(budget)}

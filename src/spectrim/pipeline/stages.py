@@ -22,6 +22,7 @@ from spectrim.metrics.inputs import first_batch, inputs_of, one_example
 from spectrim.pipeline.components import _made, make_loss, seed_everything
 from spectrim.pipeline.data import Data, Source
 from spectrim.pipeline.recipe import Recipe, phases
+from spectrim.pipeline.weights import fill_
 from spectrim.storage.save import load, save
 from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import decide
@@ -30,12 +31,19 @@ from spectrim.training.checkpoint import random_state, restore_random_state
 STAGE = "stage.json"
 
 
-def make_model(recipe: Recipe) -> nn.Module:
-    """Build the dense network, seeded."""
+def make_model(recipe: Recipe, *, filled: bool = True) -> nn.Module:
+    """Build the dense network, seeded, with the weights that the recipe names.
+
+    Args:
+        recipe: from `read_recipe`.
+        filled: False to leave out these weights, where others take their place.
+    """
     seed_everything(recipe.seed)
     model = _made(recipe.model, "model")
     if not isinstance(model, nn.Module):
         raise RecipeError("model", f"{recipe.model['class_path']} gives a {type(model).__name__}", allowed="a torch.nn.Module")
+    if filled and recipe.weights is not None:
+        fill_(model, recipe.weights)
     return model
 
 

@@ -19,6 +19,7 @@ from spectrim.locks import locked
 from spectrim.pipeline import identity
 from spectrim.pipeline.behavior import Attributes, of_network, of_value
 from spectrim.pipeline.compressed import Compressed
+from spectrim.steps import LOGGER
 from spectrim.storage.pack import pack
 from spectrim.storage.save import load, save
 from spectrim.training.tuning import Tuning
@@ -130,3 +131,11 @@ class Store:
             if made.packed is not None:
                 made.packed = pack(made.model, self.folder / CODED_FILE)
             write_json(self.folder / RESULT, made.report)
+
+
+def finished(made: Compressed, store: Store) -> Compressed:
+    """Write what was made, and log the warnings of its verdict."""
+    store.finish(made)
+    for warning in made.verdict.warnings:
+        LOGGER.warning("compress: %s", warning)
+    return made

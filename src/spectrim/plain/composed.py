@@ -67,6 +67,8 @@ class Composed(Tensor):
     _owner: str
     _compose: Callable[[], Tensor]
     _detached: bool = False
+    _layer: Any = None
+    """The layer that has the weight, where that is known: it is in the errors of refused changes."""
     _is_hf_initialized = True
     """Transformers fills weights that a file does not have with random values: those of the parts, which are tensors of their own."""
 
@@ -128,11 +130,15 @@ class Composed(Tensor):
         return func(*args, **kwargs)
 
     def _view(self, compose: Callable[[], Tensor], like: Tensor, requires_grad: bool) -> "Composed":
-        return Composed(self._owner, compose, like.shape, like.dtype, like.device, requires_grad, like.stride())
+        made = Composed(self._owner, compose, like.shape, like.dtype, like.device, requires_grad, like.stride())
+        made._layer = self._layer
+        return made
 
     def _refusal(self, what: str) -> RuntimeError:
         parts = "weights of its layers" if self._owner.startswith("Plain") else "factors U, S and Vh"
-        return RuntimeError(f"{self._owner}: its weight is composed of the {parts}; {what}")
+        error = RuntimeError(f"{self._owner}: its weight is composed of the {parts}; {what}")
+        error.layer = self._layer  # type: ignore[attr-defined]
+        return error
 
 
 def _changed_by(name: str, args: Any, kwargs: Mapping[str, Any]) -> Composed | None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from spectrim.checks.words import check_words
 from spectrim.errors import SettingError
 from spectrim.projections.affine import affine
 from spectrim.projections.positions import position_bits
@@ -102,8 +103,7 @@ class Levels:
     per: Per = "tensor"
 
     def __post_init__(self) -> None:
-        if self.kind not in ("symmetric", "affine"):
-            raise SettingError("Levels", "kind", got=self.kind, rule="'symmetric' or 'affine'")
+        check_words(self)
         check_bits("Levels", self.bits, 2 if self.zero and self.kind == "symmetric" else 1)
         check_per("Levels", self.per)
 
@@ -170,6 +170,7 @@ class PowersOfTwo:
     per: Per = "tensor"
 
     def __post_init__(self) -> None:
+        check_words(self)
         check_bits("PowersOfTwo", self.bits, 2 if self.zero else 1, 5)
         check_per("PowersOfTwo", self.per)
 
@@ -214,6 +215,7 @@ class LevelTable:
     per: Per = "tensor"
 
     def __post_init__(self) -> None:
+        check_words(self)
         numbers = tuple(self.values)
         if len(numbers) < 2 or any(not math.isfinite(a) for a in numbers) or any(a >= b for a, b in itertools.pairwise(numbers)):
             raise SettingError("LevelTable", "values", got=self.values, rule="at least two finite numbers, ascending")

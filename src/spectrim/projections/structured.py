@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spectrim.checks.words import check_words
 from spectrim.errors import SettingError
 from spectrim.projections.counts import check_keep, count_of, largest
 from spectrim.projections.positions import position_bits
@@ -72,8 +73,7 @@ class Structured:
 
     def __post_init__(self) -> None:
         check_keep("Structured", self.keep)
-        if self.along not in ("rows", "columns", "blocks"):
-            raise SettingError("Structured", "along", got=self.along, rule="'rows', 'columns' or 'blocks'")
+        check_words(self)
         if (self.block is not None) != (self.along == "blocks"):
             raise SettingError("Structured", "block", got=self.block, rule="(rows, columns) for along='blocks', else None")
         for size in self.block or ():
@@ -135,11 +135,10 @@ class Tiles:
     along: Literal["rows", "columns"] = "columns"
 
     def __post_init__(self) -> None:
+        check_words(self)
         check_size("Tiles", "rows", self.rows)
         check_size("Tiles", "columns", self.columns)
         check_keep("Tiles", self.keep)
-        if self.along not in ("rows", "columns"):
-            raise SettingError("Tiles", "along", got=self.along, rule="'rows' or 'columns'")
 
     @property
     def _across(self) -> int:

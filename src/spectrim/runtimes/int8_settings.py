@@ -1,8 +1,9 @@
 """`Int8`: how a network becomes int8."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
+from spectrim.checks.words import check_words
 from spectrim.errors import SettingError
 
 Method = Literal["auto", "static", "dynamic"]
@@ -43,9 +44,7 @@ class Int8:
     examples: int = 256
 
     def __post_init__(self) -> None:
-        for name, allowed in (("method", get_args(Method)), ("ranges", get_args(Ranges)), ("weight_bits", (7, 8))):
-            if getattr(self, name) not in allowed:
-                raise SettingError("Int8", name, got=getattr(self, name), rule=f"one of {', '.join(map(str, allowed))}")
+        check_words(self)
         if not 50 < self.percentile < 100:
             raise SettingError("Int8", "percentile", got=self.percentile, rule="in (50, 100)", hint="for all values write ranges='minmax'")
         if self.examples < 1:

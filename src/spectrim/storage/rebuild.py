@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import FormatError
 from spectrim.forms import FORMS, Form, Size
+from spectrim.forms.constrained import KINDS
 from spectrim.layers import kind_of, named_layers
 from spectrim.layers.attention import become_attention
 from spectrim.layers.forwards import renew
@@ -64,10 +65,14 @@ def exchanged(model: nn.Module, plan: Mapping[str, Any], path: Path) -> tuple[nn
 
     def make(name: str, weight: Tensor, matrix: Tensor, scheme: Fold) -> Form:
         rank = _size(plan["ranks"].get(name))
-        if rank is None or not _fits(rank, FORMS[scheme].full_size_of(matrix)):
+        kind: Any = FORMS[scheme]
+        if name in plan.get("held", ()):
+            kind = KINDS[plan["held"][name]].over(kind)
+        if rank is None or not _fits(rank, kind.full_size_of(matrix)):
             problem = f"is of another architecture: '{name}' has rank {rank} in the file, {tuple(matrix.shape)} in the model"
             raise FormatError(path, problem, hint=hint_of(plan))
-        return FORMS[scheme].empty(weight, matrix, rank)
+        made: Form = kind.empty(weight, matrix, rank)
+        return made
 
     built = build(model, lambda name, module: plan["factorized"].get(name, {}).get("scheme"), make)
     targets = dict(built.named_modules())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import FormatError
+from spectrim.forms.constrained import kind_of_form
 from spectrim.forms.tasks import TaskFactors
 from spectrim.layers import named_factors, named_layers
 from spectrim.layers.geometry import CHANNELS_LAST, memory_format_of
@@ -131,7 +132,14 @@ def plan_of(model: nn.Module) -> dict[str, Any]:
         "channels_last": [name for name, p in model.named_parameters() if memory_format_of(p) is not torch.contiguous_format],
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         **plan_of_tasks(model),
+        **_held(model),
     }
+
+
+def _held(model: nn.Module) -> dict[str, Any]:
+    """Return what a plan says of weights that are pruned or rounded; nothing where there are none."""
+    held = {name: kind for name, form in named_factors(model) if (kind := kind_of_form(form))}
+    return {"held": held} if held else {}
 
 
 def _materialize(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

@@ -50,7 +50,7 @@ def balance_(model: nn.Module, above: int = 1024) -> list[str]:
     refuse_shards(model, "balance_")
     names = []
     for name, factors in named_factors(model):
-        if isinstance(factors, Factors) and max(factors.shape) > above:
+        if isinstance(factors, Factors) and factors.is_matrix and max(factors.shape) > above:
             derived.balance_(factors)
             names.append(name)
     return names

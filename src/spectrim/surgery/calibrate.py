@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.checks import check, outside_inference_mode, unwrapped
-from spectrim.errors import LayerError, SettingError
+from spectrim.checks.words import worded
+from spectrim.errors import BackwardError, LayerError, SettingError, SpectrimError
+from spectrim.forms.form import Form
 from spectrim.layers import named_factors
 from spectrim.metrics.batch import BatchDims, stated
 from spectrim.metrics.calls import call_model, loss_of
@@ -21,6 +23,7 @@ Loss = Callable[[Any, Any], Tensor]
 
 
 @outside_inference_mode
+@worded
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],
@@ -92,10 +95,9 @@ def calibrate(
             output = call_model(observed, inputs)
             stated_size = None if batch_dims is None else stated(inputs, batch_dims, "calibrate").size
             count = batch_size_of(inputs, stated_size, target=target, output=output)
-            if isinstance(loss, Unlabeled):
-                sums.add_slopes(held, loss.probe(output))
-            elif loss is not None:
-                sums.add_slopes(held, loss_of(loss, output, target, "calibrate") * count)
+            if loss is not None:
+                labeled = None if isinstance(loss, Unlabeled) else loss_of(loss, output, target, "calibrate") * count
+                _differentiate(model, sums, held, loss.probe(output) if isinstance(loss, Unlabeled) else labeled)
             seen += count
             if seconds is not None and time.monotonic() - start > seconds:
                 break
@@ -106,3 +108,14 @@ def calibrate(
         hint = "a generator can be read only once: give a list or a DataLoader"
         raise SettingError("calibrate", "data", got=f"nothing from {type(data).__name__}", rule="at least one batch", hint=hint)
     return sums.result(held, seen)
+
+
+def _differentiate(model: nn.Module, sums: Sums, held: dict[str, Form], total: Any) -> None:
+    try:
+        sums.add_slopes(held, total)
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:  # of the model's own backward pass
+        if isinstance(error, SpectrimError | torch.OutOfMemoryError):
+            raise
+        told = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        hint = "calibrate without a loss, or compress with cut='whitened', which needs no gradient"
+        raise BackwardError(type(model).__name__, f"its backward pass fails in eval mode ({told})", hint=hint) from error

@@ -1,8 +1,8 @@
 """`correct` refits the weights of a cut network to what the network before the cut computes."""
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spectrim import linalg
 from spectrim.checks import check, outside_inference_mode, unwrapped
+from spectrim.checks.words import worded
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms.svd import Factors
 from spectrim.layers import named_layers, sites
@@ -21,7 +22,7 @@ from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.moments import WIDE, WIDEST_INPUTS, Calibration
 from spectrim.surgery.observing import batches_of, check_examples, isolated
 from spectrim.surgery.regression import folded, moments_of, refit_
-from spectrim.surgery.side_by_side import ALIVE, _Both, _in_one_pass, _layer_by_layer, _Met, _order, _Unsteady, room
+from spectrim.surgery.side_by_side import ALIVE, Unpaired, _Both, _in_one_pass, _layer_by_layer, _Met, _order, _Unsteady, paired, room
 from spectrim.surgery.wide import basis_of, refit_by_steps_
 
 ROWS, FEWEST_ROWS = 128, 2**18
@@ -68,6 +69,7 @@ def uncorrected(model: nn.Module) -> dict[str, str]:
 
 
 @outside_inference_mode
+@worded
 def correct(
     cut: nn.Module,
     dense: nn.Module,
@@ -170,26 +172,33 @@ def correct_(
     with isolated(corrected), evaluating(corrected), evaluating(dense):
         order, size = _order(corrected, layers, batches[0])
 
+        def refit_one(name: str, met: Iterable[_Met]) -> None:
+            layer, original = layers[name], originals[name]
+            left = None if calibration is None else calibration.metrics(name, layer.factors_of("weight").shape)[0]
+            dense = folded(layer, original)
+            most = max(FEWEST_ROWS, ROWS * dense.shape[-1]) / (len(batches) * order[name])
+            basis = None
+            if layer.scheme != "channel" and dense.shape[-1] > WIDE_PATCHES:
+                if refit_by_steps_(layer, original, dense, _finite(name, met)):
+                    changed.append(layer.factors_of("weight"))
+                return
+            if layer.scheme == "channel" and dense.shape[-1] > WIDE_INPUTS:
+                met = _finite(name, met)
+                basis = basis_of(layer, met, dense, most)
+                dense = dense @ basis.mT
+            moments = moments_of(layer, met, dense, most, basis)
+            _check(name, (moments.own, moments.wanted))
+            if refit_(layer, original, dense, moments, left, basis):
+                changed.append(layer.factors_of("weight"))
+
         def refit(meetings: Iterable[tuple[str, Iterable[_Met]]]) -> None:
             bar = track(meetings, "correct", len(order), console=console, transient=True, disable=not (progress and console.is_terminal))
-            for name, met in bar:
-                layer, original = layers[name], originals[name]
-                left = None if calibration is None else calibration.metrics(name, layer.factors_of("weight").shape)[0]
-                dense = folded(layer, original)
-                most = max(FEWEST_ROWS, ROWS * dense.shape[-1]) / (len(batches) * order[name])
-                basis = None
-                if layer.scheme != "channel" and dense.shape[-1] > WIDE_PATCHES:
-                    if refit_by_steps_(layer, original, dense, _finite(name, met)):
-                        changed.append(layer.factors_of("weight"))
-                    continue
-                if layer.scheme == "channel" and dense.shape[-1] > WIDE_INPUTS:
-                    met = _finite(name, met)
-                    basis = basis_of(layer, met, dense, most)
-                    dense = dense @ basis.mT
-                moments = moments_of(layer, met, dense, most, basis)
-                _check(name, (moments.own, moments.wanted))
-                if refit_(layer, original, dense, moments, left, basis):
-                    changed.append(layer.factors_of("weight"))
+            for name, all_met in bar:
+                try:
+                    refit_one(name, paired(layers[name], all_met))
+                except Unpaired:  # noqa: PERF203
+                    with suppress(Unpaired):
+                        deque(all_met, maxlen=0)  # both networks wait at this layer
 
         if max(order.values(), default=1) == 1 and ALIVE * size * len(batches) <= room(next(corrected.parameters()).device):
             try:

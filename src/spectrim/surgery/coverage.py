@@ -146,6 +146,8 @@ def _factorized_line(site: Site, limit: int, latency: Latencies | None) -> Layer
     most = limit if factors.is_matrix or not limit else factors.size_of(limit)
     if latency is not None:
         verdict = latency.verdict(site.name, factors.rank)
+    elif not factors.splits:
+        verdict = "merges to one dense layer" + (f" ({shown(factors.size)} of {shown(factors.full_size)})" if factors.rank > 1 else "")
     elif factors.rank <= limit:
         layers = ("two", "three", "four", "five")[len(factors.chain()) - 2]
         verdict = f"merges to {layers} layers (rank {shown(factors.size)} <= {shown(most)})"

@@ -123,6 +123,23 @@ class Decompositions:
         X, _, Y = self.parts(name, metric)
         return held.like(*unit_rows(X[..., :rank], Y[..., :rank, :]))
 
+    def for_refit(self, metric: Metric) -> Calibration | None:
+        """Return the calibration for a refit in a metric; None where outputs count alike, or without gradients.
+
+        Args:
+            metric: what counts.
+        """
+        held = self.calibration
+        if held is None or metric not in ("both", "loss") or not held.outputs:
+            return None
+        return held if metric == "loss" else replace(held, outputs={name: self._root(name, G) for name, G in held.outputs.items()})
+
+    def _root(self, name: str, metric: Tensor) -> Tensor:
+        """Return the root of one weight's metric of the outputs, computed once."""
+        if name not in self._roots:
+            self._roots[name] = root(metric)
+        return self._roots[name]
+
     def _exact(self, name: str) -> Parts:
         """Return ``U, S, Vh`` of one weight, exact, in float64."""
         if name in self._factors:
@@ -140,24 +157,6 @@ class Decompositions:
         if metric == "both" and left is not None:
             left = self._root(name, left)
         return (left if metric in ("both", "loss") else None), right
-
-    def _root(self, name: str, left: Tensor) -> Tensor:
-        if name not in self._roots:
-            self._roots[name] = root(left)
-        return self._roots[name]
-
-    def for_refit(self, metric: Metric) -> Calibration | None:
-        """Return the calibration for a refit in a metric; None where outputs count alike.
-
-        Args:
-            metric: ``both`` or ``loss``, else outputs count alike.
-        """
-        known = self.calibration
-        if known is None or metric not in ("both", "loss") or not known.outputs:
-            return None
-        if metric == "loss":
-            return known
-        return replace(known, outputs={name: self._root(name, left) for name, left in known.outputs.items()})
 
     def _fits(self) -> bool:
         """Whether all vectors in three metrics take no more than half of the memory that is free."""

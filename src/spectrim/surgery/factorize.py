@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from threading import Timer
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from rich.console import Console
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from spectrim import linalg
 from spectrim.checks import check, outside_inference_mode, unwrapped
+from spectrim.checks.words import worded
 from spectrim.errors import LayerError, SettingError
 from spectrim.forms import FORMS, Factors, Form
 from spectrim.layers import factor_name, kind_of, named_factors, named_layers, sites
 from spectrim.layers.exchanged import Writing
+from spectrim.layers.weights import OneWeight
 from spectrim.linalg.fold import KERNELS, MATRICES, Fold
 from spectrim.linalg.spectral import OVERSAMPLE
 from spectrim.plain.encoder import follow_layers
@@ -27,7 +29,7 @@ from spectrim.surgery.head import call_order
 from spectrim.surgery.ranks import Ranks, check_names, chooser
 from spectrim.surgery.select import decide, layer_filter
 
-Scheme = Literal["auto", "all", "channel", "spatial", "input", "tucker", "cp", "tt", "quaternion"]
+Scheme = Literal["auto", "all", "channel", "spatial", "input", "tucker", "cp", "tt", "quaternion", "dense"]
 
 
 Method = Literal["exact", "randomized", "auto"]
@@ -49,6 +51,8 @@ def pick_scheme(module: Any, scheme: Scheme) -> Fold:
     kind = kind_of(module)
     assert kind is not None
     offered = kind.schemes(module)
+    if scheme == "dense" and issubclass(kind, OneWeight) and offered != ("quaternion",):
+        return scheme
     if scheme == "tt" and scheme not in offered and "tucker" in offered:
         return "tucker"  # which a tensor train along one axis of taps is
     if scheme not in ("auto", "all"):
@@ -80,6 +84,7 @@ def decomposition(method: Method, rank: int | None, full: int) -> Callable[[Tens
 
 
 @outside_inference_mode
+@worded
 def factorize(
     model: nn.Module,
     scheme: Scheme = "auto",
@@ -98,14 +103,15 @@ def factorize(
 
     Args:
         model: any module; it is left untouched.
-        scheme: how convolution kernels are folded, see `linalg.to_matrix`: ``channel``, all taps first and then a 1x1; ``input``, a 1x1 and
-            then all taps; ``spatial``, the taps of one axis and then those of the others; ``tucker``, a 1x1, all taps and a 1x1, with two
-            ranks (`spectrim.forms.Tucker2`); ``cp``, the same with depthwise taps and one rank (`spectrim.forms.CP`); ``tt``, a 1x1, the
-            taps of each axis and a 1x1 (`spectrim.forms.TensorTrain`); or ``auto``, which takes for each layer the matrix
-            with the fewest MACs at 80 % of the spectral energy (``channel`` on the meta device), as does ``all``, which `compress` and
-            `plan` then exchange for the best of all forms at the budget. A layer without the asked scheme, as
-            1x1 kernels and layers that are no convolutions, takes ``channel``; a kernel along one axis, ``tucker`` for ``tt``. Quaternion
-            layers (`spectrim.plain.quaternion`) always take ``quaternion``.
+        scheme: how convolution kernels are folded, see `linalg.to_matrix`: ``channel``, all taps first and then a 1x1; ``input``, a
+            1x1 and then all taps; ``spatial``, the taps of one axis and then those of the others; ``tucker``, a 1x1, all taps and a
+            1x1, with two ranks (`spectrim.forms.Tucker2`); ``cp``, the same with depthwise taps and one rank (`spectrim.forms.CP`);
+            ``tt``, a 1x1, the taps of each axis and a 1x1 (`spectrim.forms.TensorTrain`); or ``auto``, which takes for each layer
+            the matrix with the fewest MACs at 80 % of the spectral energy (``channel`` on the meta device), as does ``all``, which
+            `compress` and `plan` then exchange for the best of all forms at the budget. A layer without the asked scheme, as 1x1
+            kernels and layers that are no convolutions, takes ``channel``; a kernel along one axis, ``tucker`` for ``tt``.
+            ``dense`` decomposes nothing: each weight is held as it is, to be pruned and rounded by
+            `spectrim.surgery.constrain.constrain`. Quaternion layers (`spectrim.plain.quaternion`) always take ``quaternion``.
         where: selects layers: a name, a glob, a list of these, or a predicate of name and module, see `match`; everything but the
             classifier head when omitted.
         rank: how many singular values to keep from the start: a number (capped at each layer's full rank), a rank rule, or a mapping
@@ -141,14 +147,6 @@ def factorize(
     """
     check("factorize", model=model, where=where, rank=rank, example_inputs=example_inputs)
     model = unwrapped(model)
-    if scheme not in get_args(Scheme):
-        raise SettingError(
-            "factorize", "scheme", got=scheme, rule="'auto', 'all', 'channel', 'spatial', 'input', 'tucker', 'cp', 'tt' or 'quaternion'"
-        )
-    if method not in ("exact", "randomized", "auto"):
-        raise SettingError("factorize", "method", got=method, rule="'exact', 'randomized' or 'auto'")
-    if writing not in ("pair", "interpolative"):
-        raise SettingError("factorize", "writing", got=writing, rule="'pair' or 'interpolative'")
     stated = isinstance(rank, Mapping | SupportsIndex)
     if method == "randomized" and not stated:
         rule = "a number or a mapping {layer: rank} with method='randomized'"

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from spectrim.checks import check, outside_inference_mode, unwrapped
+from spectrim.checks.words import worded
 from spectrim.errors import LayerError
 from spectrim.forms.form import Form
 from spectrim.layers import is_factorized, named_layers, sites
@@ -18,6 +19,7 @@ from spectrim.surgery.tasks import settle_
 
 
 @outside_inference_mode
+@worded
 def merge(model: nn.Module, *, latency: Latencies | None = None, fold_batchnorm: bool = False) -> nn.Module:
     """Return a copy of `model` with ordinary layers only: two small ones below a layer's break-even rank, one dense one above it.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from spectrim.errors import LayerError
 from spectrim.forms import Factors, Form
 from spectrim.layers import named_layers
+from spectrim.layers.taps import tap
 from spectrim.layers.uses import first_argument
 from spectrim.layers.weights import OneWeight
 from spectrim.linalg.gram import Metric, MomentSum, ProjectedMetric, gram, precise
@@ -127,7 +128,7 @@ class Sums:
             if layer.looks_up:
                 self.skipped[self.names[layer.factors_of("weight")]] = EMBEDDING
         layers = [layer for layer in layers if not layer.looks_up]
-        handles = [layer.register_forward_hook(self._called, with_kwargs=True) for layer in layers]
+        handles = [tap(layer, after=self._called) for layer in layers]
         try:
             yield
         finally:
@@ -138,6 +139,8 @@ class Sums:
         factors = layer.factors_of("weight")
         name, x = self.names[factors], first_argument(args, kwargs)
         basis = self.bases.get(name)
+        if not x.numel():  # of an expert to which nothing was routed
+            return
         if factors.shape[1] > WIDEST_INPUTS and basis is None:
             self.skipped[name] = WIDE
             return
@@ -150,7 +153,7 @@ class Sums:
         for rows in layer.input_rows(x.detach(), output.shape):
             self.inputs[name].add(rows)
             if absorbing:
-                self.totals[name] = self.totals.get(name, 0) + rows.sum(-2, dtype=torch.float64)
+                self.totals[name] = self.totals.get(name, 0) + rows.sum(-2, dtype=torch.promote_types(rows.dtype, torch.float32)).double()
         self._observe_slope(layer, name, x, output)
 
     def _observe_slope(self, layer: OneWeight, name: str, x: Tensor, output: Tensor) -> None:
@@ -238,13 +241,13 @@ def _blocked(moment: Tensor, factors: Form) -> Tensor:
 
 def add_gram(sums: dict[str, Tensor], name: str, rows: Tensor) -> None:
     """Add the second moment of rows ``(blocks, n, width)`` to ``sums[name]``, in float64."""
-    found = gram(precise(rows)).double()
-    sums[name] = sums[name].add_(found) if name in sums else found
+    found = gram(precise(rows))
+    sums[name] = sums[name].add_(found) if name in sums else found.double()
 
 
 def _basis(factors: Form) -> Tensor | None:
     """Return the right singular vectors ``(blocks, rank, in)`` of a weight with many more inputs than that; None for any other."""
-    if not isinstance(factors, Factors) or factors.shape[1] < PROJECTED or 2 * factors.rank > factors.shape[1]:
+    if not isinstance(factors, Factors) or not factors.is_matrix or factors.shape[1] < PROJECTED or 2 * factors.rank > factors.shape[1]:
         return None
     Vh = factors.svd()[2]
     return Vh if factors.lead else Vh[None]

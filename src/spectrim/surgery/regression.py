@@ -19,8 +19,15 @@ CUTOFF = 1e-6
 """Directions of the inputs whose second moment is far below this share of its Frobenius norm keep the dense weight: they tell nothing."""
 
 
+GROWTH = 4.0
+"""A refitted weight has at most so many times the norm of the dense one."""
+
+
 REFINEMENTS = 4
 """Solutions of the regularized equations that are added up, each for what the ones before have left."""
+
+WIDE_TARGET = 2048
+"""Convolutions with more taps in all, in the other schemes, take one solution: of the target only the rows of the first factor are used."""
 
 
 FLOOR = 1e-12
@@ -104,15 +111,19 @@ def moments_of(layer: OneWeight, met: Iterable[_Met], dense: Tensor, most: float
         cross, total = cross + (wanted.mT @ rows).double(), total + wanted.sum(-2, dtype=torch.float64)
     assert level is not None
     assert own.shift is not None
-    second, mean, shift, level = own.second(centered=centered) / own.count, own.mean, own.shift.double(), level.double()
+    second, mean, shift, level = own.second(centered=centered).div_(own.count), own.mean, own.shift.double(), level.double()
     wanted_mean = total / own.count
     cross = cross / own.count - wanted_mean.unsqueeze(-1) * (mean.unsqueeze(-2) - shift)
     wanted_mean = wanted_mean + level.squeeze(-2)
     if not centered:
         cross = cross + wanted_mean.unsqueeze(-1) * mean.unsqueeze(-2)
-    floor = FLOOR * (own.second() / own.count if centered else second).diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-    eye = torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
-    return Moments(second + floor * eye, cross + floor * dense, wanted_mean, mean)  # directions without inputs do not change the weight
+    floor = FLOOR / own.count * own.diagonal().amax(-1)[..., None, None]
+    _diagonal(second).add_(floor.squeeze(-1))
+    return Moments(second, cross + floor * dense, wanted_mean, mean)  # directions without inputs do not change the weight
+
+
+def _diagonal(matrix: Tensor) -> Tensor:
+    return matrix.diagonal(dim1=-2, dim2=-1)
 
 
 def folded(layer: Any, original: Any) -> Tensor:
@@ -136,7 +147,8 @@ def refit_(layer: Any, original: Any, dense: Tensor, moments: Moments, left: Ten
         Whether the weight is another one.
     """
     factors, wanted, own = layer.factors_of("weight"), moments.wanted, moments.own
-    target = dense + _divided(wanted - dense @ own, own)
+    short = layer.scheme != "channel" and own.shape[-1] > WIDE_TARGET
+    target = _toward(dense, wanted - dense @ own, own, 1 if short else REFINEMENTS)
     held = factors.block_parts()
     held = held if basis is None else (*held[:2], held[2] @ basis.mT)
     fits = (
@@ -169,18 +181,33 @@ def _error(left_factor: Tensor, cross: Tensor, gram: Tensor, metric: Tensor | No
     return float(((change if metric is None else metric @ change) * left_factor).sum())
 
 
-def _divided(right: Tensor, moment: Tensor) -> Tensor:
-    """Return ``right @ moment^+``, where eigenvalues far below `CUTOFF` of the norm count as zero.
+def _toward(start: Tensor, rest: Tensor, moment: Tensor, solutions: int = REFINEMENTS) -> Tensor:
+    """Return ``start + rest @ moment^+``; with fewer directions of the inputs where the result would outgrow `start`.
+
+    What few examples leave nearly undetermined would else be weights of any size, whose outputs cancel on these examples up to rounding.
+    """
+    most, found, cutoff = GROWTH * torch.linalg.vector_norm(start), start, CUTOFF
+    while cutoff < 1:
+        found = start + _divided(rest, moment, cutoff, solutions)
+        if torch.linalg.vector_norm(found) <= most:
+            break
+        cutoff *= 10
+    return found
+
+
+def _divided(right: Tensor, moment: Tensor, cutoff: float, solutions: int) -> Tensor:
+    """Return ``right @ moment^+``, where eigenvalues far below `cutoff` of the norm count as zero.
 
     By iterated Tikhonov regularization: an eigenvalue ``s`` is inverted to ``(1 - (r / (s + r))^n) / s``, with ``r`` the ridge and ``n``
-    `REFINEMENTS`. What a solution ``X`` of the regularized equations leaves of the right side is ``r X``. An eigendecomposition of
-    thousands of inputs would take ten times as long.
+    the number of `solutions`. What a solution ``X`` of the regularized equations leaves of the right side is ``r X``. An
+    eigendecomposition of thousands of inputs would take ten times as long.
     """
-    moment = (moment + moment.mT) / 2
-    ridge = (CUTOFF * torch.linalg.matrix_norm(moment)).clamp_min(torch.finfo(moment.dtype).tiny)[..., None, None]
-    triangle = torch.linalg.cholesky(moment + ridge * torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device))
+    ridge = (cutoff * torch.linalg.matrix_norm(moment)).clamp_min(torch.finfo(moment.dtype).tiny)[..., None, None]
+    triangle = moment.clone()  # of which the lower half is read
+    _diagonal(triangle).add_(ridge.squeeze(-1))
+    triangle = torch.linalg.cholesky(triangle)
     rest, solution = right.mT, torch.zeros((), dtype=right.dtype, device=right.device)
-    for _ in range(REFINEMENTS):
+    for _ in range(solutions):
         step = torch.cholesky_solve(rest, triangle)
         rest, solution = ridge * step, solution + step
     return solution.mT
@@ -191,14 +218,20 @@ def truncated(rank: int, target: Tensor, metric: Tensor, left: Tensor | None) ->
 
     With ``R^T R`` the metric of the outputs it is ``R^-1 E E^T R target``, with ``E`` the leading eigenvectors of ``R T metric T^T R^T``.
     """
+    if left is None and target.shape[-2] <= target.shape[-1]:
+        basis = _leading(target @ metric @ target.mT, rank)
+        return unit_rows(basis, basis.mT @ target)
     Q, core = torch.linalg.qr(target)  # of the smaller side
-    gram = core @ metric @ core.mT
     root, inverse = metric_root(Q, left, LEFT_FLOOR)
-    gram = gram if left is None else root @ gram @ root.mT
-    basis = torch.linalg.eigh((gram + gram.mT) / 2).eigenvectors[..., -rank:]
-    if left is None:
-        return unit_rows(Q @ basis, basis.mT @ core)
-    return unit_rows(Q @ (inverse @ basis), basis.mT @ (root @ core))
+    seen = core if left is None else root @ core
+    basis = _leading(seen @ metric @ seen.mT, rank)
+    return unit_rows(Q @ (basis if left is None else inverse @ basis), basis.mT @ seen)
+
+
+def _leading(gram: Tensor, rank: int) -> Tensor:
+    """Return the leading eigenvectors of a symmetric matrix."""
+    vectors: Tensor = torch.linalg.eigh((gram + gram.mT) / 2).eigenvectors
+    return vectors[..., -rank:]
 
 
 def _sizes(layer: Any) -> tuple[int, int, int, int]:
@@ -243,7 +276,7 @@ def _of_columns(layer: Any, held: Parts, target: Tensor, moments: Moments, metri
         left = (U * S.unsqueeze(-2)).reshape(-1, out, width * S.shape[-1])
         if not fits:
             fits.append((_error(left, cross, gram, None), held))
-        left = left + _divided(cross - left @ gram, gram)
+        left = _toward(left, cross - left @ gram, gram)
         fits.append((_error(left, cross, gram, None), unit_rows(left.reshape(-1, out * width, S.shape[-1]), Vh)))
     return fits
 

@@ -1,9 +1,11 @@
 """`same_function`: whether two networks compute the same, and the first layer where they do not."""
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -12,6 +14,7 @@ from spectrim.checks import check
 from spectrim.errors import LayerError
 from spectrim.metrics.calls import call_model
 from spectrim.metrics.tensors import send
+from spectrim.surgery.exchange import duplicate
 
 ROUNDINGS = 2.0**14
 """Tolerance in units of the precision: 0.002 of the largest output in float32. A wrong function is off by far more."""
@@ -19,6 +22,10 @@ ROUNDINGS = 2.0**14
 
 AMPLIFIED = 256.0
 """Differences up to so many times what rounding of the inputs changes are rounding, too: BatchNorm on a batch can amplify that."""
+
+SHRINKS = 1e-4
+"""Differences of which no more than this is left in double precision are rounding."""
+
 
 SETTINGS = ("training", "p", "dropout")
 """Attributes of modules that are changed while two networks are compared."""
@@ -30,7 +37,7 @@ def same_function(
     """Raise an error unless two networks compute the same on an example, in eval and in training mode.
 
     In training mode both start from the same random state, without the dropout of modules; that mode is left out where `a` itself fails in
-    it (BatchNorm of a single example). BatchNorm statistics, training flags and torch's random generators are as before afterwards. Outputs
+    it (BatchNorm of a single example). BatchNorm statistics, training flags and all random generators are as before afterwards. Outputs
     are compared tensor by tensor, by the largest difference over the largest magnitude.
 
     Args:
@@ -65,9 +72,19 @@ def same_function(
         if difference <= allowed:
             continue
         own = _difference(one, _run(a, _rounded(inputs), training))  # above zero, too, for a network with its own generator
-        if tolerance is None and difference <= AMPLIFIED * own:
+        if tolerance is None and (difference <= AMPLIFIED * own or _vanishes(a, b, inputs, training, names, difference)):
             continue
         raise _error(a, b, inputs, training, names, allowed, difference)
+
+
+def _vanishes(a: nn.Module, b: nn.Module, inputs: Any, training: bool, names: tuple[str, str], difference: float) -> bool:
+    """Whether two networks agree in double precision by so much more that their difference is rounding, which they amplify."""
+    try:
+        wide = [duplicate(network).double() for network in (a, b)]
+        x = tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, inputs)
+        return _difference(_run(wide[0], x, training), _run_second(wide[1], x, training, names)) <= SHRINKS * difference
+    except Exception:  # whatever code raises that is written for another precision
+        return False
 
 
 def _error(a: nn.Module, b: nn.Module, inputs: Any, training: bool, names: tuple[str, str], allowed: float, whole: float) -> LayerError:
@@ -101,7 +118,24 @@ def _run_second(network: nn.Module, inputs: Any, training: bool, names: tuple[st
         mode = "training" if training else "eval"
         problem = f"the {names[1]} network fails in {mode} mode where the {names[0]} computes ({told})"
         hint = "the model asks its layers for more than to be called, such as their children; leave those out with where="
-        raise LayerError(type(network).__name__, problem, hint=hint) from error
+        layer = getattr(error, "layer", None)
+        name = next((name for name, module in network.named_modules() if module is layer), "") or _failing(network, inputs, training)
+        raise LayerError(name or type(network).__name__, problem, hint=hint) from error
+
+
+def _failing(network: nn.Module, inputs: Any, training: bool) -> str:
+    """Return the innermost layer that is entered and not left when a network fails; empty for the network itself."""
+    inside: list[str] = []
+    named = [(name, module) for name, module in network.named_modules() if name]
+    handles = [module.register_forward_pre_hook(lambda *_, name=name: inside.append(name)) for name, module in named]
+    handles += [module.register_forward_hook(lambda *_: inside.pop() and None) for _, module in named]
+    try:
+        with suppress(Exception):  # the one that is looked into
+            _run(network, inputs, training)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inside[-1] if inside else ""
 
 
 def _run(network: nn.Module, inputs: Any, training: bool, layers: dict[str, list[Tensor]] | None = None) -> list[Tensor]:
@@ -136,12 +170,17 @@ def _put_back(network: nn.Module) -> Iterator[None]:
     settings = [(module, key, values[key]) for module, values in held for key in SETTINGS if _is_setting(values, key)]
     buffers = {id(own): own for _, values in held for own in values["_buffers"].values() if own is not None and own.numel()}
     before = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
+    others = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = {own.device for _, values in held for own in values["_parameters"].values() if own is not None and own.is_cuda}
     try:
         with torch.random.fork_rng(sorted(devices, key=str)):
             torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
             yield
     finally:
+        random.setstate(others[0])
+        np.random.set_state(others[1])  # noqa: NPY002
         for module, key, value in settings:
             if vars(module)[key] != value:
                 setattr(module, key, value)

@@ -11,6 +11,7 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from spectrim.layers.taps import tap
 from spectrim.layers.uses import first_argument
 from spectrim.layers.weights import OneWeight
 from spectrim.metrics.calls import call_model, seen_calls
@@ -64,7 +65,7 @@ def _order(model: nn.Module, layers: dict[str, OneWeight], inputs: Any) -> tuple
     def hook(name: str) -> Any:
         return lambda _, args, kwargs: note(name, args, kwargs)
 
-    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
+    handles = [tap(layer, hook(name)) for name, layer in layers.items()]
     try:
         call_model(model, inputs)
     finally:
@@ -76,17 +77,43 @@ def _order(model: nn.Module, layers: dict[str, OneWeight], inputs: Any) -> tuple
 def _layer_by_layer(both: _Both, order: Mapping[str, int]) -> Iterator[tuple[str, Iterator[_Met]]]:
     """Yield each layer with its inputs; both networks run again for each, up to the layer."""
     for name, calls in order.items():
-        seen = (
-            (_inputs_of(both.originals[name], both.dense, x, calls), _inputs_of(both.layers[name], both.corrected, x, calls))
-            for x in both.batches
-        )
-        yield name, ((y, now) for before, after in seen for (_, y), (now, _) in zip(before, after, strict=True))
+        yield name, _met(both, name, calls)
+
+
+def _met(both: _Both, name: str, calls: int) -> Iterator[_Met]:
+    for x in both.batches:
+        before = _inputs_of(both.originals[name], both.dense, x, calls)
+        after = _inputs_of(both.layers[name], both.corrected, x, calls)
+        if len(before) != len(after):
+            raise Unpaired
+        yield from ((y, now) for (_, y), (now, _) in zip(before, after, strict=True))
 
 
 def _inputs_of(layer: nn.Module, model: nn.Module, inputs: Any, calls: int) -> list[tuple[Tensor, Tensor]]:
     """Run the model to the last of that many calls of a layer; return the input and the output of each."""
     found = seen_calls(model, layer, inputs, calls)
     return [(first_argument(args, kwargs).detach(), output.detach()) for args, kwargs, output in found]
+
+
+class Unpaired(Exception):  # noqa: N818 it is no error
+    """The networks give a layer different examples, as experts to which each token is routed: nothing can be fitted there."""
+
+
+def paired(layer: OneWeight, met: Iterable[_Met]) -> Iterator[_Met]:
+    """Yield what a layer meets, but for empty inputs.
+
+    Raises:
+        Unpaired: where outputs in one network and inputs in the other do not belong together, or where there is nothing.
+    """
+    kernel, empty = bool(getattr(layer, "kernel_size", ())), True
+    for y, x in met:
+        if (len(x) != len(y) or x.dim() != y.dim()) if kernel else x.shape[:-1] != y.shape[:-1]:
+            raise Unpaired
+        if y.numel() and x.numel():
+            empty = False
+            yield y, x
+    if empty:
+        raise Unpaired
 
 
 class _Unsteady(Exception):  # noqa: N818 it is no error
@@ -104,13 +131,13 @@ def _in_one_pass(both: _Both, order: Iterable[str]) -> Generator[tuple[str, Iter
         outside.switch((name, tensor.detach()))
 
     def behind(name: str) -> Any:
-        return lambda _, args, output: stop(name, output)  # before other hooks change it
+        return lambda _, args, kwargs, output: stop(name, output)
 
     def before(name: str) -> Any:
         return lambda _, args, kwargs: stop(name, first_argument(args, kwargs))
 
-    handles = [both.originals[name].register_forward_hook(behind(name), prepend=True) for name in order]
-    handles += [both.layers[name].register_forward_pre_hook(before(name), with_kwargs=True) for name in order]
+    handles = [tap(both.originals[name], after=behind(name)) for name in order]
+    handles += [tap(both.layers[name], before(name)) for name in order]
     runs = [tuple(greenlet(partial(call_model, network, inputs)) for network in (both.dense, both.corrected)) for inputs in both.batches]
 
     def advance(run: greenlet, name: str) -> Tensor:

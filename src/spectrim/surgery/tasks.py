@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from spectrim.checks import RULES, check, outside_inference_mode, unwrapped
 from spectrim.checks.messages import fail
+from spectrim.checks.words import worded
 from spectrim.errors import LayerError, RankError, SettingError
 from spectrim.forms.form import Form
 from spectrim.forms.svd import Factors
@@ -22,6 +23,7 @@ from spectrim.surgery.select import layer_filter
 
 
 @outside_inference_mode
+@worded
 def add_task(
     model: nn.Module,
     rank: int | Mapping[str, int] = 1,

@@ -52,10 +52,17 @@ def count_batches(data: Iterable[Any], owner: str = "fit") -> int:
 
 
 def places_of(data: Any) -> list[Any]:
-    """Return the objects that decide which batches come: the data, its samplers and its data set, each once."""
-    batches = getattr(data, "batch_sampler", None)
-    places = (data, getattr(data, "sampler", None), batches, getattr(batches, "sampler", None), getattr(data, "dataset", None))
-    return list({id(place): place for place in places if place is not None}.values())
+    """Return the objects that decide which batches come: the data, their samplers and data sets, and the data sets in these, each once."""
+    found, waiting = dict[int, Any](), [data]
+    while waiting:
+        place = waiting.pop(0)
+        if place is None or id(place) in found:
+            continue
+        found[id(place)] = place
+        waiting += [getattr(place, name, None) for name in ("sampler", "batch_sampler", "dataset")]
+        inside = getattr(place, "datasets", None)
+        waiting += inside if isinstance(inside, list | tuple) else []
+    return list(found.values())
 
 
 def generators_of(data: Any) -> list[torch.Generator]:
@@ -74,46 +81,56 @@ def announce(epoch: int, *data: Any) -> None:
 
 
 class Order:
-    """The state from which data draw their order, for a checkpoint: ``state_dict`` where they have one, and random generators.
+    """The state from which data draw their order, for a checkpoint: ``state_dict`` where they have one, random generators, and counts.
 
-    What else changes from pass to pass, such as a count of the data's own, cannot be set from outside: `warn` names it.
+    Counts are attributes of the user's own classes that changed since the start: numbers, texts, lists of these and arrays of indices,
+    such as a number of passes, or an order that is shuffled in place. What else changes, such as a file that is read on and on, cannot be
+    set from outside: `warn` names it.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, *data: Any) -> None:
         """Look at the data before the first pass.
 
         Args:
-            data: as the user gave them.
+            data: as the user gave them; None for none.
         """
-        places = places_of(data)
+        places = [place for each in data if each is not None for place in places_of(each)]
+        self.persistent = any(getattr(place, "persistent_workers", False) for place in places)
         self.stateful = [place for place in places if _has_state(place)]
         rest = [place for place in places if not any(place is other for other in self.stateful) and hasattr(place, "__dict__")]
         self.random = [value for place in rest for value in vars(place).values() if _is_random(value)]
         known = ("torch.", "accelerate.")
         own = [place for place in rest if not hasattr(place, "set_epoch") and not type(place).__module__.startswith(known)]
-        told = hasattr(data, "set_epoch") and not type(data).__module__.startswith(known)  # then it sees to what lies inside
-        self.watched = [] if told else own
-        self.came = self._plain()
-        self.changed: list[str] = []
+        told = [
+            id(place)
+            for each in data
+            if hasattr(each, "set_epoch") and not type(each).__module__.startswith(known)
+            for place in places_of(each)
+        ]
+        self.watched = [place for place in own if id(place) not in told]  # what is told the epoch sees to what lies inside
+        self.came = self._counts()
 
-    def _plain(self) -> list[dict[str, Any]]:
-        return [{key: value for key, value in vars(place).items() if type(value) in PLAIN} for place in self.watched]
+    def _counts(self) -> list[dict[str, Any]]:
+        return [{key: _kept(value) for key, value in vars(place).items() if _is_count(value)} for place in self.watched]
 
     def warn(self) -> None:
-        """Warn, when a run goes on, of state that the checkpoint's run had changed and that cannot be restored."""
-        own = {f"{type(place).__name__}.{key}" for place, came in zip(self.watched, self.came, strict=True) for key in came}
-        if changed := [name for name in self.changed if name in own]:
+        """Warn, when a run goes on, of what the data hold that cannot be restored."""
+        places = ((type(place).__name__, vars(place)) for place in self.watched)
+        lost = [f"{kind}.{key}" for kind, held in places for key, value in held.items() if hasattr(value, "__next__")]
+        lost += ["persistent workers"] * self.persistent
+        if lost:
             hint = "give the data set_epoch(epoch), or state_dict and load_state_dict"
-            what = f"the data change {', '.join(changed)} from pass to pass, which a checkpoint cannot restore"
+            what = f"the data go on in {', '.join(lost)} from pass to pass, which a checkpoint cannot restore"
             message = f"fit: {what}: the batches of this resumed run may differ from those of an uninterrupted one; {hint}"
             warnings.warn(message, UserWarning, stacklevel=3)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state after the passes so far."""
-        now = zip(self.watched, self.came, self._plain(), strict=True)
-        changed = [f"{type(place).__name__}.{key}" for place, came, is_ in now for key in is_ if is_[key] != came.get(key)]
+        both = zip(self.came, self._counts(), strict=True)
+        counts = [{key: _plain_of(now[key]) for key in now if key not in came or not _equal(now[key], came[key])} for came, now in both]
+        changed = [(type(place).__qualname__, count) for place, count in zip(self.watched, counts, strict=True)]
         states = [place.state_dict() for place in self.stateful]
-        return {"states": states, "random": [_state(value) for value in self.random], "changed": [*self.changed, *changed]}
+        return {"states": states, "random": [_state(value) for value in self.random], "changed": changed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`."""
@@ -121,7 +138,37 @@ class Order:
             place.load_state_dict(own)
         for generator, own in zip(self.random, state["random"], strict=True):
             _restore(generator, own)
-        self.changed = list(dict.fromkeys(state["changed"]))
+        for place, (kind, counts) in zip(self.watched, state["changed"], strict=False):  # other data may follow
+            for key, value in counts.items() if kind == type(place).__qualname__ else ():
+                _set(place, key, _arrays_of(value))
+
+
+def _is_count(value: Any) -> bool:
+    """Whether data may keep in a value how far they are: a number, a text, a list of these, or an array of indices."""
+    if isinstance(value, list):
+        return all(type(entry) in PLAIN for entry in value)
+    if isinstance(value, Tensor):
+        return value.dim() == 1 and not value.is_floating_point() and not value.is_complex()
+    return type(value) in PLAIN or (isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype.kind in "iu")
+
+
+def _kept(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value.copy() if isinstance(value, np.ndarray | list) else value
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor | np.ndarray) or isinstance(other, Tensor | np.ndarray):
+        return type(one) is type(other) and one.dtype == other.dtype and one.shape == other.shape and bool((one == other).all())
+    return type(one) is type(other) and bool(one == other)
+
+
+def _set(place: Any, key: str, value: Any) -> None:
+    """Set an attribute, a list or an array in place where it has the same length: samplers may hold the same one."""
+    held = vars(place).get(key)
+    if isinstance(held, Tensor | np.ndarray | list) and type(held) is type(value) and len(held) == len(value):
+        held[:] = value
+    else:
+        setattr(place, key, value)
 
 
 def _has_state(place: Any) -> bool:

@@ -11,6 +11,7 @@ from torch.utils.benchmark import Timer
 
 from spectrim.checks import check, unwrapped
 from spectrim.layers import FactorizedLayer, named_layers
+from spectrim.layers.taps import operate, tap
 from spectrim.layers.weights import OneWeight
 from spectrim.metrics.calls import call_model, evaluating
 
@@ -80,7 +81,7 @@ def _uses(model: nn.Module, inputs: Any) -> dict[nn.Module, list[_Use]]:
         found.setdefault(layer, []).append(_Use(tuple(x.shape), x.stride(), x.dtype, x.device, x.requires_grad))
 
     with_choice = [m for m in model.modules() if isinstance(m, OneWeight) and not m.looks_up]
-    handles = [layer.register_forward_pre_hook(called, with_kwargs=True) for layer in with_choice]
+    handles = [tap(layer, called) for layer in with_choice]
     try:
         with evaluating(model), torch.enable_grad():
             call_model(model, inputs)
@@ -99,7 +100,7 @@ def _composing_is_faster(layer: FactorizedLayer, key: tuple[str, int, tuple[int,
     def step(composes: bool) -> Callable[[], Any]:
         def run() -> None:
             layer.execution[key] = composes
-            output = layer(x)
+            output = operate(layer, x)
             if wanted:
                 torch.autograd.grad(output.sum(), wanted)
 

@@ -10,6 +10,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from spectrim.checks import check, outside_inference_mode
+from spectrim.checks.words import worded
 from spectrim.errors import SettingError
 from spectrim.layers.sharded import has_shards, reshard
 from spectrim.protocols import Course, Lesson, Penalty, RankSchedule
@@ -39,6 +40,7 @@ class EpochCallback(Protocol):
 
 
 @outside_inference_mode
+@worded
 def fit(
     model: nn.Module,
     data: Iterable[Any],
@@ -91,7 +93,7 @@ def fit(
             A call continues from the checkpoint when there is one; delete it to begin again. A resumed run ends with the same bits on a
             CPU, as long as everything random draws from the global generators of torch, numpy and Python, or from a generator that the
             data, their sampler or their data set hold, or data have ``state_dict`` and ``load_state_dict``; each process has its own, so
-            their number must not change. Data that count their passes in some other way give a warning.
+            their number must not change. Counts of passes and orders that data hold as plain attributes are restored.
         first_epoch: what ``set_epoch`` gets for the first epoch, >= 0: the number of those before, for a further call on the same data.
         callbacks: called after each epoch, in every process. One that returns True ends training after that epoch; a later call with the
             same `epochs` and checkpoint returns that end.
@@ -127,7 +129,7 @@ def fit(
     processes.shard(accelerator, model, optimizer)
     if has_shards(model):
         _check_sharded(courses, tuning)
-    generators, order = generators_of(data), Order(data)
+    generators, order = generators_of(data), Order(data, eval_data)
     own_data = processes.share(accelerator, data)
     generators, several = generators or generators_of(data), accelerator.num_processes > 1
     step.agree, step.device = partial(processes.from_main, accelerator) if several else None, accelerator.device

@@ -148,7 +148,7 @@ class Part:
         """Make the steps; put the part back where they did not lower the error on what is held out."""
         held, taught = self._split()
         for _, form in named_factors(self.module):
-            if isinstance(form, Factors):
+            if isinstance(form, Factors) and form.is_matrix:
                 balance_(form)
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         before = [p.detach().clone() for p in parameters]

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spectrim.checks.words import check_words
 from spectrim.errors import SettingError
 
 
@@ -46,8 +47,7 @@ class BFGS:
             raise SettingError("BFGS", "trials", got=self.trials, rule="an integer >= 1")
         if not self.least >= 0:
             raise SettingError("BFGS", "least", got=self.least, rule="a number >= 0")
-        if self.curvature not in ("steps", "batch"):
-            raise SettingError("BFGS", "curvature", got=self.curvature, rule="'steps' or 'batch'")
+        check_words(self)
 
     def updated(
         self, inverse: Float[Tensor, "size size"], step: Float[Tensor, " size"], change: Float[Tensor, " size"]

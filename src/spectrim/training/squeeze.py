@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from spectrim.budget.allocate import allocate
 from spectrim.budget.budget import Budget
 from spectrim.budget.ladder import Ladder
+from spectrim.checks.words import check_words
 from spectrim.errors import SettingError
 from spectrim.forms.form import Size
 from spectrim.layers import named_factors
@@ -120,6 +121,7 @@ class Squeeze:
     penalizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_words(self)
         if not 0 <= self.begin < self.end <= 1:
             raise SettingError("Squeeze", "begin and end", got=(self.begin, self.end), rule="0 <= begin < end <= 1")
         if isinstance(self.updates, bool) or self.updates < 1:

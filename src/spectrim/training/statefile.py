@@ -37,6 +37,8 @@ def read_state(path: Path, hint: str) -> Any:
     Raises:
         FormatError: for a file that is damaged, is no such archive, or holds anything but tensors and plain data.
     """
+    if path.exists() and not path.is_file():  # a FIFO would be waited for
+        raise FormatError(path, "is no regular file", hint=hint)
     try:
         with open(path, "rb") as file:
             _verify(file)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 from spectrim.checks import check
+from spectrim.checks.words import check_words
 from spectrim.errors import SettingError
 from spectrim.training.prepared import Precision
 from spectrim.training.stopping import monitored
@@ -76,8 +77,9 @@ class Tuning:
     keep_best: bool | str = False
 
     def __post_init__(self) -> None:
-        check("Tuning", factory=self.optimizer, schedule=self.scheduler, scheduler_steps=self.scheduler_steps, accumulate=self.accumulate)
-        check("Tuning", clip=self.clip, precision=self.precision, execution=self.execution, steps_per_epoch=self.steps_per_epoch)
+        check("Tuning", factory=self.optimizer, schedule=self.scheduler, accumulate=self.accumulate, clip=self.clip)
+        check("Tuning", steps_per_epoch=self.steps_per_epoch)
+        check_words(self)
         if self.keep_best:
             monitored(self.keep_best, "Tuning")
 

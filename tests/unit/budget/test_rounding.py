@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as sp
+from spectrim.budget.rounding.attempts import Search
 from spectrim.budget.rounding.curves import INPUTS, OUTPUTS, Curve, curve_of, price_for, towards, with_feedback
+from spectrim.budget.rounding.joint import Costs, chosen
 from spectrim.budget.rounding.meeting import Moments, _meeting, beside, moments
 from spectrim.budget.rounding.pairs import Option, best_at, options_of, with_pairs
 from spectrim.budget.rounding.round_to import round_to
@@ -48,6 +50,23 @@ def test_the_distortion_is_the_squared_error(both: bool, price: float) -> None:
     right, left = metric_of(A, 0.0), metric_of(G, 0.0) if both else None
     levels, distortion = rounded(W, 0.4, right, left, price, bits_of(np.rint(W / 0.4).astype(int)))
     assert distortion == pytest.approx(squared(levels, 0.4, G if both else np.eye(7)), rel=1e-9)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_blocks_follow_each_other_and_zeros_can_be_forced(both: bool) -> None:
+    """Of more rows and columns than one block has: the value that is returned is the squared error, zeros or not."""
+    A, G = moment(150, 5), moment(70, 6)
+    W = np.random.default_rng(7).normal(size=(70, 150))
+    right, left = metric_of(A, 0.0), metric_of(G, 0.0) if both else None
+    kept = np.random.default_rng(8).random(W.shape) < 0.7
+    for free in (None, kept):
+        levels, distortion = rounded(W, 0.4, right, left, kept=free)
+        change = levels * 0.4 - W
+        true = float(np.trace((G if both else np.eye(70)) @ change @ A @ change.T))
+        assert distortion == pytest.approx(true, rel=1e-8)
+        assert free is None or not levels[~free].any()
+        nearest = np.rint(W / 0.4) * 0.4 - W
+        assert free is not None or true < 0.9 * float(np.trace((G if both else np.eye(70)) @ nearest @ A @ nearest.T))
 
 
 def test_feedback_lowers_the_error_and_nothing_changes_without_correlations() -> None:
@@ -325,3 +344,60 @@ def test_ranks_are_kept_where_the_outputs_change_less() -> None:
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 6))
     assert round_to(plain, data, 2500, low_rank=True, progress=False).ranks == {}
+
+
+def test_one_knapsack_takes_rank_zeros_and_step_within_all_limits() -> None:
+    """Beside brute force over all ways to hold two weights, with limits of bits and of multiply-accumulates."""
+    rng = np.random.default_rng(0)
+
+    def curve(scale: float, bits: float) -> Curve:
+        return Curve(
+            (1.0, 2.0, 3.0), tuple(bits * np.array([1.0, 0.7, 0.5])), tuple(scale * np.array([1.0, 2.0, 4.0]) * rng.uniform(0.9, 1.1))
+        )
+
+    options = {
+        name: [
+            Option(None, [curve(1.0, 900)], numbers=100),
+            Option(None, [curve(1.6, 500)], keep=0.4, numbers=100),
+            Option(2, [curve(0.6, 300)], lost=1.1, numbers=40),
+        ]
+        for name in ("a", "b")
+    }
+    works = {(name, rank): work for name in options for rank, work in ((None, 100.0), (2, 40.0))}
+    costs = Costs(works, {"macs": 260.0, "params": 220.0, "size": 880.0})
+    ways = {
+        name: [(o, b, o.lost + d) for o in held for b, d in zip(o.curves[0].bits, o.curves[0].distortions, strict=True)]
+        for name, held in options.items()
+    }
+    for bits, macs in ((1400.0, 1.0), (1400.0, 0.8), (800.0, 0.8), (700.0, 0.55)):
+        picked = chosen(options, {}, bits, sp.Budget(macs=macs, coded_bytes=1000), costs)
+        fits = [
+            (a[2] + b[2], a[0], b[0])
+            for a in ways["a"]
+            for b in ways["b"]
+            if a[1] + b[1] <= bits and works["a", a[0].rank] + works["b", b[0].rank] + 60 <= macs * 260
+        ]
+        _, one, two = min(fits, key=lambda way: way[0])
+        assert (picked["a"], picked["b"]) == (one, two)
+
+
+def test_a_budget_of_coded_bytes_and_operations_is_met_by_both() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 6)), torch.randn(256, 48)
+    made = round_to(model, [x], sp.Budget(coded_bytes=1800, macs=0.7), progress=False)
+    assert made.packed.coded_bytes <= 1800
+    assert set(made.ranks) == {"0"}
+    assert sum(w.numel() for w in made.model.parameters() if w.dim() > 1) <= 0.7 * (48 * 48 + 48 * 6)
+    with pytest.raises(SettingError, match="no more than macs, params, size, size_bytes"):
+        round_to(model, [x], sp.Budget(coded_bytes=1800, latency=0.5), progress=False)
+    with pytest.raises(SettingError, match="no ranks satisfy"):
+        round_to(model, [x], sp.Budget(coded_bytes=1800, macs=0.05), progress=False)
+
+
+def test_pruned_weights_keep_their_share_of_zeros() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 6)).eval()
+    search = Search(model, [torch.randn(256, 48)], True, False)
+    search.keep_({"0": 0.2})
+    weight: Tensor = search.within(1500).model.get_parameter("0.weight")
+    assert int(weight.count_nonzero()) <= 0.2 * weight.numel()

@@ -458,7 +458,8 @@ def test_a_changed_setting_reruns_exactly_what_depends_on_it(folder: Path) -> No
         before = stamps(out)
         again = Run(changed(*BASELINES, *changes), out, progress=False).run()
         assert [name for name in STAGES if stamps(out)[name] != before[name]] == rerun, changes
-        assert again["recipe"] == yaml.safe_load((out / "recipe.yaml").read_text()) == plain(changed(*BASELINES, *changes))
+        assert yaml.safe_load((out / "recipe.yaml").read_text()) == plain(changed(*BASELINES, *changes))
+        assert again["recipe"] == plain(changed(*BASELINES, *changes)) | {"code": None}, "a result names no folder of this machine"
 
 
 @pytest.mark.usefixtures("quick")
@@ -678,3 +679,42 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, c
     monkeypatch.setattr(Run, "run", interrupt)
     assert call("run", "base.yaml", "--out", "out") == 130
     assert "the same command resumes from the last checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_trained_weights_fill_the_dense_network(folder: Path, suffix: str) -> None:
+    """They are found beside the recipe, whatever wrapper or checkpoint they come in; a stage knows them by their content."""
+    from safetensors.torch import save_file
+
+    recipe = {**BASE, "weights": f"net{suffix}"}
+    (folder / "net.yaml").write_text(yaml.safe_dump(recipe))
+    other = make_model(parse_recipe({**BASE, "seed": 5}))
+    state = {f"module.{name}": value for name, value in other.state_dict().items()}
+    if suffix == ".pt":
+        torch.save({"epoch": 3, "state_dict": state}, folder / "net.pt")
+    else:
+        save_file(state, folder / "net.safetensors")
+    read = read_recipe(folder / "net.yaml", cut=False)
+    filled = make_model(read).state_dict()
+    assert all(torch.equal(value, filled[name]) for name, value in other.state_dict().items())
+    assert not torch.equal(make_model(read, filled=False).first.weight, other.first.weight)
+
+
+@pytest.mark.parametrize(
+    ("held", "words"),
+    [
+        ({"first.weight": torch.zeros(12, 8)}, "lacks"),
+        ({"first.weight": torch.zeros(3, 8)}, r"first.weight \(3, 8\), not \(12, 8\)"),
+        ({"more": torch.zeros(1)}, "has the unknown more"),
+        ([torch.zeros(1)], "holds a list, no state dict"),
+        (nn.Linear(2, 2), "cannot be read"),
+        (None, "no such file"),
+    ],
+)
+def test_weights_of_another_network_are_refused(folder: Path, held: Any, words: str) -> None:
+    (folder / "net.yaml").write_text(yaml.safe_dump({**BASE, "weights": "net.pt"}))
+    if held is not None:
+        torch.save(held, folder / "net.pt")
+    with pytest.raises(RecipeError, match=words) as caught:
+        make_model(read_recipe(folder / "net.yaml", cut=False))
+    assert "weights" in str(caught.value)

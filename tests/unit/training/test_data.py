@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
 
 import spectrim as sp
 from spectrim.errors import SettingError
@@ -200,6 +200,25 @@ class Announced(Counting):
         self.passes = epoch
 
 
+class Reordered(Dataset[Any]):
+    """Items in an order that it turns and swaps in place, in a list, an array and a tensor, at the first one."""
+
+    def __init__(self) -> None:
+        self.x = torch.randn(24, 6, generator=torch.Generator().manual_seed(1))
+        self.order, self.array, self.tensor = list(range(24)), np.arange(24), torch.arange(24)
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> Any:
+        if index == 0:
+            self.order.append(self.order.pop(5))
+            self.array[:] = np.roll(self.array, 3)
+            self.tensor[:] = self.tensor.roll(7)
+        at = self.tensor[self.array[self.order[index]]]
+        return self.x[at], at % 3
+
+
 KINDS = {
     "PCG64 of a data set": lambda: DataLoader(Shuffled(np.random.default_rng(1)), batch_size=8),
     "MT19937 of a data set": lambda: DataLoader(Shuffled(np.random.Generator(np.random.MT19937(1))), batch_size=8),
@@ -211,6 +230,8 @@ KINDS = {
     ),
     "state_dict": lambda: Remembering(batches(3)),
     "set_epoch": lambda: Announced(batches(3)),
+    "count of passes": lambda: Counting(batches(3)),
+    "order shuffled in place": lambda: DataLoader(Subset(Reordered(), range(24)), batch_size=8),
 }
 
 
@@ -241,9 +262,15 @@ def test_a_loader_that_accelerate_prepared(tmp_path: Path) -> None:
     assert same(whole, model)
 
 
-def test_a_count_of_its_own_is_named_when_a_run_goes_on(tmp_path: Path) -> None:
+def test_other_data_may_follow_those_that_count_and_what_is_read_on_is_named(tmp_path: Path) -> None:
     run(net(), Counting(batches(3)), 2, checkpoint=tmp_path)
-    run(net(), Counting(batches(3)), 2, checkpoint=tmp_path)  # nothing is left to do, nothing can differ
-    with pytest.warns(UserWarning, match=r"the data change Counting.passes from pass to pass.*give the data set_epoch"):
-        run(net(), Counting(batches(3)), 3, checkpoint=tmp_path)
-    run(net(), batches(3), 4, checkpoint=tmp_path)  # other data, which count nothing
+    run(net(), batches(3), 3, checkpoint=tmp_path)
+
+    class Reading(Counting):
+        def __init__(self, kept: Any) -> None:
+            super().__init__(kept)
+            self.stream = iter(range(100))
+
+    run(net(), Reading(batches(3)), 3, checkpoint=tmp_path)  # nothing is left to do, nothing can differ
+    with pytest.warns(UserWarning, match=r"the data go on in Reading.stream from pass to pass.*give the data set_epoch"):
+        run(net(), Reading(batches(3)), 4, checkpoint=tmp_path)

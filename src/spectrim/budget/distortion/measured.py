@@ -15,6 +15,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from spectrim.budget.distortion.energy import SpectralEnergy
+from spectrim.checks.words import check_words
 from spectrim.errors import SettingError
 from spectrim.files import read_json, write_json
 from spectrim.forms.derived import zeroed_beyond
@@ -72,6 +73,7 @@ class MeasuredLoss:
     progress: bool = False
 
     def __post_init__(self) -> None:
+        check_words(self)
         if isinstance(self.points, bool) or self.points < 1:
             raise SettingError("MeasuredLoss", "points", got=self.points, rule="at least 1")
 

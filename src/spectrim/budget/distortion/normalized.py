@@ -126,7 +126,7 @@ def _normalizations(model: nn.Module, inputs: Any) -> Scales:
         if found is not None:
             scales[found.factors, found.side].append(_scale(module, given, axis))
 
-    def after(module: Any, args: tuple[Any, ...], output: Any) -> None:
+    def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if _is_norm(module):
             if isinstance(output, Tensor) and output.dim() > 1:
                 axis = _channel_axis(module)

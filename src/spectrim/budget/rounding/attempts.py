@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from spectrim.budget.budget import Budget
 from spectrim.budget.rounding.curves import Curve, Rounding, bits_at, curve_of, lowest_price, price_for, towards, with_feedback
+from spectrim.budget.rounding.joint import chosen, costs_of, sparse_options
 from spectrim.budget.rounding.meeting import Moments, beside, moments, outputs
 from spectrim.budget.rounding.pairs import Option, best_at, options_of
 from spectrim.budget.rounding.weights import Weight, weights_of
@@ -51,7 +53,8 @@ class Rounded(Summarized):
         steps: between levels, by the name of the weight.
         bits: bits of one entry of each weight, on average, by how often each level occurs.
         unexplained: fraction of variance unexplained: mean squared change of the outputs on the calibration data over their variance.
-        ranks: of the weights that became two small ones, with ``low_rank=True``.
+        ranks: of the weights that became two small ones, with ``low_rank=True`` or further limits.
+        keeps: shares of the entries that pruning left of the weights that it was chosen for.
         tried: the fraction unexplained without and with small weights, where both were tried.
     """
 
@@ -61,6 +64,7 @@ class Rounded(Summarized):
     bits: Mapping[str, float]
     unexplained: float
     ranks: Mapping[str, int] = field(default_factory=dict)
+    keeps: Mapping[str, float] = field(default_factory=dict)
     tried: tuple[float, float] | None = None
 
     def summary(self) -> str:
@@ -111,7 +115,7 @@ class Search:
         self.track: Any = lambda names, title: track(names, title, console=console, transient=True, disable=not shown)
         for name in self.track(list(self.roundings), "steps"):
             rounding = self.roundings[name]
-            self.curves[name] = curve_of(rounding, float(np.sqrt((rounding.matrices**2).mean())))
+            self.curves[name] = curve_of(rounding.rough, float(np.sqrt((rounding.matrices**2).mean())))
 
     def _measured(self, tensor: Tensor) -> Rounding:
         """Return the rounding of a weight without feedback: its curvature is measured on a batch, at a trial step."""
@@ -135,6 +139,39 @@ class Search:
             return bits_at(rest, price) + sum(option.bits(price) for option in best_at(options, price).values())
 
         return {name: option for name, option in best_at(options, lowest_price(taken, bits)).items() if option.rank is not None}
+
+    def together(self, limit: int, budget: Budget, *, sparse: bool = True, low_rank: bool = True) -> dict[str, Option]:
+        """Return the way to hold each weight that one knapsack chooses, with all steps, under the limits of a budget.
+
+        Args:
+            limit: bytes of the file.
+            budget: with further limits, or none.
+            sparse: whether weights may be pruned.
+            low_rank: whether weights may become two small ones.
+        """
+        bits = bits_at(self.curves, self._price(limit))
+        options = {}
+        for name, met in self._shown(self.met, "ranks"):
+            options[name] = options_of(self.weights[name], met, self.curves[name])[: None if low_rank else 1]
+            if sparse:
+                rounding, numbers = self.roundings[name], options[name][0].numbers
+                size = float(np.sqrt((rounding.matrices**2).mean()))
+                options[name] += [replace(option, numbers=numbers) for option in sparse_options(rounding, size)]
+        rest = {name: curve for name, curve in self.curves.items() if name not in options}
+        costs = costs_of(self.dense, self.weights, options, self.batches[0], self.sizes[0]) if budget.limits else None
+        return chosen(options, rest, bits, budget, costs)
+
+    def keep_(self, keeps: Mapping[str, float]) -> None:
+        """Let weights be pruned as they are rounded, in place.
+
+        Args:
+            keeps: shares of their entries, by name.
+        """
+        for name, share in keeps.items():
+            if share < 1 and name in self.roundings:
+                self.roundings[name] = replace(self.roundings[name], kept=share)
+                matrices = self.roundings[name].matrices
+                self.curves[name] = curve_of(self.roundings[name].rough, float(np.sqrt((matrices**2).mean())))
 
     def _shown(self, held: Mapping[str, Any], title: str) -> Iterator[tuple[str, Any]]:
         return ((name, held[name]) for name in self.track(list(held), title))
@@ -181,11 +218,12 @@ class Search:
                 _put(parameters[name], levels[0], steps[name])
         with evaluating(made) if sequential else nullcontext(), torch.no_grad():
             for name in self.track(list(self.met), "rounding") if sequential else self.met:
-                weight, met, rounding = weights[name], self.met[name], self.roundings[name]
+                weight, met = weights[name], self.met[name]
+                rounding = self.roundings[name] if sequential or not self.sequential else self.roundings[name].rough
                 before = weight.matrices()
                 if sequential and met.once:
                     met = beside(*self._counterpart(name), made, weight, self.batches, self.sizes, met.left)
-                    rounding = with_feedback(towards(before.cpu(), met), met)
+                    rounding = replace(with_feedback(towards(before.cpu(), met), met), kept=rounding.kept)
                 levels, _ = rounding(steps[name], price)
                 bits[name] = _bits(levels)
                 weight.set_(torch.from_numpy(levels.astype(np.float32) * np.float32(steps[name])).to(before))

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from spectrim.budget.rounding.weights import Weight
 from spectrim.errors import LayerError, SettingError
+from spectrim.layers.taps import operate, tap
 from spectrim.layers.uses import first_argument
 from spectrim.metrics.calls import call_model, scores_of
 
@@ -130,9 +131,7 @@ def moments(model: nn.Module, weights: Mapping[str, Weight], batches: Sequence[A
     for batch, size in zip(batches, sizes, strict=True):
         called.clear()
         handles = [
-            weight.layer.register_forward_hook(
-                lambda _, args, kwargs, out, w=weight, n=size: note(w, n, args, kwargs, out), with_kwargs=True
-            )
+            tap(weight.layer, after=lambda _, args, kwargs, out, w=weight, n=size: note(w, n, args, kwargs, out))  # type: ignore[misc]
             for weight in weights.values()
         ]
         try:
@@ -189,7 +188,7 @@ def _meeting(model: nn.Module, layer: nn.Module, batch: Any) -> tuple[Tensor, to
         found.append((first_argument(args, kwargs).detach(), output.shape))
         watching.output = output
 
-    handle = layer.register_forward_hook(keep, with_kwargs=True)
+    handle = tap(layer, after=keep)
     try:
         with watching:
             call_model(model, batch)
@@ -221,7 +220,7 @@ def beside(
         before, shape, skip = _meeting(dense, original.layer, batch)
         now, _, drifted = _meeting(model, weight.layer, batch)
         total = total or _Sum(weight, _share(weight, now, shape, sum(sizes), size))
-        missing = original.layer(before) - weight.layer(now)
+        missing = operate(original.layer, before) - operate(weight.layer, now)
         if skip is not None and drifted is not None:
             missing = missing + (skip - drifted)
         total.add(now, shape, missing)

@@ -28,12 +28,16 @@ class Option:
         curves: steps of the one weight or of the two.
         lost: distortion of the cut itself.
         factors: the two, ``(rank, in)`` and ``(out, rank)``.
+        keep: share of the entries that may be other than zero.
+        numbers: that are held.
     """
 
     rank: int | None
     curves: Sequence[Curve]
     lost: float = 0.0
     factors: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
+    keep: float = 1.0
+    numbers: int = 0
 
     def bits(self, price: float) -> float:
         """Return the bits at the steps that are best at a price of a bit."""
@@ -68,9 +72,9 @@ def options_of(weight: Weight, met: Moments, dense: Curve) -> list[Option]:
     """
     from scipy.linalg import solve_triangular  # here, because it takes long to import and few commands need it
 
-    found = [Option(None, [dense])]
     matrices = weight.matrices().cpu().numpy()
     blocks, out, in_ = matrices.shape
+    found = [Option(None, [dense], numbers=matrices.size)]
     ranks = sorted({max(1, round(share * min(out, in_))) for share in SHARES})
     ranks = [rank for rank in ranks if rank * (out + in_) < out * in_]
     if blocks > 1 or out > WIDEST or not ranks:
@@ -87,12 +91,12 @@ def options_of(weight: Weight, met: Moments, dense: Curve) -> list[Option]:
         between = metric_of(np.diag(root**2), 0.0)
         sides = (right, between), (between, left)
         curves = [_curve(Rounding(factor[None], [side])) for factor, side in zip(factors, sides, strict=True)]
-        found.append(Option(rank, curves, float((s[rank:] ** 2).sum()), factors))
+        found.append(Option(rank, curves, float((s[rank:] ** 2).sum()), factors, numbers=rank * (out + in_)))
     return found
 
 
 def _curve(rounding: Rounding) -> Curve:
-    return curve_of(rounding, float(np.sqrt((rounding.matrices**2).mean())))
+    return curve_of(rounding.rough, float(np.sqrt((rounding.matrices**2).mean())))
 
 
 def with_pairs(dense: nn.Module, options: Mapping[str, Option]) -> tuple[nn.Module, dict[str, str]]:

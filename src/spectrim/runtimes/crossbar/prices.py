@@ -124,8 +124,8 @@ def places_of(model: nn.Module, inputs: Any, batch_size: int | None = None) -> d
     batch, layers = batch_size_of(inputs, batch_size, model=model, unknown=1), mapped_layers(model)
     found = dict.fromkeys(layers, 0.0)
 
-    def after(module: nn.Module, args: Any, output: Tensor) -> None:
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         found[module] += output.numel() / len(cast(Tensor, module.weight)) / batch
 
-    watched(model, inputs, layers, lambda *_: None, after)
+    watched(model, inputs, layers, after=after)
     return found

@@ -1,0 +1,159 @@
+"""The smallest file of LeNet-5: what `pruning.py` pruned, without what no output depends on, trained on 3 and 2 bits, coded.
+
+OMP_NUM_THREADS=1 python benchmarks/pruning_levels.py --rates 85x --methods gradual --seeds 0,1,2
+
+Each row is a file in ``benchmarks/results/pruning_levels``; those that are there are skipped. The pruned network is trained first where
+``runs/pruning`` lacks it. Nothing is chosen by a score: the test split is read once for each row, at its end.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pruning
+import spectrim as sp
+from micro.harness import environment
+from spectrim import zoo
+from spectrim.files import write_text
+from spectrim.projections import LevelTable, Then, TopK
+from spectrim.storage.pack import pack, unpack
+from spectrim.training import Hold, StraightThrough
+from spectrim.training.statefile import read_state
+
+RESULTS = Path(__file__).resolve().parent / "results" / "pruning_levels"
+TAUGHT = {"temperature": 4.0, "weight": 0.7}
+LEVELS: dict[str, dict[str, Any]] = {
+    "": {"epochs": 2, "peak": 3e-4, "constant": 0.25, "end": 0.9, "teach": TAUGHT, "bias_levels": 127},
+    "fewer": {"epochs": 4, "peak": 1e-3, "constant": 0.25, "end": 0.9, "teach": TAUGHT, "bias_levels": 31, "keep": 0.85},
+}
+"""Bits are those of `pruning.LEVELS`; `end` is when levels are final and biases alone are trained. `keep` is the share of each layer's
+weights that stays at all; it came after the score of the first row, which had 280x, was known."""
+
+
+@torch.no_grad()
+def trimmed(model: Any) -> Any:
+    """Return the same function without weights and biases that no output depends on.
+
+    A feature that nothing reads goes; one without inputs is a constant, which the next bias takes up. No convolution is padded.
+    """
+    made = copy.deepcopy(model)
+    layers, taps = [made.conv1, made.conv2, made.fc1, made.fc2], [25, 16, 1]
+    for _ in layers:
+        for layer, following, size in zip(layers, layers[1:], taps, strict=False):
+            weight, bias = layer.weight.flatten(1), layer.bias
+            outgoing = following.weight.reshape(len(following.weight), len(bias), size)
+            unread, constant = (outgoing == 0).all(2).all(0), (weight == 0).all(1)
+            gone = unread | constant
+            following.bias += outgoing.sum(2) @ (bias.relu() * constant)
+            layer.weight[gone], layer.bias[gone] = 0, 0
+            outgoing = outgoing.masked_fill(gone[:, None], 0)
+            following.weight.copy_(outgoing.reshape(following.weight.shape))
+    return made
+
+
+def tables(model: nn.Module) -> dict[str, Then]:
+    """Return the levels of each weight, fixed; the step is the best one for the weights as they are."""
+    made = {}
+    for name, parameter in pruning.weights_of(model).items():
+        levels = pruning.LEVELS["conv*" if name.startswith("conv") else "fc*"].table(parameter.detach())
+        made[name] = Then(TopK(1.0), LevelTable(levels.values))
+    return made
+
+
+@torch.no_grad()
+def keep_largest(model: nn.Module, share: float) -> None:
+    for parameter in pruning.weights_of(model).values():
+        parameter.copy_(TopK(round(share * int(parameter.count_nonzero())))(parameter.detach()))
+
+
+@torch.no_grad()
+def round_biases(model: nn.Module, most: int) -> None:
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            step = parameter.abs().max() / most
+            parameter.copy_((parameter / step).round() * step + 0)
+
+
+def pruned_network(method: str, size: str, seed: int, dense: nn.Module, data: Any) -> tuple[Any, dict[str, Any]]:
+    """Return a network of `pruning.py`, trained now or before, and its row."""
+    pruning.pruned(method, size, seed, dense, data)
+    stem = f"{pruning.label(method, size)}-{seed}"
+    row = json.loads((pruning.RESULTS / f"{stem}.json").read_text(encoding="utf-8"))
+    model = zoo.caffe_lenet5().to(memory_format=torch.channels_last)
+    model.load_state_dict(read_state(pruning.RUNS / f"{stem}-{row['digest']}" / "checkpoint.pt", "run pruning.py again")["model"])
+    return model, row
+
+
+def counts(model: nn.Module) -> dict[str, int]:
+    return {name: int(parameter.count_nonzero()) for name, parameter in model.named_parameters()}
+
+
+def difference(one: nn.Module, other: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((one(x) - other(x)).abs().max())
+
+
+def file_row(method: str, size: str, variant: str, seed: int) -> None:
+    """Run one row unless it is there."""
+    knobs = LEVELS[variant]
+    path = RESULTS / f"{pruning.label(method, size)}{'-' if variant else ''}{variant}-{seed}.json"
+    settings = {"method": method, "rate": size, "seed": seed, **knobs}
+    if pruning.is_written(path, settings):
+        return
+    dense, data = pruning.dense_start(seed)
+    pruned, row = pruned_network(method, size, seed, dense, data)
+    model = trimmed(pruned)
+    changed = difference(model, pruned, next(iter(data.train))[0])
+    if "keep" in knobs:
+        keep_largest(model, knobs["keep"])
+        model = trimmed(model)
+    kept = counts(model)
+    lessons = [sp.Distillation(dense, **knobs["teach"])]
+    courses = [Hold(), StraightThrough(tables(model), end=knobs["end"])]
+    name = f"levels-{path.stem}-{pruning.digest(settings | {'start': row['digest']})}"
+    history, seconds = pruning.train(model, data, name, knobs["epochs"], knobs["constant"], courses, lessons, knobs["peak"])
+    round_biases(model, knobs["bias_levels"])
+    packed = pack(model, pruning.RUNS / f"{path.stem}.spz")
+    back = unpack(packed.path)
+    assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
+    found = {
+        "start": row["digest"],
+        "trimmed_changed": changed,
+        "kept": kept,
+        "distinct": {name: len(parameter.unique()) for name, parameter in model.named_parameters()},
+        "dense": json.loads((pruning.RESULTS / f"dense-{seed}.json").read_text(encoding="utf-8"))["test"],
+        "pruned": row["test"],
+        "test": sp.evaluate(model, data.test, nn.CrossEntropyLoss()),
+        "file": {key: packed.to_dict()[key] for key in ("coded_bytes", "data_bytes", "index_bytes")},
+        "fp32_bytes": sum(parameter.nbytes for parameter in dense.parameters()),
+        "cpu_seconds": round(seconds, 1),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    written = {"environment": environment(), "settings": settings, "digest": pruning.digest(settings), **found, "log": history.epochs}
+    write_text(path, json.dumps(written, indent=1) + "\n")
+    print(path.name, found["test"], found["file"], f"{found['fp32_bytes'] / packed.coded_bytes:.0f}x", flush=True)
+
+
+def main() -> None:
+    """Run what is asked for and not there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--rates", default="85x")
+    parser.add_argument("--methods", default="gradual")
+    parser.add_argument("--variants", default=",".join(LEVELS))
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    for seed in map(int, given.seeds.split(",")):
+        for size in given.rates.split(","):
+            for method in given.methods.split(","):
+                for variant in given.variants.split(","):
+                    file_row(method, size, variant, seed)
+
+
+if __name__ == "__main__":
+    main()

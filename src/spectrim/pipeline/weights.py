@@ -1,0 +1,84 @@
+"""The weights of a trained network, from the file that its user has."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from spectrim.errors import RecipeError
+
+NESTED = ("state_dict", "model_state_dict", "model")
+"""Keys under which training scripts keep a state dict inside a checkpoint."""
+
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What `DataParallel`, `torch.compile` and Lightning put before every name."""
+
+
+def fill_(model: nn.Module, path: str | Path) -> None:
+    """Load a state dict into a dense network, strictly by name and shape, in place.
+
+    Args:
+        model: of the class that the weights are of.
+        path: ``.safetensors``, or what ``torch.save(model.state_dict(), path)`` wrote, alone or inside a checkpoint under ``state_dict``,
+            ``model_state_dict`` or ``model``; prefixes of wrappers are taken off.
+
+    Raises:
+        RecipeError: when the file is missing, cannot be read without running code, or holds other names or shapes.
+    """
+    state = _state(Path(path))
+    own = model.state_dict()
+    for prefix in PREFIXES:
+        if state and all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in own):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    tied = _tied(own)
+    state |= {name: state[twin] for name in own if name not in state for twin in tied.get(own[name].data_ptr(), ()) if twin in state}
+    missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    other = [
+        f"{name} {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if missing or unknown or other:
+        found = [
+            text
+            for names, text in (
+                (missing, f"lacks {_few(missing)}"),
+                (unknown, f"has the unknown {_few(unknown)}"),
+                (other, f"has {_few(other)}"),
+            )
+            if names
+        ]
+        raise RecipeError("weights", f"{path} {' and '.join(found)}", allowed=f"the state dict of {type(model).__name__}")
+    model.load_state_dict(state)
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file by name."""
+    if not path.is_file():
+        raise RecipeError("weights", f"no such file: {path}", allowed="a .safetensors file, or a .pt file with a state dict")
+    hint = "a .safetensors file, or torch.save(model.state_dict(), path); a pickled module would run code"
+    try:
+        held: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RecipeError("weights", f"{path} cannot be read ({type(error).__name__})", allowed=hint) from error
+    for name in NESTED:
+        if isinstance(held, Mapping) and isinstance(held.get(name), Mapping):
+            held = held[name]
+    if not isinstance(held, Mapping) or not held or not all(isinstance(value, Tensor) for value in held.values()):
+        raise RecipeError("weights", f"{path} holds a {type(held).__name__}, no state dict", allowed=hint)
+    return dict(held)
+
+
+def _tied(state: Mapping[str, Tensor]) -> dict[int, list[str]]:
+    """Return the names that share one tensor, by its place in memory; safetensors stores it once."""
+    names: dict[int, list[str]] = {}
+    for name, value in state.items():
+        names.setdefault(value.data_ptr(), []).append(name)
+    return {place: shared for place, shared in names.items() if len(shared) > 1}
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
