@@ -50,7 +50,7 @@ def lines(name: str, case: Case, content: dict[str, Any]) -> list[str]:
 def way(content: dict[str, Any]) -> str:
     """Return in words how the cut was chosen."""
     cut = content["described"]["settings"].get("cut")
-    return f"cut={cut}" if cut else "the best of four ways on them"
+    return f"`cut={cut}`" if cut else "the best of four ways on them"
 
 
 def section(name: str, case: Case, content: dict[str, Any]) -> str:
@@ -74,10 +74,22 @@ def section(name: str, case: Case, content: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def missing() -> list[str]:
+    """Return what the runner would make and no file has yet."""
+    left = []
+    for name, case in CASES.items():
+        rows = (found(name) or {"rows": []})["rows"]
+        lacking = [kept(budget) for budget in case.budgets if not any(row["budget"] == budget and row["method"] == "refit" for row in rows)]
+        left += [f"{case.title} ({'; '.join(lacking)})"] if lacking and len(lacking) < len(case.budgets) else []
+        left += [case.title] if len(lacking) == len(case.budgets) else []
+    return left
+
+
 def page() -> str:
     """Return the page."""
-    parts = [section(name, case, content) for name, case in CASES.items() if (content := found(name)) is not None]
+    parts = [section(name, case, content) for name, case in CASES.items() if (content := found(name)) and lines(name, case, content)]
     wheels = "\n".join(f"| `{w.package}` | {w.version} | {w.holds} | {w.license} |" for w in fetch.WHEELS.values())
+    parts += [f"Not run so far: {'; '.join(left)}.\n"] if (left := missing()) else []
     return HEAD + "\n" + "".join(f"{part}\n" for part in parts) + TAIL.format(wheels=wheels)
 
 
