@@ -183,3 +183,16 @@ def test_factors_made_of_a_users_tensors_are_ordinary() -> None:
     fitted = correct(cut, model, data)
     assert {type(value) for value in fitted.state_dict().values()} == {Tensor}
     sp.merge(fitted)
+
+
+class Reading(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight * 1.0, self.bias)
+
+
+def test_weights_that_calibration_does_not_see_are_told() -> None:
+    torch.manual_seed(0)
+    model = net()
+    model[2] = Reading(16, 16)
+    made = sp.compress(model, [torch.randn(8, 16)], budget=0.7, cut="whitened", progress=False)
+    assert "cut by their spectra alone, since the layer's own forward reads this weight: 2" in made.notes
