@@ -51,7 +51,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[Any]:
     monkeypatch.setattr(copy, "deepcopy", counting_copy)
     for name in ("pipeline.judge", "pipeline.teaching", "budget.judge"):
         monkeypatch.setattr(sys.modules[f"spectrim.{name}"], "evaluate", counting_evaluate)
-    for name in ("pipeline.compress", "budget.plan", "budget.allocate"):
+    for name in ("budget.priced", "budget.plan", "budget.allocate"):
         priced = sys.modules[f"spectrim.{name}"].ladder  # type: ignore[attr-defined]
 
         def counting_ladder(*arguments: Any, priced: Any = priced, **options: Any) -> Any:

@@ -272,6 +272,9 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
     assert not module._load_state_dict_pre_hooks
     with pytest.raises(SettingError, match=r"number of steps is not known.*max_steps"):
         trainer(tmp_path, [SpectrimCallback(courses=[ramp])], max_epochs=-1).fit(Net(), points())
+    averaging = pl.callbacks.StochasticWeightAveraging(0.1)
+    with pytest.raises(SettingError, match="courses must be empty beside StochasticWeightAveraging"):
+        trainer(tmp_path, [SpectrimCallback(courses=[ramp]), averaging]).fit(Net(), points())
     with pytest.raises(SettingError, match="callbacks must be one"):
         trainer(tmp_path, [SpectrimCallback(), type("Other", (SpectrimCallback,), {})()]).fit(Net(), points())
 

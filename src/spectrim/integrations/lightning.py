@@ -28,6 +28,10 @@ from spectrim.protocols import Course, Lesson, Penalty, RankSchedule
 from spectrim.training.history import mean_rank
 
 
+AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
+"""Callbacks of Lightning that hold another copy of the weights."""
+
+
 class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]
     """Penalties, courses and lessons for a Lightning ``Trainer``.
 
@@ -106,6 +110,10 @@ class SpectrimCallback(Callback):  # type: ignore[misc,unused-ignore]
         if not pl_module.automatic_optimization:
             hint = "only your code knows when a step begins: call prune_(self, ranks, optimizer) yourself"
             raise SettingError("SpectrimCallback", "courses", got=got, rule="empty with manual optimization", hint=hint)
+        kinds = {kind.__name__ for callback in trainer.callbacks for kind in type(callback).__mro__}
+        if averaging := sorted(kinds & AVERAGING):
+            hint = "their averages keep the ranks that they began with: cut in one run, average in the next"
+            raise SettingError("SpectrimCallback", "courses", got=got, rule=f"empty beside {averaging[0]}", hint=hint)
         if not known:
             rule = "empty where the number of steps is not known"
             raise SettingError("SpectrimCallback", "courses", got=got, rule=rule, hint="give the Trainer max_steps")
