@@ -128,8 +128,8 @@ def export(
         tolerance: largest difference allowed, as a fraction of the output's largest magnitude, above 0; when omitted `TOLERANCE`, and
             8 steps of the outputs' dtype where that is half precision.
         half_weights: store OpenVINO's weights in float16: half the size; the default tolerance is then 8 steps of float16.
-        int8_weights: in an ONNX file, hold weights that lie on levels (of `round_to`, or of `Rounded` forms) as int8, with the same values to
-            the bit: a quarter of their bytes. They are computed in float, on each call, so that nothing gets faster.
+        int8_weights: in an ONNX file, hold weights that lie on levels (of `round_to`, or of `Rounded` forms) as int8, with the same
+            values to the bit: a quarter of their bytes. They are computed in float, on each call, so that nothing gets faster.
         latency: time the file and the model in turns (about two seconds), on `inputs`.
         threads: CPU threads of that timing, at least 1.
         progress: whether to name each step on stderr.

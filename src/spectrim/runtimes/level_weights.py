@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from spectrim.runtimes.onnx_digest import seal, unseal
-from spectrim.storage.coded.levels import found
 
 MOST = 127
 """Largest level that int8 holds on both sides."""
@@ -17,7 +15,7 @@ MOST = 127
 def put_levels(file: Path) -> list[str]:
     """Hold the float32 weights of an ONNX file that lie on at most 127 levels on each side of zero as int8, in place.
 
-    Each is behind a ``DequantizeLinear`` with its step, or the step of each row, and nothing else changes: the values are the same.
+    Each is behind a ``DequantizeLinear`` with its step, and nothing else changes: the values are the same.
 
     Args:
         file: an ONNX file that holds its weights itself.
@@ -33,23 +31,33 @@ def put_levels(file: Path) -> list[str]:
         if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
             continue
         values = onnx.numpy_helper.to_array(tensor)
-        held = found(torch.from_numpy(values.copy()) + 0.0)
-        if held is None or held.steps is None or np.abs(held.numbers).max() > MOST:
+        step = _step(np.unique(np.abs(values)))
+        if step is None:
             continue
-        name, rows = tensor.name, len(held.steps) > 1
-        numbers = held.numbers.reshape(values.shape).astype(np.int8)
-        steps = held.steps.astype(np.float32) if rows else np.array(held.steps[0], np.float32)
-        if not np.array_equal(numbers.astype(np.float32) * (steps.reshape(-1, *[1] * (values.ndim - 1)) if rows else steps), values):
-            continue
+        name, numbers = tensor.name, np.rint(values / step).astype(np.int8)
         proto.graph.initializer.remove(tensor)
         proto.graph.initializer.extend(
-            [onnx.numpy_helper.from_array(numbers, f"{name}_levels"), onnx.numpy_helper.from_array(steps, f"{name}_step")]
+            [onnx.numpy_helper.from_array(numbers, f"{name}_levels"), onnx.numpy_helper.from_array(np.array(step), f"{name}_step")]
         )
-        axis = {"axis": 0} if rows else {}
-        nodes.append(onnx.helper.make_node("DequantizeLinear", [f"{name}_levels", f"{name}_step"], [name], name=f"{name}_levels", **axis))
+        nodes.append(onnx.helper.make_node("DequantizeLinear", [f"{name}_levels", f"{name}_step"], [name], name=f"{name}_levels"))
         changed.append(name)
     for place, node in enumerate(nodes):
         proto.graph.node.insert(place, node)
     file.write_bytes(proto.SerializeToString())
     seal(file)
     return changed
+
+
+def _step(sizes: np.ndarray) -> np.float32 | None:
+    """Return the step whose multiples, up to `MOST`, are exactly these magnitudes in float32; None where there is none."""
+    sizes = sizes[sizes > 0]
+    if not 0 < len(sizes) <= MOST:
+        return None
+    gap = float(np.diff(sizes.astype(np.float64), prepend=0.0).min())
+    for part in range(1, 9):
+        top = round(float(sizes[-1]) / gap * part)
+        guess = np.float32(float(sizes[-1]) / max(1, top))
+        for step in (guess, np.nextafter(guess, np.float32(0)), np.nextafter(guess, np.float32(np.inf))):
+            if top <= MOST and np.array_equal(np.rint(sizes / step).astype(np.float32) * step, sizes):
+                return np.float32(step)
+    return None

@@ -38,8 +38,8 @@ def constrain(
         keep: entries of each weight that are not zero, a fraction (a float in (0, 1]) or a count; or by the names of weights. None prunes
             nothing.
         bits: in [2, 8], or 32 to round nothing yet; or by the names of weights. None rounds nothing.
-        steps: between levels, by the names of dense weights, such as those that `spectrim.budget.rounding.round_to.round_to` reports: what it
-            rounded is then trained on its own levels. Weights that are not named stay as they are.
+        steps: between levels, by the names of dense weights, such as those that `spectrim.budget.rounding.round_to.round_to` reports:
+            what it rounded is then trained on its own levels. Weights that are not named stay as they are.
         where: selects layers among the factorized ones; all when omitted.
 
     Raises:

@@ -1,7 +1,6 @@
 """Rank and step of each weight by one price of a bit: a weight as it is, or two small ones in its place, each with a step of its own."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -9,52 +8,17 @@ from torch import nn
 
 from spectrim.budget.rounding.curves import INPUTS, OUTPUTS, WIDEST, Curve, Rounding, curve_of
 from spectrim.budget.rounding.meeting import Moments
+from spectrim.budget.rounding.options import Option, best_at
 from spectrim.budget.rounding.weights import Weight, weights_of
 from spectrim.linalg.feedback import metric_of
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.factorize import factorize
 from spectrim.surgery.merge import merge
 
+__all__ = ["Option", "best_at", "options_of", "with_pairs"]
+
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 """Ranks that are tried, as shares of the full rank; those that take no more numbers than the weight itself."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """One way to hold a weight: as it is, or as two small ones of a rank.
-
-    Attributes:
-        rank: None for the weight as it is.
-        curves: steps of the one weight or of the two.
-        lost: distortion of the cut itself.
-        factors: the two, ``(rank, in)`` and ``(out, rank)``.
-        keep: share of the entries that may be other than zero.
-        numbers: that are held.
-    """
-
-    rank: int | None
-    curves: Sequence[Curve]
-    lost: float = 0.0
-    factors: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
-    keep: float = 1.0
-    numbers: int = 0
-
-    def bits(self, price: float) -> float:
-        """Return the bits at the steps that are best at a price of a bit."""
-        return sum(curve.bits[curve.best(price)] for curve in self.curves)
-
-    def distortion(self, price: float) -> float:
-        """Return the distortion at the steps that are best at a price of a bit."""
-        return self.lost + sum(curve.distortions[curve.best(price)] for curve in self.curves)
-
-    def cost(self, price: float) -> float:
-        """Return distortion and price of all bits."""
-        return self.distortion(price) + price * self.bits(price)
-
-
-def best_at(options: Mapping[str, Sequence[Option]], price: float) -> dict[str, Option]:
-    """Return the option of each weight that costs least at a price of a bit, which is one for all ranks and steps."""
-    return {name: min(held, key=lambda option: option.cost(price)) for name, held in options.items()}
 
 
 def options_of(weight: Weight, met: Moments, dense: Curve) -> list[Option]:
