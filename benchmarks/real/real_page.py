@@ -42,7 +42,7 @@ def lines(name: str, case: Case, content: dict[str, Any]) -> list[str]:
         faster = f"{speed['median']:.2f}x ({speed['low']:.2f} to {speed['high']:.2f})" if speed else "-"
         refit = by["refit"]
         sizes = f"{mean(refit, 'macs'):.0%}, {mean(refit, 'params'):.0%}"
-        memory = f"{mean(refit, 'peak_bytes') / 1e6:,.0f} MB"
+        memory = f"{(mean(refit, 'peak_bytes') - mean(refit, 'start_bytes')) / 1e6:,.0f} MB"
         made.append("| " + " | ".join([kept(budget), *scores, sizes, f"{mean(refit, 'seconds'):.0f} s", memory, faster]) + " |")
     return made
 
@@ -50,14 +50,14 @@ def lines(name: str, case: Case, content: dict[str, Any]) -> list[str]:
 def way(content: dict[str, Any]) -> str:
     """Return in words how the cut was chosen."""
     cut = content["described"]["settings"].get("cut")
-    return f"cut={cut}" if cut else "the best of four ways on them"
+    return f"`cut={cut}`" if cut else "the best of four ways on them"
 
 
 def section(name: str, case: Case, content: dict[str, Any]) -> str:
     """Return one network's part of the page."""
     wheel, dense = fetch.WHEELS[case.package], content["dense"]
     seeds = sorted({row["seed"] for row in content["rows"]})
-    head = ["kept", *METHODS.values(), "MACs, parameters", "time", "peak memory", "ONNX Runtime"]
+    head = ["kept", *METHODS.values(), "MACs, parameters", "time", "memory", "ONNX Runtime"]
     table = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1), *lines(name, case, content)]
     return "\n".join([
         f"## {case.title}",
@@ -74,10 +74,22 @@ def section(name: str, case: Case, content: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def missing() -> list[str]:
+    """Return what the runner would make and no file has yet."""
+    left = []
+    for name, case in CASES.items():
+        rows = (found(name) or {"rows": []})["rows"]
+        lacking = [kept(budget) for budget in case.budgets if not any(row["budget"] == budget and row["method"] == "refit" for row in rows)]
+        left += [f"{case.title} ({'; '.join(lacking)})"] if lacking and len(lacking) < len(case.budgets) else []
+        left += [case.title] if len(lacking) == len(case.budgets) else []
+    return left
+
+
 def page() -> str:
     """Return the page."""
-    parts = [section(name, case, content) for name, case in CASES.items() if (content := found(name)) is not None]
+    parts = [section(name, case, content) for name, case in CASES.items() if (content := found(name)) and lines(name, case, content)]
     wheels = "\n".join(f"| `{w.package}` | {w.version} | {w.holds} | {w.license} |" for w in fetch.WHEELS.values())
+    parts += [f"Not run so far: {'; '.join(left)}.\n"] if (left := missing()) else []
     return HEAD + "\n" + "".join(f"{part}\n" for part in parts) + TAIL.format(wheels=wheels)
 
 
@@ -85,9 +97,9 @@ HEAD = """# Networks from wheels
 
 Trained networks that others made, for tasks that others chose. Their weights lie inside packages of the Python index; only these are
 read, and the architectures are rebuilt from the names and shapes of the weights (CREPE, FCPE and MTCNN compared with the packages' own
-code: outputs differ by less than 1e-7). Nothing is trained on labels: `compress(model, inputs, budget=...)`,
-and in some rows [block reconstruction](methods/reconstruction.md). *Truncated SVD* is the plain cut at the same budget, with ranks by
-the spectra. This page is written by `python benchmarks/real/run.py report` from the files in `benchmarks/results/real`.
+code: outputs differ by less than 1e-7). Nothing is trained on labels: `compress(model, inputs, budget=...)`, and in some rows [block
+reconstruction](methods/reconstruction.md). *Truncated SVD* is the plain cut at the same budget, with ranks by the spectra. This page is
+written by `python benchmarks/real/run.py report` from the files in `benchmarks/results/real`.
 
 ```sh
 python benchmarks/real/fetch.py          # downloads six wheels, 130 MB, into data/wheels, and compares their sha256
@@ -96,10 +108,15 @@ python benchmarks/real/run.py report     # then this page
 ```
 
 Calibration, validation and test inputs share nothing; the test set is read once for each row. No setting was chosen on these
-networks' tests. *Time* and *peak memory* are of `compress` without reconstruction: processor seconds on one thread; the whole process,
-with torch and the data. *ONNX Runtime* is how many times as fast as the dense network the result is, one call on one thread, ranks by
-multiply-accumulates, not by the clock: median (quartiles) over 15 rounds in turns in one process. The machine did other work
-meanwhile, which the quartiles show.
+networks' tests. *Time* and *memory* are of `compress` without reconstruction: processor seconds on one thread, and how far the resident
+memory of the process rises above that with the network and the data. *ONNX Runtime* is how many times as fast as the dense network the
+result is, one call on one thread, ranks by multiply-accumulates, not by the clock: median (quartiles) over 15 rounds in turns in one
+process. The machine did other work meanwhile, which the quartiles show.
+
+CREPE at half of its multiply-accumulates loses nothing by plain truncation, as its first two convolutions, which take 91 % of them, have
+low rank; half of the parameters *as well* is where methods differ. With too few examples the refit does harm that the score on the same
+examples does not show: give `compress` at least its default number, or other inputs as `eval_data`.
+
 """
 
 TAIL = """## Where the weights and data come from

@@ -2,7 +2,10 @@
 
 from typing import Any, ClassVar
 
+import torch
+
 from spectrim.errors import SettingError
+from spectrim.forms.dense import Dense
 from spectrim.forms.form import Form
 from spectrim.forms.projected import Projected
 from spectrim.forms.values import BITS, EXACT
@@ -82,6 +85,27 @@ class Rounded(Projected):
             form = form.bare() if not isinstance(form, RoundedSparse) else Sparse.of(form.bare(), form._held["kept"])
         made = RoundedSparse.both(form) if isinstance(form, Sparse) else Rounded.around(form)
         return made.cut_to(made._joined(made.plain_size, {**made._held, "bits": bits}))
+
+    @classmethod
+    def on(cls, form: Form, step: float) -> Any:
+        """Return a dense weight on the levels of a given step, in the fewest bits that reach its largest value.
+
+        Args:
+            form: a `Dense` form, which lies on these levels or near them.
+            step: between levels.
+
+        Raises:
+            SettingError: for another form, or a step of which 8 bits do not reach the largest value.
+        """
+        if not isinstance(form, Dense) or isinstance(form, Projected) or not step > 0:
+            raise SettingError("Rounded", "form and step", got=(form.called, step), rule="a dense weight, and a number above 0")
+        largest = round(float(form.W.detach().abs().max()) / step)
+        bits = next((bits for bits in BITS if 2 ** (bits - 1) - 1 >= largest), EXACT)
+        if bits == EXACT:
+            raise SettingError("Rounded", "step", got=step, rule=f"at least {step * largest / 127:.3g}: 8 bits reach 127 steps")
+        made = Rounded.around(form)
+        made._take({"kept": made._entries, "bits": bits}, {"step_W": torch.tensor(step, dtype=made.learned("W").dtype)})
+        return made
 
 
 class RoundedSparse(Rounded):

@@ -73,7 +73,7 @@ def check_size(budget: Budget, limit: int, packed: Packed) -> None:
 
 
 def with_levels(
-    made: Compressed, judge: Judge, budget: Budget, inputs: Any, examples: int, *, joint: bool = False, progress: bool
+    made: Compressed, judge: Judge, budget: Budget, inputs: Any, examples: int, joint: bool = False, *, progress: bool
 ) -> Compressed:
     """Return what `compress` made with its network rounded to the budget's coded bytes, and measured again.
 

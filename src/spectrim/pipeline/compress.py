@@ -33,7 +33,7 @@ from spectrim.pipeline.judge import Judge, scores_of_measurement
 from spectrim.pipeline.search import searching
 from spectrim.pipeline.seconds import backend_of, own_table
 from spectrim.pipeline.store import Store, Told, finished, identity_of
-from spectrim.pipeline.teaching import MEMORIZED, TEACHING, teacher_for, why_untaught, with_hint_layers
+from spectrim.pipeline.teaching import MEMORIZED, TEACHING, chosen_teacher
 from spectrim.pipeline.tuner import Tuner, squeezed
 from spectrim.pipeline.ways import Cut
 from spectrim.protocols import Importance, Latencies, Penalty, Where
@@ -254,11 +254,9 @@ def compress(
         scores: dict[str, dict[str, float]] = {"dense": judge.dense}
         history, told = History(), Told()
         teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
-        able, untaught = teacher_for(model, known, loss, level=judge.dense_on_known["loss"]) if chosen else None, ""
-        if able is not None:
-            teacher = with_hint_layers(able, low, known[0])
-        elif chosen:
-            untaught = why_untaught(model, known[0])
+        untaught = ""
+        if chosen:
+            teacher, untaught = chosen_teacher(model, low, known, loss, judge.dense_on_known["loss"])
         tuner = Tuner(data, loss, epochs, tuning, teacher, eval_data, store, progress)
         training = round(epochs * squeeze)
         if training:
@@ -296,6 +294,5 @@ def compress(
         made.latency = latency
         if whole.coded_bytes is not None:
             step("rounding", has_bar=True)
-            joint = not epochs and where is None and latency is None
-            made = with_levels(made, judge, whole, inputs, examples, joint=joint, progress=progress)
+            made = with_levels(made, judge, whole, inputs, examples, not epochs and where is None and latency is None, progress=progress)
         return finished(made, store)

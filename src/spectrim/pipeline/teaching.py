@@ -54,6 +54,20 @@ def teacher_for(dense: nn.Module, examples: Sequence[Any], loss: Loss, level: fl
     return Distillation(dense, dim=axis, **(MEMORIZED if level < MEMORIZED_LOSS else TEACHING))
 
 
+def chosen_teacher(dense: nn.Module, low: nn.Module, known: Sequence[Any], loss: Loss, level: float) -> tuple[Distillation | None, str]:
+    """Return the teacher that ``distill="auto"`` takes, with its layers, and a note where there is none.
+
+    Args:
+        dense: the teacher.
+        low: factorized, what it will teach.
+        known: batches ``(inputs, target)`` of the training data.
+        loss: ``(output, target) -> scalar``, in nats.
+        level: the loss of the dense network on them.
+    """
+    able = teacher_for(dense, known, loss, level=level)
+    return (None, why_untaught(dense, known[0])) if able is None else (with_hint_layers(able, low, known[0]), "")
+
+
 def axis_of_classes(network: nn.Module, batch: Any) -> int | None:
     """Return the axis without which the output has the shape of the targets, which are numbers of classes; None where they are not.
 

@@ -25,6 +25,7 @@ from spectrim.metrics.table import Summarized, markdown_table
 from spectrim.runtimes.blame import first_line
 from spectrim.runtimes.finite import check_finite
 from spectrim.runtimes.formats import TITLES, Runner, _format_of, _require
+from spectrim.runtimes.level_weights import put_levels
 from spectrim.runtimes.quiet import _quiet
 from spectrim.runtimes.readers import open_exported
 from spectrim.runtimes.tensors import compare_outputs
@@ -101,6 +102,7 @@ def export(
     max_batch: int = 8,
     tolerance: float | None = None,
     half_weights: bool = False,
+    int8_weights: bool = False,
     latency: bool = False,
     threads: int = 1,
     progress: bool = True,
@@ -126,6 +128,8 @@ def export(
         tolerance: largest difference allowed, as a fraction of the output's largest magnitude, above 0; when omitted `TOLERANCE`, and
             8 steps of the outputs' dtype where that is half precision.
         half_weights: store OpenVINO's weights in float16: half the size; the default tolerance is then 8 steps of float16.
+        int8_weights: in an ONNX file, hold weights that lie on levels (of `round_to`, or of `Rounded` forms) as int8, with the same values to
+            the bit: a quarter of their bytes. They are computed in float, on each call, so that nothing gets faster.
         latency: time the file and the model in turns (about two seconds), on `inputs`.
         threads: CPU threads of that timing, at least 1.
         progress: whether to name each step on stderr.
@@ -190,6 +194,8 @@ def export(
             step(f"writing {TITLES[format]}")
             with writing_to(path):
                 content = _WRITERS[format](program, file, names, half_weights)
+                if int8_weights and format == "onnx":
+                    put_levels(file)
             step("comparing outputs")
             difference = _proved(format, file, reference, inputs, batch, batches, allowed)
             size = sum(part.stat().st_size for part in folder.iterdir() if part.is_file())

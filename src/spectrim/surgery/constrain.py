@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spectrim.checks import check, outside_inference_mode, unwrapped
-from spectrim.errors import LayerError
+from spectrim.errors import LayerError, SettingError
 from spectrim.forms import Form, Rounded, Sparse, TaskFactors
 from spectrim.forms.quaternion import QuaternionFactors
 from spectrim.layers import named_factors
@@ -24,6 +24,7 @@ def constrain(
     *,
     keep: int | float | Mapping[str, int | float] | None = None,
     bits: int | Mapping[str, int] | None = None,
+    steps: Mapping[str, float] | None = None,
     where: Where | None = None,
 ) -> nn.Module:
     """Return a copy of a factorized network whose weights are held pruned (`Sparse`), rounded (`Rounded`), or both.
@@ -37,6 +38,8 @@ def constrain(
         keep: entries of each weight that are not zero, a fraction (a float in (0, 1]) or a count; or by the names of weights. None prunes
             nothing.
         bits: in [2, 8], or 32 to round nothing yet; or by the names of weights. None rounds nothing.
+        steps: between levels, by the names of dense weights, such as those that `spectrim.budget.rounding.round_to.round_to` reports: what it
+            rounded is then trained on its own levels. Weights that are not named stay as they are.
         where: selects layers among the factorized ones; all when omitted.
 
     Raises:
@@ -55,16 +58,27 @@ def constrain(
     made = duplicate(unwrapped(model))
     chosen = layer_filter(where, made, "constrain")
     forms = dict(named_factors(made))
+    if steps is not None and (keep is not None or bits is not None):
+        raise SettingError("constrain", "steps", got=steps, rule="given without keep and bits: they decide the levels")
     modules = dict(made.named_modules())
     new: dict[str, Form] = {}
     for name, form in forms.items():
         layer = name if name in modules else name.rpartition(".")[0]
-        if chosen is None or chosen(layer, modules[layer]):
+        if steps is not None and name in steps:
+            new[name] = _on_steps(name, form, steps[name])
+        elif steps is None and (chosen is None or chosen(layer, modules[layer])):
             new[name] = _constrained(name, form, _given(keep, name), _given(bits, name))
     if not new:
         raise LayerError(type(model).__name__, "has no factorized layer to constrain", hint='call factorize(model, "dense") first')
     exchange_factors(made, new)
     return made
+
+
+def _on_steps(name: str, form: Form, step: float) -> Form:
+    try:
+        return Rounded.on(form, step)
+    except SettingError as error:
+        raise LayerError(name, str(error), hint="leave it out of steps, so that it is not trained") from None
 
 
 def _given(value: Any, name: str) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
+from spectrim.budget.rounding.round_to import round_to
 from spectrim.errors import LayerError, RankError, SettingError
 from spectrim.forms import Dense, Factors, Rounded, RoundedSparse, Sparse
 from spectrim.forms.constrained import kind_of_form
@@ -17,6 +18,8 @@ from spectrim.plain.chain import PlainPair
 from spectrim.storage.coded.levels import found
 from spectrim.storage.pack import pack, unpack
 from spectrim.surgery.constrain import constrain
+from spectrim.training.parts import Reconstruction
+from spectrim.training.reconstruct import reconstruct
 
 
 def network() -> nn.Module:
@@ -136,3 +139,36 @@ def test_a_budget_of_coded_bytes_chooses_bits() -> None:
         sp.allocate(low, sp.Budget(coded_bytes=0.01), x)
     with pytest.raises(SettingError, match="constrain"):
         sp.allocate(sp.factorize(network(), where="*"), sp.Budget(coded_bytes=0.2), x)
+
+
+def test_a_network_that_round_to_made_is_trained_on_its_own_levels() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)), torch.randn(256, 32)
+    made = round_to(model, [x], 1100, progress=False)
+    low = constrain(sp.factorize(made.model, "dense", where="*"), steps=made.steps)
+    assert torch.equal(low(x), made.model(x))
+    optimizer = torch.optim.Adam(low.parameters(), 1e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        low(x).square().mean().backward()
+        optimizer.step()
+    trained = sp.merge(low)
+    assert float(trained(x).detach().square().mean()) < 0.5 * float(made.model(x).detach().square().mean())
+    for name, step in made.steps.items():
+        levels = trained.get_parameter(f"{name}.weight").detach() / step
+        torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+    with pytest.raises(LayerError, match="8 bits reach 127 steps"):
+        constrain(sp.factorize(model, "dense", where="*"), steps={"0": 1e-6})
+
+
+def test_blocks_are_reconstructed_on_their_levels() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    data = [torch.randn(64, 16) for _ in range(4)]
+    cut = constrain(sp.factorize(dense, "dense", where="*"), bits=3)
+    made, told = reconstruct(cut, dense, data, Reconstruction(steps=60))
+    x = torch.cat(data)
+    errors = [float((model(x) - dense(x)).square().mean().detach()) for model in (cut, made)]
+    assert told
+    assert errors[1] < 0.9 * errors[0]
+    assert all(len(form.matrix().unique()) <= 7 for _, form in named_factors(made))

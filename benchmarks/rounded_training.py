@@ -1,0 +1,101 @@
+"""Training on rounded weights: ``python benchmarks/rounded_training.py [--network NAME] [--bytes N] [--images N] ...``.
+
+ResNet-20 or ResNet-8 (CIFAR-10, published weights) is put on levels without training first (`round_to`), then trained on those levels
+toward the dense network's logits: steps stay, gradients go straight through, BatchNorms are folded. Rows are written to
+``benchmarks/results/rounded_training/rows.json`` one by one; those that are there are skipped. Each row reads the test split twice,
+before and after.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import coded
+import spectrim as sp
+from run import git_state
+from spectrim.budget.rounding.round_to import round_to
+from spectrim.files import make_folder, write_json
+from spectrim.metrics.inputs import first_examples
+from spectrim.pipeline.environment import environment
+from spectrim.surgery.constrain import constrain
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT, CARD = ROOT / "benchmarks" / "results" / "rounded_training" / "rows.json", ROOT / "docs" / "methods" / "rounding.md"
+BEGIN, END = "<!-- training: written by benchmarks/rounded_training.py --render -->", "<!-- training: end -->"
+
+
+def trained(model: nn.Module, steps: Any, asked: argparse.Namespace) -> nn.Module:
+    """Return a rounded network that was trained on its levels, toward the logits of the dense one."""
+    torch.manual_seed(asked.seed)
+    low = constrain(sp.factorize(model, "dense", where="*"), steps=steps)
+    data = first_examples(coded.splits(asked.seed).train, asked.images)
+    optimizer = torch.optim.Adam([parameter for parameter in low.parameters() if parameter.requires_grad], asked.rate)
+    cycle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, asked.epochs * len(data))
+    tuning = sp.Tuning(scheduler=cycle, scheduler_steps="batch")
+    teacher = sp.Distillation(coded.dense(), temperature=2.0, weight=1.0)
+    sp.fit(low, data, nn.CrossEntropyLoss(), optimizer, asked.epochs, distill=teacher, tuning=tuning, progress=False)
+    return sp.merge(low.eval()).eval()
+
+
+def measured(model: nn.Module) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return coded.sizes(model, Path(folder)) | coded.judged(model)
+
+
+def run(asked: argparse.Namespace) -> None:
+    """Make one row, where it is missing."""
+    coded.NETWORK[0] = asked.network
+    name = f"{asked.network} bytes {asked.bytes} images {asked.images} epochs {asked.epochs} rate {asked.rate:g} seed {asked.seed}"
+    make_folder(RESULT.parent)
+    result = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": {}}
+    if name in result["rows"]:
+        return
+    rounded = round_to(coded.dense(), [x for x, _ in coded.known(asked.seed)], asked.bytes, progress=False)
+    row: dict[str, Any] = {"before": measured(rounded.model)}
+    began = time.process_time()
+    after = trained(rounded.model, rounded.steps, asked)
+    row |= {"seconds": time.process_time() - began, "after": measured(after), "git": git_state()}
+    write_json(RESULT, {"rows": result["rows"] | {name: row}, "environment": environment()})
+    print(name, row["before"], row["after"], row["seconds"], flush=True)
+
+
+def page() -> list[str]:
+    """Return the lines of the table."""
+    result = json.loads(RESULT.read_text())
+    lines = ["| training | bytes before | after | accuracy before | after | divergence before | after | seconds |"]
+    lines.append("|---|---:|---:|---:|---:|---:|---:|---:|")
+    for name, row in result["rows"].items():
+        words = name.split()
+        what = f"{words[0]}: {int(words[4]):,} images, epochs: {words[6]}, rate {words[8]}, seed {words[10]}"
+        before, after = row["before"], row["after"]
+        values = [f"{before['bytes']:,} | {after['bytes']:,}", f"{before['accuracy']:.2f} | {after['accuracy']:.2f}"]
+        values.append(f"{before['kl']:.4f} | {after['kl']:.4f}")
+        lines.append(f"| {what} | {' | '.join(values)} | {row['seconds']:.0f} |")
+    return lines
+
+
+def render() -> None:
+    before, _, rest = CARD.read_text().partition(BEGIN)
+    CARD.write_text("\n".join([before + BEGIN, "", *page(), "", END]) + rest.partition(END)[2])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--network", default="resnet20", choices=("resnet20", "resnet8"))
+    parser.add_argument("--bytes", type=int, default=44_000)
+    parser.add_argument("--images", type=int, default=45_000)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--render", action="store_true")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    if not asked.render:
+        run(asked)
+    render()

@@ -1,0 +1,46 @@
+"""Rounded networks in other runtimes: the same function, with int8 weights."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import spectrim as sp
+from spectrim.runtimes.level_weights import put_levels
+from spectrim.surgery.constrain import constrain
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+runtime = pytest.importorskip("onnxruntime")
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    return sp.merge(constrain(sp.factorize(model, "dense", where="*"), bits=4, keep=0.5))
+
+
+def test_int8_weights_in_an_onnx_file_are_the_levels_themselves(tmp_path: Path) -> None:
+    model, x = network(), torch.randn(5, 1, 8, 8)
+    plain = sp.export(model, x, tmp_path / "plain.onnx", progress=False)
+    small = sp.export(model, x, tmp_path / "small.onnx", int8_weights=True, progress=False)
+    assert small.size_bytes < 0.45 * plain.size_bytes
+    held = {entry.name: onnx.numpy_helper.to_array(entry) for entry in onnx.load(str(small.path)).graph.initializer}
+    levels = [values for values in held.values() if values.dtype == "int8"]
+    weights = [parameter.detach() for parameter in model.parameters() if parameter.dim() > 1]
+    assert sorted(values.size for values in levels) == sorted(weight.numel() for weight in weights)
+    for name, values in held.items():
+        if name.endswith("_levels"):
+            dequantized = torch.from_numpy(values.copy()).float() * float(held[name.replace("_levels", "_step")])
+            assert any(dequantized.numel() == weight.numel() and torch.equal(dequantized.flatten(), weight.flatten()) for weight in weights)
+    sessions = [runtime.InferenceSession(str(made.path), providers=["CPUExecutionProvider"]) for made in (plain, small)]
+    outputs = [session.run(None, {session.get_inputs()[0].name: x.numpy()})[0] for session in sessions]
+    torch.testing.assert_close(*map(torch.from_numpy, outputs))  # another kernel may add in another order
+
+
+def test_weights_that_lie_on_no_levels_stay_as_they_are(tmp_path: Path) -> None:
+    file = sp.export(nn.Sequential(nn.Linear(8, 8)), torch.randn(2, 8), tmp_path / "net.onnx", progress=False).path
+    before = onnx.load(str(file)).graph
+    assert put_levels(file) == []
+    assert onnx.load(str(file)).graph == before
