@@ -68,7 +68,7 @@ def table(name: str, result: dict[str, Any]) -> list[str]:
 
 def curves() -> list[str]:
     """Return the section on curves."""
-    found = {name: result for name, result in results().items() if "merit" in result and name not in ("resnet20", "resnet8")}
+    found = {name: result for name, result in results().items() if levels_of(result) and name not in ("resnet20", "resnet8")}
     lines = ["## Bytes against quality, network by network", ""]
     lines += ["Without training and without labels, one calibration draw. Bytes are of whole files, except for plain int8 and float32: the"]
     lines += ["tensors one after another, and the same by general coders. The divergence is from the dense network's outputs.", ""]

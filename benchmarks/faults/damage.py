@@ -13,6 +13,7 @@ from work import LOSS, data, forked, hashed, net, run
 import spectrim as sp
 from spectrim.budget.plan_table import Plan
 from spectrim.budget.table_file import read_table, save_table
+from spectrim.files import read_json
 from spectrim.metrics.calls import call_model
 from spectrim.pipeline.folders import contents
 from spectrim.pipeline.recipe import read_recipe
@@ -60,9 +61,6 @@ def readers(folder: Path) -> dict[Path, Callable[[], Any]]:
     def outputs(path: Path) -> list[Any]:
         return [tensor.tolist() for tensor in call_model(lambda *a: run_exported(path, a[0] if len(a) == 1 else a), x)]
 
-    def resumed() -> dict[str, Any]:
-        return sp.compress(net(), data().train, LOSS, 0.9, where="*", folder=made, progress=False).scores
-
     found: dict[Path, Callable[[], Any]] = {
         model / WEIGHTS: lambda: hashed(sp.load(model, net()).state_dict()),
         model / PLAN: lambda: hashed(sp.load(model, net()).state_dict()),
@@ -74,8 +72,8 @@ def readers(folder: Path) -> dict[Path, Callable[[], Any]]:
         out / "manifest.json": lambda: (str(contents(out).coverage), contents(out).networks),
         out / "4-finetune" / "stage.json": lambda: text_report(out),
         out / "recipe.yaml": lambda: (contents(out), read_recipe(out / "recipe.yaml")),
-        made / "settings.json": resumed,
-        made / "cut" / "cut.json": resumed,
+        made / "settings.json": lambda: read_json(made / "settings.json"),
+        made / "cut" / "cut.json": lambda: read_json(made / "cut" / "cut.json"),
     }
     for suffix in (".pt2", ".onnx", ".pte", ".xml"):
         with suppress(ImportError):

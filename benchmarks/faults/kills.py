@@ -101,18 +101,20 @@ def left_over(out: Path) -> int:
     return len([path for path in out.rglob("*") if path.suffix in (".tmp", ".lock")])
 
 
-def kills_at_operations(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+def kills_at_operations(folder: Path, name: str, most: int) -> Iterator[dict[str, Any]]:
     """Let a job go on from the state before each operation on files, and compare its bits with those of the undisturbed one."""
     job, whole = JOBS[name], folder / f"{name}-whole"
     counts, seen = stopped_states(job, whole, folder / f"{name}-states"), Counter[str]()
     expected = bits(whole)
-    for state in sorted((folder / f"{name}-states").iterdir(), key=lambda path: int(path.name)):
+    states = sorted((folder / f"{name}-states").iterdir(), key=lambda path: int(path.name))
+    for state in states[:: -(-len(states) // most)]:
         ended = forked(partial(job, state))
         same = ended == "done" and bits(state) == expected
         seen["same bits" if same else "other bits" if ended == "done" else f"not resumed: {ended}"] += 1
         seen["temporary files left"] += left_over(state)
         shutil.rmtree(state)
-    yield {"operations on files": counts["operations"], "different states of the disk": counts["states"], **seen}
+        seen["resumed"] += 1
+        yield {"operations on files": counts["operations"], "different states of the disk": counts["states"], **seen}
 
 
 def kills_at_random(folder: Path, name: str, count: int) -> Iterator[dict[str, Any]]:

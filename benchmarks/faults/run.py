@@ -35,7 +35,7 @@ from spectrim.runtimes.export import export
 from spectrim.storage.pack import pack
 
 HERE = Path(__file__).parent
-SHARES = {"fit": 0.5, "compress": 0.3, "run": 0.2}
+SHARES = {"fit": 0.6, "compress": 0.2, "run": 0.2}
 """Of the kills at random, by job."""
 
 
@@ -109,14 +109,15 @@ def two_writers(folder: Path, count: int) -> Iterator[dict[str, Any]]:
     yield {"saves by two processes": 2 * count, **seen, **told}
 
 
-def parts(kills: int, damages: int) -> dict[str, Callable[[Path], Iterator[dict[str, Any]]]]:
+def parts(kills: int, damages: int, states: int) -> dict[str, Callable[[Path], Iterator[dict[str, Any]]]]:
     """Return the parts of the result, by name."""
     found: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {"full disks": lambda folder: full_disks(folder, max(4, damages // 6))}
-    found |= {f"{name} killed at each operation": partial(kills_at_operations, name=name) for name in JOBS}
     found["writers killed at each operation"] = kills_of_writers
-    found |= {f"{name} killed at random": partial(kills_at_random, name=name, count=round(kills * share)) for name, share in SHARES.items()}
+    for name in JOBS:
+        found[f"{name} killed at operations"] = partial(kills_at_operations, name=name, most=states)
     found["damaged files"] = partial(corruptions, count=damages)
     found["two writers"] = lambda folder: two_writers(folder, max(10, kills // 2))
+    found |= {f"{name} killed at random": partial(kills_at_random, name=name, count=round(kills * share)) for name, share in SHARES.items()}
     return found
 
 
@@ -125,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--corruptions", type=int, default=60)
+    parser.add_argument("--states", type=int, default=1000, help="states of the disk from which each job is resumed, at most")
     parser.add_argument("--parts", nargs="*", help="names of parts; all of them when omitted")
     parser.add_argument("--out", type=Path, default=HERE / "result.json")
     arguments = parser.parse_args()
@@ -132,7 +134,7 @@ def main() -> None:
     sys.modules["spectrim.metrics.measurement"].compare_latency = partial(sp.compare_latency, repeats=1, min_time=1e-4)  # type: ignore[attr-defined]
     result = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
     done = result.setdefault("finished", [])
-    for name, part in parts(arguments.kills, arguments.corruptions).items():
+    for name, part in parts(arguments.kills, arguments.corruptions, arguments.states).items():
         if name in done or (arguments.parts and name not in arguments.parts):
             continue
         start = time.process_time() + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])

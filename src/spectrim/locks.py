@@ -21,6 +21,9 @@ else:
 LOCK = ".spectrim.lock"
 """Name of the lock file in a folder while it is written."""
 
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+"""A lock file is written to: a link in its place must not lead to another file."""
+
 _WRITING = re.compile(r"write fail|failed (to )?writ|os error|no space|i/o error|file too large|unexpected pos", re.IGNORECASE)
 _OPEN: set[int] = set()
 """Descriptors that hold locks."""
@@ -65,7 +68,7 @@ def _acquired(file: Path, path: Path, wait: float) -> int:
     """Return a descriptor of a lock file that holds its lock."""
     end = time.monotonic() + wait
     while True:
-        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | NO_LINK, 0o644)
         if try_lock(handle):
             if is_at(handle, file):
                 keep(handle)
@@ -143,6 +146,7 @@ if hasattr(os, "register_at_fork"):
 _HINTS = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or choose another disk"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that this process may write to"),
+    errno.ELOOP: "remove the symbolic link that stands in the place of its lock file",
     **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file has the name of this folder: choose another path"),
 }
 

@@ -166,3 +166,33 @@ def test_a_weight_that_is_changed_in_place_is_named() -> None:
         sp.compress(Rescaling(*net()), data, LOSS, 0.7, progress=False)
     made = sp.compress(Rescaling(*net()), data, LOSS, 0.9, where=["0"], progress=False)
     assert type(made.model[2]) is nn.Linear  # type: ignore[index]
+
+
+# Tensors of a user's class
+
+
+class Labeled(Tensor):
+    """As torchvision's ``Image`` and others: data of a class of their own."""
+
+
+def test_factors_made_of_a_users_tensors_are_ordinary() -> None:
+    torch.manual_seed(0)
+    model, data = net(), [torch.randn(8, 16).as_subclass(Labeled) for _ in range(2)]
+    low = sp.factorize(model)
+    cut = sp.prune(low, sp.budget.Fixed(3), calibration=sp.calibrate(low, data))
+    fitted = correct(cut, model, data)
+    assert {type(value) for value in fitted.state_dict().values()} == {Tensor}
+    sp.merge(fitted)
+
+
+class Reading(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight * 1.0, self.bias)
+
+
+def test_weights_that_calibration_does_not_see_are_told() -> None:
+    torch.manual_seed(0)
+    model = net()
+    model[2] = Reading(16, 16)
+    made = sp.compress(model, [torch.randn(8, 16)], budget=0.7, cut="whitened", progress=False)
+    assert "cut by their spectra alone, since the layer's own forward reads this weight: 2" in made.notes

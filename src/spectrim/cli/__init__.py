@@ -13,24 +13,26 @@ from spectrim.errors import UsageError
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM came."""
+    """SIGTERM came, or SIGHUP: the terminal was closed."""
 
 
 @contextmanager
 def _termination() -> Iterator[None]:
-    """Let SIGTERM end what runs inside as Ctrl-C does."""
+    """Let SIGTERM, and SIGHUP where it is not ignored, end what runs inside as Ctrl-C does."""
 
-    def stop(*_: object) -> None:
-        raise _Terminated
+    def stop(number: int, *_: object) -> None:
+        raise _Terminated(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in wanted if signal.getsignal(number) is not signal.SIG_IGN}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
@@ -80,7 +82,7 @@ def _print_error(text: str, style: str | None = "red") -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exit codes: 0, 2 for wrong usage (a bad recipe too), 1 for a failure, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Entry point; exit codes: 0, 2 for wrong usage (a bad recipe too), 1 for a failure; after Ctrl-C 130, SIGTERM 143, SIGHUP 129."""
     args = parser().parse_args(argv)
     options = args[args.command]
     try:
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as stopped:
         more = "; the same command resumes from the last checkpoint" if args.command in ("run", "compress") else ""
         _print_error(f"stopped{more}", None)
-        sys.exit(143 if isinstance(stopped, _Terminated) else 130)
+        sys.exit(stopped.args[0] if isinstance(stopped, _Terminated) else 130)
     except (ValueError, RuntimeError, OSError, ImportError) as error:  # torch's errors are RuntimeErrors
         if options.verbose:
             import traceback

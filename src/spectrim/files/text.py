@@ -12,6 +12,8 @@ from spectrim.files.whole import whole_file
 JSON_LIMIT = 1 << 28
 """Largest JSON file that is read, in bytes."""
 
+JSON_VALUES = 1 << 24
+"""Most values in a JSON file that is read: each takes up to 72 bytes of memory, however short it is written."""
 
 DIGEST = "sha256"
 """Key of the digest of all else in a JSON file that `write_json` wrote."""
@@ -96,7 +98,10 @@ def read_json(path: Path, hint: str = "") -> dict[str, Any]:
             raise FormatError(path, "is not a file" if path.exists() else "is missing", hint=hint)
         if (size := path.stat().st_size) > JSON_LIMIT:
             raise FormatError(path, f"is too large ({size:,} bytes, at most {JSON_LIMIT:,} are read)", hint=hint)
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if (count := sum(map(text.count, "{[,"))) > JSON_VALUES:
+            raise FormatError(path, f"is too large (up to {count:,} values, at most {JSON_VALUES:,} are read)", hint=hint)
+        values = json.loads(text)
     except (OSError, RecursionError) as error:
         raise FormatError(path, f"cannot be read ({error})", hint=hint) from error
     except ValueError as error:

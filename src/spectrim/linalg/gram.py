@@ -38,8 +38,15 @@ Metric = Tensor | ProjectedMetric
 """Of the inputs of a weight."""
 
 
+def ordinary_tensor(x: Tensor) -> Tensor:
+    """Return a tensor of a user's sub-class as torch's own, so that sums and factors made of it are ordinary; others as they are."""
+    subclass = type(x) is not Tensor and getattr(type(x), "__torch_dispatch__", None) is getattr(Tensor, "__torch_dispatch__", None)
+    return x.as_subclass(Tensor) if subclass else x
+
+
 def precise(rows: Tensor) -> Tensor:
     """Return rows in the dtype in which they are multiplied: their own, float32 at least."""
+    rows = ordinary_tensor(rows)
     return rows if rows.dtype in (torch.float32, torch.float64) else rows.float()
 
 

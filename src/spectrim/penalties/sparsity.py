@@ -27,8 +27,7 @@ def ratio_of_norms(S: Float[Tensor, "blocks rank"]) -> Float[Tensor, " blocks"]:
     largest = S.detach().amax(dim=-1, keepdim=True)
     zero = largest < torch.finfo(S.dtype).tiny * S.shape[-1]
     S = torch.where(zero, torch.ones_like(S), S) / torch.where(zero, 1.0, largest)
-    ratio = S.sum(-1) / S.square().sum(-1).sqrt()
-    return torch.where(zero.squeeze(-1), 1.0, ratio)
+    return torch.where(zero.squeeze(-1), 1.0, S.sum(-1) / S.square().sum(-1).sqrt())
 
 
 @dataclass(frozen=True)

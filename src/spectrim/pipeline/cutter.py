@@ -14,6 +14,7 @@ from spectrim.budget.distortion.loss import check_gradients
 from spectrim.budget.ladder import Ladder
 from spectrim.budget.ways import WAYS
 from spectrim.errors import BackwardError, SettingError
+from spectrim.layers.reader import FactorizedReader
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.distance import relative_distance, with_outputs
 from spectrim.metrics.inputs import first_examples
@@ -58,6 +59,9 @@ class Cutter:
         if calibration is None and (cut == "auto" or WAYS[cut].needs != "none"):
             self.step("calibrating")
             calibration = self._calibrated(low, notes)
+        if unseen := [name for name, why in (calibration.skipped if calibration else {}).items() if why == FactorizedReader.unobserved]:
+            shown = ", ".join(unseen[:3]) + (f" and {len(unseen) - 3} more" if len(unseen) > 3 else "")
+            notes.append(f"cut by their spectra alone, since {FactorizedReader.unobserved}: {shown}")
         bench = Workbench(low, self.inputs, calibration, latency=self.prices.latency, prices=self.prices)
         if self.calibration is None and calibration is not None and not self.blind and (calibration.outputs or not calibration.slopes):
             bench = self._probed(low, bench, calibration, notes)

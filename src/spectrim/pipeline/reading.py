@@ -14,6 +14,9 @@ BYTES = 1 << 20
 NODES = 20_000
 """Most values of a recipe, with those that aliases repeat."""
 
+DIGITS = 400
+"""Most digits of a number: reading one takes time with the square of them."""
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 120
 _SHORT.maxdict = _SHORT.maxlist = 6
@@ -46,7 +49,7 @@ def parsed_yaml(text: str, key: str) -> Any:
         return yaml.safe_load(text)
     except RecipeError:
         raise
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
         raise RecipeError(key, f"got {shown(text)}, which is not YAML: {' '.join(str(error).split())[:300]}") from error
     except RecursionError as error:
         raise RecipeError(key, "is not YAML that can be read: it is nested too deep") from error
@@ -70,6 +73,8 @@ def _expanded(node: Any, key: str, known: dict[int, int], above: set[int]) -> in
     if id(node) in known:
         return known[id(node)]
     above.add(id(node))
+    if isinstance(node, yaml.ScalarNode) and len(node.value) > DIGITS and node.tag.endswith((":int", ":float")):
+        raise RecipeError(key, f"holds a number of {len(node.value):,} digits", allowed=f"{DIGITS} digits at most")
     parts = node.value if isinstance(node, yaml.CollectionNode) else []
     count = 1
     for part in parts:

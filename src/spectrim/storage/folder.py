@@ -165,10 +165,15 @@ def _read_weights(path: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
         raise FormatError(path, f"is truncated or not a safetensors file ({error})") from error
     if set(header) != {"format", "spectrim", "digest"} or header["format"] != "pt" or header["digest"] != _digest(header["spectrim"]):
         raise FormatError(path, "was not written by spectrim, or its header was altered")
-    plan: dict[str, Any] = json.loads(header["spectrim"])
+    try:
+        plan = json.loads(header["spectrim"])
+    except (ValueError, RecursionError) as error:
+        raise FormatError(path, f"holds no plan of spectrim ({type(error).__name__})", hint="do not use this file") from error
+    if not isinstance(plan, dict):
+        raise FormatError(path, f"holds no plan of spectrim, but a {type(plan).__name__}", hint="do not use this file")
     if plan.get("format") != FORMAT:
         raise FormatError(path, f"has format {plan.get('format')}, this version reads {FORMAT}", hint="install a newer spectrim")
-    if plan["tensors"] != _digest_tensors(tensors):
+    if plan.get("tensors") != _digest_tensors(tensors):
         raise FormatError(path, "was altered: the digest of its tensors does not match", hint="save the model again")
     return header["digest"], plan, tensors
 

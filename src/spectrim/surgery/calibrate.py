@@ -81,9 +81,8 @@ def calibrate(
     check_examples("calibrate", examples)
     observed, held = observable(model)
     sums = Sums({factors: name for name, factors in held.items()}, absorbing(model) if centered else ())
-    for factors in held.values():
-        for parameter in factors.slope_parameters():
-            parameter.requires_grad_(loss is not None)
+    for parameter in (parameter for factors in held.values() for parameter in factors.slope_parameters()):
+        parameter.requires_grad_(loss is not None)
     seen, start = 0, time.monotonic()
     labels = loss is not None and not isinstance(loss, Unlabeled)
     share = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
@@ -93,8 +92,8 @@ def calibrate(
             if not labels and loss is not None:  # directions of a batch, whoever has it; the caller's generators are put back
                 torch.manual_seed(share[0] + number * share[1])
             output = call_model(observed, inputs)
-            stated_size = None if batch_dims is None else stated(inputs, batch_dims, "calibrate").size
-            count = batch_size_of(inputs, stated_size, target=target, output=output)
+            size = None if batch_dims is None else stated(inputs, batch_dims, "calibrate").size
+            count = batch_size_of(inputs, size, target=target, output=output)
             if loss is not None:
                 labeled = None if isinstance(loss, Unlabeled) else loss_of(loss, output, target, "calibrate") * count
                 _differentiate(model, sums, held, loss.probe(output) if isinstance(loss, Unlabeled) else labeled)
@@ -105,8 +104,8 @@ def calibrate(
         sums.together(accelerator)
         seen = int(accelerator.reduce(torch.tensor(seen, device=accelerator.device), "sum"))
     if not seen:
-        hint = "a generator can be read only once: give a list or a DataLoader"
-        raise SettingError("calibrate", "data", got=f"nothing from {type(data).__name__}", rule="at least one batch", hint=hint)
+        got, hint = f"nothing from {type(data).__name__}", "a generator can be read only once: give a list or a DataLoader"
+        raise SettingError("calibrate", "data", got=got, rule="at least one batch", hint=hint)
     return sums.result(held, seen)
 
 
@@ -116,6 +115,6 @@ def _differentiate(model: nn.Module, sums: Sums, held: dict[str, Form], total: A
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:  # of the model's own backward pass
         if isinstance(error, SpectrimError | torch.OutOfMemoryError):
             raise
-        told = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        told = f"its backward pass fails in eval mode ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         hint = "calibrate without a loss, or compress with cut='whitened', which needs no gradient"
-        raise BackwardError(type(model).__name__, f"its backward pass fails in eval mode ({told})", hint=hint) from error
+        raise BackwardError(type(model).__name__, told, hint=hint) from error

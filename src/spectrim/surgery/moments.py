@@ -15,7 +15,7 @@ from spectrim.layers import named_layers
 from spectrim.layers.taps import tap
 from spectrim.layers.uses import first_argument
 from spectrim.layers.weights import OneWeight
-from spectrim.linalg.gram import Metric, MomentSum, ProjectedMetric, gram, precise
+from spectrim.linalg.gram import Metric, MomentSum, ProjectedMetric, gram, ordinary_tensor, precise
 
 WIDEST = 8192
 """Weights with more outputs than this (vocabularies) have no moments of the outputs: the matrix would take more than 0.5 GB."""
@@ -137,7 +137,7 @@ class Sums:
 
     def _called(self, layer: OneWeight, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         factors = layer.factors_of("weight")
-        name, x = self.names[factors], first_argument(args, kwargs)
+        name, x = self.names[factors], ordinary_tensor(first_argument(args, kwargs))
         basis = self.bases.get(name)
         if not x.numel():  # of an expert to which nothing was routed
             return

@@ -1,6 +1,7 @@
 """The training loop: one plain loop on accelerate, with progress, checkpoints and a log of each penalty's term."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -12,15 +13,18 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from spectrim.checks import check, outside_inference_mode
 from spectrim.checks.words import worded
 from spectrim.errors import SettingError
+from spectrim.files import make_folder
 from spectrim.layers.sharded import has_shards, reshard
+from spectrim.locks import locked
 from spectrim.protocols import Course, Lesson, Penalty, RankSchedule
 from spectrim.surgery.frozen import training_mode
 from spectrim.training import processes
 from spectrim.training.checkpoint import Checkpoint
-from spectrim.training.data import Order, announce, generators_of, length_of
+from spectrim.training.data import announce, generators_of, length_of
 from spectrim.training.distillation import Loss
 from spectrim.training.history import History, layer_lines
 from spectrim.training.loop import Loop, Position
+from spectrim.training.order import Order
 from spectrim.training.prepared import Precision, make_accelerator, prepared
 from spectrim.training.progress import _bar
 from spectrim.training.signals import ending_cleanly
@@ -88,8 +92,8 @@ def fit(
             `gathered` models between two calls.
         lessons: change the loss of the task, in this order, for example `Distillation`; ``loss`` in the log holds them, and what each
             changed has a separate column.
-        checkpoint: folder for ``checkpoint.pt``, written atomically after each epoch; None for none. Only one run may use it. All its
-            processes need access. It holds whole tensors, sharded or not: a run may resume with another number of processes.
+        checkpoint: folder for ``checkpoint.pt``, written atomically after each epoch; None for none. A second run at a time is refused.
+            All processes of a run need access. It holds whole tensors, sharded or not: a run may resume with another number of processes.
             A call continues from the checkpoint when there is one; delete it to begin again. A resumed run ends with the same bits on a
             CPU, as long as everything random draws from the global generators of torch, numpy and Python, or from a generator that the
             data, their sampler or their data set hold, or data have ``state_dict`` and ``load_state_dict``; each process has its own, so
@@ -107,6 +111,7 @@ def fit(
         DivergedError: when the loss, or at the end of an epoch a parameter, is not finite.
         FormatError: for a checkpoint that is damaged or of another model or optimizer; nothing is changed then.
         SettingError: for a setting outside its range, before anything is changed.
+        WriteError: the checkpoint cannot be written, or another process trains with it.
 
     Examples:
         >>> import torch
@@ -148,6 +153,7 @@ def fit(
     path = None if saver is None else saver.path
     with (
         ending_cleanly(),
+        _alone(accelerator, path if len(history.epochs) < epochs and history.stopped is None else None),
         training_mode(model) as train,
         step.watching(model, accelerator.device, tuning.compiled),
         prepared(accelerator, model, optimizer, tuning.compiled) as (ready, stepper),
@@ -186,6 +192,21 @@ def fit(
 def _is_over(history: History, epochs: int) -> bool:
     """Whether a callback had ended a run of as many epochs."""
     return history.stopped is not None and bool(history.stopped["epochs"] >= epochs)
+
+
+@contextmanager
+def _alone(accelerator: Any, path: Path | None) -> Iterator[None]:
+    """Hold the folder of a checkpoint, so that a second run with it is refused; processes of one run share it.
+
+    Raises:
+        WriteError: another process trains there, or the folder cannot be made.
+    """
+    if path is None or accelerator.num_processes > 1:
+        yield
+        return
+    make_folder(path.parent)
+    with locked(path.parent):
+        yield
 
 
 def _evaluated(accelerator: Any, model: nn.Module, data: Iterable[Any], loss: Loss) -> dict[str, float]:
