@@ -27,7 +27,6 @@ from spectrim.metrics.inputs import inputs_of
 from spectrim.protocols import Course, Lesson, Penalty, RankSchedule
 from spectrim.training.history import mean_rank
 
-
 AVERAGING = {"StochasticWeightAveraging", "WeightAveraging"}
 """Callbacks of Lightning that hold another copy of the weights."""
 
