@@ -116,6 +116,8 @@ process. The machine did other work meanwhile, which the quartiles show.
 CREPE at half of its multiply-accumulates loses nothing by plain truncation, as its first two convolutions, which take 91 % of them, have
 low rank; half of the parameters *as well* is where methods differ. With too few examples the refit does harm that the score on the same
 examples does not show: give `compress` at least its default number, or other inputs as `eval_data`.
+For g2p-en, 300 steps of the whole network at the default rate made the held-out divergence worse and were not kept; a lower rate was
+not tried.
 
 """
 
