@@ -76,7 +76,8 @@ def constrain(
 
 def _on_steps(name: str, form: Form, step: float) -> Form:
     try:
-        return Rounded.on(form, step)
+        made: Form = Rounded.on(form, step)
+        return made
     except SettingError as error:
         raise LayerError(name, str(error), hint="leave it out of steps, so that it is not trained") from None
 
