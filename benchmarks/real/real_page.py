@@ -110,7 +110,8 @@ python benchmarks/real/run.py report     # then this page
 Calibration, validation and test inputs share nothing, and trials of settings read the validation set. Two exceptions: after the first
 test rows of CREPE, from 64 frames, its calibration set grew to 256 and its cut was fixed, so its rows are mildly selected (those of 64
 frames are below); FCPE was run twice, with one score. The tones' range and noise were set by the dense networks' scores on other seeds,
-so these scores are not those of other pages. *Time* and *memory* are of `compress` without reconstruction: processor seconds on one thread, and how far the resident
+so these scores are not those of other pages. *Time* and *memory* are of `compress` without reconstruction: processor seconds on one
+thread, and how far the resident
 memory of the process rises above that with the network and the data. *ONNX Runtime* is how many times as fast as the dense network the
 result is, one call on one thread, ranks by multiply-accumulates, not by the clock: median (quartiles) over 15 rounds in turns in one
 process. The machine did other work meanwhile, which the quartiles show.

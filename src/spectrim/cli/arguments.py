@@ -52,6 +52,7 @@ EXAMPLES = {
   spectrim compress net.yaml --macs 0.7,0.5,0.35           three networks, one table, one page
   spectrim compress net.yaml --max-drop 0.5 --epochs 5     the smallest one at most half a point worse
   spectrim compress net.yaml --latency 0.7 --backend onnx  at most 70 % of the dense network's seconds
+  spectrim compress net.yaml --latency 0.7 --table t.json  by the seconds of another device, see spectrim latency
   spectrim compress net.yaml --coded-bytes 0.07            a coded file of at most 7 % of the bytes, no training
   spectrim compress net.yaml --tiles 0.3 --crossbars rows=32,columns=32,bits=4    at most 30 % of the tiles of a crossbar chip""",
     "measure": """\
@@ -67,8 +68,7 @@ EXAMPLES = {
     "latency": """\
   spectrim latency net.yaml --backend onnx --out table.json   time the layers here
   spectrim latency net.yaml --kit net.pyz                     then, on the device: python net.pyz table.json
-  spectrim latency table.json                                 what a table says
-  spectrim compress net.yaml --latency 0.6 --table table.json""",
+  spectrim latency table.json                                 what a table says""",
     "report": """\
   spectrim report runs/net-compress-macs0.5 --open
   spectrim report plan.json --text""",
