@@ -27,6 +27,7 @@ from spectrim.surgery.constrain import constrain
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, CARD = ROOT / "benchmarks" / "results" / "rounded_training" / "rows.json", ROOT / "docs" / "methods" / "rounding.md"
+BIAS_RATE = 1e-4
 BEGIN, END = "<!-- training: written by benchmarks/rounded_training.py --render -->", "<!-- training: end -->"
 
 
@@ -35,12 +36,18 @@ def trained(model: nn.Module, steps: Any, asked: argparse.Namespace) -> nn.Modul
     torch.manual_seed(asked.seed)
     low = constrain(sp.factorize(model, "dense", where="*"), steps=steps)
     data = first_examples(coded.splits(asked.seed).train, asked.images)
-    optimizer = torch.optim.Adam([parameter for parameter in low.parameters() if parameter.requires_grad], asked.rate)
+    optimizer = torch.optim.Adam([{"params": [value], "lr": rate_of(name, steps, asked.rate)} for name, value in low.named_parameters()])
     cycle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, asked.epochs * len(data))
     tuning = sp.Tuning(scheduler=cycle, scheduler_steps="batch")
     teacher = sp.Distillation(coded.dense(), temperature=2.0, weight=1.0)
-    sp.fit(low, data, nn.CrossEntropyLoss(), optimizer, asked.epochs, distill=teacher, tuning=tuning, progress=False)
+    sp.fit(low, data, nn.CrossEntropyLoss(), optimizer, asked.epochs, lessons=[teacher], tuning=tuning, progress=False)
     return sp.merge(low.eval()).eval()
+
+
+def rate_of(name: str, steps: Any, rate: float) -> float:
+    """Return the rate of a parameter: of a weight in its own steps, which differ a thousandfold from layer to layer."""
+    layer = name.split(".factors.")[0]
+    return rate * steps[layer] if layer in steps else BIAS_RATE
 
 
 def measured(model: nn.Module) -> dict[str, Any]:
@@ -91,7 +98,7 @@ if __name__ == "__main__":
     parser.add_argument("--bytes", type=int, default=44_000)
     parser.add_argument("--images", type=int, default=45_000)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--rate", type=float, default=0.02, help="of Adam, in steps of the weight")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--render", action="store_true")
     asked = parser.parse_args()
