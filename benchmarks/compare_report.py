@@ -171,7 +171,7 @@ def opening(task: dict[str, Any], found: Sequence[Result]) -> str:
     """Say what the runs of a task had in common."""
     optimizer = task["optimizer"] if isinstance(task["optimizer"], str) else task["optimizer"]["class_path"]
     shared = f"{task['epochs']} epochs in all, {optimizer.rpartition('.')[2]}, peak learning rate {task['peak']:g}"
-    own = {name: knobs["peak"] for name, knobs in task["methods"].items() if knobs and "peak" in knobs}
+    own = {name: knobs["peak"] for name, knobs in task["methods"].items() if knobs and knobs.get("peak", task["peak"]) != task["peak"]}
     others = "".join(f", {peak:g} for the {METHODS[name]}" for name, peak in own.items())
     batch = task["data"].get("init_args", {}).get("batch_size")
     limits = " and ".join({"macs": "MACs", "params": "parameters"}[name] for name in task.get("limits", ["macs"]))
@@ -288,7 +288,15 @@ def draw(name: str) -> None:
         width = 2.4 if method == "ours" else 1.2
         text = METHODS[method].replace("`", "")
         axes.errorbar(
-            x, y, bars, color=colors[index], marker=markers[index % len(markers)], linewidth=width, markersize=5, capsize=2, label=text
+            x,
+            y,
+            bars,
+            color=colors[index % len(colors)],
+            marker=markers[index % len(markers)],
+            linewidth=width,
+            markersize=5,
+            capsize=2,
+            label=text,
         )
     dense = statistics.fmean({result["seed"]: merit_of(task, result["dense"]["test"]) for result in found}.values())
     axes.axhline(dense, color="black", linestyle="--", linewidth=0.8, label="dense")
