@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 import torch
@@ -229,18 +229,20 @@ def test_squeezing_empties_the_tails_that_are_cut(trained: tuple[nn.Module, Any]
 
 
 class Stops:
-    """Batches of which reading is stopped once, in the middle of some pass."""
+    """Batches of which reading is stopped once, in the middle of some pass; what counts them is of the class: data go on as they were."""
+
+    left: ClassVar[int] = 0
 
     def __init__(self, data: Any, passes: int) -> None:
-        self.data, self.left = data, passes
+        self.data, Stops.left = data, passes
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __iter__(self) -> Iterator[Any]:
-        self.left -= 1
+        Stops.left -= 1
         for index, batch in enumerate(self.data):
-            if self.left == 0 and index == 3:
+            if Stops.left == 0 and index == 3:
                 raise KeyboardInterrupt
             yield batch
 

@@ -188,3 +188,13 @@ def test_a_floor_is_told_before_any_calibration_and_names_the_layers(monkeypatch
     model, data = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)), [(torch.randn(4, 16), torch.randint(4, (4,)))]
     with pytest.raises(SettingError, match=r"at least 0\.\d+ for this network.*% of that stay dense, '0' has \d+ %"):
         sp.compress(model, data, nn.CrossEntropyLoss(), sp.Budget(macs=0.05), progress=False)
+
+
+def test_a_difference_that_cannot_be_measured_is_no_rounding() -> None:
+    """A network of zeros beside one of values: infinitely far by its own scale, in double precision as well."""
+    zeros, values = nn.Linear(3, 2), nn.Linear(3, 2)
+    with torch.no_grad():
+        for parameter in zeros.parameters():
+            parameter.zero_()
+    with pytest.raises(LayerError, match="by inf of it"):
+        same_function(nn.Sequential(zeros), nn.Sequential(values), torch.ones(1, 3))

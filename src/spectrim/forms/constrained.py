@@ -60,7 +60,7 @@ class Rounded(Projected):
         >>> import torch
         >>> from spectrim.forms.dense import Dense
         >>> Rounded.of(Dense(torch.tensor([[0.9, -1.1, 2.1, 0.1]])), 3).matrix().detach()
-        tensor([[ 1.0167, -1.0167,  2.0333,  0.0000]])
+        tensor([[ 1.0333, -1.0333,  2.0667,  0.0000]])
 
     Source: Jacob et al., arXiv 1712.05877 (straight-through rounding in training).
     Deviation: the step has the least squared error, and stays between cuts.

@@ -1,5 +1,6 @@
 """`same_function`: whether two networks compute the same, and the first layer where they do not."""
 
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -79,6 +80,8 @@ def same_function(
 
 def _vanishes(a: nn.Module, b: nn.Module, inputs: Any, training: bool, names: tuple[str, str], difference: float) -> bool:
     """Whether two networks agree in double precision by so much more that their difference is rounding, which they amplify."""
+    if not math.isfinite(difference):  # other shapes, NaN on one side alone, or zeros beside values: no rounding
+        return False
     try:
         wide = [duplicate(network).double() for network in (a, b)]
         x = tree_map_only(Tensor, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, inputs)

@@ -260,7 +260,7 @@ def test_what_needs_the_model_is_checked_before_any_work_too(change: str, messag
         ("a: &a {b: *a}", "holds an alias of a value that contains it"),
         ("[" * 5000, "nested too deep"),
         ("a: 2020-99-99", "is not YAML"),
-        ("a: " + "9" * 5000, "is not YAML"),
+        ("a: " + "9" * 5000, "a number of 5,000 digits"),
         ("loss: x.y", "'model': is missing; allowed: an import path"),
         ("model: x.y\ndata: x.y\nloss: x.y", "'prune': has none of rule, budget, ranks"),
     ],
