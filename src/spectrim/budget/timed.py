@@ -12,7 +12,7 @@ from spectrim.checks.words import check_words
 from spectrim.errors import FormatError, LayerError, SettingError
 from spectrim.layers import FactorizedLayer, sites
 
-LONGEST_S, LARGEST = 3600.0, 2**24
+LONGEST_S, LARGEST = 1e6, 2**24
 """Seconds and ranks in a file beyond which it is taken for damaged."""
 
 MARGIN = 0.05

@@ -50,7 +50,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(latency_module, "time_layer", clock)
-    monkeypatch.setattr(latency_module, "time_network", lambda *_: (1e6, ""))
+    monkeypatch.setattr(latency_module, "time_network", lambda *_: (1e5, ""))
     return clock
 
 
