@@ -211,7 +211,7 @@ def prepare(name: str) -> dict[str, Path]:
 
 def measure(name: str, rounds: int, seconds: float) -> dict[str, Any]:
     """Time the files of a network in turns."""
-    sys.path.insert(0, str(HERE / "micro"))
+    sys.path.append(str(HERE / "micro"))  # behind its own: both have a networks.py
     import onnxruntime
 
     from harness import in_turns
