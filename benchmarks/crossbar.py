@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
-from cells import mean_std
+from cells import mean_std, put
 from forms import dense_of
 from micro.harness import environment
 from spectrim import zoo
@@ -131,9 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--render", action="store_true", help="write table and picture of the method card from the result files")
     if parser.parse_args().render:
-        text = CARD.read_text(encoding="utf-8")
-        head, rest = text.split(START)
-        write_text(CARD, f"{head}{START}\n{table()}\n{END}{rest.split(END)[1]}")
+        put(CARD, START, END, table())
         draw()
         return
     torch.set_num_threads(1)

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
-from cells import mean_std
+from cells import mean_std, put
 from crossbar import draw_deviations
 from micro.harness import environment
 from spectrim import zoo
@@ -260,8 +260,7 @@ def draw() -> None:
 
 def render() -> None:
     """Write table and picture of the method card."""
-    head, rest = CARD.read_text(encoding="utf-8").split(START)
-    write_text(CARD, f"{head}{START}\n{table()}\n{END}{rest.split(END)[1]}")
+    put(CARD, START, END, table())
     draw()
 
 

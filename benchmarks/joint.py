@@ -18,6 +18,7 @@ from torch import nn
 
 import coded
 import spectrim as sp
+from cells import put
 from run import git_state
 from spectrim.budget.rounding.attempts import Search
 from spectrim.budget.rounding.pairs import with_pairs
@@ -154,8 +155,7 @@ def page() -> list[str]:
 
 
 def render() -> None:
-    before, _, rest = CARD.read_text().partition(BEGIN)
-    CARD.write_text("\n".join([before + BEGIN, "", *page(), "", END]) + rest.partition(END)[2])
+    put(CARD, BEGIN, END, "\n".join(["", *page(), ""]))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
-from cells import mean_std
+from cells import mean_std, put
 from micro.harness import environment
 from spectrim import zoo
 from spectrim.files import write_text
@@ -88,9 +88,7 @@ def main() -> None:
     parser.add_argument("--means", nargs="*", default=list(MEANS), help=f"some of {', '.join(map(repr, MEANS))}")
     given = parser.parse_args()
     if given.render:
-        text = CARD.read_text(encoding="utf-8")
-        head, rest = text.split(START)
-        write_text(CARD, f"{head}{START}\n{table()}\n{END}{rest.split(END)[1]}")
+        put(CARD, START, END, table())
         return
     torch.set_num_threads(1)
     for seed in SEEDS:

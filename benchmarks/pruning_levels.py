@@ -3,7 +3,8 @@
 OMP_NUM_THREADS=1 python benchmarks/pruning_levels.py --rates 85x --methods gradual --seeds 0,1,2
 
 Each row is a file in ``benchmarks/results/pruning_levels``; those that are there are skipped. The pruned network is trained first where
-``runs/pruning`` lacks it. Nothing is chosen by a score: the test split is read once for each row, at its end.
+``runs/pruning`` lacks it. The test split is read once for each row, at its end; the settings of ``fewer`` came after the score of the first
+row was known.
 """
 
 import argparse

@@ -23,7 +23,7 @@ NETWORKS = {
 """One row for each network, at one budget."""
 
 REAL = Path(__file__).resolve().parent / "results" / "real"
-WHEEL = ("crepe", "CREPE tiny from a wheel, pitch, %, no labels, no training", 0.35)
+WHEEL = ("crepe_few", "CREPE tiny from a wheel, pitch, %, no labels, no training", 0.35)
 """The network that others trained, and its budget."""
 
 METHODS = {"ours": "`compress`", "truncated": "truncated SVD", "filters": "filter pruning"}

@@ -1,12 +1,14 @@
 """What every measurement shares: turns, barriers, medians with spread, peak memory, and the file that is written."""
 
 import gc
+import io
 import json
 import os
 import platform
 import random
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +20,22 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "micro" / "results"
 Step = Callable[[], Any]
+
+
+def session_of(model: torch.nn.Module, arguments: tuple[Any, ...]) -> Any:
+    """Export with torch's exporter and open in ONNX Runtime on one thread."""
+    import onnxruntime
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(model, arguments, dynamo=True, verbose=False)
+    assert program is not None
+    buffer = io.BytesIO()
+    program.save(buffer)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
 
 
 def barrier() -> None:

@@ -5,18 +5,15 @@ machine. Both under the same budget, or, where the layers that are faster as pai
 All variants of a network run in turns. Outputs are compared before anything is timed.
 """
 
-import io
 import logging
 import sys
-import warnings
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 import spectrim as sp
-from harness import Step, in_turns, ratios, write
+from harness import Step, in_turns, ratios, session_of, write
 from networks import INFERENCE, Case
 from spectrim.errors import SettingError
 from spectrim.metrics.macs import count_macs
@@ -24,22 +21,8 @@ from spectrim.metrics.macs import count_macs
 BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
-def session_of(model: nn.Module, x: Tensor) -> onnxruntime.InferenceSession:
-    """Export with torch's exporter and open in ONNX Runtime on one thread."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
-    assert program is not None
-    buffer = io.BytesIO()
-    program.save(buffer)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
-
-
 def onnx_step(model: nn.Module, x: Tensor) -> Step:
-    session = session_of(model, x)
+    session = session_of(model, (x,))
     feed = {session.get_inputs()[0].name: x.numpy()}
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(session.run(None, feed)[0]), model(x), rtol=1e-3, atol=1e-3)  # another library's sums

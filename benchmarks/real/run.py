@@ -9,18 +9,16 @@ timed in turns (``--time`` does it again). ``--trial`` scores the validation set
 
 import argparse
 import gc
-import io
 import json
 import os
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 from torch import nn
 
@@ -55,16 +53,9 @@ def forget_peak() -> None:
 def step_of(model: nn.Module, one: Any) -> Any:
     """Return one call of a network in ONNX Runtime, on one thread."""
     arguments = one if isinstance(one, tuple) else (one,)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, arguments, dynamo=True, verbose=False)
-    assert program is not None
-    buffer = io.BytesIO()
-    program.save(buffer)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(buffer.getvalue(), options, providers=["CPUExecutionProvider"])
+    from harness import session_of
+
+    session = session_of(model, arguments)
     feed = {given.name: value.numpy() for given, value in zip(session.get_inputs(), arguments, strict=True)}
     with torch.no_grad():
         out = model(*arguments)
@@ -146,7 +137,7 @@ def timed(case: Case, rows: list[dict[str, Any]]) -> dict[str, Any]:
             model = torch.load(path, weights_only=False)  # written by `one_row`
             steps[json.dumps(row["budget"])] = step_of(model, case.one())
     found = ratios(in_turns(steps, rounds=15, min_time=0.05), "dense", speedup=True)
-    return {"rows": found, "load": os.getloadavg()[0], "onnxruntime": onnxruntime.__version__}
+    return {"rows": found, "load": os.getloadavg()[0], "onnxruntime": version("onnxruntime")}
 
 
 def described(case: Case) -> dict[str, Any]:

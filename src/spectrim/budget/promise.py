@@ -91,7 +91,7 @@ def counted(owner: str, budget: Budget, merged: nn.Module, macs: int | None, pri
             suspects = ", ".join(f"'{weight}'" for weight in list(prices.corrected)[:5])
             problem = f"{name}={value:g} allows {most:,.0f}, and the merged network has {count:,}"
             if not prices.corrected:  # what routing, lengths or detections add
-                why = "what this network costs depends on the values that it computes"
+                why = "no layer of it costs more than was reckoned, so what it costs seems to depend on the values that it computes"
                 raise BudgetError(f"{problem}; {why}: ask for {name}={value * most / count * 0.999:.3g}")
             raise BudgetError(f"{problem}; {owner} found layers that cost more than two calls: {suspects}; leave them out with where=")
     if macs is None:

@@ -86,6 +86,8 @@ def plan_(args: Namespace) -> None:
         note(f"the recipe trains its dense network first; planned is the untrained one. spectrim run {args.target}, then plan its folder")
     data, where = make_data(recipe), recipe.factorize.layers()
     scheme, inputs, table = recipe.factorize.scheme, one_example(data.val), None
+    if args.table and args.latency:
+        raise UsageError("--table and --latency", "given together", allowed="one of them: a table has been timed already")
     if args.table:
         table = read_table(args.table)
     elif args.latency:

@@ -54,11 +54,6 @@ def metric_of(moment: np.ndarray, damping: float) -> Metric:
     return Metric(order, np.ascontiguousarray((upper / scale).T), scale**2)
 
 
-def identity_metric(size: int) -> Metric:
-    """Return the metric of independent entries."""
-    return Metric(np.arange(size), np.eye(size), np.ones(size))
-
-
 def rounded(
     weight: np.ndarray,
     step: float,

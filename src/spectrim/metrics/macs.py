@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode, conv_flop_count
+from torch.utils import flop_counter
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from spectrim.checks import unwrapped
 from spectrim.errors import SpectrimError
@@ -79,7 +80,8 @@ class _Whole:
 @contextmanager
 def _without_compiler() -> Iterator[None]:
     """Inside, torch's counter does not import the compiler, which takes a second, only to say that it must not be compiled itself."""
-    handler: Any = getattr(_FlopCounterMode.__torch_dispatch__, "__wrapped__", None)
+    inner: Any = getattr(flop_counter, "_FlopCounterMode", None)  # private: other versions of torch may have none
+    handler: Any = getattr(getattr(inner, "__torch_dispatch__", None), "__wrapped__", None)
     if handler is None or "torch._dynamo" in sys.modules or hasattr(handler, SKIP):
         yield
         return

@@ -73,7 +73,7 @@ def check_size(budget: Budget, limit: int, packed: Packed) -> None:
 
 
 def with_levels(
-    made: Compressed, judge: Judge, budget: Budget, inputs: Any, examples: int, joint: bool = False, *, progress: bool
+    made: Compressed, judge: Judge, budget: Budget, inputs: Any, examples: int, *, joint: bool = False, progress: bool
 ) -> Compressed:
     """Return what `compress` made with its network rounded to the budget's coded bytes, and measured again.
 
@@ -96,7 +96,7 @@ def with_levels(
             f"one knapsack over ranks, zeros and steps gives a loss of {losses[1]:.4g}, ranks first and then steps {losses[0]:.4g}: "
             f"the {'first' if better else 'second'} is kept"
         )
-    measured = judge.measured(found.model, inputs)
+    measured = judge.measured(found.model, inputs, made.latency)
     sizes = {name: getattr(found.packed, name) for name in ("coded_bytes", "data_bytes", "index_bytes")}
     measured["final"] = replace(measured["final"], **sizes)
     scores = made.scores | {"rounded": scores_of_measurement(measured["final"])}

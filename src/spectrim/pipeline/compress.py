@@ -294,5 +294,6 @@ def compress(
         made.latency = latency
         if whole.coded_bytes is not None:
             step("rounding", has_bar=True)
-            made = with_levels(made, judge, whole, inputs, examples, not epochs and where is None and latency is None, progress=progress)
+            joint = not epochs and where is None and latency is None
+            made = with_levels(made, judge, whole, inputs, examples, joint=joint, progress=progress)
         return finished(made, store)

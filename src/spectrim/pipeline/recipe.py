@@ -183,12 +183,14 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), *, cut: bool = Tr
     for change in changes:
         apply_change(raw, change)
     beside = path.resolve().parent
-    raw = {**raw, "code": str(beside / raw["code"]) if isinstance(raw.get("code"), str) else raw.get("code") or str(beside)}
+    code, weights = raw.get("code", "."), raw.get("weights")
+    if isinstance(code, str):
+        raw = {**raw, "code": str((beside / code).resolve())}
+    if isinstance(weights, str) and (beside / weights).exists():
+        raw = {**raw, "weights": str(beside / weights)}
     for folder in (raw["code"], str(beside), os.getcwd()):
         if isinstance(folder, str) and folder not in sys.path:
             sys.path.append(folder)
-    if isinstance(raw.get("weights"), str) and (beside / raw["weights"]).exists():
-        raw["weights"] = str(beside / raw["weights"])
     return parse_recipe(raw, cut=cut)
 
 

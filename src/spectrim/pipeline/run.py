@@ -76,7 +76,8 @@ class Run(Stages):
         measured = self._measured(models, tuned)
         result: dict[str, Any] = {name: entry.to_dict() for name, entry in measured.items()}
         verdict = verdict_of_run(measured, final, self.numbers).to_dict()
-        result |= {"stages": self.numbers, "recipe": plain(replace(recipe, code=None)), "environment": environment(), "verdict": verdict}
+        named = replace(recipe, code=None, weights=recipe.weights and Path(recipe.weights).name)  # no folder of this machine
+        result |= {"stages": self.numbers, "recipe": plain(named), "environment": environment(), "verdict": verdict}
         lines = with_reasons(coverage(tuned, recipe.factorize.layers()), self.numbers["2-train"].get("left_dense", {}))
         finish(self.out, "run", result, lines)
         return result

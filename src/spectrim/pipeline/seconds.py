@@ -1,6 +1,6 @@
 """The latency table of `compress`: given, or made where the budget limits seconds."""
 
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from spectrim.budget.whole_network import Exported
 from spectrim.errors import SettingError
 from spectrim.pipeline.store import Store
 from spectrim.protocols import Latencies
+from spectrim.steps import LOGGER
 
 TABLE = "latency.json"
 """In the folder of a call: the table that it made, for the call that goes on from there."""
@@ -23,10 +24,8 @@ def backend_of(budget: Budget, latency: Latencies | None, backend: Backend | Non
     """Return the backend in which a call times its layers itself; None where a table is given, or nobody asks for seconds.
 
     Raises:
-        SettingError: for a backend that there is not, or one beside a table.
+        SettingError: for a backend beside a table.
     """
-    if backend is not None and backend not in get_args(Backend):
-        raise SettingError("compress", "backend", got=backend, rule=f"one of {get_args(Backend)}, or None")
     if backend is not None and latency is not None:
         raise SettingError("compress", "backend", got=backend, rule="left out where latency= has been timed already")
     asked = "eager" if {"latency", "latency_s"} & set(budget.limits) and latency is None else None
@@ -58,5 +57,8 @@ def in_its_runtime(networks: dict[str, nn.Module], inputs: Any, latency: Latenci
         return networks
     try:
         return {name: Exported(network, inputs, latency.threads) for name, network in networks.items()}
-    except Exception:  # whatever an exporter raises for a network that it cannot take: torch runs it
+    except Exception as error:  # whatever an exporter raises for a network that it cannot take
+        LOGGER.warning(
+            "compress: the networks are timed in torch, since ONNX Runtime does not take them: %s", str(error).partition("\n")[0]
+        )
         return networks

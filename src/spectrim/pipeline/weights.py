@@ -1,6 +1,6 @@
 """The weights of a trained network, from the file that its user has."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,8 @@ def fill_(model: nn.Module, path: str | Path) -> None:
     """
     state = _state(Path(path))
     own = model.state_dict()
-    for prefix in PREFIXES:
-        if state and all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in own):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    while prefix := next((prefix for prefix in PREFIXES if _all_begin(state, prefix) and not _all_begin(own, prefix)), ""):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
     tied = _tied(own)
     state |= {name: state[twin] for name in own if name not in state for twin in tied.get(own[name].data_ptr(), ()) if twin in state}
     missing, unknown = sorted(set(own) - set(state)), sorted(set(state) - set(own))
@@ -41,16 +40,8 @@ def fill_(model: nn.Module, path: str | Path) -> None:
         for name in own
         if name in state and state[name].shape != own[name].shape
     ]
-    if missing or unknown or other:
-        found = [
-            text
-            for names, text in (
-                (missing, f"lacks {_few(missing)}"),
-                (unknown, f"has the unknown {_few(unknown)}"),
-                (other, f"has {_few(other)}"),
-            )
-            if names
-        ]
+    found = [f"{what} {_few(names)}" for what, names in (("lacks", missing), ("has the unknown", unknown), ("has", other)) if names]
+    if found:
         raise RecipeError("weights", f"{path} {' and '.join(found)}", allowed=f"the state dict of {type(model).__name__}")
     model.load_state_dict(state)
 
@@ -78,6 +69,10 @@ def _tied(state: Mapping[str, Tensor]) -> dict[int, list[str]]:
     for name, value in state.items():
         names.setdefault(value.data_ptr(), []).append(name)
     return {place: shared for place, shared in names.items() if len(shared) > 1}
+
+
+def _all_begin(names: Collection[str], prefix: str) -> bool:
+    return bool(names) and all(name.startswith(prefix) for name in names)
 
 
 def _few(names: list[str]) -> str:

@@ -95,8 +95,8 @@ def calibrate(
             size = None if batch_dims is None else stated(inputs, batch_dims, "calibrate").size
             count = batch_size_of(inputs, size, target=target, output=output)
             if loss is not None:
-                labeled = None if isinstance(loss, Unlabeled) else loss_of(loss, output, target, "calibrate") * count
-                _differentiate(model, sums, held, loss.probe(output) if isinstance(loss, Unlabeled) else labeled)
+                total = loss.probe(output) if isinstance(loss, Unlabeled) else loss_of(loss, output, target, "calibrate") * count
+                _differentiate(model, sums, held, total)
             seen += count
             if seconds is not None and time.monotonic() - start > seconds:
                 break

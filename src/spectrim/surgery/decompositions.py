@@ -182,8 +182,3 @@ def root(metric: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(metric.double())
     made: Tensor = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
     return made
-
-
-def without_loss(calibration: Calibration) -> Calibration:
-    """Return the moments of the inputs alone."""
-    return replace(calibration, outputs={}, slopes={})

@@ -198,11 +198,3 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modul
                 parent._modules[key] = replacements[id(child)]
     follow_layers(model)
     return replacements.get(id(model), model)
-
-
-def carry_hooks(old: nn.Module, new: nn.Module) -> nn.Module:
-    """Give `new`, which takes the place of `old`, its forward and backward hooks and its training mode; return `new`."""
-    for key, value in vars(old).items():
-        if key.startswith(("_forward_", "_backward_", "_is_full_backward_")):
-            new.__dict__[key] = copy.copy(value)
-    return new.train(old.training)

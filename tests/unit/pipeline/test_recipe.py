@@ -718,3 +718,19 @@ def test_weights_of_another_network_are_refused(folder: Path, held: Any, words: 
     with pytest.raises(RecipeError, match=words) as caught:
         make_model(read_recipe(folder / "net.yaml", cut=False))
     assert "weights" in str(caught.value)
+
+
+def test_prefixes_of_several_wrappers_come_off_and_a_result_names_no_folder(folder: Path) -> None:
+    state = {f"_orig_mod.module.{name}": value for name, value in make_model(parse_recipe({**BASE, "seed": 5})).state_dict().items()}
+    torch.save(state, folder / "net.pt")
+    (folder / "net.yaml").write_text(yaml.safe_dump({**BASE, "dense": {}, "weights": "net.pt"}))
+    result = Run(read_recipe(folder / "net.yaml"), folder / "out", progress=False).run()
+    assert (result["recipe"]["weights"], result["recipe"]["code"]) == ("net.pt", None)
+    assert yaml.safe_load((folder / "out" / "recipe.yaml").read_text())["code"] == str(folder)
+
+
+def test_a_table_and_a_backend_are_not_given_together(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["plan", "base.yaml", "--table", "t.json", "--latency", "eager"])
+    assert ended.value.code == 2
+    assert "given together" in capsys.readouterr().err

@@ -355,7 +355,7 @@ def test_some_positions_are_as_good_as_all(scheme: Any, monkeypatch: pytest.Monk
     assert torch.equal(correct(cut, dense, data)[0].weight, some[0].weight)
 
 
-@pytest.mark.parametrize("scheme", ["channel", "spatial"])
+@pytest.mark.parametrize("scheme", ["channel", "spatial", "input"])
 def test_a_few_directions_of_wide_inputs_improve_the_cut(scheme: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """No better than all directions, and no layer worse than it was; at full rank the dense layer is found."""
     dense, data = convolutions(), images(12)

@@ -25,9 +25,6 @@ KEEPS = (0.6, 0.4, 0.25, 0.15, 0.08)
 PRICES = 28
 """Prices of a bit at which the steps of the two weights of a pair are looked at."""
 
-UNITS = ("macs", "params", "size")
-"""Units of a budget that ranks decide here."""
-
 
 @dataclass(frozen=True)
 class Costs:
