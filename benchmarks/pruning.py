@@ -46,6 +46,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "one-shot": {"epochs": 12, "constant": 0.25},
     "gradual": {"epochs": 12, "constant": 7 / 12, "cuts": 42},
     "gradual taught": {"epochs": 12, "constant": 7 / 12, "cuts": 42, "teach": {"temperature": 4.0, "weight": 0.7}},
+    "gradual taught longer": {"epochs": 24, "constant": 7 / 12, "cuts": 84, "teach": {"temperature": 4.0, "weight": 0.7}},
 }
 """ADMM and the ramp of gradual pruning end, at the latest, where the learning rate begins to fall; one-shot pruning comes first."""
 
@@ -53,6 +54,7 @@ RATES = {
     "85x": {"conv1": 100, "conv2": 1250, "fc1": 3360, "fc2": 350},
     "167x": {"conv1": 75, "conv2": 700, "fc1": 1600, "fc2": 195},
     "balanced-85x": {"conv1": 150, "conv2": 2000, "fc1": 2600, "fc2": 310},
+    "balanced-167x": {"conv1": 110, "conv2": 1130, "fc1": 1140, "fc2": 190},
 }
 """Weights kept of 500, 25,000, 400,000 and 5,000. The first two are those of the papers; `balanced` keeps more of the convolutions."""
 

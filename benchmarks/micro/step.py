@@ -84,8 +84,8 @@ def variants(case: Case, dtype: torch.dtype | None, compiled: bool) -> dict[str,
             steps["composed 1.0"] = step_of(always(low, True), x, ours, dtype)
             sampled = [sp.Orthogonality(1.0, sample=0.125), sp.Hoyer(0.01)]
             steps["auto 1.0, penalty sampled"] = step_of(copy.deepcopy(low), x, sampled, dtype)
-            steps["auto 1.0, no penalty"] = step_of(copy.deepcopy(low), x, ours[1:], dtype)
             steps["retraction alone"] = partial(Retraction(1).after, copy.deepcopy(low), 0, 1, {})
+        steps[f"auto {fraction}, no penalty"] = step_of(copy.deepcopy(low), x, ours[1:], dtype)
         steps[f"auto {fraction}"] = step_of(copy.deepcopy(low), x, ours, dtype)
         timed = copy.deepcopy(low)
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):

@@ -14,7 +14,7 @@ from spectrim.errors import SettingError
 from spectrim.layers import kind_of, named_layers
 from spectrim.layers.sharded import is_sharded, of_shards
 from spectrim.linalg.fold import Fold
-from spectrim.penalties.sums import batches, check_weight, stack, total, unstack
+from spectrim.penalties.sums import batches, check_every, check_weight, stack, total, unstack
 from spectrim.protocols import LayerFilter
 from spectrim.surgery.select import decide
 
@@ -113,9 +113,11 @@ class OfWeights:
     where: LayerFilter | None = None
     scheme: Fold = "channel"
     steps: int = 7
+    every: int = 1
 
     def __post_init__(self) -> None:
         check_weight(self, self.weight)
+        check_every(self, self.every)
         check_words(self)
         if isinstance(self.steps, bool) or self.steps < 1:
             raise SettingError(type(self).__name__, "steps", got=self.steps, rule="an integer >= 1")
@@ -144,6 +146,7 @@ class PolarHoyer(OfWeights):
             their composed matrix, in their own scheme.
         scheme: how kernels of dense convolutions are folded, if the layer offers it.
         steps: iterations for the polar factor, >= 1. The paper uses six.
+        every: see `Orthogonality`. At 32 the iterations are a few percent of a step, whatever the layer's number of rows.
 
     Raises:
         SettingError: for a knob outside its range.
@@ -177,6 +180,7 @@ class NuclearNorm(OfWeights):
             their composed matrix, in their own scheme.
         scheme: how kernels of dense convolutions are folded, if the layer offers it.
         steps: iterations for the polar factor, >= 1. The paper uses six.
+        every: see `Orthogonality`. At 32 the iterations are a few percent of a step, whatever the layer's number of rows.
 
     Raises:
         SettingError: for a knob outside its range.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from spectrim.errors import SettingError
 from spectrim.layers import named_factors
 from spectrim.layers.sharded import defect_of_shards, is_sharded, of_shards
-from spectrim.penalties.sums import batches, check_weight, stack, total, unstack
+from spectrim.penalties.sums import batches, check_every, check_weight, stack, total, unstack
 
 
 def gram_defect(A: Tensor) -> Tensor:
@@ -91,8 +91,7 @@ class Orthogonality:
 
     def __post_init__(self) -> None:
         check_weight(self, self.weight)
-        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
-            raise SettingError("Orthogonality", "every", got=self.every, rule="a whole number of steps, >= 1")
+        check_every(self, self.every)
         if self.sample is not None and not 0 < self.sample <= 1:
             raise SettingError("Orthogonality", "sample", got=self.sample, rule="a fraction in (0, 1], or None")
 

@@ -24,6 +24,12 @@ def check_positive(owner: object, **settings: float) -> None:
             raise SettingError(type(owner).__name__, name, got=value, rule="a finite number > 0")
 
 
+def check_every(owner: object, every: int) -> None:
+    """Raise a SettingError unless `every` is a whole number of steps, >= 1."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise SettingError(type(owner).__name__, "every", got=every, rule="a whole number of steps, >= 1")
+
+
 def total(model: nn.Module, terms: Sequence[Tensor]) -> Tensor:
     """Sum scalars, on the device of the first; zero, on the model's device, for a model without factors."""
     if terms:

@@ -270,8 +270,12 @@ def test_a_penalty_for_every_third_step_counts_three_times_then_and_not_between(
         step.before(model, None, optimizer, at, 7)
         seen.append(float(step.added(model)[0].detach()))
     assert seen == pytest.approx([3 * once, 0, 0, 3 * once, 0, 0, 3 * once])
-    with pytest.raises(SettingError, match="whole number of steps"):
-        sp.Orthogonality(every=0)
+    for kind in (sp.Orthogonality, sp.penalties.PolarHoyer, sp.penalties.NuclearNorm):
+        twice, once = Step("fit", [kind(1.0, every=2)]).added(model)[0].detach(), kind(1.0)(model).detach()
+        assert float(twice) == pytest.approx(2 * float(once))
+        assert float(once) > 0
+        with pytest.raises(SettingError, match="whole number of steps"):
+            kind(1.0, every=0)
 
 
 def test_retraction_keeps_factors_orthonormal_without_a_penalty() -> None:
