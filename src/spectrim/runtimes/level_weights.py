@@ -31,7 +31,7 @@ def put_levels(file: Path) -> list[str]:
         if tensor.data_type != onnx.TensorProto.FLOAT or len(tensor.dims) < 2:
             continue
         values = onnx.numpy_helper.to_array(tensor)
-        step = _step(np.unique(np.abs(values)))
+        step = step_of(np.unique(np.abs(values)))
         if step is None:
             continue
         name, numbers = tensor.name, np.rint(values / step).astype(np.int8)
@@ -48,7 +48,7 @@ def put_levels(file: Path) -> list[str]:
     return changed
 
 
-def _step(sizes: np.ndarray) -> np.float32 | None:
+def step_of(sizes: np.ndarray) -> np.float32 | None:
     """Return the step whose multiples, up to `MOST`, are exactly these magnitudes in float32; None where there is none."""
     sizes = sizes[sizes > 0]
     if not 0 < len(sizes) <= MOST:

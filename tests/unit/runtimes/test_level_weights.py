@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
+from spectrim.errors import LayerError
 from spectrim.runtimes.level_weights import put_levels
 from spectrim.surgery.constrain import constrain
 
@@ -44,3 +45,23 @@ def test_weights_that_lie_on_no_levels_stay_as_they_are(tmp_path: Path) -> None:
     before = onnx.load(str(file)).graph
     assert put_levels(file) == []
     assert onnx.load(str(file)).graph == before
+
+
+def test_linear_layers_on_levels_are_int8_in_torchao_with_the_same_values() -> None:
+    pytest.importorskip("torchao")
+    from spectrim.runtimes.torchao_levels import int8_linears
+
+    model, x = network(), torch.randn(5, 1, 8, 8)
+    model.add_module("last", nn.Linear(4, 4))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    held = int8_linears(model)
+    kinds = {name: type(module.weight).__name__ for name, module in held.named_modules() if hasattr(module, "weight")}
+    assert kinds == {"0": "Parameter", "3": "Int8Tensor", "5": "Int8Tensor", "last": "Parameter"}
+    for name in ("3", "5"):
+        weight = held.get_submodule(name).weight
+        assert weight.qdata.dtype == torch.int8
+        assert torch.equal(weight.dequantize(), before[f"{name}.weight"])
+    torch.testing.assert_close(held(x), model(x))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    with pytest.raises(LayerError, match="lies on levels"):
+        int8_linears(nn.Sequential(nn.Linear(64, 64)))
