@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -53,7 +54,7 @@ def int8_linears(model: nn.Module) -> nn.Module:
         weight = module.weight
         if id(weight) not in held:
             values = weight.detach().float().cpu()
-            step = step_of(values.abs().unique().numpy())
+            step = step_of(np.unique(values.abs().numpy()))
             if step is None:
                 continue
             levels = (values / float(step)).round().to(torch.int8).to(weight.device)
