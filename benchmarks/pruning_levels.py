@@ -20,6 +20,7 @@ import pruning
 import spectrim as sp
 from micro.harness import environment
 from spectrim import zoo
+from spectrim.budget.rounding.vectors import round_vectors
 from spectrim.files import write_text
 from spectrim.projections import LevelTable, Then, TopK
 from spectrim.storage.pack import pack, unpack
@@ -72,14 +73,6 @@ def keep_largest(model: nn.Module, share: float) -> None:
         parameter.copy_(TopK(round(share * int(parameter.count_nonzero())))(parameter.detach()))
 
 
-@torch.no_grad()
-def round_biases(model: nn.Module, most: int) -> None:
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            step = parameter.abs().max() / most
-            parameter.copy_((parameter / step).round() * step + 0)
-
-
 def pruned_network(method: str, size: str, seed: int, dense: nn.Module, data: Any) -> tuple[Any, dict[str, Any]]:
     """Return a network of `pruning.py`, trained now or before, and its row."""
     pruning.pruned(method, size, seed, dense, data)
@@ -118,7 +111,7 @@ def file_row(method: str, size: str, variant: str, seed: int) -> None:
     courses = [Hold(), StraightThrough(tables(model), end=knobs["end"])]
     name = f"levels-{path.stem}-{pruning.digest(settings | {'start': row['digest']})}"
     history, seconds = pruning.train(model, data, name, knobs["epochs"], knobs["constant"], courses, lessons, knobs["peak"])
-    round_biases(model, knobs["bias_levels"])
+    model = round_vectors(model, biases=knobs["bias_levels"])
     packed = pack(model, pruning.RUNS / f"{path.stem}.spz")
     back = unpack(packed.path)
     assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())

@@ -1,9 +1,9 @@
 """Training on rounded weights: ``python benchmarks/rounded_training.py [--network NAME] [--bytes N] [--images N] ...``.
 
 ResNet-20 or ResNet-8 (CIFAR-10, published weights) is put on levels without training first (`round_to`), then trained on those levels
-toward the dense network's logits: steps stay, gradients go straight through, BatchNorms are folded. Rows are written to
-``benchmarks/results/rounded_training/rows.json`` one by one; those that are there are skipped. Each row reads the test split twice,
-before and after.
+toward the dense network's logits: steps stay, gradients go straight through, BatchNorms are folded, and biases are rounded again in the
+end. Rows are written to ``benchmarks/results/rounded_training/rows.json`` one by one; those that are there are skipped. Each row reads the
+test split twice, before and after.
 """
 
 import argparse
@@ -20,7 +20,9 @@ import coded
 import spectrim as sp
 from cells import put
 from run import git_state
+from spectrim import zoo
 from spectrim.budget.rounding.round_to import round_to
+from spectrim.budget.rounding.vectors import round_vectors
 from spectrim.files import make_folder, write_json
 from spectrim.metrics.inputs import first_examples
 from spectrim.pipeline.environment import environment
@@ -29,6 +31,7 @@ from spectrim.surgery.constrain import constrain
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, CARD = ROOT / "benchmarks" / "results" / "rounded_training" / "rows.json", ROOT / "docs" / "methods" / "rounding.md"
 BIAS_RATE = 1e-4
+NORMALIZATION = {"resnet20": "imagenet", "resnet8": "raw"}
 BEGIN, END = "<!-- training: written by benchmarks/rounded_training.py --render -->", "<!-- training: end -->"
 
 
@@ -36,13 +39,14 @@ def trained(model: nn.Module, steps: Any, asked: argparse.Namespace) -> nn.Modul
     """Return a rounded network that was trained on its levels, toward the logits of the dense one."""
     torch.manual_seed(asked.seed)
     low = constrain(sp.factorize(model, "dense", where="*"), steps=steps)
-    data = first_examples(coded.splits(asked.seed).train, asked.images)
+    data = zoo.cifar10(batch_size=128, normalize=NORMALIZATION[asked.network], augment=asked.augment, seed=asked.seed).train
+    data = data if asked.augment else first_examples(data, asked.images)
     optimizer = torch.optim.Adam([{"params": [value], "lr": rate_of(name, steps, asked.rate)} for name, value in low.named_parameters()])
     cycle = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, asked.epochs * len(data))
-    tuning = sp.Tuning(scheduler=cycle, scheduler_steps="batch")
+    tuning = sp.Tuning(scheduler=cycle, scheduler_steps="batch", precision=asked.precision)
     teacher = sp.Distillation(coded.dense(), temperature=2.0, weight=1.0)
     sp.fit(low, data, nn.CrossEntropyLoss(), optimizer, asked.epochs, lessons=[teacher], tuning=tuning, progress=False)
-    return sp.merge(low.eval()).eval()
+    return round_vectors(sp.merge(low.eval())).eval()
 
 
 def rate_of(name: str, steps: Any, rate: float) -> float:
@@ -60,6 +64,7 @@ def run(asked: argparse.Namespace) -> None:
     """Make one row, where it is missing."""
     coded.NETWORK[0] = asked.network
     name = f"{asked.network} bytes {asked.bytes} images {asked.images} epochs {asked.epochs} rate {asked.rate:g} seed {asked.seed}"
+    name += (" augmented" if asked.augment else "") + (f" {asked.precision}" if asked.precision != "no" else "")
     make_folder(RESULT.parent)
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {"rows": {}}
     if name in result["rows"]:
@@ -81,6 +86,7 @@ def page() -> list[str]:
     for name, row in result["rows"].items():
         words = name.split()
         what = f"{words[0]}: {int(words[4]):,} images, epochs: {words[6]}, rate {words[8]}, seed {words[10]}"
+        what += "".join(f", {word}" for word in words[11:])
         before, after = row["before"], row["after"]
         values = [f"{before['bytes']:,} | {after['bytes']:,}", f"{before['accuracy']:.2f} | {after['accuracy']:.2f}"]
         values.append(f"{before['kl']:.4f} | {after['kl']:.4f}")
@@ -99,6 +105,8 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=45_000)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rate", type=float, default=0.02, help="of Adam, in steps of the weight")
+    parser.add_argument("--augment", action="store_true", help="crops and reflections")
+    parser.add_argument("--precision", default="no", choices=("no", "bf16"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--render", action="store_true")
     asked = parser.parse_args()

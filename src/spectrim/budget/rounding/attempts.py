@@ -16,6 +16,7 @@ from spectrim.budget.rounding.curves import Curve, Rounding, bits_at, curve_of, 
 from spectrim.budget.rounding.joint import chosen, costs_of, sparse_options
 from spectrim.budget.rounding.meeting import Moments, beside, moments, outputs
 from spectrim.budget.rounding.pairs import Option, best_at, options_of
+from spectrim.budget.rounding.vectors import BIASES, VECTORS, put_, to_levels_
 from spectrim.budget.rounding.weights import Weight, weights_of
 from spectrim.errors import SettingError
 from spectrim.metrics.calls import evaluating
@@ -23,9 +24,6 @@ from spectrim.metrics.inputs import batch_size_of
 from spectrim.metrics.table import Summarized
 from spectrim.storage.pack import Packed, coded
 from spectrim.surgery.exchange import duplicate
-
-BIASES, VECTORS = 127, 2047
-"""Levels on each side of zero: of biases, and of other vectors."""
 
 TRIES = 6
 """Attempts to meet the budget."""
@@ -215,7 +213,7 @@ class Search:
             if name in self.roundings:
                 levels, _ = self.roundings[name](steps[name], price)
                 bits[name] = _bits(levels)
-                _put(parameters[name], levels[0], steps[name])
+                put_(parameters[name], levels[0], steps[name])
         with evaluating(made) if sequential else nullcontext(), torch.no_grad():
             for name in self.track(list(self.met), "rounding") if sequential else self.met:
                 weight, met = weights[name], self.met[name]
@@ -232,7 +230,7 @@ class Search:
         for name in self.others:
             vector = parameters[name]
             if name not in self.roundings and id(vector) not in taken:
-                _to_levels(vector, BIASES if name.rpartition(".")[2].startswith("bias") else VECTORS)
+                to_levels_(vector, BIASES if name.rpartition(".")[2].startswith("bias") else VECTORS)
         return made, steps, bits
 
     def _counterpart(self, name: str) -> tuple[nn.Module, Weight]:
@@ -258,11 +256,6 @@ def _bits(levels: np.ndarray) -> float:
     return float(-(counts * np.log2(counts)).sum())
 
 
-def _put(tensor: Tensor, levels: np.ndarray, step: float) -> None:
-    with torch.no_grad():
-        tensor.copy_(torch.from_numpy(levels.astype(np.float32) * np.float32(step)))
-
-
 def _absorb(weight: Weight, before: Tensor, met: Moments) -> None:
     """Let the bias take up what rounding does to the mean of the output, and put it on levels."""
     bias = weight.layer.bias
@@ -271,11 +264,4 @@ def _absorb(weight: Weight, before: Tensor, met: Moments) -> None:
     shift = (before - weight.matrices()) @ met.mean.to(before).unsqueeze(-1)
     with torch.no_grad():
         bias.copy_(bias.double() + shift.flatten() + met.missing.to(before).flatten())
-    _to_levels(bias, BIASES)
-
-
-def _to_levels(vector: Tensor, most: int) -> None:
-    """Round a vector to that many levels on each side of zero."""
-    if vector.numel() and (largest := float(vector.detach().abs().max())) > 0:
-        step = float(np.float32(largest / most))
-        _put(vector, np.rint(vector.detach().double().cpu().numpy() / step), step)
+    to_levels_(bias, BIASES)
