@@ -453,6 +453,26 @@ def test_large_weights_are_balanced_while_they_are_fine_tuned_and_orthonormal_ag
     assert len(seen) == 1  # a penalty on the factors wants them as they are
 
 
+def test_a_refit_of_few_examples_is_kept_only_where_examples_left_out_say_so() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64), nn.Tanh(), nn.Linear(64, 8)).eval()
+    few, many = [torch.randn(16, 64) for _ in range(2)], [torch.randn(128, 64) for _ in range(8)]
+    kinds = {"where": lambda name, module: True, "cut": "plain", "progress": False}
+
+    def lost(made: sp.pipeline.compress.Compressed) -> float:
+        x = torch.randn(2000, 64, generator=torch.Generator().manual_seed(1))
+        return float((made.model(x) - model(x)).square().mean().detach())
+
+    made = sp.compress(model, few, sp.Budget(params=0.5), **kinds)
+    assert "refit held out" in made.dropped
+    assert "corrected" not in made.scores
+    assert "a quarter of the examples that was left out" in made.stages()
+    trusted = sp.compress(model, few, sp.Budget(params=0.5), eval_data=few, **kinds)
+    assert "corrected" in trusted.scores, "on its own examples the refit looks good"
+    assert lost(made) < lost(trusted)
+    assert "corrected" in sp.compress(model, many, sp.Budget(params=0.5), **kinds).scores
+
+
 def test_fine_tuning_that_ends_worse_than_the_cut_is_not_kept(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))

@@ -139,8 +139,12 @@ class Workbench:
         dense: nn.Module | None = None,
         examples: Sequence[Any] = (),
         importance: Importance | None = None,
+        held: tuple[Sequence[Any], Callable[[nn.Module], Scores]] | None = None,
     ) -> CutNetwork:
-        """Cut the network, in place, and improve it where the score says so; see `cut_to`. All calls have one dense network and score."""
+        """Cut the network, in place, and improve it where the score says so; see `cut_to`. All calls have one dense network and score.
+
+        Where `score` is on `examples` themselves, `held` are some of them and the score on the others: the refit is tried on these first.
+        """
         ranks = self.ranks(target, way, importance)
         known = (way.metric, way.refit and way.refit_metric, tuple(ranks.values()))
         if known in self._made:  # another way came to the same cut
@@ -157,9 +161,18 @@ class Workbench:
             renews = _lower(found, scores["cut"])
             (scores if renews else dropped)["recalibrated"] = found
             kept = self.places.state() if renews else kept
+        by = self.decomposed.for_refit(way.refit_metric) if way.refit else None
+        if held is not None and way.refit and dense is not None:
+            self.places.put(copied(kept))
+            before = held[1](self.network)
+            self.places.put(copied(start))
+            correct_(self.network, dense, held[0], calibration=by, examples=None)
+            if renews:
+                recalibrate(self.network, held[0])
+            if not _lower(tried := held[1](self.network), before):
+                dropped["refit held out"], dense = tried, None
         if way.refit and dense is not None and examples:
             self.places.put(copied(start))
-            by = self.decomposed.for_refit(way.refit_metric)
             correct_(self.network, dense, examples, calibration=by, examples=None)
             if renews:
                 recalibrate(self.network, examples)

@@ -141,10 +141,11 @@ class Compressed(Summarized):
             return f"{100 * value:.2g} % of the output's variance lost" if relative and name == "loss" else f"{name} {value:.4g}"
 
         def line(stage: str, found: Mapping[str, float], end: str = "") -> str:
-            return f"{stage:14}" + ", ".join(told(name, value) for name, value in found.items()) + end
+            return f"{stage:15}" + ", ".join(told(name, value) for name, value in found.items()) + end
 
         lines = [line(stage, found) for stage, found in self.scores.items()]
         why = {"fine-tuned": " (not kept: worse than the cut)"}
+        why["refit held out"] = " (not refitted: no better on a quarter of the examples that was left out)"
         lines += [line(stage, found, why.get(stage, " (not kept: the loss is not lower)")) for stage, found in self.dropped.items()]
         ways = {"weight": "logits", "features": "intermediate features"}
         by = [way for name, way in ways.items() if (self.teacher or {}).get(name)]

@@ -17,6 +17,7 @@ from spectrim.errors import BackwardError, SettingError
 from spectrim.layers.reader import FactorizedReader
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.distance import relative_distance, with_outputs
+from spectrim.metrics.evaluate import Scores, evaluate
 from spectrim.metrics.inputs import first_examples
 from spectrim.pipeline.effort import LARGE, work_of_a_cut
 from spectrim.pipeline.judge import Judge
@@ -31,6 +32,9 @@ from spectrim.training.reconstruct import reconstruct_
 
 AT_ONCE: tuple[Cut, ...] = ("both", "whitened", "plain", "sensitive")
 """What is tried without training, in this order, which ``benchmarks/ways.py`` chose; a large network is cut in the first of them alone."""
+
+FEW = 256
+"""Examples up to which a refit is first tried on some of them and judged on the others, where no others are given to judge it."""
 
 
 @dataclass
@@ -155,7 +159,20 @@ class Cutter:
         self.step(f"cutting: {kind}")
         if way.needs == "loss":
             bench.distortions(way)  # refuses a loss without gradients, also with other ranks
-        return bench.cut_to(self.budget, way, self.judge, dense=self.judge.model, examples=self.examples, importance=self.importance)
+        parts = {"dense": self.judge.model, "examples": self.examples, "importance": self.importance}
+        return bench.cut_to(self.budget, way, self.judge, **parts, held=self._held_out())  # type: ignore[arg-type]
+
+    def _held_out(self) -> tuple[Sequence[Any], Callable[[nn.Module], Scores]] | None:
+        """Return what to try a refit on, and the score on the rest, where the few examples that it is made of judge it as well."""
+        batches = list(self.examples)
+        if (
+            self.judge.judged is not self.judge.known
+            or len(batches) < 2
+            or len(first_examples(batches, FEW, dims=self.batch_dims)) < len(batches)
+        ):
+            return None
+        rest = batches[3::4] or batches[-1:]
+        return [batch for batch in batches if all(batch is not one for one in rest)], lambda net: evaluate(net, rest, self.judge.loss)
 
 
 def _rank(made: CutNetwork) -> tuple[float, float]:
