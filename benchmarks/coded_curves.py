@@ -130,7 +130,8 @@ def goals() -> list[str]:
         if words[0] == "resnet20" and int(words[6]) == 10:
             after = row["after"]
             lines.append(
-                f"- ResNet-20, 10 epochs of training on levels, at most 45,000 bytes and at least 91.4: {row['before']['bytes']:,} bytes at "
+                "- ResNet-20, 10 epochs of training on levels, at most 45,000 bytes and at least 91.4: "
+                f"{row['before']['bytes']:,} bytes at "
                 f"{row['before']['accuracy']:.2f} before, {after['bytes']:,} at {after['accuracy']:.2f} after"
                 f" ({verdict(after['bytes'], 45_000, 'bytes')}; {verdict(after['accuracy'], 91.4, 'point', False)})."
             )
