@@ -91,7 +91,7 @@ THRESHOLDS = {"pnet": (12, 0.6), "rnet": (24, 0.7), "onet": (48, 0.7)}
 
 
 def spoken(name: str, seed: int) -> list[dict[str, Tensor]]:
-    return words.teaching(rebuilt.g2p(), [word for word, _ in words.drawn(2048, set_seed(name, seed))])
+    return words.teaching(rebuilt.g2p(), [word for word, _ in words.drawn(16_384, set_seed(name, seed))])
 
 
 def wrong_phonemes(model: nn.Module, name: str) -> float:
@@ -145,7 +145,7 @@ CASES = {
         "Words of the CMU dictionary that `compress` has not seen; the network was trained on that dictionary.",
         rebuilt.g2p, spoken, wrong_phonemes, lambda: (words.spelled(["compress"]), torch.tensor([[words.START, *range(10, 17)]])),
         lower=True, budgets=({"params": 0.7}, {"params": 0.5}, {"params": 0.35}), settings={"loss": Divergence()},
-        calibration=1024, reconstruct=Reconstruction(steps=0, whole=300, logits=True),
+        calibration=12_000, reconstruct=Reconstruction(steps=0, whole=1000, whole_rate=3e-5, logits=True),
         rebuilt=({"params": 0.5}, {"params": 0.35}),
     ),
     "pnet": cascade("pnet", "MTCNN, PNet"),
