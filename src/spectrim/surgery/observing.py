@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
+from torch.utils.data.distributed import DistributedSampler
 
 from spectrim.errors import SettingError
 from spectrim.forms.form import Form
@@ -70,6 +71,11 @@ def isolated(model: nn.Module) -> Iterator[None]:
         yield
 
 
+def is_divided(data: Any) -> bool:
+    """Whether each process has its own part of the data already."""
+    return bool(getattr(data, "_is_accelerate_prepared", False)) or isinstance(getattr(data, "sampler", None), DistributedSampler)
+
+
 def check_examples(owner: str, examples: int | None) -> None:
     """Raise a SettingError unless a number of examples is None or at least 1."""
     if examples is not None and (isinstance(examples, bool) or not isinstance(examples, SupportsIndex) or index(examples) < 1):
@@ -97,12 +103,15 @@ def batches_of(
         progress: whether to show a progress bar on a terminal.
         title: text of the progress bar.
         dims: states the batch axes, see `BatchDims`.
-        share: ``(index, count)`` of this process: it gets every `count`-th batch; examples are counted in all of them.
+        share: ``(index, count)`` of this process: it gets every `count`-th batch; examples are counted in all of them. Of data that are
+            divided already, see `is_divided`, it gets all batches, and its part of the examples.
 
     Raises:
         SettingError: for a batch without the target that is needed.
     """
     console, seen = Console(stderr=True), 0
+    if share[1] > 1 and is_divided(data):
+        examples, share = None if examples is None else -(-examples // share[1]), (0, 1)
     shown = track(data, title, console=console, transient=True, disable=not (progress and console.is_terminal))
     for number, batch in enumerate(shown):
         pair = isinstance(batch, tuple | list) and len(batch) == 2
