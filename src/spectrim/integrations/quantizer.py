@@ -35,9 +35,7 @@ class SpectrimConfig(QuantizationConfigMixin):
         factorized: whether the weights beside are factors, which transformers cannot load.
     """
 
-    def __init__(
-        self, plan: dict[str, Any] | None = None, tied: dict[str, str] | None = None, factorized: bool = False, **_: Any
-    ) -> None:
+    def __init__(self, plan: dict[str, Any] | None = None, tied: dict[str, str] | None = None, factorized: bool = False, **_: Any) -> None:
         self.quant_method: Any = METHOD
         self.factorized = factorized
         self.plan: dict[str, Any] = plan or {}
