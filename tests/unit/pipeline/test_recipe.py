@@ -747,12 +747,24 @@ def test_trained_weights_fill_the_dense_network(folder: Path, suffix: str) -> No
         ([torch.zeros(1)], "holds a list, no state dict"),
         (nn.Linear(2, 2), "cannot be read"),
         (None, "no such file"),
+        ({1: torch.zeros(1)}, "net.pt holds 1, a sparse, quantized or empty tensor"),
+        ({"first.weight": torch.zeros(12, 8).to_sparse()}, "net.pt holds 'first.weight', a sparse"),
+        (lambda weight: weight.to(torch.int8), r"holds first.weight in torch.int8; allowed: numbers that torch.float32 can hold"),
+        (lambda weight: weight.to(torch.complex64), "holds first.weight in torch.complex64"),
+        (lambda weight: weight.double() * 1e300, "holds values in first.weight that are not finite"),
+        (b"PK", r"cannot be read \(BadZipFile: the checksum of"),
     ],
 )
 def test_weights_of_another_network_are_refused(folder: Path, held: Any, words: str) -> None:
     (folder / "net.yaml").write_text(yaml.safe_dump({**BASE, "weights": "net.pt"}))
+    state = make_model(parse_recipe(BASE)).state_dict()
+    if callable(held) and not isinstance(held, nn.Module):
+        held = state | {"first.weight": held(state["first.weight"])}
     if held is not None:
-        torch.save(held, folder / "net.pt")
+        torch.save(state if isinstance(held, bytes) else held, folder / "net.pt")
+    if isinstance(held, bytes):
+        whole, value = (folder / "net.pt").read_bytes(), state["first.weight"].numpy().tobytes()
+        (folder / "net.pt").write_bytes(whole.replace(value, value[:-1] + bytes([value[-1] ^ 1])))
     with pytest.raises(RecipeError, match=words) as caught:
         make_model(read_recipe(folder / "net.yaml", cut=False))
     assert "weights" in str(caught.value)
