@@ -480,4 +480,6 @@ def test_courses_on_a_model_with_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="courses must be empty for a model with adapters of peft"):
         trainer(adapted, texts(), tmp_path, SpectrimCallback(courses=[sp.Ramp(0.5)])).train()
     trainer(adapted, texts(), tmp_path, SpectrimCallback(PENALTIES), save_strategy="steps", save_steps=1).train()
-    trainer(adapted, texts(), tmp_path, SpectrimCallback(PENALTIES), max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    trainer(adapted, texts(), tmp_path, SpectrimCallback(PENALTIES), max_steps=2).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+    )

@@ -8,14 +8,9 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from spectrim.cli.arguments import parser
-from spectrim.errors import SpectrimError, UsageError
-
-
-POSITIONAL = ("recipe", "target")
-"""Arguments that are no options."""
+from spectrim.errors import UsageError
 
 
 class _Terminated(KeyboardInterrupt):
@@ -87,39 +82,15 @@ def _print_error(text: str, style: str | None = "red") -> None:
     Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _told(error: Exception) -> str:
-    """Return an error in a line: a message of this package as it is, any other with its type and the line that raised it."""
-    text = str(error)
-    if "Original Traceback" in text:  # of a worker of a loader
-        lines = text.strip().splitlines()
-        return f"{lines[0]} {lines[-1]}"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = str(Path(__file__).parents[1])
-    if isinstance(error, SpectrimError) or (text and frames[-1].filename.startswith(own)):
-        return text
-    place = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename and own not in frame.filename), frames[-1])
-    return f"{type(error).__name__}: {text} ({place.filename}, line {place.lineno}); --verbose shows the whole trace"
-
-
-def _check_options(options: dict[str, object]) -> None:
-    """Raise for an empty option, as an unset variable of a shell leaves it, and for an output that would overwrite what is read."""
-    for name, value in options.items():
-        if value == "":
-            raise UsageError(name if name in POSITIONAL else f"--{name.replace('_', '-')}", "is empty")
-    read = [Path(str(options[name])) for name in (*POSITIONAL, "table", "weights") if options.get(name) is not None]
-    for name in ("out", "kit"):
-        path = Path(str(options[name])) if options.get(name) is not None else None
-        if path is not None and any(path.is_file() and other.is_file() and path.samefile(other) for other in read):
-            raise UsageError(f"--{name}", f"{path} is read by this command", allowed="another path")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exit codes: 0, 2 for wrong usage (a bad recipe too), 1 for a failure; after Ctrl-C 130, SIGTERM 143, SIGHUP 129."""
     args = parser().parse_args(argv)
     options = args[args.command]
     try:
         with _termination(), _logging(options.verbose), _device(options.get("device")):
-            _check_options(vars(options))
+            from spectrim.cli.shared import check_options
+
+            check_options(vars(options))
             from spectrim.cli.commands import BODIES
 
             logging.getLogger("torch").setLevel(logging.ERROR)
@@ -132,7 +103,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _print_error(f"stopped{more}", None)
         sys.exit(stopped.args[0] if isinstance(stopped, _Terminated) else 130)
     except Exception as error:  # what a recipe names may raise anything
+        from spectrim.cli.shared import told
+
         if options.verbose:
             traceback.print_exc()
-        _print_error(f"spectrim: {_told(error)}")
+        _print_error(f"spectrim: {told(error)}")
         sys.exit(1)

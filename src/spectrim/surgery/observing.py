@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data.distributed import DistributedSampler
 
 from spectrim.errors import SettingError
 from spectrim.forms.form import Form
@@ -19,6 +18,7 @@ from spectrim.layers.attention import make_observable_
 from spectrim.layers.weights import OneWeight
 from spectrim.metrics.batch import BatchDims, stated
 from spectrim.metrics.calls import unfused
+from spectrim.metrics.evaluate import is_divided
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.metrics.tensors import send
 from spectrim.surgery.exchange import duplicate
@@ -69,11 +69,6 @@ def isolated(model: nn.Module) -> Iterator[None]:
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with unfused(), torch.random.fork_rng(sorted(devices, key=str)):
         yield
-
-
-def is_divided(data: Any) -> bool:
-    """Whether each process has its own part of the data already."""
-    return bool(getattr(data, "_is_accelerate_prepared", False)) or isinstance(getattr(data, "sampler", None), DistributedSampler)
 
 
 def check_examples(owner: str, examples: int | None) -> None:

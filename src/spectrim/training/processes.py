@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader
 from spectrim.errors import SettingError
 from spectrim.layers.sharded import has_shards, is_sharded, refuse_sharded_factors, shard_like
 from spectrim.metrics.calls import evaluating
-from spectrim.metrics.evaluate import evaluate, weight_of
-from spectrim.surgery.observing import is_divided
+from spectrim.metrics.evaluate import evaluate, is_divided, weight_of
 
 
 class Share:
