@@ -8,29 +8,40 @@ import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 from spectrim.cli.arguments import parser
 from spectrim.errors import UsageError
+from spectrim.signals import may_raise
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM came, or SIGHUP: the terminal was closed."""
+    """SIGINT came, SIGTERM, or SIGHUP: the terminal was closed."""
 
 
 @contextmanager
 def _termination() -> Iterator[None]:
-    """Let SIGTERM, and SIGHUP where it is not ignored, end what runs inside as Ctrl-C does."""
+    """Let SIGTERM, and SIGHUP where it is not ignored, end what runs inside as Ctrl-C does; errors that follow a signal do, too."""
+    came = list[int]()
 
-    def stop(number: int, *_: object) -> None:
-        raise _Terminated(128 + number)
+    def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if may_raise(number, frame):
+            raise _Terminated(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.signal(number, stop) for number in wanted if signal.getsignal(number) is not signal.SIG_IGN}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
     try:
         yield
+    except Exception as error:
+        if came:
+            raise _Terminated(128 + came[0]) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
