@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import spectrim as sp
-from spectrim.errors import LayerError
+from spectrim.errors import FormatError, LayerError
 
 transformers = pytest.importorskip("transformers")
 
@@ -85,7 +85,10 @@ def test_a_network_that_is_loaded_is_trained_and_factorized_again(tmp_path: Path
     assert not torch.equal(again.get_input_embeddings().weight, before)
     low: Any = sp.factorize(again, where=sp.match("*"), rank=2)
     assert getattr(low, "hf_quantizer", None) is None, "checkpoints of a Trainer hold its factors"
-    assert getattr(low.config, "quantization_config", None) is None
+    assert low.config.quantization_config.factorized
+    sp.factorize(again, rank=2).save_pretrained(tmp_path / "low")  # type: ignore[operator]
+    with pytest.raises(FormatError, match="is of a factorized network"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "low")
     assert again.config.quantization_config.quant_method == "spectrim"
     smaller: Any = sp.merge(low)
     with pytest.raises(LayerError, match="merged more than once"):

@@ -393,6 +393,17 @@ def test_a_checkpoint_without_the_state_of_a_schedule_is_refused(tmp_path: Path)
             resumable(classifier, points(), tmp_path, squeeze).train(resume_from_checkpoint=str(state.parent))
 
 
+@pytest.mark.parametrize("written", ["dense", "fewer layers", "more layers"])
+def test_a_checkpoint_of_other_layers_is_refused_before_its_weights_are_half_loaded(written: str, tmp_path: Path) -> None:
+    mlp, everything = (lambda name, module: "mlp" in name), (lambda name, module: True)
+    dense = transformers.LlamaForCausalLM(language_model().config)
+    wrote = {"dense": dense, "fewer layers": language_model(mlp), "more layers": language_model(everything)}[written]
+    trainer(wrote, texts(), tmp_path, save_strategy="steps", save_steps=1, save_only_model=True).train()
+    told = "is factorized in the checkpoint and not here" if written == "more layers" else "is factorized here, and not in the same way"
+    with pytest.raises(LayerError, match=told):
+        trainer(language_model(), texts(), tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
 def test_the_best_model_may_be_larger(tmp_path: Path) -> None:
     schedule = sp.Ramp(0.5, cuts=1, end=0.5)
     settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss", "max_steps": 4}
@@ -460,3 +471,15 @@ def test_sharded_factors_are_refused() -> None:
     factors.U = nn.Parameter(torch.empty(0))  # as sharding leaves them outside of forward
     with pytest.raises(LayerError, match="sharded"):
         SpectrimCallback(PENALTIES).steps.begin(model, 2, 0)
+
+
+def test_courses_on_a_model_with_adapters_are_refused(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    low = language_model(where=lambda name, module: "mlp" in name)
+    adapted = peft.get_peft_model(low, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(SettingError, match="courses must be empty for a model with adapters of peft"):
+        trainer(adapted, texts(), tmp_path, SpectrimCallback(courses=[sp.Ramp(0.5)])).train()
+    trainer(adapted, texts(), tmp_path, SpectrimCallback(PENALTIES), save_strategy="steps", save_steps=1).train()
+    trainer(adapted, texts(), tmp_path, SpectrimCallback(PENALTIES), max_steps=2).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-1")
+    )

@@ -108,10 +108,21 @@ def test_signals_end_a_command_as_ctrl_c_does(name: str, monkeypatch: pytest.Mon
     number = getattr(signal, name)
     given = signal.signal(number, signal.SIG_DFL)  # a background job may inherit that it is ignored
     before = signal.getsignal(number)
-    monkeypatch.setitem(commands.BODIES, "run", lambda args: os.kill(os.getpid(), number))
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["run", "net.yaml"])
-    assert ended.value.code == 128 + number
-    assert "the same command resumes" in capsys.readouterr().err
+
+    def stopped(args: Any) -> None:
+        os.kill(os.getpid(), number)
+
+    def failing(args: Any) -> None:
+        try:
+            stopped(args)
+        finally:
+            raise RuntimeError("a worker of a loader got the signal, too")
+
+    for body in (stopped, failing):
+        monkeypatch.setitem(commands.BODIES, "run", body)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["run", "net.yaml"])
+        assert ended.value.code == 128 + number
+        assert "the same command resumes" in capsys.readouterr().err
     assert signal.getsignal(number) is before
     signal.signal(number, given)

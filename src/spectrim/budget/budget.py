@@ -32,6 +32,10 @@ FEWEST_BYTES = 1000
 """Numbers of coded bytes below 1 are fractions; from this on they are bytes."""
 
 
+MOST = 2**63
+"""Above every number of bytes and tiles."""
+
+
 class BudgetError(SettingError):
     """Limits that no network reaches, alone or together.
 
@@ -152,13 +156,13 @@ class Budget:
             if name in DROPS and not 0 <= value < math.inf:
                 what = "points of accuracy" if name == "max_drop" else "a fraction of the loss"
                 raise SettingError("Budget", name, got=value, rule=f"{what}, at least 0", hint="Budget(max_drop=0.5)")
-        if self.size_bytes is not None and not 1 <= self.size_bytes < math.inf:
+        if self.size_bytes is not None and not 1 <= self.size_bytes < MOST:
             raise SettingError("Budget", "size_bytes", got=self.size_bytes, rule="bytes, at least 1", hint="Budget(size=0.4) keeps 40 %")
         if self.latency_s is not None and not 0 < self.latency_s < math.inf:
             raise SettingError("Budget", "latency_s", got=self.latency_s, rule="seconds, above 0", hint="Budget(latency=0.4) keeps 40 %")
-        if self.tile_count is not None and not 1 <= self.tile_count < math.inf:
+        if self.tile_count is not None and not 1 <= self.tile_count < MOST:
             raise SettingError("Budget", "tile_count", got=self.tile_count, rule="tiles, at least 1", hint="Budget(tiles=0.3) keeps 30 %")
-        if self.coded_bytes is not None and not (0 < self.coded_bytes < 1 or FEWEST_BYTES <= self.coded_bytes < math.inf):
+        if self.coded_bytes is not None and not (0 < self.coded_bytes < 1 or FEWEST_BYTES <= self.coded_bytes < MOST):
             rule = f"a fraction in (0, 1), or a number of bytes of at least {FEWEST_BYTES}"
             raise SettingError("Budget", CODED, got=self.coded_bytes, rule=rule, hint="Budget(coded_bytes=0.07)")
 

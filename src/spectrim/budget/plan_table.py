@@ -7,7 +7,7 @@ from typing import Any
 
 from spectrim.budget.plan_rows import BudgetPlan, SkippedLayer, Totals, WeightPlan
 from spectrim.errors import FormatError
-from spectrim.files import read_json, write_json
+from spectrim.files import make_folder, read_json, write_json
 from spectrim.forms.form import Size, ranks_in, shown
 from spectrim.metrics.figures import curve, figure, frame
 from spectrim.metrics.table import html_of, markdown_table
@@ -104,7 +104,7 @@ class Plan:
             path: of the file.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_json(path, self.to_dict())
 
     @classmethod

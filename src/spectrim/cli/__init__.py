@@ -5,31 +5,43 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 from spectrim.cli.arguments import parser
 from spectrim.errors import UsageError
+from spectrim.signals import may_raise
 
 
 class _Terminated(KeyboardInterrupt):
-    """SIGTERM came, or SIGHUP: the terminal was closed."""
+    """SIGINT came, SIGTERM, or SIGHUP: the terminal was closed."""
 
 
 @contextmanager
 def _termination() -> Iterator[None]:
-    """Let SIGTERM, and SIGHUP where it is not ignored, end what runs inside as Ctrl-C does."""
+    """Let SIGTERM, and SIGHUP where it is not ignored, end what runs inside as Ctrl-C does; errors that follow a signal do, too."""
+    came = list[int]()
 
-    def stop(number: int, *_: object) -> None:
-        raise _Terminated(128 + number)
+    def stop(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if may_raise(number, frame):
+            raise _Terminated(128 + number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     wanted = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.signal(number, stop) for number in wanted if signal.getsignal(number) is not signal.SIG_IGN}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, stop)
     try:
         yield
+    except Exception as error:
+        if came:
+            raise _Terminated(128 + came[0]) from error
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -87,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = args[args.command]
     try:
         with _termination(), _logging(options.verbose), _device(options.get("device")):
+            from spectrim.cli.shared import check_options
+
+            check_options(vars(options))
             from spectrim.cli.commands import BODIES
 
             logging.getLogger("torch").setLevel(logging.ERROR)
@@ -98,10 +113,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         more = "; the same command resumes from the last checkpoint" if args.command in ("run", "compress") else ""
         _print_error(f"stopped{more}", None)
         sys.exit(stopped.args[0] if isinstance(stopped, _Terminated) else 130)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:  # torch's errors are RuntimeErrors
-        if options.verbose:
-            import traceback
+    except Exception as error:  # what a recipe names may raise anything
+        from spectrim.cli.shared import told
 
+        if options.verbose:
             traceback.print_exc()
-        _print_error(f"spectrim: {error}")
+        _print_error(f"spectrim: {told(error)}")
         sys.exit(1)

@@ -79,6 +79,8 @@ def plan_(args: Namespace) -> None:
     shares, tiles = fractions("--budgets", args.budgets) if args.budgets else BUDGETS, crossbars(args.crossbars)
     if args.tiles and tiles is None:
         raise UsageError("plan", "tiles of what size?", allowed="--crossbars rows=32,columns=32,bits=4,cell_bits=4")
+    if args.out and Path(args.out).suffix == ".html":
+        raise UsageError("--out", f"got {args.out!r}, where the page of the plan goes", allowed="a JSON file")
     budgets = [Budget(tiles=share) if args.tiles else share for share in shares]
     held = _contents(args.target)
     model, recipe = _network(args, held, "dense")
@@ -108,6 +110,8 @@ def plan_(args: Namespace) -> None:
 def latency_(args: Namespace) -> None:
     """Time the layers of a network here, write a file that does so on another device, or show a table."""
     if args.target.endswith(".json"):
+        if args.out is not None or args.kit is not None:
+            raise UsageError("latency", f"{args.target} is a table, which is shown", allowed="--out and --kit with a recipe or a folder")
         table = read_table(args.target)
         show(args, str(table), table.to_dict())
         return

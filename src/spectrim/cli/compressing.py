@@ -21,7 +21,7 @@ from spectrim.metrics.measurement import Measurement, compare_table
 from spectrim.metrics.verdict import Verdict
 from spectrim.pipeline.compress import compress
 from spectrim.pipeline.compressed import Compressed
-from spectrim.pipeline.folders import finish
+from spectrim.pipeline.folders import RECIPE, finish
 from spectrim.pipeline.recipe import read_recipe
 from spectrim.pipeline.run import Run
 from spectrim.pipeline.stages import STAGE
@@ -58,6 +58,7 @@ def run(args: Namespace) -> None:
     """Run a recipe stage by stage; finished stages are skipped."""
     recipe = read_recipe(args.recipe, changes(args))
     job = Run(recipe, Path(args.out or Path("runs") / Path(args.recipe).stem), progress=not args.quiet)
+    _check_place(job, args.recipe)
     with job.hold():
         result = job.run()
         plan_of_run(job)
@@ -74,6 +75,7 @@ def compress_(args: Namespace) -> None:
     names = ["-".join(f"{unit}{value:g}" for unit, value in budget.asked.items()) for budget in budgets]
     out = Path(args.out or Path("runs") / f"{Path(args.recipe).stem}-compress-{'-'.join(names)}")
     job = Run(recipe, out, progress=not args.quiet)
+    _check_place(job, args.recipe)
     with job.hold():
         _check_budgets(job, budgets, args)
         if len(budgets) == 1:
@@ -90,6 +92,13 @@ def compress_(args: Namespace) -> None:
     text = f"{text}\naccuracy and loss on the test split\nwritten to {out}; the page: {page}\n{last}"
     told = {"verdict": verdicts[""]} if len(budgets) == 1 else {"verdicts": verdicts}
     show(args, text, {name: entry.to_dict() for name, entry in measured.items()} | told)
+
+
+def _check_place(job: Run, recipe: str) -> None:
+    """Raise where the folder's recipe is the one that was read and would be replaced by its complete form."""
+    written = job.out / RECIPE
+    if written.is_file() and written.samefile(recipe) and written.read_text(encoding="utf-8") != job.text:
+        raise UsageError("--out", f"{written} is the recipe itself, which a run would overwrite", allowed="another folder")
 
 
 def _told(verdicts: Mapping[str, Mapping[str, Any]]) -> dict[str, Verdict]:

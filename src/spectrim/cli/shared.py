@@ -1,16 +1,46 @@
 """What commands share: reading options, printing results."""
 
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 from rich.console import Console
 
-from spectrim.errors import SettingError, UsageError
+from spectrim.errors import SettingError, SpectrimError, UsageError
 
 CROSSBARS = ("rows", "columns", "bits", "cell_bits")
 """What `crossbars` reads."""
+
+POSITIONAL = ("recipe", "target")
+"""Arguments that are no options."""
+
+
+def told(error: Exception) -> str:
+    """Return an error in a line: a message of this package as it is, any other with its type and the line that raised it."""
+    text = str(error)
+    if "Original Traceback" in text:  # of a worker of a loader
+        lines = text.strip().splitlines()
+        return f"{lines[0]} {lines[-1]}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = str(Path(__file__).parents[1])
+    if isinstance(error, SpectrimError) or (text and frames[-1].filename.startswith(own)):
+        return text
+    place = next((frame for frame in reversed(frames) if "site-packages" not in frame.filename and own not in frame.filename), frames[-1])
+    return f"{type(error).__name__}: {text} ({place.filename}, line {place.lineno}); --verbose shows the whole trace"
+
+
+def check_options(options: dict[str, object]) -> None:
+    """Raise for an empty option, as an unset variable of a shell leaves it, and for an output that would overwrite what is read."""
+    for name, value in options.items():
+        if value == "":
+            raise UsageError(name if name in POSITIONAL else f"--{name.replace('_', '-')}", "is empty")
+    read = [Path(str(options[name])) for name in (*POSITIONAL, "table", "weights") if options.get(name) is not None]
+    for name in ("out", "kit"):
+        path = Path(str(options[name])) if options.get(name) is not None else None
+        if path is not None and any(path.is_file() and other.is_file() and path.samefile(other) for other in read):
+            raise UsageError(f"--{name}", f"{path} is read by this command", allowed="another path")
 
 
 def fractions(option: str, text: str) -> list[float]:

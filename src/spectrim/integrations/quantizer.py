@@ -32,10 +32,12 @@ class SpectrimConfig(QuantizationConfigMixin):
     Args:
         plan: see `spectrim.storage.save.plan_of`.
         tied: ``{name of a parameter: the name it is stored under}``, where both are the same one.
+        factorized: whether the weights beside are factors, which transformers cannot load.
     """
 
-    def __init__(self, plan: dict[str, Any] | None = None, tied: dict[str, str] | None = None, **_: Any) -> None:
+    def __init__(self, plan: dict[str, Any] | None = None, tied: dict[str, str] | None = None, factorized: bool = False, **_: Any) -> None:
         self.quant_method: Any = METHOD
+        self.factorized = factorized
         self.plan: dict[str, Any] = plan or {}
         self.tied: dict[str, str] = tied or {}
 
@@ -45,6 +47,12 @@ class SpectrimQuantizer(HfQuantizer):
     """Exchanges layers as in the plan before transformers reads their weights."""
 
     quantization_config: SpectrimConfig
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Raise a FormatError for a folder of factors, whose weights transformers would replace by random ones."""
+        if self.quantization_config.factorized:
+            hint = "a LowRankTrainer resumes from a checkpoint; merge the network before it is saved for from_pretrained"
+            raise FormatError("config.json", "is of a factorized network, which transformers cannot load", hint=hint)
 
     def is_serializable(self) -> bool:
         """Return True: a merged network consists of plain tensors."""
@@ -169,18 +177,22 @@ def _why_not(model: nn.Module) -> str | None:
 def mark(model: nn.Module) -> None:
     """Let transformers save a merged network as what it is, not as incomplete weights of the original.
 
-    A factorized one is saved as any network of one's own, its factors in a state dict: checkpoints of a ``Trainer`` hold these.
+    A factorized one is saved as any network of one's own, its factors in a state dict: checkpoints of a ``Trainer`` hold these. Its
+    config says so, so that ``from_pretrained`` refuses them.
     """
     if not isinstance(model, PreTrainedModel):
         return
     network: Any = model
-    held = getattr(network, "hf_quantizer", None)
-    if any(map(is_factorized, model.modules())):
-        if isinstance(held, SpectrimQuantizer):  # it was merged before
-            held.remove_quantization_config(network)  # type: ignore[no-untyped-call]
-    elif held is None:
-        network.config = copy.deepcopy(network.config)
-        network.hf_quantizer = SpectrimQuantizer(SpectrimConfig())
+    held, factorized = getattr(network, "hf_quantizer", None), any(map(is_factorized, model.modules()))
+    if factorized and isinstance(held, SpectrimQuantizer):  # it was merged before
+        held.remove_quantization_config(network)  # type: ignore[no-untyped-call]
+        held = None
+    if held is not None or not isinstance(getattr(network.config, "quantization_config", None), SpectrimConfig | None):
+        return
+    network.config = copy.deepcopy(network.config)
+    network.config.quantization_config = SpectrimConfig(factorized=factorized)
+    if not factorized:
+        network.hf_quantizer = SpectrimQuantizer(network.config.quantization_config)
 
 
 FINISHED.append(mark)

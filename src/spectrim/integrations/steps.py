@@ -232,4 +232,30 @@ def loading_ranks(model: nn.Module, optimizer: Optimizer | None = None) -> Itera
 
 
 def _match(optimizer: Optimizer | None, module: nn.Module, state: Mapping[str, Any], *_: Any) -> None:
+    _check_same_layers(module, state)
     match_ranks(module, state, optimizer)
+
+
+def _check_same_layers(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise a LayerError unless the same layers are factorized in a model and in a state dict, either of which may have fewer layers."""
+    hint = "resume with a model that was factorized as the one that wrote the checkpoint was, with the same where= and scheme="
+    forms: dict[Form, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Form):
+            forms.setdefault(module, []).append(name)
+    held = {key.rpartition(".")[0] for key in state}
+    layers = {_layer_of(name) for name in held}
+    for form, names in forms.items():
+        layer = _layer_of(names[0])
+        whole = any(all(f"{name}.{part}" in state for part in form._parameters) for name in names)
+        if not whole and any(f"{other}.".startswith(f"{layer}.") for other in layers):
+            raise LayerError(layer, "is factorized here, and not in the same way in the checkpoint", hint=hint)
+    known = tuple(f"{name}." for names in forms.values() for name in names)
+    for name in sorted(held):
+        if _layer_of(name) != name and not f"{name}.".startswith(known):
+            raise LayerError(_layer_of(name), "is factorized in the checkpoint and not here", hint=hint)
+
+
+def _layer_of(name: str) -> str:
+    """Return the name of the layer that holds factors of a name; any other name as it is."""
+    return f".{name}".partition(".factors.")[0][1:] if ".factors." in f".{name}" else name

@@ -68,6 +68,10 @@ class SpectrimCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Check that this model can be penalized and cut here."""
+        if self.steps.courses and hasattr(model, "peft_config"):
+            hint = "cut with prune before the adapters are added"
+            rule = "empty for a model with adapters of peft: its checkpoints hold the adapters, not the ranks and factors of the layers"
+            raise SettingError("SpectrimCallback", "courses", got=", ".join(self.steps.courses), rule=rule, hint=hint)
         self.steps.begin(model, args.world_size, state.global_step, args.device)
         self.due = self.warned = False
 

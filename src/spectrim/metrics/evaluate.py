@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data.distributed import DistributedSampler
 
 from spectrim.checks import READ_ONCE, check
 from spectrim.errors import SettingError
@@ -101,3 +102,8 @@ def weight_of(target: Any) -> int:
 def _is_classification(output: Any, target: Tensor) -> bool:
     whole = target.dim() == 1 and target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
     return whole and isinstance(output, Tensor) and output.dim() == 2 and len(output) == len(target)
+
+
+def is_divided(data: Any) -> bool:
+    """Whether each process has its own part of the data already."""
+    return bool(getattr(data, "_is_accelerate_prepared", False)) or isinstance(getattr(data, "sampler", None), DistributedSampler)

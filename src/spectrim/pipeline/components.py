@@ -99,7 +99,7 @@ def _imported(path: str, key: str) -> Any:
         raise RecipeError(f"{key}.class_path", f"got '{path}'", allowed="a dotted import path, such as torch.nn.CrossEntropyLoss")
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except Exception as error:  # the user's own module may raise anything
+    except (Exception, SystemExit) as error:  # the user's own module may raise anything
         problem = f"'{path}' cannot be imported ({type(error).__name__}: {error})"
         raise RecipeError(f"{key}.class_path", problem, allowed="a class or function on the Python path") from error
     if not callable(found):

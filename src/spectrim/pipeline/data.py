@@ -66,6 +66,10 @@ class Source:
             if not hasattr(data, split):
                 problem = f"{self.component['class_path']} gives a {type(data).__name__} without '{split}'"
                 raise RecipeError("data", problem, allowed="an object with train, val, test")
+        for split in SPLITS:
+            if not hasattr(part := getattr(data, split), "__iter__") and not hasattr(part, "__getitem__"):
+                problem = f"{self.component['class_path']} gives a {type(part).__name__} as '{split}'"
+                raise RecipeError("data", problem, allowed="an iterable of batches (inputs, target)")
         return data  # type: ignore[no-any-return]
 
 

@@ -66,6 +66,16 @@ def read_yaml(path: Path) -> Any:
     return parsed_yaml(text, str(path))
 
 
+def _check_keys(node: yaml.MappingNode, key: str) -> None:
+    """Raise for a key that stands twice in a mapping, of which YAML would take the last one."""
+    seen = set[tuple[str, str]]()
+    for name, _ in node.value:
+        if isinstance(name, yaml.ScalarNode) and (name.tag, name.value) in seen:
+            raise RecipeError(key, f"holds {name.value!r} twice, again in line {name.start_mark.line + 1}", allowed="each key once")
+        if isinstance(name, yaml.ScalarNode):
+            seen.add((name.tag, name.value))
+
+
 def _expanded(node: Any, key: str, known: dict[int, int], above: set[int]) -> int:
     """Return the number of values of a node, with those of its aliases as often as they stand there."""
     if id(node) in above:
@@ -76,6 +86,8 @@ def _expanded(node: Any, key: str, known: dict[int, int], above: set[int]) -> in
     if isinstance(node, yaml.ScalarNode) and len(node.value) > DIGITS and node.tag.endswith((":int", ":float")):
         raise RecipeError(key, f"holds a number of {len(node.value):,} digits", allowed=f"{DIGITS} digits at most")
     parts = node.value if isinstance(node, yaml.CollectionNode) else []
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node, key)
     count = 1
     for part in parts:
         count += sum(_expanded(one, key, known, above) for one in (part if isinstance(part, tuple) else (part,)))

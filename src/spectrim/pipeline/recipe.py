@@ -17,7 +17,7 @@ from spectrim.budget.budget import Budget
 from spectrim.errors import RecipeError, SettingError, UsageError
 from spectrim.pipeline.components import STEPS, Component, _filled, _guard, _scheduler, make, make_loss
 from spectrim.pipeline.parsing import apply_change, parsed
-from spectrim.pipeline.reading import read_yaml
+from spectrim.pipeline.reading import read_yaml, shown
 from spectrim.protocols import LayerFilter
 from spectrim.surgery.factorize import Scheme
 from spectrim.surgery.select import match
@@ -25,6 +25,9 @@ from spectrim.training.course import as_course
 from spectrim.training.distillation import DistillationSettings
 from spectrim.training.prepared import Precision
 from spectrim.training.tuning import Tuning
+
+SEEDS = 2**62
+"""Above the magnitude of a seed: generators take 64 bits, and each stage adds a number."""
 
 
 @dataclass
@@ -185,6 +188,8 @@ def read_recipe(path: str | Path, changes: Iterable[str] = (), *, cut: bool = Tr
     beside = path.resolve().parent
     code, weights = raw.get("code", "."), raw.get("weights")
     if isinstance(code, str):
+        if not Path(code).is_absolute() and not (beside / code).is_dir():
+            raise RecipeError("code", f"no folder {beside / code}", allowed="a folder, relative to that of the recipe")
         raw = {**raw, "code": str((beside / code).resolve())}
     if isinstance(weights, str) and (beside / weights).exists():
         raw = {**raw, "weights": str(beside / weights)}
@@ -223,6 +228,8 @@ def _check(recipe: Recipe, cut: bool) -> None:
     for key, value, least in least_values:
         if value < least:
             raise RecipeError(key, f"got {value}", allowed=f">= {least}")
+    if not abs(recipe.seed) < SEEDS:
+        raise RecipeError("seed", f"got {shown(recipe.seed)}", allowed=f"an integer of magnitude below {SEEDS:,}")
     for name, rank in (recipe.prune.ranks or {}).items():
         if min(rank if isinstance(rank, list) else [rank], default=0) < 1:
             raise RecipeError(f"prune.ranks.{name}", f"got {rank}", allowed=">= 1")

@@ -82,12 +82,17 @@ class Run(Stages):
         finish(self.out, "run", result, lines)
         return result
 
+    @property
+    def text(self) -> str:
+        """The complete recipe, as it is written to the folder."""
+        return yaml.safe_dump(plain(self.recipe), sort_keys=False)
+
     def dense(self) -> nn.Module:
         """Return the dense network of the first stage, trained where the recipe says so; the recipe is written to the folder."""
         recipe = self.recipe
         with self.hold():
             (self.out / MANIFEST).unlink(missing_ok=True)  # written again when everything is there
-            write_text(self.out / RECIPE, yaml.safe_dump(plain(recipe), sort_keys=False))
+            write_text(self.out / RECIPE, self.text)
             if recipe.threads:
                 torch.set_num_threads(recipe.threads)
             common = {name: plain(getattr(recipe, name)) for name in ("model", "data", "loss", "seed", "precision")}

@@ -9,7 +9,7 @@ from typing import Any
 
 from spectrim.budget.plan_table import Plan
 from spectrim.checks import check
-from spectrim.errors import FormatError
+from spectrim.errors import FormatError, SettingError
 from spectrim.files import make_folder, read_json, write_text
 from spectrim.metrics.measurement import compare_table
 from spectrim.metrics.verdict import Verdict
@@ -37,6 +37,7 @@ def write_report(source: Plan | str | Path, path: str | Path | None = None, *, r
 
     Raises:
         FormatError: when `source` is neither, or is damaged, and for a `Plan` without a path.
+        SettingError: when the page would take the place of the plan's file.
 
     Examples:
         >>> import tempfile, torch
@@ -51,6 +52,8 @@ def write_report(source: Plan | str | Path, path: str | Path | None = None, *, r
     if path is None and isinstance(source, Plan):
         raise FormatError("report", "has no path", hint="write_report(plan, 'plan.html')")
     target = Path(path) if path is not None else _beside(Path(str(source)))
+    if not isinstance(source, Plan) and target.is_file() and Path(source).is_file() and target.samefile(source):
+        raise SettingError("write_report", "path", got=str(target), rule="another file than that of the plan")
     make_folder(target.parent)
     write_text(target, _page(plan, run))
     return target

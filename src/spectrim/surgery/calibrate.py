@@ -55,7 +55,7 @@ def calibrate(
         batch_dims: states the batch axes of the inputs, see `spectrim.metrics.batch.BatchDims`; found by agreement of sizes when omitted.
         progress: whether to show a progress bar, on stderr and on a terminal only.
         accelerator: an `accelerate.Accelerator`, when all of its processes call this with the same model and data: each takes every n-th
-            batch, and all return the moments of all examples. Without one a process calibrates by itself.
+            batch, all of its own of a divided loader, and all return the moments of all examples. Without one a process calibrates alone.
 
     Returns:
         The moments, on the model's device.

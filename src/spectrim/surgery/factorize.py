@@ -123,7 +123,7 @@ def factorize(
             ``r (m + n)`` numbers of an ``m x n`` weight; ``interpolative``, ``r`` of its rows or columns and the coefficients that mix the
             others, ``r (m + n - r)`` numbers, so that any cut saves. Tied weights and layers that cannot be written so (recurrent ones,
             attention's input projections, the spatial scheme) keep the pair.
-        example_inputs: one batch of inputs, by which the classifier head is the last layer called; without it names and sizes decide.
+        example_inputs: one batch of inputs; the classifier head is the last layer called for the output. Without it names and sizes decide.
         progress: whether to show a progress bar, on stderr and on a terminal only, once it has taken two seconds.
 
     Returns:

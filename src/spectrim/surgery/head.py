@@ -1,14 +1,17 @@
-"""Which layer is the classifier head: the last one called, or without a forward pass the one that names and sizes point to."""
+"""Which layer is the classifier head: the last one called for the output, or without a forward pass the one of fitting name and size."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from spectrim.layers import has_matrix
-from spectrim.metrics.calls import call_model, evaluating, unfused
+from spectrim.metrics.calls import call_model, evaluating, scores_of, unfused
+from spectrim.metrics.tensors import tensors_of
 
 NAMES = ("head", "classifier", "cls", "cls_head", "cls_score", "class_head", "lm_head", "score", "logits")
 """Parts of layer names that stand for a classifier head in torchvision, timm, transformers and detectron."""
@@ -17,7 +20,9 @@ NAMES = ("head", "classifier", "cls", "cls_head", "cls_score", "class_head", "lm
 def call_order(model: nn.Module, inputs: Any) -> list[str]:
     """Run the model once in eval mode and return the names of its layers with a matrix, in the order of their last calls.
 
-    A layer whose weight is read instead, as by ``F.linear(x, head.weight)``, counts as called then.
+    A layer whose weight is read instead, as by ``F.linear(x, head.weight)``, counts as called then. Where the last one has no part in the
+    output, as an auxiliary head has whose output is a second one or is dropped, the last one that has comes after it. The output is the
+    ``logits``, else the first tensor; where the tensors end in several layers of which one is named as in `NAMES`, that one's.
 
     Args:
         model: dense or factorized.
@@ -29,6 +34,23 @@ def call_order(model: nn.Module, inputs: Any) -> list[str]:
         ['0', '2']
     """
     called: dict[str, None] = {}
+    try:
+        with evaluating(model, gradients=True), _graph_alone(model), _noting(model, called):
+            last = _last_of_output(model, call_model(model, inputs), list(called))
+    except Exception:  # a forward pass that cannot be differentiated; what else is wrong with it is raised below
+        called.clear()
+        with evaluating(model), _noting(model, called):
+            call_model(model, inputs)
+        last = None
+    if last is not None:
+        called.pop(last)
+        called[last] = None
+    return list(called)
+
+
+@contextmanager
+def _noting(model: nn.Module, called: dict[str, None]) -> Iterator[None]:
+    """Note the layers in the order of their last calls."""
 
     def noting(name: str) -> Any:
         def note(*_: Any) -> None:
@@ -38,17 +60,59 @@ def call_order(model: nn.Module, inputs: Any) -> list[str]:
         return note
 
     layers = _layers(model)
-    handles = [module.register_forward_pre_hook(noting(name)) for name, module in layers]
     held = [(name, p) for name, module in layers for p in module.parameters(recurse=False) if p.dim() > 1]
     uses = Counter(id(p) for _, p in held)
-    weights = {id(p): noting(name) for name, p in held if uses[id(p)] == 1}
+    with ExitStack() as stack:
+        for name, module in layers:
+            stack.callback(module.register_forward_pre_hook(noting(name)).remove)
+        stack.enter_context(unfused())
+        stack.enter_context(_Reads({id(p): noting(name) for name, p in held if uses[id(p)] == 1}))
+        yield
+
+
+@contextmanager
+def _graph_alone(model: nn.Module) -> Iterator[None]:
+    """Let a forward pass build its graph, frozen parameters included, without keeping the tensors that a backward pass would need."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point() and not p.is_inference()]
     try:
-        with evaluating(model), unfused(), _Reads(weights):
-            call_model(model, inputs)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with saved_tensors_hooks(lambda tensor: None, lambda kept: kept):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
-    return list(called)
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _last_of_output(model: nn.Module, output: Any, order: Sequence[str]) -> str | None:
+    """Return the last layer called that the output depends on, see `call_order`; None where no graph tells."""
+    parameters = {name: {id(p) for p in module.parameters()} for name, module in _layers(model)}
+    ends = list[str]()
+    for tensor in (held for held in tensors_of(scores_of(output)) if held.grad_fn is not None):
+        reached = _reached(tensor)
+        found = None if reached is None else next((name for name in reversed(order) if parameters[name] & reached), None)
+        if found is None:
+            return None
+        ends.append(found)
+    named = [name for name in dict.fromkeys(ends) if set(name.split(".")) & set(NAMES)]
+    return named[0] if len(named) == 1 else next(iter(ends), None)
+
+
+def _reached(tensor: Tensor) -> set[int] | None:
+    """Return the identities of the parameters that a tensor depends on; None where a checkpoint hides some."""
+    nodes: list[Any] = [tensor.grad_fn]
+    seen, found = set[Node](), set[int]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return None
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        nodes += [before for before, _ in node.next_functions]
+    return found
 
 
 class _Reads(TorchFunctionMode):
@@ -69,7 +133,7 @@ class _Reads(TorchFunctionMode):
 def head_of(model: nn.Module, order: Sequence[str] | None = None) -> str | None:
     """Return the name of the classifier head, a linear layer, factorized or dense.
 
-    With the order of calls it is the last layer called. Without one it is the last linear layer whose name has a part in `NAMES`; without
+    With the order of calls it is the last in it. Without one it is the last linear layer whose name has a part in `NAMES`; without
     such a name the last layer registered, unless another layer reads as many features as it returns while exactly one linear layer has
     outputs that no layer reads.
 

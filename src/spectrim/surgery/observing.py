@@ -18,6 +18,7 @@ from spectrim.layers.attention import make_observable_
 from spectrim.layers.weights import OneWeight
 from spectrim.metrics.batch import BatchDims, stated
 from spectrim.metrics.calls import unfused
+from spectrim.metrics.evaluate import is_divided
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.metrics.tensors import send
 from spectrim.surgery.exchange import duplicate
@@ -97,12 +98,15 @@ def batches_of(
         progress: whether to show a progress bar on a terminal.
         title: text of the progress bar.
         dims: states the batch axes, see `BatchDims`.
-        share: ``(index, count)`` of this process: it gets every `count`-th batch; examples are counted in all of them.
+        share: ``(index, count)`` of this process: it gets every `count`-th batch; examples are counted in all of them. Of data that are
+            divided already, see `is_divided`, it gets all batches, and its part of the examples.
 
     Raises:
         SettingError: for a batch without the target that is needed.
     """
     console, seen = Console(stderr=True), 0
+    if share[1] > 1 and is_divided(data):
+        examples, share = None if examples is None else -(-examples // share[1]), (0, 1)
     shown = track(data, title, console=console, transient=True, disable=not (progress and console.is_terminal))
     for number, batch in enumerate(shown):
         pair = isinstance(batch, tuple | list) and len(batch) == 2

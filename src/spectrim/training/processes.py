@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 
 from spectrim.errors import SettingError
 from spectrim.layers.sharded import has_shards, is_sharded, refuse_sharded_factors, shard_like
 from spectrim.metrics.calls import evaluating
-from spectrim.metrics.evaluate import evaluate, weight_of
+from spectrim.metrics.evaluate import evaluate, is_divided, weight_of
 
 
 class Share:
@@ -70,11 +69,6 @@ def share(accelerator: Any, data: Iterable[Any]) -> Iterable[Any]:
         accelerator._dataloaders = [held for held in accelerator._dataloaders if held is not prepared]
         return prepared
     return Share(data, accelerator.process_index, accelerator.num_processes)
-
-
-def is_divided(data: Any) -> bool:
-    """Whether each process has its own part of the data already."""
-    return bool(getattr(data, "_is_accelerate_prepared", False)) or isinstance(getattr(data, "sampler", None), DistributedSampler)
 
 
 def reduced(accelerator: Any, values: Sequence[Tensor | float], how: str = "mean") -> list[float]:

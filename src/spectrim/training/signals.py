@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from spectrim.signals import may_raise
+
 
 @contextmanager
 def ending_cleanly() -> Iterator[None]:
@@ -16,12 +18,19 @@ def ending_cleanly() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, _end)
+    came = list[int]()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if may_raise(number, frame):
+            raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except Exception as error:
+        if came:
+            raise SystemExit(128 + came[0]) from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)

@@ -260,6 +260,15 @@ class Branch(Skip):
         return super().forward(x if x.sum() > 0 else -x)
 
 
+@pytest.mark.parametrize("limit", [10**5, 10**7, 10**300])
+def test_more_bytes_than_the_levels_take_change_no_more(limit: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    model[2].weight.data[0, 0] = 30.0  # has a level at every step
+    nn.init.zeros_(model[2].weight[1:].data)
+    assert round_to(model, [torch.randn(16, 16)], limit, progress=False).unexplained < 1e-4
+
+
 def test_what_cannot_be_is_refused() -> None:
     model, data = skip()
     with pytest.raises(SettingError, match="round_to: coded_bytes must be a fraction"):

@@ -70,6 +70,16 @@ def missing():
     raise FileNotFoundError("data/x: no such file")
 
 
+def damaged():
+    raise KeyError("row 7")
+
+
+def without_val():
+    found = data()
+    found.val = None
+    return found
+
+
 def plain_loss(output, target):
     return nn.functional.cross_entropy(output, target)
 
@@ -220,6 +230,9 @@ def changed(*changes: str) -> recipes.Recipe:
         ("dense.epochs=[1", "'dense.epochs': got '[1', which is not YAML"),
         ("dense.epochs", "'dense.epochs': is not a change; allowed: KEY=VALUE, for example train.0.epochs=3"),
         ("=3", "'=3': is not a change; allowed: KEY=VALUE"),
+        ("seed=99999999999999999999", "'seed': got 99999999999999999999; allowed: an integer of magnitude below 4,611,686,018,427,387,904"),
+        ("code=nowhere", "'code': no folder "),
+        ("model={class_path: a.b, class_path: c.d}", "'model': holds 'class_path' twice, again in line 1; allowed: each key once"),
         ("a..b=3", "'a..b=3': is not a change"),
     ],
 )
@@ -241,6 +254,10 @@ def test_bad_recipes_name_the_key_what_came_and_what_is_allowed(change: str, mes
         ("prune={ranks: {head: 2}}", "'prune.ranks.head': is no weight that will be factorized; allowed: first, middle"),
         ("model.init_args.width=1", "'model.init_args': Net: width must be >= 2, got 1"),
         ("model=mymodule.data", "'model': mymodule.data gives a Data; allowed: a torch.nn.Module"),
+        (
+            "data=mymodule.without_val",
+            "'data': mymodule.without_val gives a NoneType as 'val'; allowed: an iterable of batches (inputs, target)",
+        ),
         ("data=mymodule.Net", "'data': mymodule.Net gives a Net without 'val'; allowed: an object with train, val, test"),
     ],
 )
@@ -260,6 +277,7 @@ def test_what_needs_the_model_is_checked_before_any_work_too(change: str, messag
         ("a: &a {b: *a}", "holds an alias of a value that contains it"),
         ("[" * 5000, "nested too deep"),
         ("a: 2020-99-99", "is not YAML"),
+        ("loss: x.y\nseed: 1\nloss: x.z", "holds 'loss' twice, again in line 3; allowed: each key once"),
         ("a: " + "9" * 5000, "a number of 5,000 digits"),
         ("loss: x.y", "'model': is missing; allowed: an import path"),
         ("model: x.y\ndata: x.y\nloss: x.y", "'prune': has none of rule, budget, ranks"),
@@ -661,6 +679,13 @@ def test_failures_and_wrong_usage(folder: Path, capsys: pytest.CaptureFixture[st
         (["run", "nothing.yaml"], 2, "no such file"),
         (["run", "base.yaml", "--set", "foo=1"], 2, "recipe key 'foo'"),
         (["run", "base.yaml", "--out", "out", "--set", "data=mymodule.missing"], 1, "data/x: no such file"),
+        (["run", "base.yaml", "--out", "out", "--set", "data=mymodule.damaged"], 1, "KeyError: 'row 7' ("),
+        (["plan", "base.yaml", "--out", ""], 2, "--out: is empty"),
+        (["measure", ""], 2, "target: is empty"),
+        (["plan", "base.yaml", "--out", "base.yaml"], 2, "--out: base.yaml is read by this command"),
+        (["plan", "base.yaml", "--out", "plan.html"], 2, "--out: got 'plan.html', where the page of the plan goes"),
+        (["latency", "table.json", "--out", "other.json"], 2, "table.json is a table, which is shown"),
+        (["compress", "base.yaml", "--size-bytes", "9" * 400], 2, "size_bytes must be bytes"),
         (["measure", "nothing"], 2, "no such file"),
         (["measure", str(folder)], 1, "is not the folder of a run"),
         (["coverage", "base.yaml", "--set", "foo=1"], 2, "recipe key 'foo'"),
@@ -670,6 +695,19 @@ def test_failures_and_wrong_usage(folder: Path, capsys: pytest.CaptureFixture[st
     assert not (folder / "out").exists()
     assert call("--version") == 0
     assert capsys.readouterr().out.split() == ["spectrim", sp.__version__]
+
+
+def test_a_run_does_not_overwrite_its_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (folder / "base.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text)
+    for arguments in (("run",), ("compress", "--macs", "0.5")):
+        assert call(*arguments, "recipe.yaml", "--out", ".", "--quiet") == 2
+        assert "recipe.yaml is the recipe itself" in capsys.readouterr().err
+    assert (folder / "recipe.yaml").read_text() == text
+    job = Run(changed("dense.epochs=0"), folder / "out", progress=False)
+    job.dense()
+    again = Run(read_recipe(folder / "out" / "recipe.yaml"), folder / "out", progress=False)
+    assert again.text == (folder / "out" / "recipe.yaml").read_text()  # so the folder's own recipe goes on
 
 
 def test_an_interrupted_run_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -709,12 +747,24 @@ def test_trained_weights_fill_the_dense_network(folder: Path, suffix: str) -> No
         ([torch.zeros(1)], "holds a list, no state dict"),
         (nn.Linear(2, 2), "cannot be read"),
         (None, "no such file"),
+        ({1: torch.zeros(1)}, "net.pt holds 1, a sparse, quantized or empty tensor"),
+        ({"first.weight": torch.zeros(12, 8).to_sparse()}, "net.pt holds 'first.weight', a sparse"),
+        (lambda weight: weight.to(torch.int8), r"holds first.weight in torch.int8; allowed: numbers that torch.float32 can hold"),
+        (lambda weight: weight.to(torch.complex64), "holds first.weight in torch.complex64"),
+        (lambda weight: weight.double() * 1e300, "holds values in first.weight that are not finite"),
+        (b"PK", r"cannot be read \(BadZipFile: the checksum of"),
     ],
 )
 def test_weights_of_another_network_are_refused(folder: Path, held: Any, words: str) -> None:
     (folder / "net.yaml").write_text(yaml.safe_dump({**BASE, "weights": "net.pt"}))
+    state = make_model(parse_recipe(BASE)).state_dict()
+    if callable(held) and not isinstance(held, nn.Module):
+        held = state | {"first.weight": held(state["first.weight"])}
     if held is not None:
-        torch.save(held, folder / "net.pt")
+        torch.save(state if isinstance(held, bytes) else held, folder / "net.pt")
+    if isinstance(held, bytes):
+        whole, value = (folder / "net.pt").read_bytes(), state["first.weight"].numpy().tobytes()
+        (folder / "net.pt").write_bytes(whole.replace(value, value[:-1] + bytes([value[-1] ^ 1])))
     with pytest.raises(RecipeError, match=words) as caught:
         make_model(read_recipe(folder / "net.yaml", cut=False))
     assert "weights" in str(caught.value)

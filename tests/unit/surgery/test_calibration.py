@@ -421,3 +421,20 @@ def test_single_precision_is_as_good_as_double_for_a_cut() -> None:
     error = (single.inputs["0"] - exact.inputs["0"]).norm() / exact.inputs["0"].norm()
     assert error < 1e-5
     torch.testing.assert_close(WhitenedEnergy(single)(low)["0"], WhitenedEnergy(exact)(low)["0"], rtol=1e-4, atol=1e-7)
+
+
+def test_a_process_takes_all_batches_of_a_loader_that_is_divided_already() -> None:
+    class First:
+        """Of two processes, whose sums are its own."""
+
+        process_index, num_processes, device = 0, 2, torch.device("cpu")
+
+        def reduce(self, tensor: Tensor, how: str) -> Tensor:
+            return tensor
+
+    model, data = sp.factorize(nn.Linear(5, 4)).double(), torch.utils.data.TensorDataset(double(16, 5))
+    own = torch.utils.data.DataLoader(data, 2, sampler=torch.utils.data.DistributedSampler(data, 2, 0))
+    assert calibrate(model, own, accelerator=First()).examples == 8
+    assert calibrate(model, own, accelerator=First(), examples=7).examples == 4  # the other one takes as many
+    assert calibrate(model, list(own), accelerator=First()).examples == 4
+    near(calibrate(model, own, accelerator=First()).inputs[""], calibrate(model, list(own)).inputs[""])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import spectrim as sp
 from spectrim.errors import LayerError, SettingError
@@ -41,6 +42,61 @@ def test_the_head_is_the_last_layer_called(name: str) -> None:
     assert name not in made.ranks
     assert name not in [weight.name for weight in sp.plan(model, x, budgets=[0.7]).weights]
     assert [line.name for line in made.coverage if line.reason == HEAD] == [name]
+
+
+class Aided(nn.Module):
+    """Another head is called behind the one whose output counts."""
+
+    def __init__(self, given: Callable[[Tensor, Tensor], Any], name: str = "aux") -> None:
+        super().__init__()
+        self.given, self.name = given, name
+        self.body, self.first = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16)), nn.Linear(16, 9)
+        self.add_module(name, nn.Linear(16, 4))
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.body(x).relu()
+        return self.given(self.first(h), self.get_submodule(self.name)(h))
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "head"),
+    [
+        (lambda y, aux: (y, aux), "aux", "first"),
+        (lambda y, aux: y.log_softmax(-1), "aux", "first"),
+        (lambda y, aux: (y, aux.detach()), "aux", "first"),
+        (lambda y, aux: {"aux": aux, "logits": y}, "aux", "first"),
+        (lambda y, aux: {"out": y * 2, "aux": aux}, "aux", "first"),
+        (lambda y, aux: (y, aux), "scores", "first"),
+        (lambda y, aux: (y, aux), "score", "score"),  # boxes first, then the classifier by its name
+        (lambda y, aux: y * aux.mean(-1, keepdim=True).sigmoid(), "gate", "gate"),
+        (lambda y, aux: (y.argmax(-1), aux.argmax(-1)), "aux", "aux"),  # no graph: by the order of calls
+    ],
+)
+def test_a_head_is_one_that_the_output_depends_on(given: Any, name: str, head: str) -> None:
+    model, x = Aided(given, name), torch.randn(3, 6)
+    model.body.requires_grad_(False)
+    model.first.requires_grad_(False)
+    flags, mode = [p.requires_grad for p in model.parameters()], model.training
+    assert head_of(model, call_order(model, x)) == head
+    assert [line.name for line in sp.coverage(sp.factorize(model, example_inputs=x), inputs=x) if line.reason == HEAD] == [head]
+    assert ([p.requires_grad for p in model.parameters()], model.training) == (flags, mode)
+    with torch.inference_mode():
+        assert head_of(model, call_order(model, x)) == name
+
+
+def test_a_head_of_a_model_that_differentiates_inside_or_through_a_checkpoint_is_the_last_one_called() -> None:
+    class Force(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_(True)
+                return torch.autograd.grad(super().forward(x).sum(), x)[0]
+
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x.requires_grad_(True), use_reentrant=True)
+
+    for kind in (Force, Checkpointed):
+        assert call_order(kind(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(2, 6)) == ["0", "2"]
 
 
 class Registered(nn.Module):

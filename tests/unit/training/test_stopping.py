@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import spectrim as sp
 from spectrim.errors import SettingError
 from spectrim.training.history import History
+from spectrim.training.signals import ending_cleanly
 
 
 def net() -> nn.Module:
@@ -208,6 +209,39 @@ def test_sigterm_ends_a_run_as_cleanly_as_ctrl_c(tmp_path: Path, number: int, co
     done = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["history"]
     said = 3 + sum(line.isdigit() for line in rest)
     assert said - 1 <= len(done) <= said
+
+
+class Finalized:
+    """The signal comes where Python drops exceptions, as in the iterator of a loader with workers."""
+
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+
+def in_a_finalizer() -> None:
+    Finalized()
+    time.sleep(5)
+
+
+def raising_afterwards() -> None:
+    """As torch does where a worker of the loader got the signal, too."""
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    finally:
+        raise RuntimeError("DataLoader worker is killed by signal: Terminated")
+
+
+@pytest.mark.parametrize("trouble", [in_a_finalizer, raising_afterwards])
+def test_a_signal_ends_training_whatever_it_interrupts(trouble: Any) -> None:
+    told = signal.getsignal(signal.SIGCHLD)
+    try:
+        with pytest.raises(SystemExit, match="143"), ending_cleanly():
+            trouble()
+    finally:
+        signal.signal(signal.SIGCHLD, told)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_handler_that_is_set_already_stays() -> None:

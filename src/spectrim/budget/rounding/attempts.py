@@ -19,6 +19,7 @@ from spectrim.budget.rounding.pairs import Option, best_at, options_of
 from spectrim.budget.rounding.vectors import BIASES, VECTORS, put_, to_levels_
 from spectrim.budget.rounding.weights import Weight, weights_of
 from spectrim.errors import SettingError
+from spectrim.linalg import feedback
 from spectrim.metrics.calls import evaluating
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.metrics.table import Summarized
@@ -36,6 +37,9 @@ STEEPNESS = 1.2
 
 LARGEST = 8.0
 """Largest such factor."""
+
+TINY = 1e-30
+"""Smallest step, of a weight of zeros."""
 
 TRIAL = 0.3
 """Step, in units of the root mean square, by which the curvature of weights without feedback is measured."""
@@ -207,7 +211,7 @@ class Search:
         """Return the network rounded at the steps for a price of a bit, times a factor; the steps, and bits for each entry."""
         made = duplicate(self.dense).eval()
         weights, parameters = weights_of(made), dict(made.named_parameters())
-        steps = {name: float(np.float32(scale * curve.steps[curve.best(price)])) for name, curve in self.curves.items()}
+        steps = {name: self._step(name, scale * curve.steps[curve.best(price)]) for name, curve in self.curves.items()}
         bits, price = {}, price * scale**2
         for name in self.others:
             if name in self.roundings:
@@ -232,6 +236,11 @@ class Search:
             if name not in self.roundings and id(vector) not in taken:
                 to_levels_(vector, BIASES if name.rpartition(".")[2].startswith("bias") else VECTORS)
         return made, steps, bits
+
+    def _step(self, name: str, wanted: float) -> float:
+        """Return a step in float32, at which the largest value of the weight still has a level."""
+        fewest = 2 * float(np.abs(self.roundings[name].matrices).max(initial=0.0)) / feedback.LARGEST
+        return float(np.float32(max(wanted, fewest, TINY)))
 
     def _counterpart(self, name: str) -> tuple[nn.Module, Weight]:
         """Return the network and the weight in it that tell what the output of a weight should be."""
