@@ -142,7 +142,11 @@ def page() -> list[str]:
     def kind(name: str) -> str:
         return next(one for one in kinds if name.startswith(one))
 
-    for name, row in sorted(result["rows"].items(), key=lambda item: (list(NOTES).index(kind(item[0])), -item[1]["bytes"])):
+    def place(item: tuple[str, Any]) -> tuple[int, int, str]:
+        *_, limit, _, seed = item[0].split()
+        return list(NOTES).index(kind(item[0])), -int(limit), seed
+
+    for name, row in sorted(result["rows"].items(), key=place):
         shown = f"{row['bytes']:,} | {row['macs']:.2f} | {row['kl']:.4f} | {row['accuracy']:.2f} | {row['seconds']:.0f}"
         lines.append(f"| {NOTES[kind(name)]} | {name[-1]} | {shown} |")
     lines += ["", "What the knapsack chose beside steps:", ""]
