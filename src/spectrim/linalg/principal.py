@@ -80,10 +80,13 @@ def principal_directions(
     return orthonormal_(made)
 
 
+DEPENDENT = 1e-6  # share of a row outside the span of those before it, below which it counts as dependent
+
+
 def orthonormal_(rows: Float[Tensor, "size width"]) -> Float[Tensor, "size width"]:
     """Make linearly independent rows orthonormal in place, by the Cholesky factor of their Gram matrix, twice; return them.
 
-    The first row keeps its direction. Rows must not be nearly dependent: their condition number is squared.
+    The first row keeps its direction. Rows must not be nearly dependent, as their condition number is squared: a LinAlgError.
 
     Examples:
         >>> orthonormal_(torch.tensor([[3.0, 0.0], [1.0, 2.0]]))
@@ -92,8 +95,11 @@ def orthonormal_(rows: Float[Tensor, "size width"]) -> Float[Tensor, "size width
 
     Source: Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA 44, 2015.
     """
-    for _ in range(2):
-        root = torch.linalg.cholesky(overlaps(rows))
+    for again in range(2):
+        gram = overlaps(rows)
+        root = torch.linalg.cholesky(gram)
+        if not again and bool((root.diagonal() < DEPENDENT * gram.diagonal().sqrt()).any()):  # rounding may let a singular one pass
+            raise torch.linalg.LinAlgError("the rows are dependent")  # type: ignore[attr-defined]
         for start, end in ranges(rows.shape[1], len(rows)):
             part = torch.linalg.solve_triangular(root, rows[:, start:end].to(root), upper=False)
             rows[:, start:end] = part.to(rows)
