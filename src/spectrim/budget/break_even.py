@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from spectrim.checks import check, unwrapped
 from spectrim.checks.words import worded
+from spectrim.errors import SettingError
+from spectrim.layers import named_layers
 from spectrim.metrics.calls import watched
 from spectrim.metrics.clock import compare_latency
 
@@ -76,7 +78,10 @@ def break_even(model: nn.Module, inputs: Any, *, bits: int = 32, min_time: float
 
     Returns:
         By the name of the layer. Layers that are not called are left out; those without a sparse product here (groups, one or three
-        dimensions, padding by name) have a clock of 0.
+        dimensions, padding by name, other dtypes than float32, a ``forward`` of their own) have a clock of 0.
+
+    Raises:
+        SettingError: for bits outside their range, or a factorized network.
 
     Examples:
         >>> found = break_even(nn.Sequential(nn.Linear(512, 512)), torch.randn(1, 512), bits=2, min_time=0.001)
@@ -87,8 +92,13 @@ def break_even(model: nn.Module, inputs: Any, *, bits: int = 32, min_time: float
     Deviation: their ratio is of a circuit; here it is of torch on this machine.
     """
     check("break_even", model=model, inputs=inputs)
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 32:
+        raise SettingError("break_even", "bits", got=bits, rule="an integer in [1, 32]")
     model = unwrapped(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)}
+    if next(named_layers(model), None) is not None:
+        raise SettingError("break_even", "model", got="a factorized network", rule="of ordinary layers", hint="call merge(model) first")
+    kinds = nn.Linear | nn.modules.conv._ConvNd  # of a merged pair the two layers, not what holds them
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, kinds) and "weight" in layer._parameters}
     given: dict[str, Tensor] = {}
     names: dict[nn.Module, str] = {module: name for name, module in layers.items()}
 
@@ -100,8 +110,9 @@ def break_even(model: nn.Module, inputs: Any, *, bits: int = 32, min_time: float
 
 
 def _measured(layer: Any, x: Tensor, bits: int, min_time: float) -> BreakEven:
-    plain = isinstance(layer, nn.Conv2d) and layer.groups == 1 and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
-    densities = DENSITIES if isinstance(layer, nn.Linear) or plain else ()
+    forward = type(layer).forward
+    plain = forward is nn.Conv2d.forward and layer.groups == 1 and not isinstance(layer.padding, str) and layer.padding_mode == "zeros"
+    densities = DENSITIES if (forward is nn.Linear.forward or plain) and layer.weight.dtype == torch.float32 else ()
     runs = {"dense": layer} | {str(density): _Product(layer, density) for density in densities}
     seconds = {name: found.median_s for name, found in compare_latency(runs, x, repeats=3, min_time=min_time, batch_size=1).items()}
     dense, sparse = seconds.pop("dense"), {float(name): value for name, value in seconds.items()}

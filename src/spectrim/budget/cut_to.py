@@ -161,8 +161,9 @@ class Workbench:
             renews = _lower(found, scores["cut"])
             (scores if renews else dropped)["recalibrated"] = found
             kept = self.places.state() if renews else kept
-        by = self.decomposed.for_refit(way.refit_metric) if way.refit else None
-        if held is not None and way.refit and dense is not None:
+        refits = way.refit and dense is not None and bool(examples)
+        by = self.decomposed.for_refit(way.refit_metric) if refits else None
+        if held is not None and refits and dense is not None:
             self.places.put(copied(kept))
             before = held[1](self.network)
             self.places.put(copied(start))

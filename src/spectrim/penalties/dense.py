@@ -146,7 +146,7 @@ class PolarHoyer(OfWeights):
             their composed matrix, in their own scheme.
         scheme: how kernels of dense convolutions are folded, if the layer offers it.
         steps: iterations for the polar factor, >= 1. The paper uses six.
-        every: see `Orthogonality`. At 32 the iterations are a few percent of a step, whatever the layer's number of rows.
+        every: see `Orthogonality`. At 32 a step takes 1.03 to 1.17 times a dense one, by the timings of 1.
 
     Raises:
         SettingError: for a knob outside its range.
@@ -180,7 +180,7 @@ class NuclearNorm(OfWeights):
             their composed matrix, in their own scheme.
         scheme: how kernels of dense convolutions are folded, if the layer offers it.
         steps: iterations for the polar factor, >= 1. The paper uses six.
-        every: see `Orthogonality`. At 32 the iterations are a few percent of a step, whatever the layer's number of rows.
+        every: see `Orthogonality`. At 32 a step takes 1.03 to 1.17 times a dense one, by the timings of 1.
 
     Raises:
         SettingError: for a knob outside its range.

@@ -159,17 +159,14 @@ class Cutter:
         self.step(f"cutting: {kind}")
         if way.needs == "loss":
             bench.distortions(way)  # refuses a loss without gradients, also with other ranks
-        parts = {"dense": self.judge.model, "examples": self.examples, "importance": self.importance}
-        return bench.cut_to(self.budget, way, self.judge, **parts, held=self._held_out())  # type: ignore[arg-type]
+        dense, held = self.judge.model, self._held_out()
+        return bench.cut_to(self.budget, way, self.judge, dense=dense, examples=self.examples, importance=self.importance, held=held)
 
     def _held_out(self) -> tuple[Sequence[Any], Callable[[nn.Module], Scores]] | None:
         """Return what to try a refit on, and the score on the rest, where the few examples that it is made of judge it as well."""
         batches = list(self.examples)
-        if (
-            self.judge.judged is not self.judge.known
-            or len(batches) < 2
-            or len(first_examples(batches, FEW, dims=self.batch_dims)) < len(batches)
-        ):
+        few = len(batches) > 1 and len(first_examples(batches, FEW, dims=self.batch_dims)) == len(batches)
+        if self.judge.judged is not self.judge.known or not few:
             return None
         held = set(range(3, len(batches), 4)) or {len(batches) - 1}
         rest, tried = ([batch for place, batch in enumerate(batches) if (place in held) == left] for left in (True, False))

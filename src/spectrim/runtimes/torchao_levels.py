@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import LayerError
@@ -22,8 +23,9 @@ def int8_linears(model: nn.Module) -> nn.Module:
 
     `quantize_` of torchao would choose scales of its own, one for each row, and change every weight; here the scale is the step that
     `round_to`, or training on levels, left, so that the values are the same to the bit. What is computed stays in the layer's dtype
-    (weight only), and outputs differ by rounding at most. Convolutions, which torchao does not hold as int8, and layers whose weights lie
-    on no levels, or on more than 127 on each side of zero, stay as they are.
+    (weight only), and outputs differ by rounding at most. As they are stay convolutions, which torchao does not hold as int8, layers whose
+    weights lie on no levels or on more than 127 on each side of zero, and layers whose weight is read instead of multiplied with, for which
+    torchao's tensors have no operations: those with a ``forward`` of their own, and the output layer of attention.
 
     Args:
         model: dense or merged, such as ``round_to(...).model``. It is left untouched.
@@ -49,9 +51,9 @@ def int8_linears(model: nn.Module) -> nn.Module:
     made = duplicate(unwrapped(model)).eval()
     held: dict[int, nn.Parameter] = {}
     for module in made.modules():
-        if not isinstance(module, nn.Linear):
+        if type(module).forward is not nn.Linear.forward or isinstance(module, NonDynamicallyQuantizableLinear):
             continue
-        weight = module.weight
+        weight: Any = module.weight
         if id(weight) not in held:
             values = weight.detach().float().cpu()
             step = step_of(np.unique(values.abs().numpy()))

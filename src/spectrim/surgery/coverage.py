@@ -113,7 +113,7 @@ def coverage(model: nn.Module, where: Where | None = None, *, inputs: Any = None
     Args:
         model: dense, factorized or merged. For a dense model the reason of a layer that could be factorized is empty.
         where: what was given to `factorize`, so that the reasons are the same.
-        inputs: one batch, the classifier head is the last layer called for the output; without it names and sizes decide, see `head_of`.
+        inputs: one batch; the classifier head is then the last layer called for the output. Without it see `head_of`.
         latency: the table that `merge` will be given, so that both agree.
 
     Examples:

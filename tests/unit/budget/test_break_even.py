@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import spectrim as sp
 from spectrim.budget.break_even import DENSITIES, BreakEven, _crossing, _Product, break_even, paying
+from spectrim.errors import SettingError
 from spectrim.projections import entropy_bits
 
 
@@ -50,6 +52,14 @@ def test_layers_are_found_by_their_calls_and_bytes_by_the_entropy_of_positions()
     for share, pays in ((found["fc"].bytes - 0.02, True), (found["fc"].bytes + 0.02, False)):
         mask = torch.arange(10_000) < share * 10_000
         assert (3 * int(mask.sum()) + entropy_bits(mask) < 3 * 10_000) == pays
+    low = sp.factorize(nn.Sequential(nn.Linear(8, 8)), rank=2, where="0")
+    assert list(break_even(sp.merge(low), torch.randn(1, 8), min_time=1e-4)) == ["0.0", "0.1"], "the layers of a pair"
+    half = break_even(nn.Sequential(nn.Linear(8, 8)).bfloat16(), torch.randn(1, 8).bfloat16(), min_time=1e-4)
+    assert half["0"].sparse_s == {}
+    with pytest.raises(SettingError, match="merge"):
+        break_even(low, torch.randn(1, 8))
+    with pytest.raises(SettingError, match=r"\[1, 32\]"):
+        break_even(Net(), torch.randn(3, 1, 6, 6), bits=0)
     rows = {"conv": BreakEven(0.7, 0.02, 1.0, {}), "fc": BreakEven(0.7, 0.2, 1.0, {})}
     assert paying({"conv": 3, "fc": 0.1, "deep": 0.1}, rows, Net()) == {"fc": 0.1}
     assert paying({"conv": 3, "fc": 0.8}, rows, Net(), by="bytes") == {"conv": 3}

@@ -17,6 +17,7 @@ from spectrim.budget.rounding.joint import Costs, chosen
 from spectrim.budget.rounding.meeting import Moments, _meeting, beside, moments
 from spectrim.budget.rounding.pairs import Option, best_at, options_of, with_pairs
 from spectrim.budget.rounding.round_to import round_to
+from spectrim.budget.rounding.vectors import round_vectors
 from spectrim.budget.rounding.weights import Weight, weights_of
 from spectrim.errors import SettingError
 from spectrim.linalg.feedback import bits_of, entropy, metric_of, rounded
@@ -410,3 +411,15 @@ def test_pruned_weights_keep_their_share_of_zeros() -> None:
     search.keep_({"0": 0.2})
     weight: Tensor = search.within(1500).model.get_parameter("0.weight")
     assert int(weight.count_nonzero()) <= 0.2 * weight.numel()
+
+
+def test_vectors_of_a_trained_network_are_back_on_levels_and_factors_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(6, 40), nn.BatchNorm1d(40), nn.Linear(40, 3))
+    made = round_vectors(net, biases=3)
+    assert len(made[0].bias.unique()) <= 7 < len(net[0].bias.unique())
+    torch.testing.assert_close(made[1].weight, net[1].weight, rtol=0, atol=1e-3)
+    assert torch.equal(made[0].weight, net[0].weight)
+    with pytest.raises(SettingError, match="merge"):
+        round_vectors(sp.factorize(net, rank=2, where="0"))
+    with pytest.raises(SettingError, match="at least 1"):
+        round_vectors(net, others=0)

@@ -16,6 +16,13 @@ pytest.importorskip("onnxscript")
 runtime = pytest.importorskip("onnxruntime")
 
 
+class Doubled(nn.Linear):
+    """A layer that reads its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.weight * 2).T
+
+
 def network() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
@@ -63,5 +70,14 @@ def test_linear_layers_on_levels_are_int8_in_torchao_with_the_same_values() -> N
         assert torch.equal(weight.dequantize(), before[f"{name}.weight"])
     torch.testing.assert_close(held(x), model(x))
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    encoder, x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval(), torch.randn(2, 5, 16)
+    encoder.own = Doubled(16, 16)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.copy_((parameter * 100).round() * 0.01 if parameter.dim() > 1 else parameter)
+    held = int8_linears(encoder)
+    torch.testing.assert_close(held(x), encoder(x))
+    torch.testing.assert_close(held.own(x), encoder.own(x))
+    assert {name for name, part in held.named_modules() if hasattr(getattr(part, "weight", None), "qdata")} == {"linear1", "linear2"}
     with pytest.raises(LayerError, match="lies on levels"):
         int8_linears(nn.Sequential(nn.Linear(64, 64)))

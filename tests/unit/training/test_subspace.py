@@ -215,9 +215,9 @@ def test_bfgs_finds_the_minimum_of_a_quadratic_and_every_step_descends(curvature
     while not losses or float(model.weight.grad.norm()) > 1e-6:  # rounding leaves 6e-8  # type: ignore[union-attr]
         losses.append(optimizer.step(closure).item())
         assert len(losses) < 30
-    torch.testing.assert_close(model.weight.detach()[0], solution, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.weight.detach()[0], solution, rtol=0, atol=1e-7)
     assert losses == sorted(losses, reverse=True)
-    assert optimizer.memory["calls"] < 5 * len(losses), "most steps need one trial or a few"
+    assert optimizer.memory["calls"] < 4 * len(losses), "most steps need one trial or a few"
 
 
 def test_the_line_search_by_hand() -> None:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import SettingError
+from spectrim.layers import named_layers
 from spectrim.surgery.exchange import duplicate
 
 __all__ = ["round_vectors"]
@@ -26,7 +27,7 @@ def round_vectors(model: nn.Module, *, biases: int = BIASES, others: int = VECTO
         others: those of other vectors, such as the scales of normalization.
 
     Raises:
-        SettingError: for a number of levels below 1.
+        SettingError: for a number of levels below 1, or a factorized network.
 
     Examples:
         >>> net = nn.Linear(4, 64)
@@ -37,7 +38,10 @@ def round_vectors(model: nn.Module, *, biases: int = BIASES, others: int = VECTO
     for name, most in {"biases": biases, "others": others}.items():
         if isinstance(most, bool) or not isinstance(most, int) or most < 1:
             raise SettingError("round_vectors", name, got=most, rule="an integer of at least 1")
-    made = duplicate(unwrapped(model))
+    model = unwrapped(model)
+    if next(named_layers(model), None) is not None:
+        raise SettingError("round_vectors", "model", got="a factorized network", rule="of ordinary layers", hint="call merge(model) first")
+    made = duplicate(model)
     for name, vector in made.named_parameters():
         if vector.dim() == 1:
             to_levels_(vector, biases if name.rpartition(".")[2].startswith("bias") else others)
