@@ -207,7 +207,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("where", "keep"), _where),
     **dict.fromkeys(("rank", "ranks"), _ranks),
     **dict.fromkeys(("path", "folder", "checkpoint"), _path),
-    **dict.fromkeys(("epochs", "first_epoch", "above"), integer(0)),
+    **dict.fromkeys(("epochs", "first_epoch", "above", "recovery"), integer(0)),
     **dict.fromkeys(("examples", "accumulate", "steps_per_epoch", "threads", "repeats", "multiple", "batch_size", "max_batch"), integer(1)),
     **dict.fromkeys(("clip", "min_time", "time_box", "tolerance", "calibration_seconds"), number("above 0", lambda value: value > 0)),
     **dict.fromkeys(("squeeze", "margin"), number("in [0, 1)", lambda value: 0 <= value < 1)),

@@ -148,7 +148,7 @@ def _compressed(job: Run, budget: Budget, args: Namespace) -> tuple[Compressed, 
     made = compress(
         dense, data.train, job.loss, budget, args.epochs, example_inputs=job.example, eval_data=data.val,
         scheme=recipe.factorize.scheme, where=recipe.factorize.layers(), cut=args.cut, squeeze=args.squeeze, examples=args.examples,
-        calibration_seconds=args.calibration_seconds,
+        calibration_seconds=args.calibration_seconds, recovery=args.recovery,
         writing=args.writing, reconstruct=Reconstruction(args.reconstruct) if args.reconstruct else None,
         tuning=Tuning(precision=recipe.precision, compiled=recipe.compiled),
         latency=None if args.table is None else read_table(args.table), backend=args.backend,

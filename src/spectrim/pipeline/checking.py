@@ -50,6 +50,14 @@ def check_settings(model: nn.Module, budget: Budget, epochs: int, distill: Any, 
         raise SettingError("compress", field, got=got, rule="left out where coded_bytes alone is limited and nothing is cut", hint=hint)
 
 
+def check_recovery(recovery: int, cut: str, epochs: int, squeeze: float) -> None:
+    """Raise a SettingError for a recovery where no candidates are compared, or nothing is trained after them."""
+    check("compress", recovery=recovery)
+    if recovery and (cut != "auto" or not epochs or squeeze):
+        rule = 'left out without epochs, with squeeze, and with another cut than "auto": no candidates are compared then'
+        raise SettingError("compress", "recovery", got=recovery, rule=rule)
+
+
 def check_tuning(tuning: Tuning, judged: bool) -> None:
     """Raise a SettingError for what only `fit` takes: a schedule of an optimizer that `compress` does not have."""
     if isinstance(tuning.scheduler, Schedule):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from operator import index
@@ -24,7 +25,7 @@ from spectrim.metrics.distance import Unlabeled, with_outputs
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
 from spectrim.metrics.verdict import worse_than
 from spectrim.pipeline.behavior import attributes_of, said
-from spectrim.pipeline.checking import check_settings, check_tuning, check_unlabeled, without_labels
+from spectrim.pipeline.checking import check_recovery, check_settings, check_tuning, check_unlabeled, without_labels
 from spectrim.pipeline.coding import uncut, with_levels
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.cutter import Cutter
@@ -32,7 +33,7 @@ from spectrim.pipeline.effort import examples_for
 from spectrim.pipeline.judge import Judge, scores_of_measurement
 from spectrim.pipeline.search import searching
 from spectrim.pipeline.seconds import backend_of, own_table
-from spectrim.pipeline.store import Store, Told, finished, identity_of
+from spectrim.pipeline.store import Store, Told, finished, given_of, identity_of
 from spectrim.pipeline.teaching import MEMORIZED, TEACHING, chosen_teacher
 from spectrim.pipeline.tuner import Tuner, squeezed
 from spectrim.pipeline.ways import Cut
@@ -79,6 +80,7 @@ def compress(
     calibration_seconds: float | None = None,
     calibration: Calibration | None = None,
     reconstruct: Reconstruction | None = None,
+    recovery: int = 0,
     latency: Latencies | None = None,
     backend: Backend | None = None,
     crossbars: Crossbars | None = None,
@@ -143,13 +145,13 @@ def compress(
         calibration: made before by `calibrate` of ``factorize(model, scheme, where)``, so that several budgets share it.
         reconstruct: after the cut, train each block for a few steps toward the dense network's block, on inputs without labels, see
             `Reconstruction`; kept where the loss is lower.
+        recovery: optimizer steps, on batches held in memory, for which a copy of each cut is trained before ``cut="auto"`` compares them.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds. Made here
             where the budget limits seconds; on another device by `spectrim.budget.device.latency_kit`.
         backend: the backend of the table that is made here, ``eager``, ``compile`` or ``onnx``; ``eager`` when omitted. The networks are
             then timed in ONNX Runtime, too, with ``onnx``.
         crossbars: `spectrim.runtimes.crossbar.Crossbars`, for a budget of tiles; tiles and their reads are then measured, too.
-        folder: for the cut network, checkpoints, the final network, under ``coded_bytes`` ``model.spz``, and ``result.json``; an
-            interrupted call resumes there. None for none.
+        folder: for the cut and final network, checkpoints, ``result.json``, ``model.spz``; a stopped call resumes there. None for none.
         progress: whether to show progress, on stderr: the name of each step.
 
     With epochs, a network that ends worse than its cut is not kept, and the cut is: a lower accuracy, or a higher loss at a level one,
@@ -169,8 +171,7 @@ def compress(
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
         >>> data = [(torch.randn(32, 16), torch.randint(16, (32,))) for _ in range(4)]
-        >>> everything = lambda name, module: True
-        >>> made = compress(model, data, nn.CrossEntropyLoss(), Budget(macs=0.5), where=everything, progress=False)
+        >>> made = compress(model, data, nn.CrossEntropyLoss(), Budget(macs=0.5), where=lambda *layer: True, progress=False)
         >>> made.measured["final"].macs <= 256
         True
     """
@@ -186,9 +187,12 @@ def compress(
     model, budget, epochs = unwrapped(model), as_budget(budget, "compress", coded=True), index(epochs)
     where = layer_filter(where, model, "compress")
     check_settings(model, budget, epochs, distill, reconstruct)
+    check_recovery(recovery, cut, epochs, squeeze)
     own = backend_of(budget, latency, backend)
     check_tuning(tuning, eval_data is not None)
-    ways = (1 if cut != "auto" else 4) + (reconstruct is not None) + (budget.coded_bytes is not None) + (own is not None)
+    ways = (
+        (1 if cut != "auto" else 4 + 4 * (recovery > 0)) + (reconstruct is not None) + (budget.coded_bytes is not None) + (own is not None)
+    )
     with (
         steps("compress", 6 + ways + (round(epochs * squeeze) > 0) + (epochs > round(epochs * squeeze)), progress) as step,
         ExitStack() as held,
@@ -228,8 +232,7 @@ def compress(
             examples=examples,
             calibration_seconds=calibration_seconds,
             reconstruct=None if reconstruct is None else repr(reconstruct),
-            **({} if crossbars is None else {"crossbars": repr(crossbars)}),
-            **({} if own is None else {"backend": own}),
+            **given_of(recovery=recovery, crossbars=crossbars and repr(crossbars), backend=own),
             **identity_of(folder, model, low, data, known, eval_data, inputs, loss, tuning, latency, calibration, start),
         )
         if not budget.limits:
@@ -253,12 +256,12 @@ def compress(
         step("scoring the dense network")
         scores: dict[str, dict[str, float]] = {"dense": judge.dense}
         history, told = History(), Told()
-        teacher, chosen = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0
-        untaught = ""
+        teacher, chosen, untaught = distill if isinstance(distill, Distillation) else None, distill == "auto" and epochs > 0, ""
         if chosen:
             teacher, untaught = chosen_teacher(model, low, known, loss, judge.dense_on_known["loss"])
         tuner = Tuner(data, loss, epochs, tuning, teacher, eval_data, store, progress)
         training = round(epochs * squeeze)
+        cutter.recovery = tuner.recovery(recovery, penalties, chosen)
         if training:
             step("training toward the budget", has_bar=True)
             history = squeezed(low, tuner, cutter, training, penalties, scores, told)
@@ -270,9 +273,7 @@ def compress(
             tuner.start(low)
         if prices.corrected:
             recounted("compress", budget, low, inputs, prices)
-        before = (
-            (list(scores.values())[-1], {name: value.clone() for name, value in low.state_dict().items()}) if epochs > training else None
-        )
+        before = (list(scores.values())[-1], deepcopy(low.state_dict())) if epochs > training else None
         if before is not None:
             step("fine-tuning", has_bar=True)
             with nullcontext() if training or penalties else balanced(low):

@@ -21,6 +21,7 @@ from spectrim.metrics.evaluate import Scores, evaluate
 from spectrim.metrics.inputs import first_examples
 from spectrim.pipeline.effort import LARGE, work_of_a_cut
 from spectrim.pipeline.judge import Judge
+from spectrim.pipeline.recovery import Recovery
 from spectrim.pipeline.store import Found, Told
 from spectrim.pipeline.ways import Cut, allowed_for_mixed
 from spectrim.protocols import Importance
@@ -53,6 +54,7 @@ class Cutter:
     unlabeled: Sequence[Any] = ()
     seconds: float | None = None
     progress: bool = False
+    recovery: Recovery | None = None
     examples: Sequence[Any] = ()
     blind: bool = False
 
@@ -125,12 +127,25 @@ class Cutter:
         best = min(made, key=lambda one: one.last["loss"])
         if self.importance is None and self._has_time(start, len(made)):
             mixed = self._made(bench, "mixed")
+            if self.recovery is not None:
+                return self._recovered(bench, [*made, mixed], self.recovery, notes)
             bench.show(best)
             if mixed.last["loss"] <= allowed_for_mixed(
                 best, self.judge.dense["loss"], self.judge.far(best.way, bench.network, best.scores)
             ):
                 return mixed
-        return best
+        return best if self.recovery is None else self._recovered(bench, made, self.recovery, notes)
+
+    def _recovered(self, bench: Workbench, made: Sequence[CutNetwork], recovery: Recovery, notes: list[str]) -> CutNetwork:
+        """Return the cut whose network has the lowest loss after a short recovery; none of them is trained by it."""
+        found: dict[str, float] = {}
+        for one in made:
+            self.step(f"recovering: {one.way}")
+            bench.show(one)
+            found[one.way] = self.judge(recovery(bench.network, self.judge.far(one.way, bench.network, one.scores)))["loss"]
+        shown = ", ".join(f"{one.way} {one.last['loss']:.4g} -> {found[one.way]:.4g}" for one in made)
+        notes.append(f"compared by the loss after {recovery.steps} steps of recovery: {shown}")
+        return min(made, key=lambda one: found[one.way])
 
     def _tried(self, bench: Workbench, kinds: Sequence[Cut], trains: bool, start: float, notes: list[str]) -> list[CutNetwork]:
         """Make cuts in this order, as many as there are work and time for; return them, equal ones by their order in `WAYS`."""

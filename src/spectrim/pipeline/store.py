@@ -62,6 +62,15 @@ def identity_of(
     }
 
 
+def given_of(**settings: Any) -> dict[str, Any]:
+    """Return the settings that were given, so that folders without them stay what they were.
+
+    Args:
+        **settings: None or 0 where left out.
+    """
+    return {name: value for name, value in settings.items() if value}
+
+
 @dataclass
 class Told:
     """How the cut was made: the way, the stages that were not kept, and sentences."""

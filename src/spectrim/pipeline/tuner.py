@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from torch import nn
@@ -11,6 +12,7 @@ from spectrim.budget.allocate import allocate
 from spectrim.budget.cut_to import has_norms, renew_statistics
 from spectrim.penalties import Orthogonality
 from spectrim.pipeline.cutter import Cutter
+from spectrim.pipeline.recovery import Recovery
 from spectrim.pipeline.store import Store, Told
 from spectrim.protocols import Penalty, RankSchedule
 from spectrim.surgery.prune import prune_
@@ -46,6 +48,13 @@ class Tuner:
         schedule = self.tuning.with_schedule()
         made = schedule.schedule_of(self.optimizer, self.epochs, schedule.steps_per_epoch or count_batches(self.data, "compress"))
         self.tuning = replace(schedule, optimizer=None, scheduler=made)
+
+    def recovery(self, steps: int, penalties: Sequence[Penalty], chosen: bool) -> Recovery | None:
+        """Return a recovery of some steps before training starts, its batches read; None for no steps."""
+        if not steps:
+            return None
+        batches = list(islice(self.data, steps * self.tuning.accumulate))
+        return Recovery(steps, self.loss, self.tuning, penalties, self.teacher, batches, chosen)
 
     def run(self, network: nn.Module, epochs: int, penalties: Sequence[Penalty], name: str, toward: Sequence[RankSchedule] = ()) -> History:
         """Train for some epochs, which follow those of earlier parts."""
