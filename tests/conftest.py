@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator
 
+import jaxtyping
 import pytest
 import torch
 
+import shape_checks
+
+jaxtyping.jaxtyped = shape_checks.jaxtyped
 torch.set_num_threads(1)
 
 
