@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from spectrim.errors import LayerError, RankError
 from spectrim.forms.contract import Contract, Size
 from spectrim.forms.fingerprint import fingerprint
+from spectrim.forms.offloading import Offloading
 
 __all__ = ["LOST", "Form", "Size", "fitted", "one_rank", "ranks_in", "rung_of", "shown", "stored", "whole"]
 
@@ -33,7 +34,7 @@ def stored(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class Form(Contract):
+class Form(Offloading, Contract):
     """Holds one weight, and is the only holder of its tensors.
 
     A weight is folded first (`linalg.fold`): `shape` is that of its rows and columns. A half-precision weight keeps its parameters in

@@ -49,7 +49,8 @@ def test_a_teacher_that_was_chosen_for_a_large_gap_teaches_no_cut_with_a_small_o
     model, data = task
     loss, teacher = nn.CrossEntropyLoss(), sp.Distillation(model, weight=1.0)
     states = [
-        Recovery(3, loss, sp.Tuning(), [], who, data, chosen)(sp.factorize(model, rank=4), far=False).state_dict() for who in (teacher, None)
+        Recovery(3, loss, sp.Tuning(), [], who, data, chosen)(sp.factorize(model, rank=4), far=False).state_dict()
+        for who in (teacher, None)
     ]
     alike = all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert alike == chosen
