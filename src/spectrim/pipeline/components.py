@@ -6,6 +6,8 @@ import json
 import random
 import re
 from collections.abc import Callable
+from functools import lru_cache
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -83,6 +85,11 @@ def _scheduler(component: Component, optimizer: Any, steps: int) -> Any:
 
 
 def _signature_parser(target: Any, skip: int) -> ArgumentParser:
+    """Return the parser of a signature, which is read once for a class or a function: that takes longer than to parse with it."""
+    return (_kept_parser if isinstance(target, type | FunctionType) else _new_parser)(target, skip)
+
+
+def _new_parser(target: Any, skip: int) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     skipped: Any = {skip} if skip else None
     if isinstance(target, type):
@@ -90,6 +97,9 @@ def _signature_parser(target: Any, skip: int) -> ArgumentParser:
     else:
         parser.add_function_arguments(target, skip=skipped, fail_untyped=False)
     return parser
+
+
+_kept_parser = lru_cache(maxsize=64)(_new_parser)
 
 
 def _imported(path: str, key: str) -> Any:
