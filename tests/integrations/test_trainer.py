@@ -458,6 +458,27 @@ def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:
         trainer(Classifier(), points(), tmp_path, SpectrimCallback(courses=[sp.Ramp(0.5)]), max_steps=20).train()
 
 
+@pytest.mark.parametrize(("courses", "at"), [([sp.Ramp(0.5, cuts=1, end=0.5)], 6), ([sp.Ramp(0.5, cuts=1, end=0.5)], 1), ([], 6)])
+def test_memory_that_runs_out_after_a_cut_ends_the_search_for_a_batch_size(courses: Any, at: int, tmp_path: Path) -> None:
+    """Trained again, the network would be cut again; before the first cut, and without one, it may be."""
+    calls = []
+
+    class Small(LowRankTrainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append(1)
+            if len(calls) == at:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+            return super().training_step(*args, **kwargs)
+
+    made = trainer(classifier(), points(), tmp_path, SpectrimCallback(courses=courses), Small, max_steps=8, auto_find_batch_size=True)
+    if courses and at == 6:
+        with pytest.raises(SettingError, match="per_device_train_batch_size"):
+            made.train()
+    else:
+        made.train()
+        assert len(calls) == at + 8
+
+
 def test_several_processes_may_penalise_but_not_cut() -> None:
     callback = SpectrimCallback(PENALTIES, courses=[sp.Ramp(0.5)])
     with pytest.raises(SettingError, match="courses must be empty with 2 processes"):

@@ -58,8 +58,7 @@ class SpectrimCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         lessons: Sequence[Lesson] = (),
     ) -> None:
         self.steps = Steps("SpectrimCallback", penalties, courses, lessons)
-        self.due = False
-        self.warned = False
+        self.due = self.warned = self.running = False
 
     @property
     def cuts(self) -> list[dict[str, Any]]:
@@ -72,6 +71,11 @@ class SpectrimCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
             hint = "cut with prune before the adapters are added"
             rule = "empty for a model with adapters of peft: its checkpoints hold the adapters, not the ranks and factors of the layers"
             raise SettingError("SpectrimCallback", "courses", got=", ".join(self.steps.courses), rule=rule, hint=hint)
+        if self.running and self.cuts and state.global_step == 0 and getattr(args, "auto_find_batch_size", False):
+            hint = "set per_device_train_batch_size, and load the network again"
+            rule = "empty where memory runs out after a cut: auto_find_batch_size begins again on the network as it was cut"
+            raise SettingError("SpectrimCallback", "courses", got=", ".join(self.steps.courses), rule=rule, hint=hint)
+        self.running = True
         self.steps.begin(model, args.world_size, state.global_step, args.device)
         self.due = self.warned = False
 
@@ -81,6 +85,7 @@ class SpectrimCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop watching layers."""
+        self.running = False
         self.steps.close()
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
