@@ -48,10 +48,11 @@ class Recovery:
             low: factorized, and cut.
             far: whether its loss gap is large.
         """
-        copy, tuning = duplicate(low), replace(self.tuning.with_schedule(), steps_per_epoch=None, keep_best=False)
+        copy, tuning = duplicate(low), replace(self.tuning.with_schedule(), steps_per_epoch=None, keep_best=False, compiled=False)
         batches = list(islice(cycle(self.batches), self.steps * tuning.accumulate))
         teacher = self.teacher if far or not self.chosen else None
-        with torch.random.fork_rng(), nullcontext() if self.penalties else balanced(copy):
+        devices = {parameter.device for parameter in copy.parameters() if parameter.is_cuda}
+        with torch.random.fork_rng(sorted(devices, key=str)), nullcontext() if self.penalties else balanced(copy):
             fit(
                 copy, batches, self.loss, None, 1,
                 tuning=tuning, penalties=self.penalties, lessons=[] if teacher is None else [teacher], progress=False,
