@@ -1,14 +1,7 @@
 """The tables of the analysis pages are those of the result files."""
 
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
+from scripts import error_of
 
 
 def test_the_pages_are_up_to_date() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "analysis" / "pages.py", "--check"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    assert error_of("analysis/pages.py", "--check") == ""

@@ -2,12 +2,11 @@
 
 import re
 import runpy
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from scripts import error_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,9 +18,15 @@ def test_supported_layers_page_is_up_to_date() -> None:
         assert (ROOT / "docs" / "supported-layers.md").read_text() == render(), "run python docs/supported_layers.py"
 
 
+def test_a_page_that_is_not_up_to_date_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, *args, **kwargs: read(path, *args, **kwargs).replace("the", "The"))
+    for script in ("coded.py", "report.py", "micro/report.py"):
+        assert script in error_of(script, "--check")
+
+
 def test_coded_page_is_up_to_date() -> None:
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "coded.py", "--check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert error_of("coded.py", "--check") == ""
 
 
 def test_every_coded_file_is_within_its_budget_and_no_smaller_than_its_values_and_positions() -> None:
@@ -38,8 +43,7 @@ def test_every_coded_file_is_within_its_budget_and_no_smaller_than_its_values_an
 
 
 def test_forms_page_is_up_to_date() -> None:
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "forms.py", "--check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert error_of("forms.py", "--check") == ""
 
 
 def test_page_of_the_trade_off_is_up_to_date_and_calls_nothing_best_that_another_row_beats(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,8 +117,7 @@ def test_nothing_is_installed_by_a_bare_name_that_somebody_else_could_take() -> 
 
 
 def test_results_page_is_up_to_date() -> None:
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "report.py", "--check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert error_of("report.py", "--check") == ""
 
 
 def test_every_committed_result_was_written_by_the_runner_for_its_recipe() -> None:
@@ -150,17 +153,11 @@ def given(settings: object) -> object:
 
 
 def test_speed_page_is_up_to_date() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "micro" / "report.py", "--check"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    assert error_of("micro/report.py", "--check") == ""
 
 
 def test_comparison_page_is_up_to_date() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "compare_report.py", "--check"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    assert error_of("compare_report.py", "--check") == ""
 
 
 def test_results_in_the_readme_are_those_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,8 +185,7 @@ def test_every_committed_comparison_is_of_todays_settings(monkeypatch: pytest.Mo
 
 
 def test_distributed_table_is_up_to_date() -> None:
-    done = subprocess.run([sys.executable, ROOT / "benchmarks" / "distributed.py", "--check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert error_of("distributed.py", "--check") == ""
 
 
 def test_int8_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,10 +202,7 @@ def test_export_page_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_architectures_page_is_up_to_date() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "architectures.py", "--check"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    assert error_of("architectures.py", "--check") == ""
 
 
 def test_pruning_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:

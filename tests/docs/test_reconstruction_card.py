@@ -1,14 +1,7 @@
 """The table of the method card is that of the result files."""
 
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parents[2]
+from scripts import error_of
 
 
 def test_the_card_is_up_to_date() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "reconstruct.py", "report", "--check"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    assert error_of("reconstruct.py", "report", "--check") == ""
