@@ -31,7 +31,7 @@ from spectrim.surgery.exchange import duplicate
 ROOT = Path(__file__).resolve().parents[1]
 RESULT, PAGE = ROOT / "benchmarks" / "results" / "recovery" / "rows.json", ROOT / "docs" / "compress.md"
 BEGIN, END = "<!-- recovery: written by benchmarks/recovery.py --render -->", "<!-- recovery: end -->"
-KINDS, STEPS, EPOCHS, KNOWN, JUDGED = ("plain", "whitened", "sensitive", "mixed", "both"), (20, 50, 100), 2, 512, 2048
+KINDS, STEPS, EPOCHS, KNOWN, JUDGED = ("plain", "whitened", "sensitive", "mixed"), (20, 50, 100), 2, 512, 2048
 
 
 def rows(budget: float, seed: int, done: dict[str, Any]) -> Any:
