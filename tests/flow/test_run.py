@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from spectrim.cli import main
 from spectrim.files import read_json
 from spectrim.pipeline.recipe import parse_recipe, read_recipe
 from spectrim.pipeline.run import Run
@@ -130,11 +131,20 @@ def test_a_cut_off_stage_file_reruns_the_stage(recipe_file: Path, tmp_path: Path
     assert again["final"]["accuracy"] == first["final"]["accuracy"]
 
 
-def test_the_command_line(recipe_file: Path, tmp_path: Path) -> None:
+def test_the_command_line(recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def spectrim(*args: str) -> "subprocess.CompletedProcess[str]":
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "JAXTYPING_DISABLE": "1"}
         command = [sys.executable, "-m", "spectrim.cli", *args]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+
+    def here(*args: str) -> tuple[int, str, str]:
+        """The same in this process, which saves the imports: code, output and errors."""
+        try:
+            main(list(args))
+            code = 0
+        except SystemExit as left:
+            code = int(left.code or 0)
+        return code, *capsys.readouterr()
 
     out = str(tmp_path / "run")
     ran = spectrim("run", str(recipe_file), "--out", out, "--json", "--set", "truncated=null", "--set", "continued=null")
@@ -144,23 +154,23 @@ def test_the_command_line(recipe_file: Path, tmp_path: Path) -> None:
     for name in ("dense", "final"):
         assert {"accuracy", "params", "macs", "size_bytes", "latency_s"} <= last[name].keys()
     assert last["final"]["ranks"]
-    listed = spectrim("coverage", out, "--json")
-    assert listed.returncode == 0, listed.stderr
-    rows = json.loads(listed.stdout)
+    code, listed, err = here("coverage", out, "--json")
+    assert code == 0, err
+    rows = json.loads(listed)
     assert {row["name"] for row in rows if row["factorized"]} == {"features.0", "features.3"}
-    measured = spectrim("measure", out, "--json")
-    assert measured.returncode == 0, measured.stderr
-    assert json.loads(measured.stdout)["macs"] == last["final"]["macs"]
+    code, measured, err = here("measure", out, "--json")
+    assert code == 0, err
+    assert json.loads(measured)["macs"] == last["final"]["macs"]
     bad = spectrim("run", str(recipe_file), "--out", str(tmp_path / "bad"), "--set", "dense.epochs=many")
     assert bad.returncode == 2
     assert "dense.epochs" in bad.stderr
     assert "many" in bad.stderr
     assert not (tmp_path / "bad").exists()
     (tmp_path / "empty").mkdir()
-    failed = spectrim("measure", str(tmp_path / "empty"))
-    assert failed.returncode == 1
-    assert "recipe.yaml" in failed.stderr
-    assert spectrim("--version").stdout.strip().startswith("spectrim")
+    code, _, err = here("measure", str(tmp_path / "empty"))
+    assert code == 1
+    assert "recipe.yaml" in err
+    assert here("--version")[1].strip().startswith("spectrim")
 
 
 BASE = {
