@@ -1,6 +1,8 @@
 # Every verb is one line; `make` lists them. PYTHON picks the interpreter for a new .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Compiled modules are kept, whatever the shell says: each process of the tests would compile them again.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: help demo test check docs bench format release
 help:    ; @echo "make demo | test | check | docs | bench | format | release"
