@@ -205,6 +205,15 @@ def test_architectures_page_is_up_to_date() -> None:
     assert error_of("architectures.py", "--check") == ""
 
 
+def test_recovery_table_is_that_of_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from recovery import BEGIN, END, PAGE, table
+
+    shown = PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
+    assert shown.strip().splitlines() == table()
+    assert len(table()) > 2
+
+
 def test_pruning_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 
