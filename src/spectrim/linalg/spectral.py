@@ -117,14 +117,25 @@ WIDE = 256
 """Wider cores are decomposed by the eigenvectors of their Gram matrix, in a third of the time: values lose what is below 1e-8."""
 
 
+LEAST_SHIFT = 1e-12
+"""Share of its norm that is added to the diagonal of a nearly singular matrix at least, so that it has a triangular factor."""
+
+
 def _triangular_root(gram: Tensor, floor: float) -> tuple[Tensor, Tensor] | None:
-    """Return ``R`` with ``R^T R = gram``, triangular, and its inverse; None for a matrix that is nearly singular, or small."""
+    """Return ``R`` with ``R^T R = gram``, triangular, and its inverse; None for a small matrix, or where rounding leaves no such factor.
+
+    A nearly singular matrix, of which few directions are seen, gets the floor, or `LEAST_SHIFT`, on its diagonal: a tenth of the time of
+    eigenvectors.
+    """
     if gram.shape[-1] <= WIDE:
         return None
     triangle, failed = torch.linalg.cholesky_ex(gram)
     pivots = triangle.diagonal(dim1=-2, dim2=-1).square()
     if bool(failed.any()) or bool((pivots.amin(-1) < SURE * floor * pivots.amax(-1)).any()):
-        return None
+        shift = max(floor, LEAST_SHIFT) * torch.linalg.matrix_norm(gram)
+        triangle, failed = torch.linalg.cholesky_ex(gram + torch.diag_embed(shift.unsqueeze(-1).expand(gram.shape[:-1])))
+        if bool(failed.any()):
+            return None
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     return triangle.mT, torch.linalg.solve_triangular(triangle, eye, upper=False).mT
 
