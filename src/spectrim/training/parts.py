@@ -147,6 +147,7 @@ class Part:
     def train(self, steps: int, deadline: float | None, tick: Callable[[], None]) -> Reconstructed:
         """Make the steps; put the part back where they did not lower the error on what is held out."""
         held, taught = self._split()
+        ends = torch.tensor([self._size(index) for index in taught]).cumsum(0)  # each example is as likely, however batches are cut
         for _, form in named_factors(self.module):
             if isinstance(form, Factors) and form.is_matrix:
                 balance_(form)
@@ -160,7 +161,7 @@ class Part:
                 break
             for group in optimizer.param_groups:
                 group["lr"] = self.rate * _schedule((step + 0.5) / steps)
-            chosen = taught[int(torch.randint(len(taught), (), generator=generator))]
+            chosen = taught[int(torch.searchsorted(ends, torch.randint(int(ends[-1]), (), generator=generator), right=True))]
             optimizer.zero_grad()
             self.error(*self._run(*self._some(chosen, generator))).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -184,12 +185,17 @@ class Part:
         held = [index for index in range(count) if index % every == every - 1] or [count - 1]
         return held, [index for index in range(count) if index not in held]
 
+    def _size(self, index: int) -> int:
+        """Return how many examples one batch has, by the first axis of what is wanted of it."""
+        first: Tensor = tree_leaves(self.targets[index])[0]
+        return max(1, len(first)) if first.dim() else 1
+
     def _some(self, index: int, generator: torch.Generator) -> tuple[Any, Any]:
         """Return some examples of one batch: of the tensors whose first axis is as long as the target's, when the first input is one."""
         call, target = self.calls[index], self.targets[index]
         leaves = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
         wanted: list[Tensor] = tree_leaves(target)
-        size = len(wanted[0]) if wanted[0].dim() else 0
+        size = self._size(index)
         if not leaves or any(not leaf.dim() or len(leaf) != size for leaf in (leaves[0], *wanted)) or size <= self.settings.batch:
             return call, target
         drawn = torch.randperm(size, generator=generator)[: self.settings.batch].to(wanted[0].device)
@@ -210,9 +216,10 @@ class Part:
 
     @torch.no_grad()
     def _judge(self, held: Sequence[int]) -> float:
-        """Return the error on what is held out."""
+        """Return the error on what is held out, the mean over its examples."""
+        sizes = [self._size(index) for index in held]
         errors = [float(self.error(*self._run(self.calls[index], self.targets[index], changed=False))) for index in held]
-        return sum(errors) / len(errors)
+        return sum(size * error for size, error in zip(sizes, errors, strict=True)) / sum(sizes)
 
 
 def _schedule(done: float) -> float:

@@ -12,7 +12,7 @@ from spectrim.errors import LayerError, SettingError
 from spectrim.layers import named_factors
 from spectrim.metrics.distance import Divergence
 from spectrim.training.blocks import blocks_of
-from spectrim.training.parts import Reconstruction
+from spectrim.training.parts import Part, Reconstruction
 from spectrim.training.reconstruct import reconstruct
 
 EVERYTHING = sp.match("*")
@@ -156,3 +156,19 @@ def test_errors_say_what_to_do() -> None:
         reconstruct(cut, dense, [])
     with pytest.raises(LayerError, match="not in the network"):
         reconstruct(cut, nn.Linear(12, 5), data)
+
+
+def test_each_example_counts_alike_however_batches_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, cut, data = prepared()
+    x = torch.cat([x for x, _ in data])
+    taught = {"few": x[:1] * 5, "many": x[1:96]}
+    batches = [taught["few"], x[96:97], taught["many"], x[97:]]
+    drawn: list[int] = []
+    some = Part._some
+    monkeypatch.setattr(Part, "_some", lambda self, index, generator: drawn.append(index) or some(self, index, generator))
+    settings = Reconstruction(steps=0, whole=200, whole_rate=1e-6, logits=True, held_out=0.5)
+    _, (told,) = reconstruct(cut, dense, batches, settings)
+    with torch.no_grad():
+        assert told.before == pytest.approx(float(Divergence()(cut.eval()(x[96:]), dense(x[96:]))), rel=1e-4)
+    assert set(drawn) <= {0, 2}
+    assert drawn.count(0) < 20  # 2 of 200 in the mean
