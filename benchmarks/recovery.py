@@ -4,8 +4,8 @@ A network, calibrated on 512 training images, each way of ``cut=`` that `compres
 after 20, 50 and 100 steps of `spectrim.pipeline.recovery.Recovery`, and after the whole fine-tuning, all on the first 2,048 images of the
 validation split. No test image is read. Rows are written one by one; those that are there are skipped; ``--render`` runs none.
 
-``resnet8`` and ``resnet20`` have published weights (CIFAR-10; those of ResNet-20 have seen the validation images); ``lenet5`` and ``vit`` (four blocks of 96) are
-trained here, for four and two epochs of Fashion-MNIST.
+``resnet8`` and ``resnet20`` have published weights (CIFAR-10; those of ResNet-20 have seen the validation images); ``lenet5`` and ``vit``
+(four blocks of 96) are trained here, for four and two epochs of Fashion-MNIST.
 """
 
 import argparse
@@ -60,8 +60,12 @@ def lenet5() -> nn.Module:
 
 
 NETWORKS = {
-    "resnet8": Network("ResNet-8", lambda: zoo.mlperftiny_resnet8(pretrained=True), lambda **more: zoo.cifar10(normalize="raw", **more), "spatial"),
-    "resnet20": Network("ResNet-20", lambda: zoo.resnet20(pretrained="akamaster"), lambda **more: zoo.cifar10(normalize="imagenet", **more), "spatial"),
+    "resnet8": Network(
+        "ResNet-8", lambda: zoo.mlperftiny_resnet8(pretrained=True), lambda **more: zoo.cifar10(normalize="raw", **more), "spatial"
+    ),
+    "resnet20": Network(
+        "ResNet-20", lambda: zoo.resnet20(pretrained="akamaster"), lambda **more: zoo.cifar10(normalize="imagenet", **more), "spatial"
+    ),
     "lenet5": Network("LeNet-5", lenet5, zoo.fashion_mnist),
     "vit": Network("ViT", coded_networks.small_vit, zoo.fashion_mnist),
 }
@@ -103,15 +107,23 @@ def table() -> list[str]:
     """Return the lines of the table: the least loss of each column in bold."""
     found = json.loads(RESULT.read_text())["rows"]
     order, columns = list(NETWORKS), ["start", *(f"after {steps}" for steps in STEPS), "end"]
-    lines = ["| network, kept, seed | cut | " + " | ".join(columns) + " | accuracy at the end |", "|---|---|" + "---:|" * (len(columns) + 1)]
-    for group in sorted({name.rpartition(" ")[0] for name in found}, key=lambda group: (order.index((words := group.split())[0]), -float(words[2]), words[4])):
+    lines = [
+        "| network, kept, seed | cut | " + " | ".join(columns) + " | accuracy at the end |",
+        "|---|---|" + "---:|" * (len(columns) + 1),
+    ]
+    for group in sorted(
+        {name.rpartition(" ")[0] for name in found},
+        key=lambda group: (order.index((words := group.split())[0]), -float(words[2]), words[4]),
+    ):
         own = {name.rpartition(" ")[2]: row for name, row in found.items() if name.rpartition(" ")[0] == group}
         least = {column: min(row[column]["loss"] for row in own.values()) for column in columns}
         words = group.split()
         for way, row in own.items():
             cells = [f"{row[column]['loss']:.4f}" for column in columns]
             shown = [f"**{cell}**" if row[column]["loss"] == least[column] else cell for cell, column in zip(cells, columns, strict=True)]
-            lines.append(f"| {NETWORKS[words[0]].title}, {float(words[2]):.0%}, {words[4]} | `{way}` | {' | '.join(shown)} | {100 * row['end']['accuracy']:.1f} |")
+            lines.append(
+                f"| {NETWORKS[words[0]].title}, {float(words[2]):.0%}, {words[4]} | `{way}` | {' | '.join(shown)} | {100 * row['end']['accuracy']:.1f} |"
+            )
     return lines
 
 

@@ -81,7 +81,8 @@ def reconstructed(low: nn.Module, dense: nn.Module, case: Case, seed: int) -> tu
     """Return the network after the steps toward the dense one, and what they brought."""
     assert case.reconstruct is not None
     settings = replace(case.reconstruct, seed=seed)
-    better, parts = reconstruct(low, dense, case.inputs("calibration", seed), settings)
+    data = case.inputs("calibration", seed) if case.unlabeled is None else case.unlabeled(seed)
+    better, parts = reconstruct(low, dense, data, settings)
     return sp.merge(better.eval()), {"reconstruct": asdict(settings), "parts": [asdict(part) for part in parts]}
 
 

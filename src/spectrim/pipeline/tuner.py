@@ -5,8 +5,10 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from spectrim.budget.allocate import allocate
 from spectrim.budget.cut_to import has_norms, renew_statistics
@@ -17,6 +19,7 @@ from spectrim.pipeline.store import Store, Told
 from spectrim.protocols import Penalty, RankSchedule
 from spectrim.surgery.prune import prune_
 from spectrim.surgery.recalibrate import recalibrate
+from spectrim.surgery.side_by_side import room
 from spectrim.training.data import count_batches
 from spectrim.training.distillation import Distillation, Loss
 from spectrim.training.fit import fit
@@ -50,10 +53,15 @@ class Tuner:
         self.tuning = replace(schedule, optimizer=None, scheduler=made)
 
     def recovery(self, steps: int, penalties: Sequence[Penalty], chosen: bool) -> Recovery | None:
-        """Return a recovery of some steps before training starts, its batches read; None for no steps."""
+        """Return a recovery of some steps before training starts, its batches read, up to half of the free memory; None for no steps."""
         if not steps:
             return None
-        batches = list(islice(self.data, steps * self.tuning.accumulate))
+        batches, left = list[Any](), room(torch.device("cpu"))
+        for batch in islice(self.data, steps * self.tuning.accumulate):
+            batches.append(batch)
+            left -= sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+            if left <= 0:
+                break
         return Recovery(steps, self.loss, self.tuning, penalties, self.teacher, batches, chosen)
 
     def run(self, network: nn.Module, epochs: int, penalties: Sequence[Penalty], name: str, toward: Sequence[RankSchedule] = ()) -> History:
