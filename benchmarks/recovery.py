@@ -121,9 +121,8 @@ def table() -> list[str]:
         for way, row in own.items():
             cells = [f"{row[column]['loss']:.4f}" for column in columns]
             shown = [f"**{cell}**" if row[column]["loss"] == least[column] else cell for cell, column in zip(cells, columns, strict=True)]
-            lines.append(
-                f"| {NETWORKS[words[0]].title}, {float(words[2]):.0%}, {words[4]} | `{way}` | {' | '.join(shown)} | {100 * row['end']['accuracy']:.1f} |"
-            )
+            named = f"{NETWORKS[words[0]].title}, {float(words[2]):.0%}, {words[4]}"
+            lines.append(f"| {named} | `{way}` | {' | '.join(shown)} | {100 * row['end']['accuracy']:.1f} |")
     return lines
 
 
