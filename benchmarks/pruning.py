@@ -47,6 +47,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "gradual": {"epochs": 12, "constant": 7 / 12, "cuts": 42},
     "gradual taught": {"epochs": 12, "constant": 7 / 12, "cuts": 42, "teach": {"temperature": 4.0, "weight": 0.7}},
     "gradual taught longer": {"epochs": 24, "constant": 7 / 12, "cuts": 84, "teach": {"temperature": 4.0, "weight": 0.7}},
+    "gradual taught mixed": {
+        "epochs": 24,
+        "constant": 7 / 12,
+        "cuts": 84,
+        "teach": {"temperature": 4.0, "weight": 0.7, "mix": 0.5},
+        "peak": 2e-3,
+    },
 }
 """ADMM and the ramp of gradual pruning end, at the latest, where the learning rate begins to fall; one-shot pruning comes first."""
 
@@ -136,7 +143,8 @@ def pruned(method: str, size: str, seed: int, dense: nn.Module, data: Any) -> No
     model, name = copy.deepcopy(dense), f"{label(method, size)}-{seed}-{digest(settings)}"
     knobs = METHODS[method]
     lessons = [sp.Distillation(dense, **knobs["teach"])] if "teach" in knobs else []
-    history, seconds = train(model, data, name, knobs["epochs"], knobs["constant"], [course(method, RATES[size])], lessons)
+    peak = {"peak": knobs["peak"]} if "peak" in knobs else {}
+    history, seconds = train(model, data, name, knobs["epochs"], knobs["constant"], [course(method, RATES[size])], lessons, **peak)
     small = rounded(model)
     found = {"plain": sizes(model, rounded=False), **measured(model, dense)}
     found["rounded"] = sizes(small, rounded=True) | {"test": sp.evaluate(small, data.test, nn.CrossEntropyLoss())}

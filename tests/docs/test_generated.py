@@ -291,7 +291,8 @@ def test_table_of_orthonormal_factors_is_that_of_the_files(monkeypatch: pytest.M
     import orthogonality
 
     assert list(orthogonality.RESULTS.glob("*.json"))
-    assert orthogonality.table() in orthogonality.CARD.read_text(encoding="utf-8"), "run python benchmarks/orthogonality.py --render"
+    for card, named in ((orthogonality.CARD, orthogonality.MEANS), (orthogonality.OF_DENSE, orthogonality.DENSE)):
+        assert orthogonality.table(named) in card.read_text(encoding="utf-8"), "run python benchmarks/orthogonality.py --render"
 
 
 def test_precision_table_is_that_of_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
