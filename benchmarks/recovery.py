@@ -126,6 +126,20 @@ def table() -> list[str]:
     return lines
 
 
+def summary() -> str:
+    """Return how much lower the loss at the end of the best cut is than that of the one chosen, by the start and by a recovery."""
+    groups: dict[str, list[Any]] = {}
+    for name, row in json.loads(RESULT.read_text())["rows"].items():
+        groups.setdefault(name.rpartition(" ")[0], []).append(row)
+    told = []
+    for column in ("start", *(f"after {steps}" for steps in STEPS)):
+        chosen = [min(rows, key=lambda row: row[column]["loss"]) for rows in groups.values()]
+        above = [one["end"]["loss"] - min(row["end"]["loss"] for row in rows) for one, rows in zip(chosen, groups.values(), strict=True)]
+        told.append(f"{'the start' if column == 'start' else column} {sum(above) / len(above):.4f} and {max(above):.4f}")
+    cases = f"mean and largest over {len(groups)} cases"
+    return f"How much higher than the least the loss ends of the cut that is chosen by these columns, {cases}: {'; '.join(told)}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--networks", default="resnet8", help=f"of {', '.join(NETWORKS)}")
@@ -142,7 +156,7 @@ def main() -> None:
             result["rows"][name] = row
             write_json(RESULT, result)
             print(name, row, flush=True)
-    put(PAGE, BEGIN, END, "\n".join(["", *table(), ""]))
+    put(PAGE, BEGIN, END, "\n".join(["", *table(), "", summary(), ""]))
 
 
 if __name__ == "__main__":
