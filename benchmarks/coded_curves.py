@@ -136,7 +136,7 @@ def goals() -> list[str]:
                 f" ({verdict(after['bytes'], 45_000, 'bytes')}; {verdict(after['accuracy'], 91.4, 'point', False)})."
             )
     for rate, most in (("85x", 0.15), ("balanced-85x", 0.15), ("167x", 0.5), ("balanced-167x", 0.5)):
-        for method in ("gradual", "gradual-taught", "gradual-taught-longer", "admm", "one-shot"):
+        for method in ("gradual", "gradual-taught", "gradual-taught-longer", "gradual-taught-mixed", "admm", "one-shot"):
             if rows := rows_of(PRUNING, f"{method}-{rate}"):
                 gone, seeds = drops(rows), len(rows)
                 said = f"{mean(gone)} over {seeds} seed{'s' if seeds > 1 else ''}"

@@ -4,7 +4,7 @@ OMP_NUM_THREADS=1 python benchmarks/pruning_levels.py --rates 85x --methods grad
 
 Each row is a file in ``benchmarks/results/pruning_levels``; those that are there are skipped. The pruned network is trained first where
 ``runs/pruning`` lacks it. The test split is read once for each row, at its end; the settings of ``fewer`` came after the score of the first
-row was known, those of ``middle`` after both.
+row was known, those of ``middle`` after both, those of ``mixed`` after all of them.
 """
 
 import argparse
@@ -33,6 +33,15 @@ LEVELS: dict[str, dict[str, Any]] = {
     "": {"epochs": 2, "peak": 3e-4, "constant": 0.25, "end": 0.9, "teach": TAUGHT, "bias_levels": 127},
     "fewer": {"epochs": 4, "peak": 1e-3, "constant": 0.25, "end": 0.9, "teach": TAUGHT, "bias_levels": 31, "keep": 0.85},
     "middle": {"epochs": 8, "peak": 1e-3, "constant": 0.25, "end": 0.9, "teach": TAUGHT, "bias_levels": 31, "keep": 0.93},
+    "mixed": {
+        "epochs": 12,
+        "peak": 1e-3,
+        "constant": 0.25,
+        "end": 0.9,
+        "teach": TAUGHT | {"mix": 0.5},
+        "bias_levels": 31,
+        "keep": 0.93,
+    },
 }
 """Bits are those of `pruning.LEVELS`; `end` is when levels are final and biases alone are trained. `keep` is the share of each layer's
 weights that stays at all; it came after the score of the first row, which had 280x, was known."""
