@@ -195,9 +195,7 @@ exit codes: 0 done, 1 failure, 2 wrong usage or a bad recipe, 130 stopped by Ctr
         default=0,
         help="after the cut, train each block for so many steps toward the dense one's output",
     )
-    sub.add_argument(
-        "--recovery", type=NonNegativeInt, help="steps for which each cut is trained before the cuts are compared; 50 for long trainings"
-    )
+    sub.add_argument("--recovery", type=NonNegativeInt, default=0, help="steps for which each cut is trained before the cuts are compared")
     sub.add_argument("--squeeze", type=float, default=0.0, help="share of the epochs spent training toward the budget before the cut")
     sub.add_argument("--out", type=str, help="folder (default: runs/NAME-compress-BUDGET)")
     _changes(sub)

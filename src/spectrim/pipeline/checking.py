@@ -1,7 +1,5 @@
 """What `compress` refuses before any work, and data without labels."""
 
-from collections.abc import Iterable
-from operator import index
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +11,6 @@ from spectrim.layers import named_factors
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.distance import Unlabeled, relative_distance, with_outputs
 from spectrim.metrics.inputs import first_examples
-from spectrim.training.data import count_batches
 from spectrim.training.distillation import Distillation
 from spectrim.training.parts import Reconstruction
 from spectrim.training.stopping import Best
@@ -53,30 +50,12 @@ def check_settings(model: nn.Module, budget: Budget, epochs: int, distill: Any, 
         raise SettingError("compress", field, got=got, rule="left out where coded_bytes alone is limited and nothing is cut", hint=hint)
 
 
-RECOVERY = 50
-"""Steps of the recovery by default: enough for the order in which cuts end in trials; 20 were too few."""
-
-WORTH = 20
-"""Fine-tuning takes at least so many times the steps of a recovery where that is made by default, of each of four cuts."""
-
-
-def recovery_steps(recovery: int | None, cut: str, epochs: int, squeeze: float, data: Iterable[Any], tuning: Tuning) -> int:
-    """Return for how many steps each cut is trained before cuts are compared; by default `RECOVERY` where that is a small share of all.
-
-    Raises:
-        SettingError: for a recovery where no candidates are compared, or nothing is trained after them.
-    """
-    compared = cut == "auto" and bool(epochs) and not squeeze
-    if recovery is None:
-        if not compared:
-            return 0
-        batches = epochs * (tuning.steps_per_epoch or count_batches(data, "compress"))
-        return RECOVERY if batches >= WORTH * RECOVERY * tuning.accumulate else 0
+def check_recovery(recovery: int, cut: str, epochs: int, squeeze: float) -> None:
+    """Raise a SettingError for a recovery where no candidates are compared, or nothing is trained after them."""
     check("compress", recovery=recovery)
-    if recovery and not compared:
+    if recovery and (cut != "auto" or not epochs or squeeze):
         rule = 'left out without epochs, with squeeze, and with another cut than "auto": no candidates are compared then'
         raise SettingError("compress", "recovery", got=recovery, rule=rule)
-    return index(recovery)
 
 
 def check_tuning(tuning: Tuning, judged: bool) -> None:

@@ -25,7 +25,7 @@ from spectrim.metrics.distance import Unlabeled, with_outputs
 from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
 from spectrim.metrics.verdict import worse_than
 from spectrim.pipeline.behavior import attributes_of, said
-from spectrim.pipeline.checking import check_settings, check_tuning, check_unlabeled, recovery_steps, without_labels
+from spectrim.pipeline.checking import check_recovery, check_settings, check_tuning, check_unlabeled, without_labels
 from spectrim.pipeline.coding import uncut, with_levels
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.cutter import Cutter
@@ -80,7 +80,7 @@ def compress(
     calibration_seconds: float | None = None,
     calibration: Calibration | None = None,
     reconstruct: Reconstruction | None = None,
-    recovery: int | None = None,
+    recovery: int = 0,
     latency: Latencies | None = None,
     backend: Backend | None = None,
     crossbars: Crossbars | None = None,
@@ -121,11 +121,11 @@ def compress(
             examples; ``sensitive`` what changes the loss least to second order; ``mixed`` as ``whitened``, with ranks by the mean of the
             plain and the whitened energy; ``both`` as ``whitened``, with outputs weighted by the root of their curvature; ``curved`` as
             ``sensitive``, with a refit in the same metric, for language models. ``auto`` makes the first three, without epochs ``both``
-            too, with epochs ``mixed``, and keeps the one that is best after the refit, on `eval_data` or else on the examples: by accuracy,
-            where there is one and nothing is trained, else by loss, after a `recovery` if there is one. Without epochs, where one cut takes
-            more than 1e11 operations, ``both`` alone is made, which was best most often. With epochs and no recovery ``mixed`` is taken
-            where it starts with at most a quarter more added to the dense network's loss, or, with a large loss gap (as under `distill`),
-            from a loss at most a quarter higher, and no higher than that of ``sensitive`` where that is lowest.
+            too, and keeps the one that is best after the refit, on `eval_data` or else on the examples: by accuracy, where there is one and
+            nothing is trained, else by loss. Without epochs, where one cut takes more than 1e11 operations (some ten seconds), ``both``
+            alone is made, which was best most often. With epochs, ``mixed`` takes the place of the best where it starts little worse: with
+            at most a quarter more added to the dense network's loss, or, with a large loss gap (as under `distill`), from a loss at most a
+            quarter higher, and no higher than that of ``sensitive`` where that is lowest.
         importance: ranks by this distortion instead of that of the cut method.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: distillation from the dense network while fine-tuning. ``auto`` uses it for a classifier whose cut network has a large
@@ -145,7 +145,7 @@ def compress(
         calibration: made before by `calibrate` of ``factorize(model, scheme, where)``, so that several budgets share it.
         reconstruct: after the cut, train each block for a few steps toward the dense network's block, on inputs without labels, see
             `Reconstruction`; kept where the loss is lower.
-        recovery: steps for which a copy of each cut is trained before ``cut="auto"`` compares them; None: 50 where at least 1,000 follow.
+        recovery: optimizer steps, on batches held in memory, for which a copy of each cut is trained before ``cut="auto"`` compares them.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds. Made here
             where the budget limits seconds; on another device by `spectrim.budget.device.latency_kit`.
         backend: the backend of the table that is made here, ``eager``, ``compile`` or ``onnx``; ``eager`` when omitted. The networks are
@@ -187,7 +187,7 @@ def compress(
     model, budget, epochs = unwrapped(model), as_budget(budget, "compress", coded=True), index(epochs)
     where = layer_filter(where, model, "compress")
     check_settings(model, budget, epochs, distill, reconstruct)
-    recovery = recovery_steps(recovery, cut, epochs, squeeze, data, tuning)
+    check_recovery(recovery, cut, epochs, squeeze)
     own = backend_of(budget, latency, backend)
     check_tuning(tuning, eval_data is not None)
     ways = (

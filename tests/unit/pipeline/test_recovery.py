@@ -9,8 +9,7 @@ from torch import nn
 
 import spectrim as sp
 from spectrim.errors import FormatError, SettingError
-from spectrim.pipeline import checking, tuner
-from spectrim.pipeline.checking import recovery_steps
+from spectrim.pipeline import tuner
 from spectrim.pipeline.recovery import Recovery
 
 
@@ -84,32 +83,11 @@ def test_refuses_where_nothing_is_compared(task, given):
         sp.compress(model, data, nn.CrossEntropyLoss(), sp.Budget(macs=0.4), **{"epochs": 2, "recovery": 3, "progress": False} | given)
 
 
-@pytest.mark.parametrize(
-    ("given", "steps"),
-    [
-        ({}, 50),
-        ({"epochs": 99}, 0),
-        ({"cut": "plain"}, 0),
-        ({"squeeze": 0.5}, 0),
-        ({"tuning": sp.Tuning(accumulate=2)}, 0),
-        ({"tuning": sp.Tuning(steps_per_epoch=9)}, 0),
-        ({"recovery": 0}, 0),
-        ({"recovery": 7, "epochs": 1}, 7),
-    ],
-)
-def test_by_default_where_it_is_a_small_share_of_the_training(given, steps):
-    settings = {"recovery": None, "cut": "auto", "epochs": 100, "squeeze": 0.0, "data": [0] * 10, "tuning": sp.Tuning()}
-    assert recovery_steps(**settings | given) == steps
-
-
-def test_compress_makes_it_by_default_and_holds_no_more_batches_than_fit(task, monkeypatch):
+def test_holds_no_more_batches_than_fit(task, monkeypatch):
     model, data = task
     made, held = Recovery.__call__, []
-    monkeypatch.setattr(checking, "RECOVERY", 2)
-    monkeypatch.setattr(checking, "WORTH", 4)
     monkeypatch.setattr(tuner, "room", lambda device: 1)
     monkeypatch.setattr(Recovery, "__call__", lambda self, low, far: held.append(len(self.batches)) or made(self, low, far))
-    call = partial(sp.compress, model, data, nn.CrossEntropyLoss(), sp.Budget(macs=0.4), 1, progress=False)
-    assert any("after 2 steps of recovery" in note for note in call().notes)
+    found = sp.compress(model, data, nn.CrossEntropyLoss(), sp.Budget(macs=0.4), 1, recovery=2, progress=False)
+    assert any("after 2 steps of recovery" in note for note in found.notes)
     assert held == [1] * 4
-    assert not any("recovery" in note for note in call(recovery=0).notes)
