@@ -106,7 +106,7 @@ def goals() -> list[str]:
         "## Goals",
         "",
         "Each goal was set before its rows were run. "
-        "Settings of the second and third file of LeNet-5 were chosen after scores of those before were known.",
+        "Settings of the files of LeNet-5 after the first were chosen after scores of those before were known.",
         "",
     ]
     twenty = results().get("resnet20", {"rows": {}})["rows"]
