@@ -38,7 +38,7 @@ MEANS: dict[str, dict[str, Any]] = {
     "retraction, every 32": {"courses": [Retraction(32)]},
 }
 DENSE: dict[str, dict[str, Any]] = {
-    "dense": {},
+    "dense": {"spectrum": []},
     "dense, every step": {"spectrum": [sp.penalties.PolarHoyer(0.001)]},
     "dense, every 32": {"spectrum": [sp.penalties.PolarHoyer(0.001, every=32)]},
 }
@@ -48,14 +48,11 @@ SEEDS, EPOCHS, IMAGES, RATE, HOYER, BUDGET = (0, 1, 2), (3, 2), 5_000, 0.002, 0.
 def run(means: str, seed: int) -> dict[str, Any]:
     """Train, cut and fine-tune once."""
     torch.manual_seed(seed)
-    data, loss, given = (
-        zoo.cifar10(batch_size=128, normalize="raw", seed=seed, limit=IMAGES + 5000),
-        nn.CrossEntropyLoss(),
-        (MEANS | DENSE)[means],
-    )
+    data, loss = zoo.cifar10(batch_size=128, normalize="raw", seed=seed, limit=IMAGES + 5000), nn.CrossEntropyLoss()
+    given = (MEANS | DENSE)[means]
     low = zoo.mlperftiny_resnet8(pretrained=True)
     low = low if means in DENSE else sp.factorize(low)
-    spectrum = given.get("spectrum", []) if means in DENSE else [sp.Hoyer(HOYER)]
+    spectrum = given.get("spectrum", [sp.Hoyer(HOYER)])
     scores, defects = {}, {}
     for part, epochs, rate, more in (("full rank", EPOCHS[0], RATE, spectrum), ("fine-tuned", EPOCHS[1], RATE / 3, [])):
         optimizer = torch.optim.SGD(low.parameters(), rate, momentum=0.9)
@@ -112,7 +109,8 @@ def main() -> None:
             path = RESULTS / f"{means.replace(', ', '-').replace(' ', '-')}-seed{seed}.json"
             if path.exists():
                 continue
-            settings = {"means": means, "seed": seed, "epochs": EPOCHS, "images": IMAGES, "rate": RATE, "hoyer": HOYER, "macs": BUDGET}
+            settings = {"means": means, "seed": seed, "epochs": EPOCHS, "images": IMAGES, "rate": RATE, "macs": BUDGET}
+            settings |= {"spectrum": repr(DENSE[means]["spectrum"])} if means in DENSE else {"hoyer": HOYER}
             row = {"settings": settings, "environment": environment()} | run(means, seed)
             RESULTS.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(row, indent=1) + "\n")

@@ -143,8 +143,8 @@ def pruned(method: str, size: str, seed: int, dense: nn.Module, data: Any) -> No
     model, name = copy.deepcopy(dense), f"{label(method, size)}-{seed}-{digest(settings)}"
     knobs = METHODS[method]
     lessons = [sp.Distillation(dense, **knobs["teach"])] if "teach" in knobs else []
-    peak = {"peak": knobs["peak"]} if "peak" in knobs else {}
-    history, seconds = train(model, data, name, knobs["epochs"], knobs["constant"], [course(method, RATES[size])], lessons, **peak)
+    courses, peak = [course(method, RATES[size])], knobs.get("peak", TRAINING["peak"])
+    history, seconds = train(model, data, name, knobs["epochs"], knobs["constant"], courses, lessons, peak)
     small = rounded(model)
     found = {"plain": sizes(model, rounded=False), **measured(model, dense)}
     found["rounded"] = sizes(small, rounded=True) | {"test": sp.evaluate(small, data.test, nn.CrossEntropyLoss())}

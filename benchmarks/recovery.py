@@ -127,7 +127,7 @@ def table() -> list[str]:
 
 
 def summary() -> str:
-    """Return how much lower the loss at the end of the best cut is than that of the one chosen, by the start and by a recovery."""
+    """Return how far the final loss of the cut chosen by its start, or after a recovery, lies above the best final loss."""
     groups: dict[str, list[Any]] = {}
     for name, row in json.loads(RESULT.read_text())["rows"].items():
         groups.setdefault(name.rpartition(" ")[0], []).append(row)
@@ -137,7 +137,7 @@ def summary() -> str:
         above = [one["end"]["loss"] - min(row["end"]["loss"] for row in rows) for one, rows in zip(chosen, groups.values(), strict=True)]
         told.append(f"{'the start' if column == 'start' else column} {sum(above) / len(above):.4f} and {max(above):.4f}")
     cases = f"mean and largest over {len(groups)} cases"
-    return f"How much higher than the least the loss ends of the cut that is chosen by these columns, {cases}: {'; '.join(told)}."
+    return f"Final loss of the cut with the lowest loss in a column, above the best final loss, {cases}: {'; '.join(told)}."
 
 
 def main() -> None:

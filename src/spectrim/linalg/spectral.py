@@ -124,8 +124,8 @@ LEAST_SHIFT = 1e-12
 def _triangular_root(gram: Tensor, floor: float) -> tuple[Tensor, Tensor] | None:
     """Return ``R`` with ``R^T R = gram``, triangular, and its inverse; None for a small matrix, or where rounding leaves no such factor.
 
-    A nearly singular matrix, of which few directions are seen, gets the floor, or `LEAST_SHIFT`, on its diagonal: a tenth of the time of
-    eigenvectors.
+    A nearly singular matrix, of which few directions are seen, gets the floor, or `LEAST_SHIFT`, of its norm on its diagonal, which takes
+    less time than eigenvectors.
     """
     if gram.shape[-1] <= WIDE:
         return None
@@ -143,7 +143,7 @@ def _triangular_root(gram: Tensor, floor: float) -> tuple[Tensor, Tensor] | None
 def metric_root(vectors: Tensor, metric: Tensor | ProjectedMetric | None, floor: float) -> tuple[Tensor, Tensor]:
     """Return ``R`` with ``R^T R = V^T M V`` for orthonormal columns ``V``, and its inverse; no eigenvalue is below `floor` of the largest.
 
-    For a metric of zeros the identity is used.
+    Wide matrices that are nearly singular are shifted instead, see `_triangular_root`. For a metric of zeros the identity is used.
     """
     if metric is None:
         eye = torch.eye(vectors.shape[-1], dtype=vectors.dtype, device=vectors.device).expand(*vectors.shape[:-2], -1, -1)
@@ -171,7 +171,8 @@ def weighted_svd(
     sum of the squared values behind the ``r``-th. With ``A^T A = U^T L U``, ``B^T B = Vh R Vh^T`` and the SVD ``W diag(values) Z`` of
     ``A diag(S) B^T``: ``X = U A^-1 W`` and ``Y = W^T A diag(S) Vh``. So `right` is never inverted. Matrices of the held rank are all that
     is decomposed, by `eigh`, which a rank-deficient metric does not disturb: directions of the input without weight count as if they had
-    1e-14 of the largest one, which decides between cuts that are equal otherwise; directions of the output, which are inverted, 1e-10.
+    1e-14 of the largest one (in wide nearly singular metrics 1e-12 of the norm), which decides between cuts that are equal otherwise;
+    directions of the output, which are inverted, 1e-10.
 
     Args:
         U: orthonormal columns.

@@ -6,12 +6,12 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from spectrim.budget.allocate import allocate
 from spectrim.budget.cut_to import has_norms, renew_statistics
+from spectrim.metrics.tensors import tensors_of
 from spectrim.penalties import Orthogonality
 from spectrim.pipeline.cutter import Cutter
 from spectrim.pipeline.recovery import Recovery
@@ -59,7 +59,7 @@ class Tuner:
         batches, left = list[Any](), room(torch.device("cpu"))
         for batch in islice(self.data, steps * self.tuning.accumulate):
             batches.append(batch)
-            left -= sum(leaf.nbytes for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+            left -= sum(tensor.nbytes for tensor in tensors_of(batch))
             if left <= 0:
                 break
         return Recovery(steps, self.loss, self.tuning, penalties, self.teacher, batches, chosen)

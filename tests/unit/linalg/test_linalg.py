@@ -342,3 +342,20 @@ def test_outputs_without_weight_stay_finite() -> None:
     cut = X[:, :2] @ Y[:2]
     assert weighted_error(whole - cut, left, None) < 1e-9 * weighted_error(whole, left, None)
     assert cut.norm() < 1e6 * whole.norm()
+
+
+@pytest.mark.parametrize("seen", [40, 299, 0])
+def test_wide_metrics_of_few_directions_have_a_root(seen: int) -> None:
+    wide = linalg.spectral.WIDE + 44
+    rows, others = torch.randn(seen, wide, dtype=torch.float64), torch.randn(seen, wide, dtype=torch.float64)
+    left, right, eye = rows.mT @ rows, others.mT @ others, torch.eye(wide, dtype=torch.float64)
+    root, inverse = linalg.spectral.metric_root(eye, left, linalg.spectral.LEFT_FLOOR)
+    assert torch.allclose(root @ inverse, eye, atol=1e-5)
+    assert torch.allclose(root.mT @ root, left if seen else eye, atol=1e-8 * (float(left.norm()) + (seen == 0)))
+    U, S, Vh = linalg.svd(torch.randn(wide, wide, dtype=torch.float64))
+    X, values, Y = linalg.spectral.weighted_svd(U, S, Vh, left, right)
+    W = U * S @ Vh
+    assert torch.allclose(X @ Y, W, atol=1e-8 * float(W.norm()))
+    if seen:
+        lost = W - X[:, :20] @ Y[:20]
+        assert float(((left @ lost @ right) * lost).sum()) == pytest.approx(float(values[20:].square().sum()), rel=1e-6)

@@ -83,7 +83,7 @@ def test_refuses_where_nothing_is_compared(task, given):
         sp.compress(model, data, nn.CrossEntropyLoss(), sp.Budget(macs=0.4), **{"epochs": 2, "recovery": 3, "progress": False} | given)
 
 
-def test_holds_no_more_batches_than_fit(task, monkeypatch):
+def test_holds_no_more_batches_than_memory_allows(task, monkeypatch):
     model, data = task
     made, held = Recovery.__call__, []
     monkeypatch.setattr(tuner, "room", lambda device: 1)
