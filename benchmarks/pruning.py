@@ -43,6 +43,7 @@ DENSE = {"epochs": 24, "constant": 0.25}
 METHODS: dict[str, dict[str, Any]] = {
     "admm": {"epochs": 12, "constant": 7 / 12, "rounds": 14},
     "admm with a ramp": {"epochs": 12, "constant": 7 / 12, "rounds": 14, "ramp": 0.75},
+    "admm longer": {"epochs": 24, "constant": 7 / 12, "rounds": 14},
     "one-shot": {"epochs": 12, "constant": 0.25},
     "gradual": {"epochs": 12, "constant": 7 / 12, "cuts": 42},
     "gradual taught": {"epochs": 12, "constant": 7 / 12, "cuts": 42, "teach": {"temperature": 4.0, "weight": 0.7}},
@@ -55,7 +56,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "peak": 2e-3,
     },
 }
-"""ADMM and the ramp of gradual pruning end, at the latest, where the learning rate begins to fall; one-shot pruning comes first."""
+"""ADMM and the ramp of gradual pruning end, at the latest, where the learning rate begins to fall; one-shot pruning comes first. A round of
+`admm longer` is one epoch."""
 
 RATES = {
     "85x": {"conv1": 100, "conv2": 1250, "fc1": 3360, "fc2": 350},
