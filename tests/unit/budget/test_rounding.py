@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import spectrim as sp
 from spectrim.budget.rounding.attempts import Search
-from spectrim.budget.rounding.curves import INPUTS, OUTPUTS, Curve, curve_of, price_for, towards, with_feedback
+from spectrim.budget.rounding.curves import INPUTS, OUTPUTS, Curve, Rounding, curve_of, price_for, towards, with_feedback
 from spectrim.budget.rounding.joint import Costs, chosen
 from spectrim.budget.rounding.meeting import Moments, _meeting, beside, moments
 from spectrim.budget.rounding.pairs import Option, best_at, options_of, with_pairs
@@ -21,6 +21,7 @@ from spectrim.budget.rounding.vectors import round_vectors
 from spectrim.budget.rounding.weights import Weight, weights_of
 from spectrim.errors import SettingError
 from spectrim.linalg.feedback import bits_of, entropy, metric_of, rounded
+from spectrim.projections import TopK
 from spectrim.storage.pack import coded, pack, unpack
 
 
@@ -100,7 +101,8 @@ def test_one_price_is_the_best_split_of_the_bits() -> None:
                  for a in places for b in places for c in places)  # fmt: skip
         assert bits <= limit
         assert spent <= min(total for count, total in every if count <= bits) + 1e-9
-    assert price_for({"a": Curve((1.0,), (50.0,), (1.0,))}, 10.0) >= 1e12 * 0.99  # no step meets it
+    two = {"a": Curve((1.0, 2.0), (50.0, 30.0), (1.0, 5.0))}
+    assert price_for(two, 10.0) == pytest.approx(price_for(two, 30.0)) == pytest.approx(4 / 20)  # no step meets 10: the fewest bits
 
 
 class Skip(nn.Module):
@@ -411,6 +413,32 @@ def test_pruned_weights_keep_their_share_of_zeros() -> None:
     search.keep_({"0": 0.2})
     weight: Tensor = search.within(1500).model.get_parameter("0.weight")
     assert int(weight.count_nonzero()) <= 0.2 * weight.numel()
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+@pytest.mark.parametrize("limit", [1500, 2100])
+def test_a_network_that_was_pruned_meets_its_bytes_and_stays_pruned(limit: int, sequential: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 6)).eval(), torch.randn(512, 256)
+    with torch.no_grad():
+        for layer, keep in ((model[0], 500), (model[2], 250)):
+            layer.weight.copy_(TopK(keep)(torch.randn_like(layer.weight)))
+    made = round_to(model, [x], limit, sequential=sequential, progress=False)
+    assert 0.9 * limit <= made.packed.coded_bytes <= limit
+    assert made.unexplained < {1500: 0.1, 2100: 0.01}[limit]
+    for now, before in zip(made.model.parameters(), model.parameters(), strict=True):
+        assert now.dim() == 1 or not bool((now[before == 0] != 0).any())
+
+
+def test_a_weight_of_one_magnitude_has_a_step_that_loses_nothing() -> None:
+    torch.manual_seed(0)
+    signs = torch.randn(16, 32, dtype=torch.float64).round().clamp(-1, 1)
+    metrics = [(metric_of(np.eye(32), INPUTS), metric_of(np.eye(16), OUTPUTS))]
+    rounding = Rounding(0.3 * signs.numpy()[None], metrics).holding()
+    curve = curve_of(rounding, rounding.size)
+    exact = int(np.argmin(curve.distortions))
+    assert curve.distortions[exact] < 1e-20
+    assert curve.bits[exact] == pytest.approx(entropy(signs.numpy()))
 
 
 def test_vectors_of_a_trained_network_are_back_on_levels_and_factors_are_refused() -> None:

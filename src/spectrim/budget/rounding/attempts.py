@@ -1,5 +1,6 @@
 """Attempts to meet a number of coded bytes: a network, what is known of its weights, and its rounding at a price of a bit."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -32,11 +33,18 @@ TRIES = 6
 NEAR = 0.985
 """Share of the budget that a file may leave unused."""
 
-STEEPNESS = 1.2
-"""Power of the factor by which a file is too large that the next attempt makes steps larger by."""
+ENOUGH = 0.9
+"""Share of the budget with which the third attempt, or without `sequential` the first, is content."""
+
+STEEPNESS = 1.2, 12.0
+"""Power of the factor by which a file is too large that the next attempt makes steps larger by: at first, and at most, where steps that are
+larger make a file that is hardly smaller."""
 
 LARGEST = 8.0
-"""Largest such factor."""
+"""Largest such factor; its inverse is the smallest."""
+
+LOSSLESS = 1e-7
+"""Fraction of the variance unexplained below which a file need not be any larger."""
 
 TINY = 1e-30
 """Smallest step, of a weight of zeros."""
@@ -107,7 +115,7 @@ class Search:
         with evaluating(dense):
             self.outputs = list(outputs(dense, batches))
         self.wanted = self.outputs if before is None else before[0].outputs
-        self.roundings = {name: with_feedback(self.weights[name].matrices(), met) for name, met in self.met.items()}
+        self.roundings = {name: with_feedback(self.weights[name].matrices(), met).holding() for name, met in self.met.items()}
         own = {id(self.weights[name].layer.weight) for name in self.met}
         self.others = {name: tensor for name, tensor in dense.named_parameters() if tensor.is_floating_point() and id(tensor) not in own}
         self.roundings |= {name: self._measured(tensor) for name, tensor in self.others.items() if tensor.dim() > 1}
@@ -117,19 +125,19 @@ class Search:
         self.track: Any = lambda names, title: track(names, title, console=console, transient=True, disable=not shown)
         for name in self.track(list(self.roundings), "steps"):
             rounding = self.roundings[name]
-            self.curves[name] = curve_of(rounding.rough, float(np.sqrt((rounding.matrices**2).mean())))
+            self.curves[name] = curve_of(rounding.rough, rounding.size)
 
     def _measured(self, tensor: Tensor) -> Rounding:
         """Return the rounding of a weight without feedback: its curvature is measured on a batch, at a trial step."""
-        kept, matrix = tensor.detach().clone(), tensor.detach().double().cpu().numpy()[None]
-        step = TRIAL * float(np.sqrt((matrix**2).mean())) or 1.0
+        kept, rounding = tensor.detach().clone(), Rounding(tensor.detach().double().cpu().numpy()[None]).holding()
+        step = TRIAL * rounding.size or 1.0
         with evaluating(self.dense):
             tensor.copy_((kept / step).round() * step)
             changed = next(outputs(self.dense, self.batches))
             change = float((tensor - kept).double().square().sum())
             tensor.copy_(kept)
         moved = float((changed - self.outputs[0]).double().square().sum()) / self.sizes[0]
-        return Rounding(matrix, curvature=moved / max(change, 1e-30))
+        return replace(rounding, curvature=moved / max(change, 1e-30))
 
     def joint(self, limit: int) -> dict[str, Option]:
         """Return the weights that one price of a bit makes two small ones of, at the bits of a file of that size."""
@@ -156,9 +164,8 @@ class Search:
         for name, met in self._shown(self.met, "ranks"):
             options[name] = options_of(self.weights[name], met, self.curves[name])[: None if low_rank else 1]
             if sparse:
-                rounding, numbers = self.roundings[name], options[name][0].numbers
-                size = float(np.sqrt((rounding.matrices**2).mean()))
-                options[name] += [replace(option, numbers=numbers) for option in sparse_options(rounding, size)]
+                numbers = options[name][0].numbers
+                options[name] += [replace(option, numbers=numbers) for option in sparse_options(self.roundings[name])]
         rest = {name: curve for name, curve in self.curves.items() if name not in options}
         costs = costs_of(self.dense, self.weights, options, self.batches[0], self.sizes[0]) if budget.limits else None
         return chosen(options, rest, bits, budget, costs)
@@ -172,8 +179,7 @@ class Search:
         for name, share in keeps.items():
             if share < 1 and name in self.roundings:
                 self.roundings[name] = replace(self.roundings[name], kept=share)
-                matrices = self.roundings[name].matrices
-                self.curves[name] = curve_of(self.roundings[name].rough, float(np.sqrt((matrices**2).mean())))
+                self.curves[name] = curve_of(self.roundings[name].rough, self.roundings[name].size)
 
     def _shown(self, held: Mapping[str, Any], title: str) -> Iterator[tuple[str, Any]]:
         return ((name, held[name]) for name in self.track(list(held), title))
@@ -190,22 +196,26 @@ class Search:
         return price
 
     def within(self, limit: int) -> Rounded:
-        """Return the network rounded to at most that many bytes: steps by the price, then all of them a little larger or smaller."""
+        """Return the network rounded to at most that many bytes: of the least change: steps by the price, then all changed alike."""
         price, best, scale = self._price(limit), None, 1.0
+        sizes: dict[float, int] = {}
         for attempt in range(TRIES):
             made, steps, bits = self._rounded(price, self.sequential, scale)
             packed = coded(made)[1]
-            if packed.coded_bytes <= limit and (best is None or packed.coded_bytes > best[1].coded_bytes):
-                best = made, packed, steps, bits
-            if best is not None and (best[1].coded_bytes >= NEAR * limit or not self.sequential or attempt >= 2):
+            sizes[scale] = packed.coded_bytes
+            if packed.coded_bytes <= limit:
+                found = Rounded(made, packed, steps, bits, self._unexplained(made))
+                best = found if best is None or found.unexplained < best.unexplained else best
+            full = max((size for size in sizes.values() if size <= limit), default=0) / limit
+            content = best is not None and (best.unexplained < LOSSLESS or (full >= ENOUGH and (not self.sequential or attempt >= 2)))
+            if full >= NEAR or content:
                 break
-            scale = min(LARGEST, scale * (packed.coded_bytes / (NEAR * 1.005 * limit)) ** STEEPNESS)
+            scale = next_scale(sizes, scale, limit)
         if best is None:
             raise SettingError(
-                "round_to", "coded_bytes", got=limit, rule=f"at least {packed.coded_bytes:,}, the fewest bytes that were reached"
+                "round_to", "coded_bytes", got=limit, rule=f"at least {min(sizes.values()):,}, the fewest bytes that were reached"
             )
-        model, packed, steps, bits = best
-        return Rounded(model, packed, steps, bits, self._unexplained(model))
+        return best
 
     def _rounded(self, price: float, sequential: bool, scale: float = 1.0) -> tuple[nn.Module, dict[str, float], dict[str, float]]:
         """Return the network rounded at the steps for a price of a bit, times a factor; the steps, and bits for each entry."""
@@ -225,7 +235,7 @@ class Search:
                 before = weight.matrices()
                 if sequential and met.once:
                     met = beside(*self._counterpart(name), made, weight, self.batches, self.sizes, met.left)
-                    rounding = replace(with_feedback(towards(before.cpu(), met), met), kept=rounding.kept)
+                    rounding = replace(with_feedback(towards(before.cpu(), met), met), kept=rounding.kept, support=rounding.support)
                 levels, _ = rounding(steps[name], price)
                 bits[name] = _bits(levels)
                 weight.set_(torch.from_numpy(levels.astype(np.float32) * np.float32(steps[name])).to(before))
@@ -258,6 +268,27 @@ class Search:
         count = sum(output.shape[:-1].numel() for output in self.wanted)
         mean = sum(output.double().flatten(0, -2).sum(0) for output in self.wanted) / count
         return change / max(1e-30, sum(float((output.double() - mean).square().sum()) for output in self.wanted))
+
+
+def next_scale(sizes: Mapping[float, int], scale: float, limit: int) -> float:
+    """Return the factor of all steps to try next.
+
+    Args:
+        sizes: bytes of the file at each factor that was tried.
+        scale: the last one.
+        limit: bytes.
+    """
+    power, most = STEEPNESS
+    if len(sizes) > 1:
+        (one, large), (other, small) = list(sizes.items())[-2:]
+        falls = math.log(large / small) * math.copysign(1.0, other - one)
+        power = most if falls <= 0 else min(most, max(power, abs(math.log(other / one)) / falls))
+    factor = min(max(math.log(sizes[scale] / limit / (NEAR * 1.005)) * power, -math.log(LARGEST)), math.log(LARGEST))
+    wanted = scale * math.exp(factor)
+    least = max((tried for tried, size in sizes.items() if size > limit), default=0.0)
+    enough = min((tried for tried, size in sizes.items() if size <= limit), default=math.inf)
+    bracketed = 0 < least < enough < math.inf
+    return math.sqrt(least * enough) if bracketed and not least < wanted < enough else wanted
 
 
 def _bits(levels: np.ndarray) -> float:

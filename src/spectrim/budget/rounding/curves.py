@@ -12,8 +12,8 @@ from torch import Tensor
 from spectrim.budget.rounding.meeting import Moments
 from spectrim.linalg.feedback import Metric, bits_of, chosen, entropy, metric_of, rounded
 
-STEPS = tuple(0.05 * 1.25**power for power in range(20))
-"""Steps that are tried, in units of the weight's root mean square."""
+STEPS = tuple(1.25**power for power in range(-13, 7))
+"""Steps that are tried, in units of the weight's root mean square: 1 is the step of a weight whose entries are 0 and plus or minus one."""
 
 INPUTS, OUTPUTS = 0.01, 0.05
 """Damping of the second moments, as a share of the mean of their diagonals."""
@@ -37,12 +37,25 @@ class Rounding:
         metrics: of inputs and outputs, for each block; empty without feedback.
         curvature: distortion of a squared change of 1, without feedback.
         kept: share of the entries that may be other than zero: those whose loss alone would cost most.
+        support: the entries that are not zero in a weight that was pruned: its zeros stay; None for all.
     """
 
     matrices: np.ndarray
     metrics: Sequence[tuple[Metric, Metric | None]] = ()
     curvature: float = 0.0
     kept: float = 1.0
+    support: np.ndarray | None = field(default=None, repr=False)
+
+    def holding(self) -> "Rounding":
+        """Return the same with the zeros of this weight held."""
+        some = self.matrices != 0
+        return self if some.all() else replace(self, support=some)
+
+    @cached_property
+    def size(self) -> float:
+        """Root mean square of the entries that may be other than zero; 0 where there are none."""
+        squares = self.matrices**2 if self.support is None else self.matrices[self.support] ** 2
+        return float(np.sqrt(squares.mean())) if squares.size else 0.0
 
     @cached_property
     def rough(self) -> "Rounding":
@@ -60,12 +73,13 @@ class Rounding:
     def free(self) -> list[np.ndarray | None]:
         """Which entries may be other than zero, by block; None for all."""
         if self.kept >= 1:
-            return [None] * len(self.matrices)
+            return [None] * len(self.matrices) if self.support is None else list(self.support)
         scores = np.abs(self.matrices)
         for score, (right, left) in zip(scores, self.metrics, strict=False):
             score *= _in_order(right)[None]
             score *= 1.0 if left is None else _in_order(left)[:, None]
-        return list(scores > np.quantile(scores, 1 - self.kept))
+        least = np.sort(scores, axis=None)[-max(1, int(self.kept * scores.size))]
+        return list(scores >= least if self.support is None else (scores >= least) & self.support)
 
     def __call__(self, step: float, price: float = 0.0) -> tuple[np.ndarray, float]:
         """Return the levels, and their distortion.
@@ -159,12 +173,12 @@ def bits_at(curves: Mapping[str, Curve], price: float) -> float:
 
 
 def price_for(curves: Mapping[str, Curve], bits: float) -> float:
-    """Return the lowest price of a bit at which the weights take no more than `bits` together; that of their fewest bits otherwise."""
+    """Return the lowest price of a bit at which the weights take no more than `bits` together; see `lowest_price`."""
     return lowest_price(lambda price: bits_at(curves, price), bits)
 
 
 def lowest_price(taken: Callable[[float], float], bits: float) -> float:
-    """Return the lowest price of a bit at which no more than `bits` are taken.
+    """Return the lowest price of a bit at which no more than `bits` are taken, or, where they are too few, the fewest that any price takes.
 
     At one price for all weights, no bit would lower the distortion more in another weight: the Lagrangian condition.
 
@@ -173,6 +187,7 @@ def lowest_price(taken: Callable[[float], float], bits: float) -> float:
         bits: that may be taken.
     """
     low, high = 1e-18, 1e12
+    bits = max(bits, taken(high))
     for _ in range(100):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if taken(middle) > bits else (low, middle)

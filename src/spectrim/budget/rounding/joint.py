@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,17 +39,13 @@ class Costs:
     whole: Mapping[str, float]
 
 
-def sparse_options(rounding: Rounding, size: float) -> list[Option]:
+def sparse_options(rounding: Rounding) -> list[Option]:
     """Return the weight with zeros forced to be at least as many as each of `KEEPS` says, the others on steps.
 
     Args:
         rounding: of the weight.
-        size: its root mean square.
     """
-    return [
-        Option(None, [curve_of(Rounding(rounding.matrices, rounding.metrics, rounding.curvature, share).rough, size)], keep=share)
-        for share in KEEPS
-    ]
+    return [Option(None, [curve_of(replace(rounding, kept=share).rough, rounding.size)], keep=share) for share in KEEPS]
 
 
 def costs_of(dense: nn.Module, weights: Mapping[str, Weight], options: Mapping[str, Sequence[Option]], batch: Any, size: int) -> Costs:

@@ -60,7 +60,7 @@ def options_of(weight: Weight, met: Moments, dense: Curve) -> list[Option]:
 
 
 def _curve(rounding: Rounding) -> Curve:
-    return curve_of(rounding.rough, float(np.sqrt((rounding.matrices**2).mean())))
+    return curve_of(rounding.rough, rounding.size)
 
 
 def with_pairs(dense: nn.Module, options: Mapping[str, Option]) -> tuple[nn.Module, dict[str, str]]:

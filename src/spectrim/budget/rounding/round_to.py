@@ -41,7 +41,8 @@ def round_to(
     One price of a bit chooses the step of each weight: where a bit lowers the predicted change of the outputs most. Each weight is then
     rounded entry by entry, and later entries make up for the errors of earlier ones, in the second moments of its inputs and of the
     gradients of the outputs. Weights follow in the order in which they are called, on the inputs of the network rounded so far; each is
-    first fitted to what its output lacks, the drift of a skip path beside it included. Biases take up the mean.
+    first fitted to what its output lacks, the drift of a skip path beside it included. Biases take up the mean. Zeros of a network that
+    was pruned stay zero.
 
     Linear layers and convolutions are rounded so. Other weights (embeddings, recurrent, packed attention, tied ones) are rounded to the
     nearest level, with a curvature that is measured. Buffers are left as they are.
