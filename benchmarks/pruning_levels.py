@@ -47,27 +47,6 @@ LEVELS: dict[str, dict[str, Any]] = {
 weights that stays at all; it came after the score of the first row, which had 280x, was known."""
 
 
-@torch.no_grad()
-def trimmed(model: Any) -> Any:
-    """Return the same function without weights and biases that no output depends on.
-
-    A feature that nothing reads goes; one without inputs is a constant, which the next bias takes up. No convolution is padded.
-    """
-    made = copy.deepcopy(model)
-    layers, taps = [made.conv1, made.conv2, made.fc1, made.fc2], [25, 16, 1]
-    for _ in layers:
-        for layer, following, size in zip(layers, layers[1:], taps, strict=False):
-            weight, bias = layer.weight.flatten(1), layer.bias
-            outgoing = following.weight.reshape(len(following.weight), len(bias), size)
-            unread, constant = (outgoing == 0).all(2).all(0), (weight == 0).all(1)
-            gone = unread | constant
-            following.bias += outgoing.sum(2) @ (bias.relu() * constant)
-            layer.weight[gone], layer.bias[gone] = 0, 0
-            outgoing = outgoing.masked_fill(gone[:, None], 0)
-            following.weight.copy_(outgoing.reshape(following.weight.shape))
-    return made
-
-
 def tables(model: nn.Module) -> dict[str, Then]:
     """Return the levels of each weight, fixed; the step is the best one for the weights as they are."""
     made = {}
@@ -111,11 +90,11 @@ def file_row(method: str, size: str, variant: str, seed: int) -> None:
         return
     dense, data = pruning.dense_start(seed)
     pruned, row = pruned_network(method, size, seed, dense, data)
-    model = trimmed(pruned)
+    model = pruning.trimmed(pruned)
     changed = difference(model, pruned, next(iter(data.train))[0])
     if "keep" in knobs:
         keep_largest(model, knobs["keep"])
-        model = trimmed(model)
+        model = pruning.trimmed(model)
     kept = counts(model)
     lessons = [sp.Distillation(dense, **knobs["teach"])]
     courses = [Hold(), StraightThrough(tables(model), end=knobs["end"])]
