@@ -4,12 +4,12 @@ OMP_NUM_THREADS=1 python benchmarks/pruning_levels.py --rates 85x --methods grad
 
 Each row is a file in ``benchmarks/results/pruning_levels``; those that are there are skipped. The pruned network is trained first where
 ``runs/pruning`` lacks it. The test split is read once for each row, at its end; the settings of ``fewer`` came after the score of the first
-row was known, those of ``middle`` after both, those of ``mixed`` after all of them.
+row was known, those of ``middle`` after both, those of ``mixed`` after all of them, those of ``bytes`` after these.
 """
 
 import argparse
-import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ import pruning
 import spectrim as sp
 from micro.harness import environment
 from spectrim import zoo
+from spectrim.budget.rounding.round_to import round_to
 from spectrim.budget.rounding.vectors import round_vectors
 from spectrim.files import write_text
+from spectrim.metrics.inputs import first_examples
 from spectrim.projections import LevelTable, Then, TopK
 from spectrim.storage.pack import pack, unpack
 from spectrim.training import Hold, StraightThrough
@@ -42,15 +44,30 @@ LEVELS: dict[str, dict[str, Any]] = {
         "bias_levels": 31,
         "keep": 0.93,
     },
+    "bytes": {
+        "bytes": 5_690,
+        "examples": 8_192,
+        "epochs": 4,
+        "peak": 1e-3,
+        "constant": 0.25,
+        "end": 0.9,
+        "teach": TAUGHT,
+        "bias_levels": 127,
+    },
 }
 """Bits are those of `pruning.LEVELS`; `end` is when levels are final and biases alone are trained. `keep` is the share of each layer's
-weights that stays at all; it came after the score of the first row, which had 280x, was known."""
+weights that stays at all; it came after the score of the first row, which had 280x, was known. `bytes` has its levels from `round_to`,
+which was given that many bytes and examples."""
 
 
-def tables(model: nn.Module) -> dict[str, Then]:
-    """Return the levels of each weight, fixed; the step is the best one for the weights as they are."""
+def tables(model: nn.Module, steps: Mapping[str, float]) -> dict[str, Then]:
+    """Return the levels of each weight, fixed: multiples of a given step, else those of the best step for the weights as they are."""
     made = {}
     for name, parameter in pruning.weights_of(model).items():
+        if step := steps.get(name.removesuffix(".weight")):
+            most = round(float(parameter.detach().abs().max()) / step)
+            made[name] = Then(TopK(1.0), LevelTable(tuple(place * step for place in range(-most, most + 1) if place)))
+            continue
         levels = pruning.LEVELS["conv*" if name.startswith("conv") else "fc*"].table(parameter.detach())
         made[name] = Then(TopK(1.0), LevelTable(levels.values))
     return made
@@ -95,9 +112,14 @@ def file_row(method: str, size: str, variant: str, seed: int) -> None:
     if "keep" in knobs:
         keep_largest(model, knobs["keep"])
         model = pruning.trimmed(model)
+    steps: Mapping[str, float] = {}
+    if "bytes" in knobs:
+        plain = zoo.mnist(batch_size=256, val=0, augment=False, seed=seed).train
+        made = round_to(model.eval(), first_examples(plain, knobs["examples"]), knobs["bytes"], examples=knobs["examples"], progress=False)
+        model, steps = made.model.to(memory_format=torch.channels_last), made.steps
     kept = counts(model)
     lessons = [sp.Distillation(dense, **knobs["teach"])]
-    courses = [Hold(), StraightThrough(tables(model), end=knobs["end"])]
+    courses = [Hold(), StraightThrough(tables(model, steps), end=knobs["end"])]
     name = f"levels-{path.stem}-{pruning.digest(settings | {'start': row['digest']})}"
     history, seconds = pruning.train(model, data, name, knobs["epochs"], knobs["constant"], courses, lessons, knobs["peak"])
     model = round_vectors(model, biases=knobs["bias_levels"])

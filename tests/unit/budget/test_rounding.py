@@ -430,6 +430,17 @@ def test_a_network_that_was_pruned_meets_its_bytes_and_stays_pruned(limit: int, 
         assert now.dim() == 1 or not bool((now[before == 0] != 0).any())
 
 
+def test_parametrized_weights_become_ordinary_ones_and_constant_outputs_have_a_change() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(64, 128)), nn.ReLU(), nn.Linear(128, 10))
+    made = round_to(net, [torch.randn(64, 64)], 2500, progress=False)
+    assert set(made.model.state_dict()) == {"0.weight", "0.bias", "2.weight", "2.bias"} != set(net.state_dict())
+    assert made.unexplained < 0.1
+    with torch.no_grad():
+        net[2].weight.zero_()
+    assert round_to(net, [torch.randn(64, 64)], 2500, progress=False).unexplained < 1e-4
+
+
 def test_a_weight_of_one_magnitude_has_a_step_that_loses_nothing() -> None:
     torch.manual_seed(0)
     signs = torch.randn(16, 32, dtype=torch.float64).round().clamp(-1, 1)

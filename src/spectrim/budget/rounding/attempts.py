@@ -1,6 +1,5 @@
 """Attempts to meet a number of coded bytes: a network, what is known of its weights, and its rounding at a price of a bit."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from spectrim.budget.rounding.curves import Curve, Rounding, bits_at, curve_of, 
 from spectrim.budget.rounding.joint import chosen, costs_of, sparse_options
 from spectrim.budget.rounding.meeting import Moments, beside, moments, outputs
 from spectrim.budget.rounding.pairs import Option, best_at, options_of
+from spectrim.budget.rounding.scaling import NEAR, next_scale
 from spectrim.budget.rounding.vectors import BIASES, VECTORS, put_, to_levels_
 from spectrim.budget.rounding.weights import Weight, weights_of
 from spectrim.errors import SettingError
@@ -30,18 +30,11 @@ from spectrim.surgery.exchange import duplicate
 TRIES = 6
 """Attempts to meet the budget."""
 
-NEAR = 0.985
-"""Share of the budget that a file may leave unused."""
-
 ENOUGH = 0.9
 """Share of the budget with which the third attempt, or without `sequential` the first, is content."""
 
-STEEPNESS = 1.2, 12.0
-"""Power of the factor by which a file is too large that the next attempt makes steps larger by: at first, and at most, where steps that are
-larger make a file that is hardly smaller."""
-
-LARGEST = 8.0
-"""Largest such factor; its inverse is the smallest."""
+CONSTANT = 1e-10
+"""Share of the outputs' squares below which their variance is that of rounding errors."""
 
 LOSSLESS = 1e-7
 """Fraction of the variance unexplained below which a file need not be any larger."""
@@ -262,33 +255,14 @@ class Search:
         return self.dense, self.weights[name]
 
     def _unexplained(self, model: nn.Module) -> float:
-        """Return the mean squared change of the outputs over their variance."""
+        """Return the mean squared change of the outputs over their variance; over their squares where they hardly vary."""
         with evaluating(model):
             change = sum(float((a - b).double().square().sum()) for a, b in zip(outputs(model, self.batches), self.wanted, strict=True))
         count = sum(output.shape[:-1].numel() for output in self.wanted)
         mean = sum(output.double().flatten(0, -2).sum(0) for output in self.wanted) / count
-        return change / max(1e-30, sum(float((output.double() - mean).square().sum()) for output in self.wanted))
-
-
-def next_scale(sizes: Mapping[float, int], scale: float, limit: int) -> float:
-    """Return the factor of all steps to try next.
-
-    Args:
-        sizes: bytes of the file at each factor that was tried.
-        scale: the last one.
-        limit: bytes.
-    """
-    power, most = STEEPNESS
-    if len(sizes) > 1:
-        (one, large), (other, small) = list(sizes.items())[-2:]
-        falls = math.log(large / small) * math.copysign(1.0, other - one)
-        power = most if falls <= 0 else min(most, max(power, abs(math.log(other / one)) / falls))
-    factor = min(max(math.log(sizes[scale] / limit / (NEAR * 1.005)) * power, -math.log(LARGEST)), math.log(LARGEST))
-    wanted = scale * math.exp(factor)
-    least = max((tried for tried, size in sizes.items() if size > limit), default=0.0)
-    enough = min((tried for tried, size in sizes.items() if size <= limit), default=math.inf)
-    bracketed = 0 < least < enough < math.inf
-    return math.sqrt(least * enough) if bracketed and not least < wanted < enough else wanted
+        variance = sum(float((output.double() - mean).square().sum()) for output in self.wanted)
+        squares = sum(float(output.double().square().sum()) for output in self.wanted)
+        return change / max(1e-30, variance if variance > CONSTANT * squares else squares)
 
 
 def _bits(levels: np.ndarray) -> float:

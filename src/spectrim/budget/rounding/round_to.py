@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from spectrim.budget.budget import ABSOLUTE, FRACTIONS, Budget, BudgetError
 from spectrim.budget.rounding.attempts import Rounded, Search
@@ -45,7 +46,8 @@ def round_to(
     was pruned stay zero.
 
     Linear layers and convolutions are rounded so. Other weights (embeddings, recurrent, packed attention, tied ones) are rounded to the
-    nearest level, with a curvature that is measured. Buffers are left as they are.
+    nearest level, with a curvature that is measured. Buffers are left as they are. What a parametrization computes becomes an ordinary
+    weight.
 
     Args:
         model: dense or merged. It is left untouched.
@@ -92,6 +94,7 @@ def round_to(
     if next(named_layers(model), None) is not None:
         raise SettingError("round_to", "model", got="a factorized network", rule="of ordinary layers", hint="call merge(model) first")
     dense = duplicate(model).eval()
+    _settle(dense)
     if fold:
         try:
             fold_batchnorms(dense)
@@ -125,6 +128,17 @@ def round_to(
             return other
         tried = (made.unexplained, other.unexplained)
         return replace(other if other.unexplained < made.unexplained else made, tried=tried)
+
+
+def _settle(model: nn.Module) -> None:
+    """Make what parametrizations compute ordinary weights, in place: the originals on levels would not put it on levels."""
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module):  # torch's own remove_parametrizations changes the class, which the original shares
+            computed = {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore[union-attr, misc]
+            del module.parametrizations
+            module.__class__ = type(module).__bases__[0]
+            for name, value in computed.items():
+                module.register_parameter(name, nn.Parameter(value))
 
 
 def _check_budget(budget: Budget) -> None:
