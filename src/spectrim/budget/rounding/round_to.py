@@ -134,7 +134,7 @@ def _settle(model: nn.Module) -> None:
     """Make what parametrizations compute ordinary weights, in place: the originals on levels would not put it on levels."""
     for module in list(model.modules()):
         if parametrize.is_parametrized(module):  # torch's own remove_parametrizations changes the class, which the original shares
-            computed = {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore[union-attr, misc]
+            computed = {name: getattr(module, name).detach().clone() for name in module.parametrizations}  # type: ignore[union-attr]
             del module.parametrizations
             module.__class__ = type(module).__bases__[0]
             for name, value in computed.items():
