@@ -231,14 +231,18 @@ def _sizes(entry: Mapping[str, Any]) -> Iterator[int]:
     yield rows * columns * math.prod(taps if isinstance(taps, list) else [taps]) // max(parts, entry.get("groups", 1))
 
 
-def tensors_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+def tensors_of(model: nn.Module | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the state as separate contiguous tensors on the CPU, and for tied ones ``{name: the name it is stored under}``."""
+    state = model.state_dict() if isinstance(model, nn.Module) else model
     kept: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
-    for key, tensor in model.state_dict().items():
+    for key, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise FormatError(key, f"is a {type(tensor).__name__}, not a tensor", hint="safetensors files hold tensors only")
+        if tensor.is_meta or tensor.layout is not torch.strided:
+            kind = "on the meta device, without numbers" if tensor.is_meta else f"a sparse tensor ({tensor.layout})"
+            raise FormatError(key, f"is {kind}", hint="give it its numbers first" if tensor.is_meta else "call to_dense() first")
         place = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if tensor.numel() and place in kept:
             aliases[key] = kept[place]

@@ -13,7 +13,7 @@ from spectrim.errors import FormatError, SettingError
 from spectrim.files import make_folder, whole_file
 from spectrim.layers.sharded import refuse_shards
 from spectrim.metrics.table import Summarized
-from spectrim.storage.coded.container import coded_file, read_file
+from spectrim.storage.coded.container import Content, coded_file, read_file
 from spectrim.storage.folder import check_sizes, read, tensors_of
 from spectrim.storage.save import plan_of, rebuilt
 
@@ -132,7 +132,8 @@ def _content(model: nn.Module | Mapping[str, Tensor] | str | Path) -> tuple[dict
         return tensors, _short(plan_of(model) | {"aliases": aliases})
     if not isinstance(model, Mapping) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in model.items()):
         raise SettingError("pack", "model", got=type(model), rule="a module, tensors by name, or a folder")
-    return dict(model), {}
+    tensors, aliases = tensors_of(model)
+    return tensors, _short({"aliases": aliases}) if aliases else {}
 
 
 def _short(plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,15 +158,27 @@ def unpack(path: str | Path, model: nn.Module | None = None) -> Any:
     check("unpack", path=path)
     path = Path(path)
     content = read_file(path)
+    plan = _plan(content, path)
+    if model is None:
+        return _with_aliases(content.tensors, plan)
+    check("unpack", model=model)
+    return rebuilt(unwrapped(model), plan, content.tensors, path).eval()
+
+
+def _plan(content: Content, path: Path) -> dict[str, Any]:
+    """Return the plan of a file, all of its keys there; a FormatError for one that its tensors do not fit."""
     plan = content.header.get("plan")
     if plan is not None and not isinstance(plan, dict):
         raise FormatError(path, "is not a coded file of spectrim: its plan is no mapping", hint="do not use this file")
     plan = NOTHING | {"model": "model"} | (plan or {})
     check_sizes(plan, content.tensors, path)
-    if model is None:
-        return {**content.tensors, **{alias: content.tensors[kept] for alias, kept in plan["aliases"].items()}}
-    check("unpack", model=model)
-    return rebuilt(unwrapped(model), plan, content.tensors, path).eval()
+    return plan
+
+
+def _with_aliases(tensors: Mapping[str, Tensor], plan: Mapping[str, Any], copies: bool = False) -> dict[str, Tensor]:
+    """Return tensors by every name that they had, tied ones as one tensor or as copies."""
+    again = {alias: tensors[kept] for alias, kept in plan["aliases"].items()}
+    return {**tensors, **{name: tensor.clone() if copies else tensor for name, tensor in again.items()}}
 
 
 def packed_sizes(path: str | Path) -> Packed:
@@ -182,7 +195,7 @@ def packed_sizes(path: str | Path) -> Packed:
 
 
 def unpack_file(path: str | Path, out: str | Path) -> Packed:
-    """Write the tensors of a coded file as safetensors.
+    """Write the tensors of a coded file as safetensors, tied ones once for each name.
 
     Args:
         path: of the coded file.
@@ -198,5 +211,6 @@ def unpack_file(path: str | Path, out: str | Path) -> Packed:
     content, out = read_file(Path(path)), Path(out)
     make_folder(out.parent)
     with whole_file(out) as temporary:
-        temporary.write_bytes(to_safetensors(content.tensors, metadata={"format": "pt"}))
+        tensors = _with_aliases(content.tensors, _plan(content, Path(path)), copies=True)
+        temporary.write_bytes(to_safetensors(tensors, metadata={"format": "pt"}))
     return Packed(content.size, *content.totals, sum(tensor.nbytes for tensor in content.tensors.values()), {}, Path(path))

@@ -23,7 +23,7 @@ from spectrim.storage.coded.frequencies import frequencies, read, rounded, write
 from spectrim.storage.coded.levels import found
 from spectrim.storage.coded.rans import TOTAL, Rans
 from spectrim.storage.coded.tokens import joined, split
-from spectrim.storage.pack import coded, pack, unpack
+from spectrim.storage.pack import coded, pack, unpack, unpack_file
 from spectrim.surgery.batchnorm import fold_batchnorms
 
 
@@ -220,6 +220,19 @@ def test_tied_tensors_are_stored_once(tmp_path: Path) -> None:
     pack(model, tmp_path / "t.spz")
     back = unpack(tmp_path / "t.spz")
     assert back["1.weight"] is back["0.weight"]
+    plain = pack(dict(model.state_dict()), tmp_path / "dict.spz")
+    assert unpack(tmp_path / "dict.spz")["1.weight"] is not None
+    assert set(plain.tensors) == {"0.weight", "0.bias", "1.bias"}
+    unpack_file(tmp_path / "t.spz", tmp_path / "t.safetensors")
+    state = load_file(tmp_path / "t.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_tensors_without_numbers_or_sparse_ones_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"w: is on the meta device"):
+        pack({"w": torch.zeros(3, device="meta")}, tmp_path / "a.spz")
+    with pytest.raises(FormatError, match=r"w: is a sparse tensor .*call to_dense"):
+        pack({"w": torch.eye(3).to_sparse()}, tmp_path / "a.spz")
 
 
 @pytest.mark.parametrize("at", [0, 5, 10, 30, 200, -1])
