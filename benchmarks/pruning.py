@@ -55,13 +55,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "teach": {"temperature": 4.0, "weight": 0.7, "mix": 0.5},
         "peak": 2e-3,
     },
-    "gradual taught mixed narrow": {
+    "gradual taught narrow": {
         "narrow": {"rows": {"conv1": 12, "conv2": 32, "fc1": 100}, "epochs": 8, "constant": 0.6, "cuts": 30},
         "epochs": 24,
         "constant": 7 / 12,
         "cuts": 60,
-        "teach": {"temperature": 4.0, "weight": 0.7, "mix": 0.5},
-        "peak": 2e-3,
+        "teach": {"temperature": 4.0, "weight": 0.7},
     },
 }
 """ADMM and the ramp of gradual pruning end, at the latest, where the learning rate begins to fall; one-shot pruning comes first. A round of

@@ -45,14 +45,14 @@ LEVELS: dict[str, dict[str, Any]] = {
         "keep": 0.93,
     },
     "bytes": {
-        "bytes": 5_690,
+        "bytes": 5_640,
         "examples": 8_192,
-        "epochs": 4,
+        "epochs": 8,
         "peak": 1e-3,
         "constant": 0.25,
         "end": 0.9,
         "teach": TAUGHT,
-        "bias_levels": 127,
+        "bias_levels": 31,
     },
 }
 """Bits are those of `pruning.LEVELS`; `end` is when levels are final and biases alone are trained. `keep` is the share of each layer's
