@@ -23,6 +23,7 @@ from spectrim.errors import SettingError
 from spectrim.linalg.feedback import bits_of, entropy, metric_of, rounded
 from spectrim.projections import TopK
 from spectrim.storage.pack import coded, pack, unpack
+from spectrim.training import Hold, StraightThrough
 
 
 def moment(size: int, seed: int) -> np.ndarray:
@@ -428,6 +429,26 @@ def test_a_network_that_was_pruned_meets_its_bytes_and_stays_pruned(limit: int, 
     assert made.unexplained < {1500: 0.1, 2100: 0.01}[limit]
     for now, before in zip(made.model.parameters(), model.parameters(), strict=True):
         assert now.dim() == 1 or not bool((now[before == 0] != 0).any())
+
+
+def test_a_pruned_network_is_trained_on_the_levels_that_it_was_given() -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), torch.randn(256, 64)
+    with torch.no_grad():
+        net[0].weight.copy_(TopK(600)(net[0].weight))
+    made = round_to(net, [x], 1200, progress=False)
+    levels = made.projections()
+    assert set(levels) == {"0.weight", "2.weight"}
+    for name, table in levels.items():
+        torch.testing.assert_close(table(made.model.get_parameter(name).detach()), made.model.get_parameter(name).detach(), rtol=0, atol=0)
+    trained, batches = copy.deepcopy(made.model), [(x, net(x).detach())]
+    optimizer = torch.optim.Adam(trained.parameters(), 1e-3)
+    sp.fit(trained, batches, nn.MSELoss(), optimizer, 60, courses=[Hold(), StraightThrough(levels, end=0.9)], progress=False)
+    assert not torch.equal(trained[0].weight, made.model.get_parameter("0.weight"))
+    for name, step in made.steps.items():
+        whole = trained.get_parameter(f"{name}.weight").detach() / step
+        torch.testing.assert_close(whole, whole.round(), rtol=0, atol=1e-4)
+    assert not bool(((trained[0].weight != 0) & (net[0].weight == 0)).any())
 
 
 def test_parametrized_weights_become_ordinary_ones_and_constant_outputs_have_a_change() -> None:

@@ -24,6 +24,7 @@ from spectrim.linalg import feedback
 from spectrim.metrics.calls import evaluating
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.metrics.table import Summarized
+from spectrim.projections import LevelTable
 from spectrim.storage.pack import Packed, coded
 from spectrim.surgery.exchange import duplicate
 
@@ -69,6 +70,16 @@ class Rounded(Summarized):
     ranks: Mapping[str, int] = field(default_factory=dict)
     keeps: Mapping[str, float] = field(default_factory=dict)
     tried: tuple[float, float] | None = None
+
+    def projections(self) -> dict[str, LevelTable]:
+        """Return the levels of each weight, by the name of the parameter, for `StraightThrough`; none for a weight of zeros."""
+        parameters, made = dict(self.model.named_parameters()), {}
+        for name, step in self.steps.items():
+            place = name if name in parameters else f"{name}.weight"
+            if most := round(float(parameters[place].detach().abs().max()) / step):
+                levels = np.arange(-most, most + 1).astype(np.float32) * np.float32(step)
+                made[place] = LevelTable(tuple(levels.tolist()))
+        return made
 
     def summary(self) -> str:
         """Return sizes, bits and the change of the outputs as text."""
