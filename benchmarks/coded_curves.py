@@ -148,10 +148,11 @@ def goals() -> list[str]:
         files = [read(path) for path in sorted(FILES.glob(f"{stem}-[0-9].json"))]
         ratios, gone = [row["fp32_bytes"] / row["file"]["coded_bytes"] for row in files], drops(files)
         sizes = ", ".join(f"{row['file']['coded_bytes']:,}" for row in files)
+        seeds = ", ".join(str(row["settings"]["seed"]) for row in files)
         lines.append(
-            f"- LeNet-5, a file at least 300x smaller at most 0.2 point below dense, `{stem}`, seed"
-            f"{'s' if len(files) > 1 else ''} {', '.join(str(row['settings']['seed']) for row in files)}: {sizes} bytes, {min(ratios):.0f}x or more"
-            f" ({verdict(min(ratios), 300, 'times', False)}), {mean(gone)} below ({verdict(statistics.fmean(gone), 0.2, 'point')})."
+            f"- LeNet-5, a file 300x smaller at most 0.2 point below dense, `{stem}`, seed{'s' if len(files) > 1 else ''} {seeds}: "
+            f"{sizes} bytes, {min(ratios):.0f}x or more ({verdict(min(ratios), 300, 'times', False)}), {mean(gone)} below"
+            f" ({verdict(statistics.fmean(gone), 0.2, 'point')})."
         )
     missing = [
         NETWORKS[name].title for name in ("resnet56", "stories260k", "vit", "ptb_lstm") if len(levels_of(results().get(name, EMPTY))) < 3

@@ -276,7 +276,8 @@ def table() -> str:
     lines = [
         "LeNet-5 of Caffe (430,500 weights), MNIST, 60,000 training images; test accuracy in %, mean ± sample standard deviation. Dense: "
         f"{mean([score(row) for row in dense])} (seeds {seeds}; {DENSE['epochs']} epochs).",
-        f"{METHODS['gradual']['epochs']} epochs for each method, {METHODS['gradual taught longer']['epochs']} for `longer` and `mixed`, "
+        f"{METHODS['gradual']['epochs']} epochs for each method, {METHODS['gradual taught longer']['epochs']} for `longer`, `mixed` and "
+        f"`narrow`, the last with {METHODS['gradual taught narrow']['narrow']['epochs']} before, in which whole filters and neurons go; "
         "from the same dense network, Adam. The file is that of the rounded network "
         "by `pack`, with its 580 biases in float32; last column: the share of the weights kept in fc1 that were among as many largest "
         "ones of the dense network.",
