@@ -120,12 +120,10 @@ def compress(
         cut: ``plain`` keeps the largest singular values of each weight; ``whitened`` what changes each layer's output least on the
             examples; ``sensitive`` what changes the loss least to second order; ``mixed`` as ``whitened``, with ranks by the mean of the
             plain and the whitened energy; ``both`` as ``whitened``, with outputs weighted by the root of their curvature; ``curved`` as
-            ``sensitive``, with a refit in the same metric, for language models. ``auto`` makes the first three, without epochs ``both``
-            too, and keeps the one that is best after the refit, on `eval_data` or else on the examples: by accuracy, where there is one and
-            nothing is trained, else by loss. Without epochs, where one cut takes more than 1e11 operations (some ten seconds), ``both``
-            alone is made, which was best most often. With epochs, ``mixed`` takes the place of the best where it starts little worse: with
-            at most a quarter more added to the dense network's loss, or, with a large loss gap (as under `distill`), from a loss at most a
-            quarter higher, and no higher than that of ``sensitive`` where that is lowest.
+            ``sensitive``, with a refit in the same metric, for language models. ``auto`` makes the first three, with
+            ``mixed`` if there are epochs and ``both`` if not, and keeps the one that is best after the refit, on `eval_data` or else on the
+            examples: by accuracy, where there is one and nothing is trained, else by loss. Without epochs, where one cut takes more than
+            1e11 operations (some ten seconds), ``both`` alone is made, which was best most often.
         importance: ranks by this distortion instead of that of the cut method.
         squeeze: share of the epochs, in [0, 1), in which the network is first trained toward the budget (`Squeeze`); the cut comes then.
         distill: distillation from the dense network while fine-tuning. ``auto`` uses it for a classifier whose cut network has a large

@@ -23,7 +23,7 @@ from spectrim.pipeline.effort import LARGE, work_of_a_cut
 from spectrim.pipeline.judge import Judge
 from spectrim.pipeline.recovery import Recovery
 from spectrim.pipeline.store import Found, Told
-from spectrim.pipeline.ways import Cut, allowed_for_mixed
+from spectrim.pipeline.ways import Cut
 from spectrim.protocols import Importance
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.moments import Calibration
@@ -33,6 +33,9 @@ from spectrim.training.reconstruct import reconstruct_
 
 AT_ONCE: tuple[Cut, ...] = ("both", "whitened", "plain", "sensitive")
 """What is tried without training, in this order, which ``benchmarks/ways.py`` chose; a large network is cut in the first of them alone."""
+
+TRAINED: tuple[Cut, ...] = ("plain", "whitened", "sensitive", "mixed")
+"""What is tried with training to come; the last one has ranks by both energies, and is left out where an importance chooses them."""
 
 FEW = 256
 """Examples up to which a refit is first tried on some of them and judged on the others, where no others are given to judge it."""
@@ -121,20 +124,11 @@ class Cutter:
         told.notes.append(f"reconstructed, error on held-out examples: {shown}")
 
     def _best(self, bench: Workbench, trains: bool, start: float, notes: list[str]) -> CutNetwork:
-        made = self._tried(bench, ("plain", "whitened", "sensitive") if trains else AT_ONCE, trains, start, notes)
+        kinds = AT_ONCE if not trains else TRAINED if self.importance is None else TRAINED[:-1]
+        made = self._tried(bench, kinds, trains, start, notes)
         if not trains:
             return min(made, key=_rank)
-        best = min(made, key=lambda one: one.last["loss"])
-        if self.importance is None and self._has_time(start, len(made)):
-            mixed = self._made(bench, "mixed")
-            if self.recovery is not None:
-                return self._recovered(bench, [*made, mixed], self.recovery, notes)
-            bench.show(best)
-            if mixed.last["loss"] <= allowed_for_mixed(
-                best, self.judge.dense["loss"], self.judge.far(best.way, bench.network, best.scores)
-            ):
-                return mixed
-        return best if self.recovery is None else self._recovered(bench, made, self.recovery, notes)
+        return min(made, key=lambda one: one.last["loss"]) if self.recovery is None else self._recovered(bench, made, self.recovery, notes)
 
     def _recovered(self, bench: Workbench, made: Sequence[CutNetwork], recovery: Recovery, notes: list[str]) -> CutNetwork:
         """Return the cut whose network has the lowest loss after a short recovery; none of them is trained by it."""
