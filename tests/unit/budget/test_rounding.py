@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import spectrim as sp
 from spectrim.budget.rounding.attempts import Search
 from spectrim.budget.rounding.curves import INPUTS, OUTPUTS, Curve, Rounding, curve_of, price_for, towards, with_feedback
 from spectrim.budget.rounding.joint import Costs, chosen
-from spectrim.budget.rounding.meeting import Moments, _meeting, beside, moments
+from spectrim.budget.rounding.meeting import Moments, _meeting, beside, moments, output_of, units_of
 from spectrim.budget.rounding.pairs import Option, best_at, options_of, with_pairs
 from spectrim.budget.rounding.round_to import round_to
 from spectrim.budget.rounding.vectors import round_vectors
@@ -449,6 +450,50 @@ def test_a_pruned_network_is_trained_on_the_levels_that_it_was_given() -> None:
         whole = trained.get_parameter(f"{name}.weight").detach() / step
         torch.testing.assert_close(whole, whole.round(), rtol=0, atol=1e-4)
     assert not bool(((trained[0].weight != 0) & (net[0].weight == 0)).any())
+
+
+class Several(nn.Module):
+    """Returns what it is told to."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.first, self.second, self.kind = nn.Linear(32, 64), nn.Linear(64, 5), kind
+
+    def forward(self, x: Tensor) -> Any:
+        """Return the kind of output."""
+        hidden = torch.relu(self.first(x))
+        scores = self.second(hidden)
+        return {
+            "tuple": (scores, None, {"hidden": 100 * hidden}),
+            "mapping": {"boxes": scores, "count": torch.tensor(3)},
+            "vector": scores[:, 0],
+            "words": "none",
+            "changing": scores[scores[:, 0] > 0],
+        }[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["tuple", "mapping", "vector"])
+def test_outputs_of_any_kind_are_kept_near(kind: str) -> None:
+    torch.manual_seed(0)
+    net, batches = Several(kind).eval(), [torch.randn(96, 32), torch.randn(40, 32)]
+    small, smaller = (round_to(net, batches, limit, progress=False) for limit in (2200, 1100))
+    assert smaller.packed.coded_bytes <= 1100 < small.packed.coded_bytes <= 2200
+    assert small.unexplained < 0.3 * smaller.unexplained < 0.05
+
+
+def test_several_outputs_count_alike_whatever_their_scale() -> None:
+    torch.manual_seed(0)
+    net, x = Several("tuple").eval(), torch.randn(96, 32)
+    parts = output_of(net, x, units_of(net, x)).detach().split([96 * 5, 96 * 64])
+    variances = [float((part - part.mean()).square().sum()) for part in parts]
+    assert variances[0] == pytest.approx(variances[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "said"), [("words", "floating-point tensors"), ("changing", "depend on their values")])
+def test_outputs_that_cannot_be_compared_are_refused(kind: str, said: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(SettingError, match=said):
+        round_to(Several(kind).eval(), [torch.randn(96, 32)], 1100, progress=False)
 
 
 def test_parametrized_weights_become_ordinary_ones_and_constant_outputs_have_a_change() -> None:

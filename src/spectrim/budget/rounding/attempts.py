@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spectrim.budget.budget import Budget
 from spectrim.budget.rounding.curves import Curve, Rounding, bits_at, curve_of, lowest_price, price_for, towards, with_feedback
 from spectrim.budget.rounding.joint import chosen, costs_of, sparse_options
-from spectrim.budget.rounding.meeting import Moments, beside, moments, outputs
+from spectrim.budget.rounding.meeting import Moments, beside, moments, outputs, squared_change, units_of
 from spectrim.budget.rounding.pairs import Option, best_at, options_of
 from spectrim.budget.rounding.scaling import NEAR, next_scale
 from spectrim.budget.rounding.vectors import BIASES, VECTORS, put_, to_levels_
@@ -113,11 +113,13 @@ class Search:
         self.weights = weights_of(dense)
         frozen = [parameter for parameter in dense.parameters() if not parameter.requires_grad]
         dense.requires_grad_(True)
-        self.met = moments(dense, self.weights, batches, self.sizes)
+        with evaluating(dense):
+            self.units: Sequence[float] = units_of(dense, batches[0]) if before is None else before[0].units
+        self.met = moments(dense, self.weights, batches, self.sizes, self.units)
         for parameter in frozen:
             parameter.requires_grad_(False)
         with evaluating(dense):
-            self.outputs = list(outputs(dense, batches))
+            self.outputs = list(outputs(dense, batches, self.units))
         self.wanted = self.outputs if before is None else before[0].outputs
         self.roundings = {name: with_feedback(self.weights[name].matrices(), met).holding() for name, met in self.met.items()}
         own = {id(self.weights[name].layer.weight) for name in self.met}
@@ -137,7 +139,7 @@ class Search:
         step = TRIAL * rounding.size or 1.0
         with evaluating(self.dense):
             tensor.copy_((kept / step).round() * step)
-            changed = next(outputs(self.dense, self.batches))
+            changed = next(outputs(self.dense, self.batches, self.units))
             change = float((tensor - kept).double().square().sum())
             tensor.copy_(kept)
         moved = float((changed - self.outputs[0]).double().square().sum()) / self.sizes[0]
@@ -268,7 +270,7 @@ class Search:
     def _unexplained(self, model: nn.Module) -> float:
         """Return the mean squared change of the outputs over their variance; over their squares where they hardly vary."""
         with evaluating(model):
-            change = sum(float((a - b).double().square().sum()) for a, b in zip(outputs(model, self.batches), self.wanted, strict=True))
+            change = squared_change(model, self.batches, self.units, self.wanted)
         count = sum(output.shape[:-1].numel() for output in self.wanted)
         mean = sum(output.double().flatten(0, -2).sum(0) for output in self.wanted) / count
         variance = sum(float((output.double() - mean).square().sum()) for output in self.wanted)

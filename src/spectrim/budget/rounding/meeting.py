@@ -13,7 +13,8 @@ from spectrim.budget.rounding.weights import Weight
 from spectrim.errors import LayerError, SettingError
 from spectrim.layers.taps import operate, tap
 from spectrim.layers.uses import first_argument
-from spectrim.metrics.calls import call_model, scores_of
+from spectrim.metrics.calls import call_model
+from spectrim.metrics.distance import floats_of
 
 ROWS = 400
 """Rows looked at for each input of a weight, at most, drawn among all."""
@@ -101,7 +102,39 @@ def _share(weight: Weight, x: Tensor, output: Sequence[int], examples: int, batc
     return max(FEWEST, ROWS * matrix.shape[2]) / max(1.0, rows)
 
 
-def moments(model: nn.Module, weights: Mapping[str, Weight], batches: Sequence[Any], sizes: Sequence[int]) -> dict[str, Moments]:
+def units_of(model: nn.Module, batch: Any) -> tuple[float, ...]:
+    """Return what each tensor of several in the output is multiplied by, so that all count alike: by their variance on a batch."""
+    found = [part.detach().double() for part in floats_of(call_model(model, batch))]
+    total = sum(part.numel() for part in found)
+    spreads = [float((part - part.mean()).square().mean()) if part.numel() else 0.0 for part in found]
+    return tuple((total / max(1, part.numel()) / (spread or 1.0)) ** 0.5 for part, spread in zip(found, spreads, strict=True))
+
+
+def output_of(model: nn.Module, batch: Any, units: Sequence[float]) -> Tensor:
+    """Return the output of a model as one tensor: the only one that it has, its logits, or all of several in one column.
+
+    Args:
+        model: in eval mode.
+        batch: inputs.
+        units: see `units_of`.
+
+    Raises:
+        SettingError: for an output without floating-point numbers, or one of other tensors than the dense network's.
+    """
+    output = call_model(model, batch)
+    found = floats_of(output)
+    if not found:
+        raise SettingError("round_to", "model", got=type(output), rule="one whose output holds floating-point tensors, or logits")
+    if len(found) != len(units):
+        raise SettingError("round_to", "model", got=f"{len(found)} tensors in an output, {len(units)} in another", rule="of outputs alike")
+    if len(found) == 1:
+        return found[0] if found[0].dim() > 1 else found[0].reshape(-1, 1)
+    return torch.cat([(part * unit).reshape(-1, 1) for part, unit in zip(found, units, strict=True)])
+
+
+def moments(
+    model: nn.Module, weights: Mapping[str, Weight], batches: Sequence[Any], sizes: Sequence[int], units: Sequence[float] = (1.0,)
+) -> dict[str, Moments]:
     """Return the moments of the weights that the model calls, in the order of first calls.
 
     The gradients are those of random sums of the outputs, ``v^T z`` with ``v`` of signs: on average their second moment is that of the
@@ -112,6 +145,7 @@ def moments(model: nn.Module, weights: Mapping[str, Weight], batches: Sequence[A
         weights: of its layers.
         batches: inputs.
         sizes: examples in each.
+        units: of the tensors in the output, see `units_of`.
     """
     sums: dict[str, _Sum] = {}
     lefts: dict[str, Tensor] = {}
@@ -136,12 +170,12 @@ def moments(model: nn.Module, weights: Mapping[str, Weight], batches: Sequence[A
         ]
         try:
             with torch.enable_grad():
-                output = scores_of(call_model(model, batch))
+                output = output_of(model, batch, units)
         finally:
             for handle in handles:
                 handle.remove()
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            raise SettingError("round_to", "model", got=type(output), rule="one that returns a tensor, or an object with logits")
+        if not output.requires_grad:
+            raise SettingError("round_to", "model", got="an output without gradients", rule="one whose output depends on its weights")
         for probe in range(PROBES if called else 0):
             signs = torch.randint(0, 2, output.shape, generator=generator).to(output) * 2 - 1
             keep = probe + 1 < PROBES
@@ -228,7 +262,22 @@ def beside(
     return total.result(left, sum(sizes), len(batches))
 
 
-def outputs(model: nn.Module, batches: Sequence[Any]) -> Iterator[Tensor]:
-    """Yield the outputs of a model."""
+def outputs(model: nn.Module, batches: Sequence[Any], units: Sequence[float] = (1.0,)) -> Iterator[Tensor]:
+    """Yield the outputs of a model, see `output_of`."""
     for batch in batches:
-        yield scores_of(call_model(model, batch)).detach()
+        yield output_of(model, batch, units).detach()
+
+
+def squared_change(model: nn.Module, batches: Sequence[Any], units: Sequence[float], wanted: Sequence[Tensor]) -> float:
+    """Return the sum of the squared changes of all outputs.
+
+    Raises:
+        SettingError: for outputs whose shapes depend on their values.
+    """
+    total = 0.0
+    for now, before in zip(outputs(model, batches, units), wanted, strict=True):
+        if now.shape != before.shape:
+            got = f"outputs whose shapes depend on their values ({tuple(before.shape)}, then {tuple(now.shape)})"
+            raise SettingError("round_to", "model", got=got, rule="of outputs of one shape", hint="round a module that returns scores")
+        total += float((now - before).double().square().sum())
+    return total

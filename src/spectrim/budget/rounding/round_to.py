@@ -47,7 +47,7 @@ def round_to(
 
     Linear layers and convolutions are rounded so. Other weights (embeddings, recurrent, packed attention, tied ones) are rounded to the
     nearest level, with a curvature that is measured. Buffers are left as they are. What a parametrization computes becomes an ordinary
-    weight.
+    weight. Of several tensors in an output each counts alike, by its variance; where there are ``logits`` they alone count.
 
     Args:
         model: dense or merged. It is left untouched.
