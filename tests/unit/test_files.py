@@ -19,7 +19,18 @@ from torch import nn
 
 import spectrim as sp
 from spectrim.errors import FormatError, WriteError
-from spectrim.files import check_room, new_files, printing_to_stderr, read_json, sweep, temporary_beside, whole_file, write_json, write_text
+from spectrim.files import (
+    check_room,
+    new_files,
+    printing_to_stderr,
+    read_json,
+    sweep,
+    temporary_beside,
+    whole,
+    whole_file,
+    write_json,
+    write_text,
+)
 from spectrim.locks import locked
 from spectrim.runtimes.export import export
 
@@ -279,3 +290,20 @@ def test_json_that_somebody_else_wrote_is_read_without_a_digest(tmp_path: Path) 
 def test_keys_that_are_numbers_and_tuples_do_not_break_the_digest(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"ranks": {1: (2, 3)}})
     assert read_json(tmp_path / "a.json") == {"ranks": {"1": [2, 3]}}
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_signal_right_behind_the_making_of_a_temporary_file_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool
+) -> None:
+    made = whole._made
+
+    def interrupted(path: Path, folder: bool) -> int:
+        os.close(made(path, folder))
+        assert path.exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(whole, "_made", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole.temporary_beside(tmp_path / "a.pt", folder=folder):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -127,19 +127,26 @@ def _remove_if_dead(path: Path) -> None:
 
 @contextmanager
 def temporary_beside(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """Make an empty file or folder beside `path` and hold a lock on it, which says that its writer lives; it is gone afterwards."""
-    while True:
-        made = path.with_name(f"{path.name[:160]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-        with writing_to(path):
-            handle = _made(made, folder)
-        if handle < 0 or (try_lock(handle) and is_at(handle, made)):
-            break
-        os.close(handle)  # another writer took it for one of a dead process in between
-    keep(handle)
+    """Make an empty file or folder beside `path` and hold a lock on it, which says that its writer lives; it is gone afterwards.
+
+    A signal may come at any moment: also where the file is there and nothing is known of it yet.
+    """
+    made, handle = path, -1
     try:
+        while True:
+            made = path.with_name(f"{path.name[:160]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+            with writing_to(path):
+                handle = _made(made, folder)
+            if handle < 0 or (try_lock(handle) and is_at(handle, made)):
+                break
+            os.close(handle)  # another writer took it for one of a dead process in between
+            handle = -1
+        keep(handle)
         yield made
     finally:
-        shutil.rmtree(made, ignore_errors=True) if folder else made.unlink(missing_ok=True)
+        if made != path:
+            with suppress(OSError):  # where it could not be made, its error counts
+                shutil.rmtree(made, ignore_errors=True) if folder else made.unlink(missing_ok=True)
         release(handle)
 
 
