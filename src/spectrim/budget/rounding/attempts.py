@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spectrim.budget.budget import Budget
 from spectrim.budget.rounding.curves import Curve, Rounding, bits_at, curve_of, lowest_price, price_for, towards, with_feedback
 from spectrim.budget.rounding.joint import chosen, costs_of, sparse_options
-from spectrim.budget.rounding.meeting import Moments, beside, moments, outputs, squared_change, units_of
+from spectrim.budget.rounding.meeting import FLAT, Moments, beside, moments, outputs, squared_change, units_of
 from spectrim.budget.rounding.pairs import Option, best_at, options_of
 from spectrim.budget.rounding.scaling import NEAR, next_scale
 from spectrim.budget.rounding.vectors import BIASES, VECTORS, put_, to_levels_
@@ -33,9 +33,6 @@ TRIES = 6
 
 ENOUGH = 0.9
 """Share of the budget with which the third attempt, or without `sequential` the first, is content."""
-
-CONSTANT = 1e-10
-"""Share of the outputs' squares below which their variance is that of rounding errors."""
 
 LOSSLESS = 1e-7
 """Fraction of the variance unexplained below which a file need not be any larger."""
@@ -202,7 +199,7 @@ class Search:
         return price
 
     def within(self, limit: int) -> Rounded:
-        """Return the network rounded to at most that many bytes: of the least change: steps by the price, then all changed alike."""
+        """Return the network rounded to at most that many bytes: steps by the price, then all changed alike; the least change counts."""
         price, best, scale = self._price(limit), None, 1.0
         sizes: dict[float, int] = {}
         for attempt in range(TRIES):
@@ -275,7 +272,7 @@ class Search:
         mean = sum(output.double().flatten(0, -2).sum(0) for output in self.wanted) / count
         variance = sum(float((output.double() - mean).square().sum()) for output in self.wanted)
         squares = sum(float(output.double().square().sum()) for output in self.wanted)
-        return change / max(1e-30, variance if variance > CONSTANT * squares else squares)
+        return change / max(1e-30, variance if variance > FLAT * squares else squares)
 
 
 def _bits(levels: np.ndarray) -> float:

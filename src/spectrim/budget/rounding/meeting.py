@@ -26,6 +26,9 @@ PROBES = 2
 
 CONSTANT = 1e-12
 
+FLAT = 1e-10
+"""Share of the outputs' squares below which their variance is that of rounding errors."""
+
 
 @dataclass(frozen=True, eq=False)
 class Moments:
@@ -107,6 +110,8 @@ def units_of(model: nn.Module, batch: Any) -> tuple[float, ...]:
     found = [part.detach().double() for part in floats_of(call_model(model, batch))]
     total = sum(part.numel() for part in found)
     spreads = [float((part - part.mean()).square().mean()) if part.numel() else 0.0 for part in found]
+    squares = [float(part.square().mean()) if part.numel() else 0.0 for part in found]
+    spreads = [spread if spread > FLAT * square else square for spread, square in zip(spreads, squares, strict=True)]
     return tuple((total / max(1, part.numel()) / (spread or 1.0)) ** 0.5 for part, spread in zip(found, spreads, strict=True))
 
 
