@@ -44,7 +44,7 @@ def absorbing(model: nn.Module) -> dict[str, OneWeight]:
 
     def absorbs(layer: OneWeight) -> bool:
         factors, bias = layer.factors_of("weight"), getattr(layer, "bias", None)
-        if not isinstance(bias, Tensor) or layer.scheme != "channel" or layer.looks_up:
+        if not isinstance(bias, Tensor) or layer.scheme not in ("channel", "dense") or layer.looks_up:
             return False
         return bias.shape == (factors.blocks * factors.shape[0],) and users[id(factors)] == users[id(bias)] == 1
 
