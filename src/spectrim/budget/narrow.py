@@ -79,10 +79,10 @@ def narrow(
     """Return a network with fewer hidden units within a budget: narrower layers of the same classes, without training.
 
     Hidden units are what `hidden_units` finds: the features inside a feed-forward block, the channels between two convolutions. Of each
-    group they are left out one after another, each time the one without which the outputs of the layer that reads them change least once its
-    weight is refitted (`eliminate`), in the second moments of its inputs and of the gradients at its outputs. One knapsack over all groups
-    chooses how many stay, so that the predicted rise of the loss is smallest. The reader's weight is the refitted one, and its bias
-    takes up the mean.
+    group they are left out one after another, each time the one without which the outputs of the layer that reads them change least once
+    its weight is refitted (`eliminate`), in the second moments of its inputs and of the gradients at its outputs. One knapsack over all
+    groups chooses how many stay, so that the predicted rise of the loss is smallest. The reader's weight is the refitted one, and its
+    bias takes up the mean.
 
     It is a way to cut that ranks do not have: a unit costs its rows in all layers that make it and its columns in the one that reads it.
     `compress` takes it before ranks with ``narrow=``.

@@ -138,7 +138,8 @@ def _costs(W: Tensor, inverse: Tensor, G: Tensor | None, taps: int) -> Tensor:
     parts = W.reshape(len(W), units, taps).transpose(0, 1)
     squares = parts.mT @ (parts if G is None else G @ parts)
     blocks = inverse.reshape(units, taps, units, taps).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    return torch.linalg.solve(blocks, squares).diagonal(dim1=-2, dim2=-1).sum(-1)
+    costs: Tensor = torch.linalg.solve(blocks, squares).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return costs
 
 
 def _without(W: Tensor, inverse: Tensor, G: Tensor | None, gone: Tensor) -> tuple[Tensor, Tensor, float]:

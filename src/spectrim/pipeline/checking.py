@@ -10,7 +10,7 @@ from spectrim.errors import SettingError
 from spectrim.layers import named_factors
 from spectrim.metrics.batch import BatchDims
 from spectrim.metrics.distance import Unlabeled, relative_distance, with_outputs
-from spectrim.metrics.inputs import first_examples
+from spectrim.metrics.inputs import batch_size_of, first_examples, one_example
 from spectrim.training.distillation import Distillation
 from spectrim.training.parts import Reconstruction
 from spectrim.training.stopping import Best
@@ -25,6 +25,20 @@ def check_unlabeled(data: Any, eval_data: Any, epochs: int) -> Any:
     batches = [data] if isinstance(data, Tensor) else data
     check("compress", batches_again=batches, eval_batches=eval_data)
     return batches
+
+
+def step_count(auto: bool, recovery: int, *more: object) -> int:
+    """Return how many steps a call has: of all calls, those of the cuts, and one for each of the others that is asked for."""
+    return 6 + (4 + 4 * (recovery > 0) if auto else 1) + sum(bool(step) for step in more)
+
+
+def example_of(model: nn.Module, data: Any, loss: Any, given: Any, dims: BatchDims | None) -> tuple[Any, int]:
+    """Return one batch for costs and latency, and how many examples it has: what was given, else the first example of the data."""
+    if given is not None:
+        return given, batch_size_of(given, model=model, unknown=1)
+    unlabeled = loss is None or isinstance(loss, Unlabeled)
+    pairs = with_outputs(model, first_examples(data, 1, dims=dims)) if unlabeled else data
+    return one_example(pairs, model, dims=dims, owner="compress"), 1
 
 
 def without_labels(

@@ -21,16 +21,17 @@ from spectrim.checks import check, naming, outside_inference_mode, unwrapped
 from spectrim.checks.words import worded
 from spectrim.layers.exchanged import Writing
 from spectrim.metrics.batch import BatchDims
-from spectrim.metrics.distance import Unlabeled, with_outputs
-from spectrim.metrics.inputs import batch_size_of, first_examples, inputs_of, one_example
+from spectrim.metrics.distance import Unlabeled
+from spectrim.metrics.inputs import first_examples, inputs_of
 from spectrim.metrics.verdict import worse_than
 from spectrim.pipeline.behavior import attributes_of, said
-from spectrim.pipeline.checking import check_recovery, check_settings, check_tuning, check_unlabeled, without_labels
+from spectrim.pipeline.checking import check_recovery, check_settings, check_tuning, check_unlabeled, example_of, step_count, without_labels
 from spectrim.pipeline.coding import uncut, with_levels
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.cutter import Cutter
 from spectrim.pipeline.effort import examples_for
 from spectrim.pipeline.judge import Judge, scores_of_measurement
+from spectrim.pipeline.narrowing import check_narrow, narrower, narrowing
 from spectrim.pipeline.search import searching
 from spectrim.pipeline.seconds import backend_of, own_table
 from spectrim.pipeline.store import Store, Told, finished, given_of, identity_of
@@ -57,6 +58,7 @@ from spectrim.training.tuning import Tuning
 @naming
 @worded
 @searching
+@narrowing
 def compress(
     model: nn.Module,
     data: Iterable[Any],
@@ -81,6 +83,7 @@ def compress(
     calibration: Calibration | None = None,
     reconstruct: Reconstruction | None = None,
     recovery: int = 0,
+    narrow: float | Sequence[float] | None = None,
     latency: Latencies | None = None,
     backend: Backend | None = None,
     crossbars: Crossbars | None = None,
@@ -109,8 +112,7 @@ def compress(
         epochs: passes over `data`, >= 0; 0 for calibration only.
         example_inputs: one batch for costs and latency; the first example of `data` when omitted. That is cut along axes whose sizes agree
             with the target's or among the inputs, and tried in the network.
-        batch_dims: states the batch axes of the inputs instead: one axis for all tensors, or a dict or list by argument, where None
-            stands for what all examples share.
+        batch_dims: the batch axes of the inputs instead: one for all tensors, or a dict or list by argument; None is shared by all.
         eval_data: the validation split, for the scores at each stage and the choice of ``cut="auto"``.
         scheme: how convolution kernels are folded, see `factorize`. ``auto`` chooses for each convolution together with all ranks, at the
             budget (`spectrim.budget.schemes`), among the matrices, ``all`` among Tucker-2, CP and tensor trains, too; with `calibration`
@@ -144,6 +146,8 @@ def compress(
         reconstruct: after the cut, train each block for a few steps toward the dense network's block, on inputs without labels, see
             `Reconstruction`; kept where the loss is lower.
         recovery: optimizer steps, on batches held in memory, for which a copy of each cut is trained before ``cut="auto"`` compares them.
+        narrow: share of what the budget limits to which hidden units are left out first, see `spectrim.budget.narrow.narrow`, before
+            ranks are cut. Of several, such as ``(1, 0.9, 0.8)``, each is tried and the best is kept, as of cuts; 1 leaves out none.
         latency: a `LatencyTable` of ``factorize(model, scheme, where)``: ranks, and what `merge` writes, by measured seconds. Made here
             where the budget limits seconds; on another device by `spectrim.budget.device.latency_kit`.
         backend: the backend of the table that is made here, ``eager``, ``compile`` or ``onnx``; ``eager`` when omitted. The networks are
@@ -186,21 +190,17 @@ def compress(
     where = layer_filter(where, model, "compress")
     check_settings(model, budget, epochs, distill, reconstruct)
     check_recovery(recovery, cut, epochs, squeeze)
-    own = backend_of(budget, latency, backend)
+    share, own = check_narrow(narrow, budget, calibration, latency), backend_of(budget, latency, backend)
     check_tuning(tuning, eval_data is not None)
-    ways = (
-        (1 if cut != "auto" else 4 + 4 * (recovery > 0)) + (reconstruct is not None) + (budget.coded_bytes is not None) + (own is not None)
-    )
+    trained = round(epochs * squeeze)
+    parts = (cut == "auto", recovery, reconstruct, budget.coded_bytes, own, trained, epochs > trained, share < 1)
     with (
-        steps("compress", 6 + ways + (round(epochs * squeeze) > 0) + (epochs > round(epochs * squeeze)), progress) as step,
+        steps("compress", step_count(*parts), progress) as step,
         ExitStack() as held,
     ):
         step("reading the calibration set")
-        inputs, labels, start = example_inputs, loss is not None and not isinstance(loss, Unlabeled), attributes_of(model)
-        if inputs is None:
-            pairs = data if labels else with_outputs(model, first_examples(data, 1, dims=batch_dims))
-            inputs = one_example(pairs, model, dims=batch_dims, owner="compress")
-        batch = 1 if example_inputs is None else batch_size_of(inputs, model=model, unknown=1)
+        start = attributes_of(model)
+        inputs, batch = example_of(model, data, loss, example_inputs, batch_dims)
         examples = examples_for(model, inputs, batch) if examples is None else index(examples)
         if loss is None or isinstance(loss, Unlabeled):
             data, eval_data, loss = without_labels(model, data, eval_data, loss, examples, batch_dims)
@@ -208,15 +208,18 @@ def compress(
         more = None if reconstruct is None else reconstruct.examples
         unlabeled = [] if more is None else first_examples(given, more, dims=batch_dims)
         judge = Judge(model, loss, known, known if eval_data is None else eval_data, batch, crossbars=crossbars)
-        split = "calibration" if eval_data is None else "validation"
-        low = model
+        split, whole, narrowed = "calibration" if eval_data is None else "validation", budget, list[str]()
+        if share < 1:
+            step("leaving out hidden units")
+            judge.source, budget, narrowed = narrower(judge, share, budget, inputs, where, batch_dims)
+        low = source = judge.source
         if budget.limits:
             step("factorizing", has_bar=True)
-            low = factorize(model, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
+            low = factorize(source, scheme, where, example_inputs=inputs, writing=writing, progress=progress)
         store = Store(None if folder is None else Path(folder))
         held.enter_context(store.held())
         store.claim(
-            budget=repr(budget),
+            budget=repr(whole),
             epochs=epochs,
             scheme=scheme,
             writing=writing,
@@ -230,7 +233,7 @@ def compress(
             examples=examples,
             calibration_seconds=calibration_seconds,
             reconstruct=None if reconstruct is None else repr(reconstruct),
-            **given_of(recovery=recovery, crossbars=crossbars and repr(crossbars), backend=own),
+            **given_of(recovery=recovery, narrow=share % 1, crossbars=crossbars and repr(crossbars), backend=own),
             **identity_of(folder, model, low, data, known, eval_data, inputs, loss, tuning, latency, calibration, start),
         )
         if not budget.limits:
@@ -238,15 +241,15 @@ def compress(
             made = uncut(judge, where, inputs, store.settings, split)
             step("rounding", has_bar=True)
             return finished(with_levels(made, judge, budget, inputs, examples, progress=progress), store)
-        whole, budget = budget, replace(budget, coded_bytes=None)
+        budget = replace(budget, coded_bytes=None)
         if own is not None:
             step("timing layers", has_bar=True)
             latency = own_table(low, inputs, own, store, progress)
         step("comparing outputs and pricing ranks")
-        build = partial(factorize, model, scheme, example_inputs=inputs, writing=writing)
-        low, (used, prices), left = leaving_readers(low, build, partial(priced, model, inputs, latency, crossbars, inputs_of(known[0])))
+        build = partial(factorize, source, scheme, example_inputs=inputs, writing=writing)
+        low, (used, prices), left = leaving_readers(low, build, partial(priced, source, inputs, latency, crossbars, inputs_of(known[0])))
         if scheme in AMONG and latency is None and calibration is None:
-            low, prices = at_budget(low, budget, inputs, prices, model, used, among=AMONG[scheme])
+            low, prices = at_budget(low, budget, inputs, prices, source, used, among=AMONG[scheme])
         check_floor(low, budget, prices)
         cutter = Cutter(
             judge, budget, inputs, importance, prices, calibration, batch_dims, step, reconstruct, unlabeled, calibration_seconds, progress
@@ -258,24 +261,23 @@ def compress(
         if chosen:
             teacher, untaught = chosen_teacher(model, low, known, loss, judge.dense_on_known["loss"])
         tuner = Tuner(data, loss, epochs, tuning, teacher, eval_data, store, progress)
-        training = round(epochs * squeeze)
         cutter.recovery = tuner.recovery(recovery, penalties, chosen)
-        if training:
+        if trained:
             step("training toward the budget", has_bar=True)
-            history = squeezed(low, tuner, cutter, training, penalties, scores, told)
+            history = squeezed(low, tuner, cutter, trained, penalties, scores, told)
         else:
-            low, told, found = store.cut(model, lambda: cutter.cut(low, cut, epochs > 0))
+            low, told, found = store.cut(source, lambda: cutter.cut(low, cut, epochs > 0))
             scores |= found
             if chosen and teacher is not None and not judge.far(told.how, low, scores):
                 tuner.teacher = None
             tuner.start(low)
         if prices.corrected:
             recounted("compress", budget, low, inputs, prices)
-        before = (list(scores.values())[-1], deepcopy(low.state_dict())) if epochs > training else None
+        before = (list(scores.values())[-1], deepcopy(low.state_dict())) if epochs > trained else None
         if before is not None:
             step("fine-tuning", has_bar=True)
-            with nullcontext() if training or penalties else balanced(low):
-                rest = tuner.run(low, epochs - training, penalties, "finetune")
+            with nullcontext() if trained or penalties else balanced(low):
+                rest = tuner.run(low, epochs - trained, penalties, "finetune")
             history = History(history.epochs + rest.epochs, history.cuts + rest.cuts, history.layers + rest.layers)
         step("merging and measuring")
         final, measured = judge.finished(low, inputs, latency)
@@ -288,11 +290,11 @@ def compress(
             scores["final"] = scores_of_measurement(measured["final"])
         taught = tuner.teacher.settings if tuner.teacher is not None and epochs else None
         lines = with_reasons(coverage(low, where, inputs=inputs, latency=latency), left)
-        notes = [*told.notes, *([untaught] if untaught else [])]
+        notes = [*narrowed, *told.notes, *([untaught] if untaught else [])]
         made = Compressed(final, low, measured, scores, told.how, taught, history, lines, store.settings, told.dropped, notes, split)
         made.latency = latency
         if whole.coded_bytes is not None:
             step("rounding", has_bar=True)
-            joint = not epochs and where is None and latency is None
+            joint = not epochs and where is None and latency is None and share == 1
             made = with_levels(made, judge, whole, inputs, examples, joint=joint, progress=progress)
         return finished(made, store)

@@ -168,7 +168,7 @@ class Cutter:
         self.step(f"cutting: {kind}")
         if way.needs == "loss":
             bench.distortions(way)  # refuses a loss without gradients, also with other ranks
-        dense, held = self.judge.model, self._held_out()
+        dense, held = self.judge.source, self._held_out()
         return bench.cut_to(self.budget, way, self.judge, dense=dense, examples=self.examples, importance=self.importance, held=held)
 
     def _held_out(self) -> tuple[Sequence[Any], Callable[[nn.Module], Scores]] | None:

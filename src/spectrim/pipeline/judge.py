@@ -30,6 +30,11 @@ class Judge:
     batch: int | None = None
     on_known: dict[str, float] = field(default_factory=dict)
     crossbars: Hardware | None = None
+    source: nn.Module = field(init=False)
+    """What is factorized, and what the cut layers are refitted to: the dense network, or a narrower one."""
+
+    def __post_init__(self) -> None:
+        self.source = self.model
 
     def __call__(self, network: nn.Module) -> Scores:
         """Return the scores of a network on the data that decide."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import FormatError
+from spectrim.errors import FormatError, LayerError
 from spectrim.forms import FORMS, Form, Size
 from spectrim.forms.constrained import KINDS
 from spectrim.layers import kind_of, named_layers
@@ -25,6 +25,7 @@ from spectrim.storage.describe import SETTINGS, construct, dense_settings, descr
 from spectrim.surgery.batchnorm import NORMS
 from spectrim.surgery.exchange import replace
 from spectrim.surgery.factorize import build
+from spectrim.surgery.narrowed import resized
 
 
 def replayed(model: nn.Module, plan: Mapping[str, Any], path: Path) -> nn.Module:
@@ -53,6 +54,8 @@ def hint_of(plan: Mapping[str, Any]) -> str:
 
 def exchanged(model: nn.Module, plan: Mapping[str, Any], path: Path) -> tuple[nn.Module, list[nn.Module]]:
     """Replay a plan on the original architecture; return the model, with any values in the new tensors, and what `merge` had written."""
+    if plan.get("narrowed"):
+        model = _resized(model, plan, path)
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, entry in plan["factorized"].items():
         found = type(modules[name]).__name__ if name in modules else "nothing"
@@ -119,6 +122,13 @@ def exchanged(model: nn.Module, plan: Mapping[str, Any], path: Path) -> tuple[nn
         layer.__dict__["writing"] = plan["factorized"][name].get("writing", "pair")
     follow_layers(built)
     return built, written
+
+
+def _resized(model: nn.Module, plan: Mapping[str, Any], path: Path) -> nn.Module:
+    try:
+        return resized(model, plan["narrowed"])
+    except LayerError as error:
+        raise FormatError(path, f"is of another architecture: {error}", hint=hint_of(plan)) from error
 
 
 def _reader(target: nn.Module, pairs: Mapping[str, Any], name: str, path: Path, plan: Mapping[str, Any]) -> nn.Module:

@@ -20,6 +20,7 @@ from spectrim.storage.folder import FORMAT, PLAN, read, tensors_of, write
 from spectrim.storage.rebuild import exchanged, hint_of
 from spectrim.storage.tasks import plan_of_tasks, rebuild_tasks
 from spectrim.surgery.frozen import is_training
+from spectrim.surgery.narrowed import sizes_of
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -137,9 +138,10 @@ def plan_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _held(model: nn.Module) -> dict[str, Any]:
-    """Return what a plan says of weights that are pruned or rounded; nothing where there are none."""
+    """Return what a plan says of weights that are pruned or rounded, and of layers that are narrower; nothing where there are none."""
     held = {name: kind for name, form in named_factors(model) if (kind := kind_of_form(form))}
-    return {"held": held} if held else {}
+    narrower = sizes_of(model)
+    return ({"held": held} if held else {}) | ({"narrowed": narrower} if narrower else {})
 
 
 def _materialize(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

@@ -15,11 +15,11 @@ from spectrim.layers.forwards import runs_forward_of
 from spectrim.layers.taps import tap
 from spectrim.layers.uses import first_argument
 from spectrim.metrics.calls import call_model
+from spectrim.surgery.batchnorm import NORMS
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.observing import isolated
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 MATRICES = (nn.Linear, *CONVOLUTIONS)
 
 ALIKE = {"clone", "detach", "alias", "_to_copy", "lift_fresh"}
@@ -56,10 +56,10 @@ class HiddenUnits:
 def hidden_units(model: nn.Module, inputs: Any) -> list[HiddenUnits]:
     """Return the hidden units of a network, in the order in which their readers are called.
 
-    The network runs once, in eval mode. Each operation on the outputs of linear layers and convolutions is watched: elementwise ones, pools,
-    BatchNorm, depthwise convolutions and moves of whole axes let features stay what they are; whatever else reads them (softmax, LayerNorm,
-    an attention's heads, a second layer, the output of the network) ends the search, and they are not returned. Layers that run more than
-    once, share a weight, are parametrized, or whose weight the network's own code reads are left alone.
+    The network runs once, in eval mode. Each operation on the outputs of linear layers and convolutions is watched: elementwise ones,
+    pools, BatchNorm, depthwise convolutions and moves of whole axes let features stay what they are; whatever else reads them (softmax,
+    LayerNorm, an attention's heads, a second layer, the output of the network) ends the search, and they are not returned. Layers that
+    run more than once, share a weight, are parametrized, or whose weight the network's own code reads are left alone.
 
     Args:
         model: dense; left untouched.
@@ -118,11 +118,11 @@ class _Place:
     taps: int
 
 
-class _Trace(TorchDispatchMode):
+class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows features from layer to layer through one run of a network."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         holders = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values() if tensor is not None)
         self.names = {module: name for name, module in model.named_modules() if _is_plain(module, holders)}
         self.weights = {id(weight): self.names[module] for module in self.names for weight in module._parameters.values()}

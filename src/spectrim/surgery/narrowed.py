@@ -8,8 +8,13 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from spectrim.errors import LayerError
+from spectrim.surgery.batchnorm import NORMS
 from spectrim.surgery.exchange import duplicate
-from spectrim.surgery.hidden_units import CONVOLUTIONS, HiddenUnits
+from spectrim.surgery.hidden_units import CONVOLUTIONS, MATRICES, HiddenUnits
+
+SIZES = "_narrowed_sizes"
+"""Attribute of a network with narrower layers: their features ``[out, in]`` by name, without which a file does not fit the original."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +45,61 @@ def narrowed(model: nn.Module, kept: Mapping[str, Kept], *, by_zeros: bool = Fal
     """
     made = duplicate(model)
     for name, found in kept.items():
-        reader = made.get_submodule(name)
-        _read(reader, found, by_zeros)
+        _read(made.get_submodule(name), found, by_zeros)
+    touched = dict.fromkeys(kept)
     for found in () if by_zeros else kept.values():
         for name in (*found.units.makers, *found.units.through):
+            touched[name] = None
             _make(made.get_submodule(name), found.places)
+    if kept and not by_zeros:
+        setattr(made, SIZES, sizes_of(made) | {name: _sizes(made.get_submodule(name)) for name in touched})
     return made
+
+
+def sizes_of(model: nn.Module) -> dict[str, list[int]]:
+    """Return the features ``[out, in]`` of the layers that are narrower than those of the original network, by name."""
+    return dict(getattr(model, SIZES, {}))
+
+
+def resized(model: nn.Module, sizes: Mapping[str, Any]) -> nn.Module:
+    """Return a copy whose layers have so many features, the first ones: where to read a file of a narrower network into.
+
+    Args:
+        model: the original network; left untouched.
+        sizes: what `sizes_of` returned.
+
+    Raises:
+        LayerError: for a layer that the network does not have, or has with fewer features.
+    """
+    made = duplicate(model)
+    modules = dict(made.named_modules())
+    for name, wanted in sizes.items():
+        layer: Any = modules.get(name)
+        own = _sizes(layer) if isinstance(layer, (*MATRICES, *NORMS)) else None
+        if own is None or not (isinstance(wanted, list) and len(wanted) == 2 and all(isinstance(size, int) for size in wanted)):
+            raise LayerError(name, "is no linear layer, convolution or BatchNorm that could be narrower")
+        if not all(1 <= size <= most for size, most in zip(wanted, own, strict=True)):
+            raise LayerError(name, f"has {own} features, out and in; {wanted} are not among them")
+        out, into = wanted
+        if own[1] != into and isinstance(layer, MATRICES) and _groups(layer) == 1:
+            weight = layer.weight
+            layer.weight = nn.Parameter(weight.detach()[:, :into].clone(), requires_grad=weight.requires_grad)
+            setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", into)
+        if own[0] != out:
+            _make(layer, torch.arange(out))
+    setattr(made, SIZES, {name: list(wanted) for name, wanted in sizes.items()})
+    return made
+
+
+def _groups(layer: Any) -> int:
+    return int(getattr(layer, "groups", 1))
+
+
+def _sizes(layer: Any) -> list[int]:
+    """Return the features of a layer, out and in."""
+    if isinstance(layer, nn.Linear):
+        return [layer.out_features, layer.in_features]
+    return [layer.out_channels, layer.in_channels] if isinstance(layer, CONVOLUTIONS) else [layer.num_features] * 2
 
 
 def _read(reader: Any, found: Kept, by_zeros: bool) -> None:

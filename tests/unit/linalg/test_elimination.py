@@ -37,9 +37,7 @@ def test_errors_are_those_of_the_refitted_weight_at_each_width(taps: int) -> Non
 
 def test_the_first_unit_is_the_one_whose_loss_changes_the_outputs_least() -> None:
     weight, moment, metric = parts(4, 7, 2)
-    others = {
-        gone: change(weight, moment, metric, torch.tensor([unit for unit in range(7) if unit != gone]), 2) for gone in range(7)
-    }
+    others = {gone: change(weight, moment, metric, torch.tensor([unit for unit in range(7) if unit != gone]), 2) for gone in range(7)}
     assert int(eliminate(weight, moment, metric, taps=2).order[0]) == min(others, key=others.__getitem__)
 
 
