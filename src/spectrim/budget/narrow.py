@@ -141,12 +141,15 @@ def _proved(
 ) -> Narrowed:
     """Choose widths, leave the other units out, and leave groups alone with which the network does not compute what it should."""
     while True:
-        widths = costs.within(budget, found, model)
-        kept = {name: group.at(widths[name]) for name, group in found.items() if widths[name] < group.units.count}
         try:
+            widths = costs.within(budget, found, model)
+            kept = {name: group.at(widths[name]) for name, group in found.items() if widths[name] < group.units.count}
             made = _checked(model, kept, batch)
-        except Exception as error:
-            wrong = {name: why for name, one in kept.items() if (why := _fails(model, {name: one}, batch))}
+        except BudgetError:
+            raise
+        except Exception as error:  # of the network's own code, or outputs that differ
+            one_less = {name: group.at(group.found.widths[1]) for name, group in found.items()}
+            wrong = {name: why for name, one in one_less.items() if (why := _fails(model, {name: one}, batch))}
             if not wrong:
                 raise LayerError(type(model).__name__, f"does not compute the same without hidden units: {error}") from error
             refused |= wrong
@@ -237,7 +240,7 @@ class _Costs:
             cost["params"] += columns
             cost["size"] += columns * reader.weight.itemsize
             each[group.units.reader] = cost
-        return cls(each, _whole(model, inputs), inputs)
+        return cls(each, costs_of(model, inputs), inputs)
 
     def within(self, budget: Budget, groups: Mapping[str, _Group], model: nn.Module) -> dict[str, int]:
         """Return widths whose network keeps the limits, with the least predicted loss.
@@ -250,7 +253,7 @@ class _Costs:
         while True:
             widths = self._chosen(budget, groups, tight)
             kept = {name: group.at(widths[name]) for name, group in groups.items() if widths[name] < group.units.count}
-            counted = _whole(narrowed(model, kept), self.inputs)
+            counted = costs_of(narrowed(model, kept), self.inputs)
             over = {name: counted[(FRACTIONS | ABSOLUTE)[name]] - limits[name] for name in limits}
             if all(excess <= 1e-9 * max(1.0, limits[name]) for name, excess in over.items()):
                 return widths
@@ -273,6 +276,14 @@ class _Costs:
         return {reader: group.found.widths[place] for (reader, group), place in zip(groups.items(), picked, strict=True)}
 
 
-def _whole(model: nn.Module, inputs: Any) -> dict[str, float]:
-    params = {id(parameter): parameter.numel() for parameter in model.parameters()}
-    return {"macs": float(count_macs(model, inputs)), "params": float(sum(params.values())), "size": float(size_bytes_of(model))}
+def costs_of(model: nn.Module, inputs: Any) -> dict[str, float]:
+    """Return multiply-accumulates of one example, parameters and bytes of a network.
+
+    Args:
+        model: any network.
+        inputs: one batch.
+    """
+    batch = batch_size_of(inputs, model=model, unknown=1)
+    params = {id(parameter): float(parameter.numel()) for parameter in model.parameters()}
+    macs, size = float(count_macs(model, inputs, batch_size=batch)), float(size_bytes_of(model))
+    return {"macs": macs, "params": sum(params.values()), "size": size}

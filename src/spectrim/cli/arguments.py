@@ -196,6 +196,9 @@ exit codes: 0 done, 1 failure, 2 wrong usage or a bad recipe, 130 stopped by Ctr
         help="after the cut, train each block for so many steps toward the dense one's output",
     )
     sub.add_argument("--recovery", type=NonNegativeInt, default=0, help="steps for which each cut is trained before the cuts are compared")
+    sub.add_argument(
+        "--narrow", type=str, help="share of the budget's unit to which hidden units are left out first; several, such as 1,0.9, are tried"
+    )
     sub.add_argument("--squeeze", type=float, default=0.0, help="share of the epochs spent training toward the budget before the cut")
     sub.add_argument("--out", type=str, help="folder (default: runs/NAME-compress-BUDGET)")
     _changes(sub)

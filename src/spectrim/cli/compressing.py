@@ -148,7 +148,7 @@ def _compressed(job: Run, budget: Budget, args: Namespace) -> tuple[Compressed, 
     made = compress(
         dense, data.train, job.loss, budget, args.epochs, example_inputs=job.example, eval_data=data.val,
         scheme=recipe.factorize.scheme, where=recipe.factorize.layers(), cut=args.cut, squeeze=args.squeeze, examples=args.examples,
-        calibration_seconds=args.calibration_seconds, recovery=args.recovery,
+        calibration_seconds=args.calibration_seconds, recovery=args.recovery, narrow=_shares(args),
         writing=args.writing, reconstruct=Reconstruction(args.reconstruct) if args.reconstruct else None,
         tuning=Tuning(precision=recipe.precision, compiled=recipe.compiled),
         latency=None if args.table is None else read_table(args.table), backend=args.backend,
@@ -180,12 +180,17 @@ def _budgets(args: Namespace) -> list[Budget]:
         raise UsageError("compress", "tiles of what size?", allowed="--crossbars rows=32,columns=32,bits=4,cell_bits=4")
     if args.calibration_seconds is not None and not args.calibration_seconds > 0:
         raise UsageError("--calibration-seconds", f"got {args.calibration_seconds:g}", allowed="seconds above 0")
+    _shares(args)
     if not 0 <= args.squeeze < 1:
         raise UsageError("--squeeze", f"got {args.squeeze}", allowed="a share of the epochs in [0, 1)")
     try:
         return [Budget(**{name: values[index % len(values)] for name, values in listed.items()}) for index in range(count)]
     except SettingError as error:
         raise UsageError("compress", str(error)) from error
+
+
+def _shares(args: Namespace) -> list[float] | None:
+    return None if args.narrow is None else fractions("--narrow", args.narrow)
 
 
 def _option(name: str) -> str:

@@ -79,6 +79,8 @@ def eliminate(
     Deviation: a metric on the outputs; several units in one step where there are more than `STEPS`.
     """
     columns = weight.shape[1]
+    if not torch.isfinite(moment).all():
+        raise SettingError("eliminate", "moment", got="NaN or infinity in it", rule="finite")
     if taps < 1 or columns % taps or moment.shape != (columns, columns):
         rule = f"of {columns} columns and as many rows as the weight has columns, {taps} for each unit"
         raise SettingError("eliminate", "moment", got=tuple(moment.shape), rule=rule)
@@ -124,8 +126,13 @@ def refitted(
 
 
 def _damped(moment: Tensor) -> Tensor:
+    """Return the second moment with as much added to its diagonal as makes it positive definite."""
     A = moment.double()
-    return A + torch.eye(len(A), dtype=A.dtype, device=A.device) * (DAMPING * float(A.diagonal().mean()) or 1.0)
+    unit = torch.eye(len(A), dtype=A.dtype, device=A.device) * (float(A.diagonal().mean()) or 1.0)
+    damping = DAMPING
+    while int(torch.linalg.cholesky_ex(made := A + damping * unit).info):
+        damping *= 10
+    return made
 
 
 def _inverse(moment: Tensor) -> Tensor:

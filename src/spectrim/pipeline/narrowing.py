@@ -11,12 +11,9 @@ from typing import Any, ParamSpec
 from torch import nn
 
 from spectrim.budget.budget import CODED, FRACTIONS, Budget
-from spectrim.budget.narrow import COUNTED, narrow
+from spectrim.budget.narrow import COUNTED, costs_of, narrow
 from spectrim.errors import SettingError
 from spectrim.metrics.batch import BatchDims
-from spectrim.metrics.inputs import batch_size_of
-from spectrim.metrics.macs import count_macs
-from spectrim.metrics.measurement import size_bytes_of
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.judge import Judge
 from spectrim.pipeline.store import Store
@@ -90,7 +87,7 @@ def narrower(
     made = narrow(
         model, judge.known, Budget(**{field: share}), judge.loss, where=where, examples=EVERY, example_inputs=inputs, batch_dims=dims
     )
-    costs = [_costs(network, inputs) for network in (model, made.model)]
+    costs = [costs_of(network, inputs) for network in (model, made.model)]
     ratios = {name: costs[0][unit] / costs[1][unit] for name, unit in FRACTIONS.items() if unit in costs[0]}
     own = {name: min(1.0, value * ratios[name]) for name, value in budget.limits.items() if name in ratios}
     widths = ", ".join(f"{name} {made.widths[name]} of {one.count}" for one in made.units if (name := one.reader) in made.widths)
@@ -99,12 +96,6 @@ def narrower(
 
 EVERY = 2**40
 """Examples: all of the calibration set."""
-
-
-def _costs(model: nn.Module, inputs: Any) -> dict[str, float]:
-    batch = batch_size_of(inputs, model=model, unknown=1)
-    params = sum(parameter.numel() for parameter in model.parameters())
-    return {"macs": count_macs(model, inputs, batch_size=batch), "params": params, "size": size_bytes_of(model)}
 
 
 def narrowing(compress: Callable[P, Compressed]) -> Callable[P, Compressed]:

@@ -141,7 +141,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._follow(func, args, kwargs or {}, given, [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
         return output
 
-    def place(self, tensor: Tensor) -> _Place | None:
+    def place(self, tensor: Any) -> _Place | None:
         found = self.places.get(id(tensor))
         return None if found is None else found[1]
 
