@@ -24,7 +24,7 @@ from spectrim.metrics.table import Summarized, markdown_table
 from spectrim.protocols import Where
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.factorize import factorize
-from spectrim.surgery.hidden_units import HiddenUnits, hidden_units
+from spectrim.surgery.hidden_units import HiddenUnits, hidden_units, matrix_of
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.narrowed import Kept, narrowed
 from spectrim.surgery.same_function import same_function
@@ -186,8 +186,7 @@ class _Group:
 
     @classmethod
     def of(cls, units: HiddenUnits, model: nn.Module, calibration: Calibration) -> "_Group":
-        reader: Any = model.get_submodule(units.reader)
-        weight = reader.weight.detach().flatten(1)
+        weight = matrix_of(model.get_submodule(units.reader)).flatten(1)
         moment, metric = calibration.inputs[units.reader], calibration.outputs[units.reader]
         found = eliminate(weight, moment, metric, taps=weight.shape[1] // units.count)
         return cls(units, found, weight, moment, calibration.means.get(units.reader))
@@ -226,19 +225,20 @@ class _Costs:
         watched(model, inputs, names, after=lambda layer, args, kwargs, output: sizes.update({names[layer]: output.numel()}))
         each = {}
         for group in groups:
-            cost = {"macs": 0.0, "params": 0.0, "size": 0.0}
+            count, cost = group.units.count, {"macs": 0.0, "params": 0.0, "size": 0.0}
             for name in (*group.units.makers, *group.units.through):
                 layer: Any = modules[name]
-                tensors = [entry for entry in (*layer._parameters.values(), *layer._buffers.values()) if entry is not None and entry.dim()]
+                own = [entry for entry in layer._parameters.values() if entry is not None]
+                tensors = own + [entry for entry in layer._buffers.values() if entry is not None and entry.dim()]
                 if layer.weight is not None and layer.weight.dim() > 1:
-                    cost["macs"] += sizes[name] / group.units.count * layer.weight[0].numel() / batch
-                cost["params"] += sum(entry[0].numel() for entry in layer._parameters.values() if entry is not None)
-                cost["size"] += sum(entry[0].numel() * entry.itemsize for entry in tensors)
-            reader: Any = modules[group.units.reader]
-            columns = reader.weight.numel() / group.units.count
-            cost["macs"] += sizes[group.units.reader] / len(reader.weight) * columns / batch
+                    cost["macs"] += sizes[name] / count * layer.weight.numel() / count / batch
+                cost["params"] += sum(entry.numel() for entry in own) / count
+                cost["size"] += sum(entry.nbytes for entry in tensors) / count
+            weight = matrix_of(modules[group.units.reader])
+            columns = weight.numel() / count
+            cost["macs"] += sizes[group.units.reader] / len(weight) * columns / batch
             cost["params"] += columns
-            cost["size"] += columns * reader.weight.itemsize
+            cost["size"] += columns * weight.itemsize
             each[group.units.reader] = cost
         return cls(each, costs_of(model, inputs), inputs)
 

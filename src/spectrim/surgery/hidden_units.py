@@ -11,7 +11,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from spectrim.layers.forwards import runs_forward_of
+from spectrim.layers import kind_of
+from spectrim.layers.forwards import leads_to_forward_of, runs_forward_of
 from spectrim.layers.taps import tap
 from spectrim.layers.uses import first_argument
 from spectrim.metrics.calls import call_model
@@ -164,7 +165,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name, place = self.names[layer], self.place(x)
         self.calls[name] += 1
         spatial = len(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else 0
-        channels = -1 - spatial if spatial else -1 if isinstance(layer, nn.Linear) else 1 - x.dim()
+        channels = 1 - x.dim() if isinstance(layer, NORMS) else -1 - spatial
         whole = isinstance(output, Tensor) and (not spatial or x.dim() == spatial + 2)
         if place is not None:
             units = place.units.root()
@@ -177,7 +178,7 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 units.closed = True
             else:
                 units.readers.append((name, place.taps))
-        if whole and isinstance(layer, MATRICES) and getattr(layer, "groups", 1) == 1:
+        if whole and not isinstance(layer, NORMS) and getattr(layer, "groups", 1) == 1:
             self.made.append(_Units(output.shape[channels], [name]))
             self.put([output], _Place(self.made[-1], channels, 1))
 
@@ -228,12 +229,24 @@ class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _is_plain(module: nn.Module, holders: Counter[int]) -> bool:
-    """Whether a layer is torch's own, with tensors of its own."""
-    kind = next((kind for kind in (*MATRICES, *NORMS) if type(module) is kind or isinstance(module, kind)), None)
-    if kind is None or not runs_forward_of(module, kind) or is_parametrized(module):
+    """Whether a layer computes what torch's own does, with tensors of its own; a class of a user may do something before or after."""
+    kind = next((kind for kind in (*MATRICES, *NORMS) if isinstance(module, kind)), None)
+    known = kind is not None and (runs_forward_of(module, kind) or leads_to_forward_of(type(module), kind))
+    if not (known or is_turned(module)) or is_parametrized(module):
         return False
     tensors = [tensor for tensor in module._parameters.values() if tensor is not None]
     return all(holders[id(tensor)] == 1 for tensor in tensors) and not isinstance(module, nn.modules.lazy.LazyModuleMixin)
+
+
+def is_turned(layer: Any) -> bool:
+    """Whether a layer is a linear one that holds its weight as ``(in, out)``: the ``Conv1D`` of transformers, in GPT-2."""
+    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf") and kind_of(layer) is not None
+
+
+def matrix_of(layer: Any) -> Tensor:
+    """Return a layer's weight as ``(out, in, ...)``, a view."""
+    weight: Tensor = layer.weight.detach()
+    return weight.mT if is_turned(layer) else weight
 
 
 def _is_depthwise(layer: Any) -> bool:

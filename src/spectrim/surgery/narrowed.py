@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectrim.errors import LayerError
 from spectrim.surgery.batchnorm import NORMS
 from spectrim.surgery.exchange import duplicate
-from spectrim.surgery.hidden_units import CONVOLUTIONS, MATRICES, HiddenUnits
+from spectrim.surgery.hidden_units import CONVOLUTIONS, MATRICES, HiddenUnits, is_turned, matrix_of
 
 SIZES = "_narrowed_sizes"
 """Attribute of a network with narrower layers: their features ``[out, in]`` by name, without which a file does not fit the original."""
@@ -75,63 +75,63 @@ def resized(model: nn.Module, sizes: Mapping[str, Any]) -> nn.Module:
     modules = dict(made.named_modules())
     for name, wanted in sizes.items():
         layer: Any = modules.get(name)
-        own = _sizes(layer) if isinstance(layer, (*MATRICES, *NORMS)) else None
+        own = _sizes(layer) if isinstance(layer, (*MATRICES, *NORMS)) or is_turned(layer) else None
         if own is None or not (isinstance(wanted, list) and len(wanted) == 2 and all(isinstance(size, int) for size in wanted)):
             raise LayerError(name, "is no linear layer, convolution or BatchNorm that could be narrower")
         if not all(1 <= size <= most for size, most in zip(wanted, own, strict=True)):
             raise LayerError(name, f"has {own} features, out and in; {wanted} are not among them")
         out, into = wanted
-        if own[1] != into and isinstance(layer, MATRICES) and _groups(layer) == 1:
-            weight = layer.weight
-            layer.weight = nn.Parameter(weight.detach()[:, :into].clone(), requires_grad=weight.requires_grad)
-            setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", into)
+        if own[1] != into and not isinstance(layer, NORMS) and getattr(layer, "groups", 1) == 1:
+            _take(layer, matrix_of(layer)[:, :into])
         if own[0] != out:
             _make(layer, torch.arange(out))
     setattr(made, SIZES, {name: list(wanted) for name, wanted in sizes.items()})
     return made
 
 
-def _groups(layer: Any) -> int:
-    return int(getattr(layer, "groups", 1))
-
-
 def _sizes(layer: Any) -> list[int]:
     """Return the features of a layer, out and in."""
     if isinstance(layer, nn.Linear):
         return [layer.out_features, layer.in_features]
+    if is_turned(layer):
+        return [layer.nf, layer.nx]
     return [layer.out_channels, layer.in_channels] if isinstance(layer, CONVOLUTIONS) else [layer.num_features] * 2
 
 
 def _read(reader: Any, found: Kept, by_zeros: bool) -> None:
-    old, places = reader.weight, found.places.to(reader.weight.device)
+    """Let a layer read some features only, with the weight refitted to them."""
+    old, places = matrix_of(reader), found.places.to(reader.weight.device)
     entries = found.weight.to(old).reshape(len(old), len(places), -1)
     if by_zeros:
-        weight = torch.zeros_like(old)
+        weight = torch.zeros(old.shape, dtype=old.dtype, device=old.device)
         weight.view(len(old), found.units.count, -1)[:, places] = entries
-    elif isinstance(reader, CONVOLUTIONS):
-        weight, reader.in_channels = entries.reshape(len(old), len(places), *old.shape[2:]), len(places)
     else:
-        weight = entries.reshape(len(old), -1)
-        reader.in_features = weight.shape[1]
-    reader.weight = nn.Parameter(weight.contiguous(), requires_grad=old.requires_grad)
+        weight = entries.reshape(len(old), -1) if old.dim() == 2 else entries.reshape(len(old), len(places), *old.shape[2:])
+    _take(reader, weight)
     if found.shift is not None and reader.bias is not None:
         reader.bias.data += found.shift.to(reader.bias)
 
 
+def _take(layer: Any, weight: Tensor) -> None:
+    """Give a layer another weight ``(out, in, ...)``, which reads as many features as it has columns."""
+    turned = is_turned(layer)
+    name = "nx" if turned else "in_features" if isinstance(layer, nn.Linear) else "in_channels"
+    setattr(layer, name, weight.shape[1])
+    layer.weight = nn.Parameter((weight.mT if turned else weight).contiguous(), requires_grad=layer.weight.requires_grad)
+
+
 def _make(layer: Any, places: Tensor) -> None:
     """Leave out features of a layer that makes them, or that they go through."""
-    count = len(places)
+    count, turned = len(places), is_turned(layer)
     for table in (layer._parameters, layer._buffers):
         for key, old in table.items():
             if old is not None and old.dim():
-                entries = old.detach()[places.to(old.device)].clone()
+                entries = old.detach().index_select(old.dim() - 1 if turned else 0, places.to(old.device))
                 table[key] = nn.Parameter(entries, requires_grad=old.requires_grad) if table is layer._parameters else entries
-    if isinstance(layer, nn.Linear):
-        layer.out_features = count
-    elif isinstance(layer, CONVOLUTIONS):
+    if isinstance(layer, CONVOLUTIONS):
         depthwise = layer.groups > 1
         layer.out_channels = count
         if depthwise:
             layer.in_channels = layer.groups = count
     else:
-        layer.num_features = count
+        setattr(layer, "nf" if turned else "out_features" if isinstance(layer, nn.Linear) else "num_features", count)

@@ -172,3 +172,25 @@ def test_nothing_left_out_is_the_same_network():
     made = narrowed(model, {})
     assert torch.equal(made(x), model(x))
     assert made is not model
+
+
+def test_a_transformer_of_a_library_keeps_the_budget_and_its_file_is_read(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=40, n_embd=16, n_head=2, n_layer=2, n_positions=12)
+    model, tokens = transformers.GPT2LMHeadModel(config).eval(), torch.randint(40, (8, 12))
+    made = narrow(model, [{"input_ids": tokens}], sp.Budget(params=0.8))
+    count = [sum(parameter.numel() for parameter in network.parameters()) for network in (model, made.model)]
+    assert 0.75 < count[1] / count[0] <= 0.8
+    assert set(made.widths) == {"transformer.h.0.mlp.c_proj", "transformer.h.1.mlp.c_proj"}
+    back = sp.load(sp.save(made.model, tmp_path), transformers.GPT2LMHeadModel(config))
+    with torch.no_grad():
+        assert torch.equal(back(tokens).logits, made.model(tokens).logits)
+
+
+def test_a_pair_that_was_merged_gets_a_smaller_rank_and_stays_a_pair():
+    torch.manual_seed(0)
+    model, data = mlp(16, 24, 8), batches(16)
+    pair = sp.compress(model, data, sp.Budget(macs=0.6), where="0", progress=False).model
+    made = narrow(pair, data, 0.8, where="0*")
+    assert [type(one).__name__ for one in made.model] == [type(one).__name__ for one in pair]
+    assert sp.measure(made.model, data[0][:1], latency=False).macs <= 0.8 * sp.measure(pair, data[0][:1], latency=False).macs

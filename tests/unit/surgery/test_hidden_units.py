@@ -107,7 +107,12 @@ def test_layers_of_other_classes_tied_parametrized_and_shared_ones_are_left_alon
         def forward(self, x):
             return 2 * super().forward(x)
 
-    assert found(OPEN["activation"], a=Doubled(8, 12)) == []
+    class Other(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T.softmax(1)
+
+    assert found(OPEN["activation"], a=Doubled(8, 12)) == PLAIN  # what it does around its weight is watched, too
+    assert found(OPEN["activation"], a=Other(8, 12)) == []
     assert found(OPEN["activation"], b=nn.utils.parametrizations.weight_norm(nn.Linear(12, 8))) == []
     tied = Net(lambda net, x: net.c(net.b(net.a(x).relu())).relu(), c=nn.Linear(8, 12))
     tied.c.weight = tied.a.weight
@@ -144,6 +149,7 @@ def test_torchs_encoder_layer_is_looked_into_and_the_model_and_generators_stay_a
         ("Llama", {"num_key_value_heads": 1}, "model.layers.1.mlp.down_proj"),
         ("Bert", {}, "bert.encoder.layer.1.output.dense"),
         ("Qwen2", {"num_key_value_heads": 1}, "model.layers.1.mlp.down_proj"),
+        ("GPT2", {"n_inner": 24}, "transformer.h.1.mlp.c_proj"),
     ],
 )
 def test_feed_forward_blocks_of_transformers(kind, settings, reader):
@@ -151,7 +157,7 @@ def test_feed_forward_blocks_of_transformers(kind, settings, reader):
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, **settings
     )
-    head = "ForMaskedLM" if kind == "Bert" else "ForCausalLM"
+    head = {"Bert": "ForMaskedLM", "GPT2": "LMHeadModel"}.get(kind, "ForCausalLM")
     model = getattr(transformers, f"{kind}{head}")(config)
     units = hidden_units(model, torch.randint(50, (1, 6)))
     assert [entry.count for entry in units] == [24, 24]
