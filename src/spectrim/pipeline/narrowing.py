@@ -11,7 +11,8 @@ from typing import Any, ParamSpec
 from torch import nn
 
 from spectrim.budget.budget import CODED, FRACTIONS, Budget
-from spectrim.budget.narrow import COUNTED, costs_of, narrow
+from spectrim.budget.narrow import COUNTED, narrow
+from spectrim.budget.widths import costs_of
 from spectrim.errors import SettingError
 from spectrim.metrics.batch import BatchDims
 from spectrim.pipeline.compressed import Compressed
