@@ -127,10 +127,11 @@ def goals() -> list[str]:
     trained = read(TRAINED)["rows"] if TRAINED.exists() else {}
     for name, row in trained.items():
         words = name.split()
-        if words[0] == "resnet20" and int(words[6]) == 10:
-            after = row["after"]
+        pruned = int(words[words.index("pruned") + 1]) if "pruned" in words else 0
+        if words[0] == "resnet20" and int(words[6]) + pruned == 10:
+            after, of_these = row["after"], f", {pruned} of pruning before" if pruned else ""
             lines.append(
-                "- ResNet-20, 10 epochs of training on levels, at most 45,000 bytes and at least 91.4: "
+                f"- ResNet-20, 10 epochs of training{of_these or ' on levels'}, at most 45,000 bytes and at least 91.4: "
                 f"{row['before']['bytes']:,} bytes at "
                 f"{row['before']['accuracy']:.2f} before, {after['bytes']:,} at {after['accuracy']:.2f} after"
                 f" ({verdict(after['bytes'], 45_000, 'bytes')}; {verdict(after['accuracy'], 91.4, 'point', False)})."

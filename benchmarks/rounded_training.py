@@ -115,7 +115,9 @@ def page() -> list[str]:
     for name, row in result["rows"].items():
         words = name.split()
         what = f"{words[0]}: {int(words[4]):,} images, epochs: {words[6]}, rate {words[8]}, seed {words[10]}"
-        what += "".join(f", {word}" for word in words[11:])
+        place = words.index("pruned") if "pruned" in words else len(words)
+        what += "".join(f", {word}" for word in words[11:place])
+        what += f", pruned before for {words[place + 1]} epochs at a rate of {words[place + 3]}" if words[place:] else ""
         before, after = row["before"], row["after"]
         values = [f"{before['bytes']:,} | {after['bytes']:,}", f"{before['accuracy']:.2f} | {after['accuracy']:.2f}"]
         values.append(f"{before['kl']:.4f} | {after['kl']:.4f}")
