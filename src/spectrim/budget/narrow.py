@@ -99,6 +99,7 @@ def narrow(
         LayerError: when the network has no hidden units, or its outputs change when they are left out.
 
     Examples:
+        >>> import torch
         >>> model = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8))
         >>> made = narrow(model, [torch.randn(256, 8)], 0.5)
         >>> made.widths, made.model[0]

@@ -16,7 +16,8 @@ from spectrim.metrics.calls import watched
 from spectrim.metrics.inputs import batch_size_of
 from spectrim.metrics.macs import count_macs
 from spectrim.metrics.measurement import size_bytes_of
-from spectrim.surgery.hidden_units import HiddenUnits, matrix_of
+from spectrim.surgery.features import matrix_of
+from spectrim.surgery.hidden_units import HiddenUnits
 from spectrim.surgery.moments import Calibration
 from spectrim.surgery.narrowed import Kept, narrowed
 

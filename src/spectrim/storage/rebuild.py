@@ -25,7 +25,7 @@ from spectrim.storage.describe import SETTINGS, construct, dense_settings, descr
 from spectrim.surgery.batchnorm import NORMS
 from spectrim.surgery.exchange import replace
 from spectrim.surgery.factorize import build
-from spectrim.surgery.narrowed import resized
+from spectrim.surgery.resized import resized
 
 
 def replayed(model: nn.Module, plan: Mapping[str, Any], path: Path) -> nn.Module:

@@ -8,10 +8,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from spectrim.errors import LayerError
-from spectrim.surgery.batchnorm import NORMS
 from spectrim.surgery.exchange import duplicate
-from spectrim.surgery.hidden_units import CONVOLUTIONS, MATRICES, HiddenUnits, is_turned, matrix_of
+from spectrim.surgery.features import CONVOLUTIONS, is_turned, matrix_of
+from spectrim.surgery.hidden_units import HiddenUnits
 
 SIZES = "_narrowed_sizes"
 """Attribute of a network with narrower layers: their features ``[out, in]`` by name, without which a file does not fit the original."""
@@ -50,9 +49,9 @@ def narrowed(model: nn.Module, kept: Mapping[str, Kept], *, by_zeros: bool = Fal
     for found in () if by_zeros else kept.values():
         for name in (*found.units.makers, *found.units.through):
             touched[name] = None
-            _make(made.get_submodule(name), found.places)
+            keep(made.get_submodule(name), found.places)
     if kept and not by_zeros:
-        setattr(made, SIZES, sizes_of(made) | {name: _sizes(made.get_submodule(name)) for name in touched})
+        setattr(made, SIZES, sizes_of(made) | {name: features_of(made.get_submodule(name)) for name in touched})
     return made
 
 
@@ -61,35 +60,7 @@ def sizes_of(model: nn.Module) -> dict[str, list[int]]:
     return dict(getattr(model, SIZES, {}))
 
 
-def resized(model: nn.Module, sizes: Mapping[str, Any]) -> nn.Module:
-    """Return a copy whose layers have so many features, the first ones: where to read a file of a narrower network into.
-
-    Args:
-        model: the original network; left untouched.
-        sizes: what `sizes_of` returned.
-
-    Raises:
-        LayerError: for a layer that the network does not have, or has with fewer features.
-    """
-    made = duplicate(model)
-    modules = dict(made.named_modules())
-    for name, wanted in sizes.items():
-        layer: Any = modules.get(name)
-        own = _sizes(layer) if isinstance(layer, (*MATRICES, *NORMS)) or is_turned(layer) else None
-        if own is None or not (isinstance(wanted, list) and len(wanted) == 2 and all(isinstance(size, int) for size in wanted)):
-            raise LayerError(name, "is no linear layer, convolution or BatchNorm that could be narrower")
-        if not all(1 <= size <= most for size, most in zip(wanted, own, strict=True)):
-            raise LayerError(name, f"has {own} features, out and in; {wanted} are not among them")
-        out, into = wanted
-        if own[1] != into and not isinstance(layer, NORMS) and getattr(layer, "groups", 1) == 1:
-            _take(layer, matrix_of(layer)[:, :into])
-        if own[0] != out:
-            _make(layer, torch.arange(out))
-    setattr(made, SIZES, {name: list(wanted) for name, wanted in sizes.items()})
-    return made
-
-
-def _sizes(layer: Any) -> list[int]:
+def features_of(layer: Any) -> list[int]:
     """Return the features of a layer, out and in."""
     if isinstance(layer, nn.Linear):
         return [layer.out_features, layer.in_features]
@@ -107,12 +78,12 @@ def _read(reader: Any, found: Kept, by_zeros: bool) -> None:
         weight.view(len(old), found.units.count, -1)[:, places] = entries
     else:
         weight = entries.reshape(len(old), -1) if old.dim() == 2 else entries.reshape(len(old), len(places), *old.shape[2:])
-    _take(reader, weight)
+    take(reader, weight)
     if found.shift is not None and reader.bias is not None:
         reader.bias.data += found.shift.to(reader.bias)
 
 
-def _take(layer: Any, weight: Tensor) -> None:
+def take(layer: Any, weight: Tensor) -> None:
     """Give a layer another weight ``(out, in, ...)``, which reads as many features as it has columns."""
     turned = is_turned(layer)
     name = "nx" if turned else "in_features" if isinstance(layer, nn.Linear) else "in_channels"
@@ -120,7 +91,7 @@ def _take(layer: Any, weight: Tensor) -> None:
     layer.weight = nn.Parameter((weight.mT if turned else weight).contiguous(), requires_grad=layer.weight.requires_grad)
 
 
-def _make(layer: Any, places: Tensor) -> None:
+def keep(layer: Any, places: Tensor) -> None:
     """Leave out features of a layer that makes them, or that they go through."""
     count, turned = len(places), is_turned(layer)
     for table in (layer._parameters, layer._buffers):

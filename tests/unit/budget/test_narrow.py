@@ -113,7 +113,7 @@ def test_code_that_knows_the_width_keeps_its_units_and_is_named():
 
 def test_a_network_that_computes_something_else_is_never_returned(monkeypatch):
     """The tracer is deceived here: it takes softmax for an operation on each feature by itself."""
-    from spectrim.surgery import hidden_units as room
+    from spectrim.surgery import features as room
 
     monkeypatch.setattr(room, "ALIKE", room.ALIKE | {"_softmax"})
     model = nn.Sequential(nn.Linear(8, 16), nn.Softmax(1), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
@@ -161,7 +161,7 @@ def test_a_narrower_network_is_saved_and_read_into_the_original(tmp_path):
 
 @pytest.mark.parametrize("sizes", [{"0": [13, 3]}, {"0": [0, 3]}, {"7": [1, 1]}, {"0": "all"}, {"gone": [1, 1]}, {"0": [1.5, 3]}])
 def test_sizes_that_the_original_cannot_have_are_refused(sizes):
-    from spectrim.surgery.narrowed import resized
+    from spectrim.surgery.resized import resized
 
     with pytest.raises(LayerError):
         resized(convolutions(), sizes)
