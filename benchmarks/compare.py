@@ -498,10 +498,12 @@ class Start:
         return self.made[seed, trained]
 
     def trained(self, model: nn.Module, data: Any, seed: int) -> nn.Module:
-        """Train the dense network, or load the one that was trained with these settings."""
+        """Train the dense network, or load the one that was trained with these settings, here or before: the results may keep it."""
         settings = [self.task.dense, *(asdict(self.task)[name] for name in ("model", "data", "loss", "optimizer", "scheduler", "clip"))]
         folder = self.runs / f"dense-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:8]}-{seed}"
         assert self.task.dense is not None
+        if (kept := RESULTS / self.runs.name / folder.name).is_dir():
+            return load(kept, model)
         with claimed(folder.with_suffix(".lock"), wait=True):
             if not (folder / "done").exists():
                 own = dict(self.task.dense)
