@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from spectrim.surgery.exchange import duplicate
+from spectrim.surgery.exchange import FINISHED, duplicate
 from spectrim.surgery.features import CONVOLUTIONS, is_turned, matrix_of
 from spectrim.surgery.hidden_units import HiddenUnits
 
@@ -52,6 +52,8 @@ def narrowed(model: nn.Module, kept: Mapping[str, Kept], *, by_zeros: bool = Fal
             keep(made.get_submodule(name), found.places)
     if kept and not by_zeros:
         setattr(made, SIZES, sizes_of(made) | {name: features_of(made.get_submodule(name)) for name in touched})
+        for mark in FINISHED:
+            mark(made)
     return made
 
 

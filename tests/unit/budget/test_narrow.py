@@ -185,6 +185,10 @@ def test_a_transformer_of_a_library_keeps_the_budget_and_its_file_is_read(tmp_pa
     back = sp.load(sp.save(made.model, tmp_path), transformers.GPT2LMHeadModel(config))
     with torch.no_grad():
         assert torch.equal(back(tokens).logits, made.model(tokens).logits)
+    made.model.save_pretrained(tmp_path / "hub")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub").eval()
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, made.model(tokens).logits)
 
 
 def test_a_pair_that_was_merged_gets_a_smaller_rank_and_stays_a_pair():
