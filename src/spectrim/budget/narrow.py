@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spectrim.budget.budget import Budget, BudgetError, as_budget
+from spectrim.budget.distortion.loss import VANISHING
 from spectrim.budget.widths import Costs, Group
 from spectrim.checks import check, outside_inference_mode, unwrapped
 from spectrim.errors import LayerError, SettingError
@@ -18,7 +20,9 @@ from spectrim.metrics.table import Summarized, markdown_table
 from spectrim.protocols import Where
 from spectrim.surgery.calibrate import calibrate
 from spectrim.surgery.factorize import factorize
+from spectrim.surgery.features import matrix_of
 from spectrim.surgery.hidden_units import HiddenUnits, hidden_units
+from spectrim.surgery.moments import Calibration
 from spectrim.surgery.narrowed import Kept, narrowed
 from spectrim.surgery.same_function import same_function
 from spectrim.surgery.select import layer_filter
@@ -128,12 +132,26 @@ def narrow(
     readers = {found.reader for found in units}
     low = factorize(model, "dense", where=lambda name, module: name in readers)
     calibration = calibrate(low, known, loss, examples=None, batch_dims=batch_dims, progress=progress)
+    if _vanishes(model, calibration):  # as on targets that are the network's own outputs: curvature from random directions instead
+        pairs = with_outputs(model, known)
+        calibration = calibrate(low, pairs, relative_distance(pairs), examples=None, batch_dims=batch_dims)
     refused = {name: calibration.skipped.get(name, "no gradient reaches it") for name in sorted(readers - set(calibration.outputs))}
     found = {one.reader: Group.of(one, model, calibration) for one in units if one.reader not in refused}
     if points:
         found = _measured(model, known, loss, found, points, batch_dims)
     costs = Costs.of(model, inputs, list(found.values()))
     return _proved(model, inputs_of(known[0]), budget, found, costs, units, refused)
+
+
+def _vanishes(model: nn.Module, calibration: Calibration) -> bool:
+    """Whether the loss has no slope to speak of at any reader, see `VANISHING`."""
+    shares = []
+    for name, metric in calibration.outputs.items():
+        layer = model.get_submodule(name)
+        weight = matrix_of(layer).flatten(1).double()
+        outputs = float(((weight @ calibration.inputs[name]) * weight).sum())
+        shares.append(float(metric.diagonal().sum()) ** 0.5 / max(outputs, 1e-300) ** 0.5 / torch.finfo(matrix_of(layer).dtype).eps)
+    return bool(shares) and max(shares) < VANISHING
 
 
 def _measured(

@@ -75,6 +75,18 @@ def test_the_refit_is_better_than_leaving_the_same_units_out_and_the_bias_takes_
     assert float((made_outputs - wanted).mean(0).abs().max()) < 1e-3
 
 
+def test_a_loss_whose_gradient_vanishes_is_as_good_as_none():
+    torch.manual_seed(3)
+    model, data = mlp(8, 40, 5), batches(8)
+    with torch.no_grad():
+        pairs = [(x, model(x)) for x in data]
+    made = narrow(model, pairs, 0.5, nn.functional.mse_loss)
+    free, x = narrow(model, data, 0.5), torch.cat(data)
+    with torch.no_grad():
+        errors = [float((network.model(x) - model(x)).square().mean()) for network in (made, free)]
+    assert errors[0] <= 1.05 * errors[1]
+
+
 def test_predicted_rises_are_those_of_the_relative_distance_of_a_last_layer():
     torch.manual_seed(2)
     model, data = mlp(8, 40, 5), batches(8, count=40)
