@@ -176,8 +176,11 @@ def _proved(
             widths = costs.within(budget, found, model)
             kept = {name: group.at(widths[name]) for name, group in found.items() if widths[name] < group.units.count}
             made = _checked(model, kept, batch)
-        except BudgetError:
-            raise
+        except BudgetError as error:
+            if not refused:
+                raise
+            shown = "; ".join(f"'{name}': {why}" for name, why in refused.items())
+            raise BudgetError(f"{str(error).removeprefix('Budget: ')}. Left alone is what these read: {shown}") from error
         except Exception as error:  # of the network's own code, or outputs that differ
             one_less = {name: group.at(group.found.widths[1]) for name, group in found.items()}
             wrong = {name: why for name, one in one_less.items() if (why := _fails(model, {name: one}, batch))}

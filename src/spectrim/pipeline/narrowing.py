@@ -13,7 +13,7 @@ from torch import nn
 from spectrim.budget.budget import CODED, FRACTIONS, Budget
 from spectrim.budget.narrow import COUNTED, narrow
 from spectrim.budget.widths import costs_of
-from spectrim.errors import SettingError
+from spectrim.errors import LayerError, SettingError, SpectrimError
 from spectrim.metrics.batch import BatchDims
 from spectrim.pipeline.compressed import Compressed
 from spectrim.pipeline.judge import Judge
@@ -103,7 +103,7 @@ def narrowing(compress: Callable[P, Compressed]) -> Callable[P, Compressed]:
     """Let `compress` take several shares of ``narrow=``: it is called for each, and what is best after the cut is kept; a decorator.
 
     Best is, as for the ways to cut, the highest accuracy where there is one and nothing is trained, else the lowest loss, on the data that
-    choose. A share that cannot be met is left out; the first error is raised when none can.
+    choose. A share that cannot be met is left out, and a note says why; the first error is raised when none can.
     """
     signature = inspect.signature(compress)
 
@@ -113,19 +113,20 @@ def narrowing(compress: Callable[P, Compressed]) -> Callable[P, Compressed]:
         shares = shares_of(given.pop("narrow", None))
         if len(shares) < 2:
             return compress(**(given | {"narrow": shares[0] if shares else None}))  # type: ignore[call-arg]
-        folder, made, errors = given.get("folder"), dict[float, Compressed](), list[SettingError]()
+        folder, made, errors = given.get("folder"), dict[float, Compressed](), dict[float, SpectrimError]()
         for share in shares:
             inside = {} if folder is None else {"folder": Path(folder) / f"narrow{share:g}"}
             try:
                 made[share] = compress(**(given | inside | {"narrow": share}))  # type: ignore[call-arg]
-            except SettingError as error:
-                errors.append(error)
+            except (SettingError, LayerError) as error:
+                errors[share] = error
         if not made:
-            raise errors[0]
+            raise next(iter(errors.values()))
         best = min(made, key=lambda share: _rank(made[share], trained=bool(given.get("epochs"))))
         shown = ", ".join(f"{share:g} {_said(one)}" for share, one in made.items())
         found = made[best]
         found.notes.append(f"narrowed to several shares, {best:g} is kept: {shown}")
+        found.notes += [f"not narrowed to {share:g}: {error}" for share, error in errors.items()]
         found.settings = found.settings | {"narrow": shares}
         if folder is not None:
             Store(Path(folder)).finish(found)

@@ -135,7 +135,7 @@ def searching(compress: Callable[P, Compressed]) -> Callable[P, Compressed]:
         def make(one: Budget) -> Compressed:
             inside = {} if folder is None else {"folder": Path(folder) / "-".join(f"{name}{value:g}" for name, value in one.asked.items())}
             made = compress(**(given | {"budget": one} | inside))  # type: ignore[call-arg]
-            if made.latency is not None:
+            if made.latency is not None and given.get("narrow") is None:  # a table is of one network; each width has its own
                 given.update(latency=made.latency, backend=None)  # timed once
             return made
 

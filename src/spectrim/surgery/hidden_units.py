@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from spectrim.layers.taps import tap
 from spectrim.metrics.calls import call_model
+from spectrim.metrics.tensors import tensors_of
 from spectrim.surgery.exchange import duplicate
 from spectrim.surgery.features import Trace, Units
 from spectrim.surgery.observing import isolated
@@ -59,7 +60,8 @@ def hidden_units(model: nn.Module, inputs: Any) -> list[HiddenUnits]:
     finally:
         for handle in handles:
             handle.remove()
-    trace.close(tree_leaves(output))
+    trace.close(tensors_of(output))
+    trace.close(entry for leaf in tree_leaves(output) for entry in getattr(leaf, "__dict__", {}).values())  # of a class of the user's
     return [found for units in trace.groups() if (found := _result(trace, units)) is not None]
 
 

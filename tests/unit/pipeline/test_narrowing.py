@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import spectrim as sp
-from spectrim.errors import SettingError
+from spectrim.errors import LayerError, SettingError
 
 
 def compressed(task, **settings):
@@ -46,6 +46,15 @@ def test_of_several_shares_the_best_is_kept_and_each_has_its_folder(task, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("narrow")) == ["narrow0.6", "narrow0.8", "narrow1"]
     x = task[1][0][0]
     assert torch.equal(sp.load(tmp_path / "final", task[0])(x), made.model(x))
+
+
+def test_a_network_without_hidden_units_is_cut_as_it_is_where_that_is_allowed(task):
+    torch.manual_seed(0)
+    model, data = nn.Sequential(nn.Linear(16, 16), nn.Softmax(1), nn.Linear(16, 4)), task[1]
+    made = compressed((model, data), narrow=(1, 0.8))
+    assert "not narrowed to 0.8: layer 'Sequential': has no hidden units" in made.notes[-1]
+    with pytest.raises(LayerError, match="no hidden units"):
+        compressed((model, data), narrow=0.8)
 
 
 def test_a_stopped_call_goes_on_with_the_narrower_network(task, tmp_path):

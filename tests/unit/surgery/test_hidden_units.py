@@ -1,11 +1,20 @@
 """`hidden_units` finds what one layer alone reads, behind operations on each feature by itself, and nothing else."""
 
+from dataclasses import dataclass
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from spectrim.surgery.hidden_units import HiddenUnits, hidden_units
+
+
+@dataclass
+class Told:
+    out: torch.Tensor
+    hidden: torch.Tensor
 
 
 class Net(nn.Module):
@@ -51,6 +60,8 @@ CLOSED = {
     "read twice": lambda net, x: net.b(y := net.a(x)) + net.b(2 * y),
     "made twice": lambda net, x: net.b(net.a(x) * net.a(2 * x)),
     "the output": lambda net, x: (net.b(y := net.a(x)), y),
+    "an object of the output": lambda net, x: Told(net.b(y := net.a(x)), y),
+    "an attribute of the output": lambda net, x: SimpleNamespace(out=net.b(y := net.a(x)), hidden=y),
     "a number": lambda net, x: net.b(y := net.a(x)) * float(y[0, 0]),
     "a part": lambda net, x: net.b(F.pad(net.a(x)[:, :6], (0, 6))),
     "mirrored": lambda net, x: net.b(net.a(x).flip(1)),
